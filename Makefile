@@ -1,0 +1,54 @@
+# make demo | test | lint | bench | clean
+#
+# All of it happens in .venv, which the first target that needs it makes. A torch 2.10 or newer that PYTHON already has
+# is used from where it is; otherwise, or where TORCH is given (make test TORCH=torch==2.15.0), it is installed.
+# A second run redoes only what has changed.
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip --disable-pip-version-check
+SOURCES := pyproject.toml setup.py CMakeLists.txt \
+           $(shell find accumloss build_tools csrc -name '*.py' -o -name '*.h' -o -name '*.cpp' -o -name '*.cu*')
+
+.PHONY: demo test lint bench clean
+.DELETE_ON_ERROR:
+.SECONDARY:
+
+demo: $(VENV)/.installed-demo
+	cd $(VENV) && bin/python -m accumloss demo --out "$(CURDIR)/accumloss-demo" $(ARGS)
+
+# The pytest program, unlike python -m pytest, leaves the working directory out of sys.path: the installed package is tested.
+test: $(VENV)/.installed-test
+	$(BIN)/pytest $(ARGS)
+
+lint: $(VENV)/.installed-dev
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	find csrc -type f | xargs $(BIN)/clang-format --dry-run --Werror
+
+bench: $(VENV)/.installed-bench
+	$(BIN)/python benchmarks/bench_cross_entropy.py $(ARGS)
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info accumloss-demo accumloss/_C.*.so
+	find . -name __pycache__ -prune -exec rm -rf {} +
+
+$(VENV)/.torch:
+	$(PYTHON) -m venv --clear $(VENV)
+ifeq ($(origin TORCH), undefined)
+	@found=$$($(PYTHON) build_tools/native.py torch) && if [ -n "$$found" ]; then \
+	  echo "using $$found"; dirname "$$found" > $$(echo $(VENV)/lib/python3*/site-packages)/torch_found.pth; fi
+	@$(BIN)/python -c "import torch; assert torch.__version__ >= torch.torch_version.TorchVersion('2.10')" 2> /dev/null || \
+	  { rm -f $(VENV)/lib/python3*/site-packages/torch_found.pth && set -x && $(PIP) install torch==2.13.0; }
+else
+	$(PIP) install "$(TORCH)"
+endif
+	@touch $@
+
+# Without isolation, so that the build is incremental.
+$(VENV)/.installed-%: $(VENV)/.torch $(SOURCES)
+	missing=$$($(BIN)/python build_tools/native.py missing) && $(PIP) install "setuptools>=77" "pybind11>=2.12" $$missing
+	$(PIP) install --no-build-isolation ".[$*]"
+	@touch $@

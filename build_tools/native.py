@@ -1,0 +1,167 @@
+"""Finds what the build of accumloss._C needs and runs CMake. Standard library only: nothing is installed yet.
+
+Whatever a user can mend ends in fail(): one line, the last of the output, that says what to do.
+For the Makefile, `python build_tools/native.py missing` prints what pip has to install first, and
+`python build_tools/native.py torch` where torch is.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+import sysconfig
+from pathlib import Path
+from typing import NamedTuple, NoReturn
+
+ROOT = Path(__file__).resolve().parents[1]
+MINIMUM = {"torch": (2, 10), "cmake": (3, 24), "ninja": (1, 10)}  # cmake: --fresh
+# What CMake reads from the environment only once: a change asks for a fresh configuration.
+ENVIRONMENT = ["ACCUMLOSS_CUDA", "CC", "CXX", "CXXFLAGS", "LDFLAGS"]
+ENVIRONMENT += ["CUDACXX", "CUDAHOSTCXX", "CUDAFLAGS", "CUDAARCHS", "TORCH_CUDA_ARCH_LIST", "CUDA_HOME", "CUDA_PATH"]
+
+
+def fail(message: str) -> NoReturn:
+    sys.stdout.flush()  # the message comes last, also where both streams end in one pipe
+    raise SystemExit(f"accumloss: {message}")
+
+
+def parse_version(text: str) -> tuple[int, ...] | None:
+    found = re.search(r"(\d+)\.(\d+)", text)
+    return tuple(map(int, found.groups())) if found else None
+
+
+def find_torch() -> Path | None:
+    """The torch package to build against. It is not imported: only its headers and two of its libraries are used."""
+    given = os.environ.get("ACCUMLOSS_TORCH_DIR")
+    if given:
+        for directory in (Path(given), Path(given) / "torch"):
+            if (directory / "version.py").is_file():
+                return directory.resolve()
+        fail(f"ACCUMLOSS_TORCH_DIR={given} holds no torch: name the folder that `import torch; torch.__path__` shows")
+    spec = importlib.util.find_spec("torch")
+    if spec and spec.origin:
+        return Path(spec.origin).parent
+    # pip isolates a build through PYTHONPATH, which -E ignores. A build in a venv of its own (python -m build, uv)
+    # leaves only the active environment to look at.
+    pythons = [Path(sys.executable)]
+    if os.environ.get("VIRTUAL_ENV"):
+        pythons.append(Path(os.environ["VIRTUAL_ENV"]) / "bin" / "python")
+    probe = "import importlib.util as u; s = u.find_spec('torch'); print(s.origin if s and s.origin else '')"
+    for python in filter(Path.exists, pythons):
+        answer = subprocess.run([python, "-E", "-c", probe], capture_output=True, text=True, cwd=sys.prefix)
+        if answer.stdout.strip():
+            return Path(answer.stdout.strip()).parent
+    return None
+
+
+def torch_version(torch: Path) -> str:
+    """The version of the torch package in that folder; fails where it is too old."""
+    found = re.search(r"^__version__ = ['\"](.+)['\"]", (torch / "version.py").read_text(), re.MULTILINE)
+    version = found[1] if found else "unknown"
+    if (parse_version(version) or (0, 0)) < MINIMUM["torch"]:
+        fail(f"torch 2.10 or newer is needed, found {version} in {torch}: pip install -U torch")
+    return version
+
+
+def find_tool(name: str) -> str | None:
+    """A cmake or ninja that is new enough and runs: inside an isolated build the environment's own launcher may not."""
+    for directory in [*os.get_exec_path(), sysconfig.get_path("scripts")]:
+        program = shutil.which(name, path=directory)
+        if program:
+            answer = subprocess.run([program, "--version"], capture_output=True, text=True)
+            if answer.returncode == 0 and (parse_version(answer.stdout) or (0, 0)) >= MINIMUM[name]:
+                return program
+    return None
+
+
+def check_compiler() -> None:
+    if not sys.platform.startswith("linux"):
+        fail(f"Linux is needed, this is {sys.platform}")
+    chosen = shlex.split(os.environ.get("CXX", ""))[:1]
+    if not any(map(shutil.which, chosen or ["c++", "g++", "clang++"])):
+        found = f"CXX={chosen[0]} was not found" if chosen else "none was found"
+        fail(f"a C++17 compiler is needed, {found}: apt install g++ (conda: cxx-compiler), or set CXX to one")
+
+
+def missing_requirements() -> list[str]:
+    """What an isolated build has to install; fails first where no build could succeed."""
+    check_compiler()
+    torch = find_torch()
+    if torch:
+        torch_version(torch)
+    missing = [] if torch else ["torch"]
+    missing += [name for name in ("cmake", "ninja") if not find_tool(name)]
+    return ["{}>={}.{}".format(name, *MINIMUM[name]) for name in missing]
+
+
+def run(command: list[str]) -> None:
+    """Runs a command and shows its output; where it fails, our own message in that output becomes the last line."""
+    output = ""
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, encoding="utf-8") as process:
+        for line in process.stdout or ():
+            print(line, end="", flush=True)
+            output += line
+    if process.returncode:
+        own = re.search(r"^\s*accumloss:\s+(.+?)(\n\s*\n|\Z)", output, re.DOTALL | re.MULTILINE)  # CMake wraps it
+        message = own[1] if own else "the build failed, the reason is above; ACCUMLOSS_CUDA=OFF builds without CUDA"
+        fail(" ".join(message.split()))
+
+
+class Prerequisites(NamedTuple):
+    torch: Path
+    torch_version: str
+    cmake: str
+    ninja: str
+    pybind11: str  # the folder of its CMake configuration
+
+
+def prerequisites() -> Prerequisites:
+    """All that a build needs; fails at the first that is missing."""
+    check_compiler()
+    torch = find_torch() or fail("torch 2.10 or newer is needed: pip install torch, or set ACCUMLOSS_TORCH_DIR to one")
+    version = torch_version(torch)
+    cmake, ninja = (find_tool(name) or fail(f"{name} is needed: pip install {name}") for name in ("cmake", "ninja"))
+    try:
+        import pybind11
+    except ImportError:
+        fail("pybind11 is needed: pip install pybind11")
+    return Prerequisites(torch, version, cmake, ninja, pybind11.get_cmake_dir())
+
+
+def build(destination: Path) -> None:
+    """Builds _C and puts it into a folder. A second build with the same settings is incremental."""
+    torch, version, cmake, ninja, pybind11 = prerequisites()
+    directory = ROOT / "build" / f"{sys.implementation.cache_tag}-torch{version}"
+    configure = [
+        *(cmake, "-S", str(ROOT), "-B", str(directory), "-G", "Ninja"),
+        # All paths are given, so that none is remembered from an isolated build whose folder is gone.
+        f"-DCMAKE_MAKE_PROGRAM={ninja}",
+        f"-DPython_EXECUTABLE={sys.executable}",
+        f"-Dpybind11_DIR={pybind11}",
+        f"-DACCUMLOSS_TORCH_DIR={torch}",
+        *shlex.split(os.environ.get("CMAKE_ARGS", "")),
+    ]
+    programs = [shutil.which(name) for name in ("c++", "nvcc")]
+    settings = json.dumps([configure, version, programs, {name: os.environ.get(name) for name in ENVIRONMENT}])
+    previous = directory / "settings.json"
+    same = previous.is_file() and previous.read_text() == settings
+    run([*configure, *([] if same else ["--fresh"])])
+    previous.write_text(settings)
+    run([cmake, "--build", str(directory)])
+    run([cmake, "--install", str(directory), "--prefix", str(destination), "--strip"])
+
+
+def remove_previous_package() -> None:
+    """setuptools packs all that lies in build/lib*, also modules that are gone from the sources."""
+    for directory in (ROOT / "build").glob("lib*"):
+        shutil.rmtree(directory)
+
+
+if __name__ == "__main__":
+    print(*(missing_requirements() if sys.argv[1:] == ["missing"] else filter(None, [find_torch()])))

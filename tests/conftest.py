@@ -1,0 +1,11 @@
+"""`python -m pytest` puts the repository on sys.path, where ./accumloss lacks _C after a normal install."""
+
+import importlib.machinery
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+
+elsewhere = [path for path in sys.path if Path(path or ".").resolve() != ROOT]
+if importlib.machinery.PathFinder.find_spec("accumloss", elsewhere):  # installed, and not as editable
+    sys.path[:] = elsewhere

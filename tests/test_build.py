@@ -1,0 +1,267 @@
+"""The build: one line where it cannot work, the right files in the sdist, a module inside the stable ABI."""
+
+import importlib.metadata
+import importlib.util
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tarfile
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+TOOLS = ROOT / "build_tools"
+
+
+def run_python(code, **environment):
+    """Runs code with build_tools on the path and the environment changed: None removes a variable."""
+    merged = {**os.environ, "ACCUMLOSS_CUDA": None, "CXX": None, "CMAKE_ARGS": None, **environment}
+    return subprocess.run(
+        [sys.executable, "-c", f"import sys; sys.path.insert(0, {str(TOOLS)!r})\n{code}"],
+        capture_output=True,
+        text=True,
+        env={name: str(value) for name, value in merged.items() if value is not None},
+    )
+
+
+def assert_one_line(result, *parts):
+    """Failed, with one line on stderr that holds the parts: no traceback."""
+    assert result.returncode == 1
+    assert result.stderr.count("\n") == 1, result.stderr
+    assert result.stderr.startswith("accumloss: ")
+    for part in parts:
+        assert part in result.stderr
+
+
+def make_program(folder, name, script):
+    program = folder / name
+    program.write_text(f"#!/bin/sh\n{script}\n")
+    program.chmod(0o755)
+    return program
+
+
+def make_torch(folder, version):
+    folder.mkdir()
+    (folder / "version.py").write_text(f"__version__ = '{version}'\n")
+    return folder
+
+
+REQUIRES = "import native; print(native.missing_requirements())"
+BUILD = "import native, pathlib; native.build(pathlib.Path('/nowhere'))"
+
+
+@pytest.mark.parametrize("code", [REQUIRES, BUILD])
+@pytest.mark.parametrize("version", ["1.13.1", "2.9.1+cu128"])
+def test_build_refuses_old_torch(tmp_path, code, version):
+    torch = make_torch(tmp_path / "torch", version)
+    assert_one_line(run_python(code, ACCUMLOSS_TORCH_DIR=torch), "torch 2.10 or newer", version, "pip install -U torch")
+
+
+@pytest.mark.parametrize("version", ["2.10.0", "2.13.0+cpu", "3.0.0", "2.16.0a0+git1234567"])
+def test_build_takes_new_torch(tmp_path, version):
+    torch = make_torch(tmp_path / "torch", version)
+    for given in (torch, tmp_path):
+        code = "import native; print(native.torch_version(native.find_torch()))"
+        result = run_python(code, ACCUMLOSS_TORCH_DIR=given)
+        assert result.stdout.strip() == version, result.stderr
+
+
+def test_build_refuses_torch_dir_without_torch(tmp_path):
+    assert_one_line(run_python(REQUIRES, ACCUMLOSS_TORCH_DIR=tmp_path), "ACCUMLOSS_TORCH_DIR", str(tmp_path))
+
+
+def test_build_without_torch_says_what_to_install():
+    result = run_python(f"import native; native.find_torch = lambda: None; {BUILD}")
+    assert_one_line(result, "torch 2.10 or newer", "pip install torch", "ACCUMLOSS_TORCH_DIR")
+
+
+@pytest.mark.parametrize("code", [REQUIRES, BUILD])
+def test_build_without_compiler_says_what_to_install(tmp_path, code):
+    assert_one_line(run_python(code, PATH=tmp_path), "C++17 compiler", "apt install g++")
+    assert_one_line(run_python(code, CXX="/nowhere/c++ -O1"), "CXX=/nowhere/c++ was not found")
+
+
+def test_build_without_cmake_says_what_to_install(tmp_path):
+    make_program(tmp_path, "c++", "exit 0")
+    hidden = f"import sysconfig; sysconfig.get_path = lambda name: {str(tmp_path)!r}; "
+    assert_one_line(run_python(hidden + BUILD, PATH=tmp_path), "cmake is needed: pip install cmake")
+
+
+def test_isolated_build_requires_only_what_is_missing(tmp_path):
+    make_program(tmp_path, "c++", "exit 0")
+    torch = make_torch(tmp_path / "torch", "2.13.0")
+    hidden = f"import sysconfig; sysconfig.get_path = lambda name: {str(tmp_path)!r}; "
+    result = run_python(hidden + REQUIRES, PATH=tmp_path, ACCUMLOSS_TORCH_DIR=torch)
+    assert result.stdout.strip() == "['cmake>=3.24', 'ninja>=1.10']", result.stderr
+    make_program(tmp_path, "cmake", "echo cmake version 4.4.4")
+    make_program(tmp_path, "ninja", "echo 1.11.1")
+    result = run_python(hidden + REQUIRES, PATH=tmp_path, ACCUMLOSS_TORCH_DIR=torch)
+    assert result.stdout.strip() == "[]", result.stderr
+    result = run_python("import native; native.find_torch = lambda: None; " + hidden + REQUIRES, PATH=tmp_path)
+    assert result.stdout.strip() == "['torch>=2.10']", result.stderr
+
+
+def test_find_tool_passes_over_broken_and_old(tmp_path):
+    scripts = {"broken": "exit 1", "old": "echo cmake version 3.18.4", "good": "echo cmake version 3.24.0"}
+    for name, script in scripts.items():
+        (tmp_path / name).mkdir()
+        make_program(tmp_path / name, "cmake", script)
+    path = os.pathsep.join(str(tmp_path / name) for name in scripts)
+    result = run_python("import native; print(native.find_tool('cmake'))", PATH=path)
+    assert result.stdout.strip() == str(tmp_path / "good" / "cmake"), result.stderr
+
+
+def configure(tmp_path, *arguments, **environment):
+    """CMake's configuration of this project, by the function that the build uses, into a folder of its own."""
+    pytest.importorskip("pybind11", reason="pybind11 is not installed")
+    code = f"""
+import native, pybind11
+cmake, ninja = native.find_tool("cmake"), native.find_tool("ninja")
+native.run([
+    cmake, "-S", {str(ROOT)!r}, "-B", {str(tmp_path / "build")!r}, "-G", "Ninja", f"-DCMAKE_MAKE_PROGRAM={{ninja}}",
+    f"-DPython_EXECUTABLE={{sys.executable}}", f"-Dpybind11_DIR={{pybind11.get_cmake_dir()}}",
+    f"-DACCUMLOSS_TORCH_DIR={{native.find_torch()}}", *{list(arguments)!r}])"""
+    unset = dict.fromkeys(["CUDACXX", "CUDAHOSTCXX", "CUDAARCHS", "TORCH_CUDA_ARCH_LIST"])
+    return run_python(code, **{**unset, **environment})
+
+
+def test_configure_broken_nvcc_is_an_error_that_names_the_way_out(tmp_path):
+    nvcc = make_program(tmp_path, "nvcc", "echo this nvcc is broken; exit 3")
+    result = configure(tmp_path, ACCUMLOSS_CUDA="AUTO", PATH=f"{tmp_path}{os.pathsep}{os.environ['PATH']}")
+    assert_one_line(result, f"{nvcc} cannot compile", "ACCUMLOSS_CUDA=OFF")
+    assert "this nvcc is broken" in result.stdout
+
+
+def test_configure_cuda_on_needs_nvcc(tmp_path):
+    hidden = [folder for folder in [*os.get_exec_path(), "/usr/local/cuda/bin"] if Path(folder, "nvcc").exists()]
+    result = configure(
+        tmp_path, f"-DCMAKE_IGNORE_PATH={';'.join(hidden)}", ACCUMLOSS_CUDA="ON", CUDA_HOME=None, CUDA_PATH=None
+    )
+    assert_one_line(result, "ACCUMLOSS_CUDA=ON", "nvcc was not found", "CUDACXX")
+
+
+def test_configure_cuda_off_ignores_nvcc(tmp_path):
+    make_program(tmp_path, "nvcc", "exit 3")
+    result = configure(tmp_path, ACCUMLOSS_CUDA="OFF", PATH=f"{tmp_path}{os.pathsep}{os.environ['PATH']}")
+    assert result.returncode == 0, result.stdout + result.stderr
+    assert "CPU only" in result.stdout
+
+
+def test_configure_refuses_unknown_cuda_setting(tmp_path):
+    assert_one_line(configure(tmp_path, ACCUMLOSS_CUDA="yes"), "ACCUMLOSS_CUDA is AUTO, ON or OFF, got yes")
+
+
+@pytest.mark.parametrize(
+    ("listed", "known", "expected"),
+    [
+        (None, "compute_90 compute_100", "80-real;90-real;100"),
+        (None, "compute_80 compute_90", "80-real;90"),  # CUDA before 12.8
+        ("8.0;9.0a+PTX", "compute_100", "80-real;90a"),
+        ("8.6 12.0", "compute_100", "86-real;120-real"),
+    ],
+)
+def test_configure_cuda_architectures(tmp_path, listed, known, expected):
+    make_program(tmp_path, "nvcc", f"echo {known}")  # passes for a compiler until CMake asks it for its version
+    path = f"{tmp_path}{os.pathsep}{os.environ['PATH']}"
+    result = configure(tmp_path, PATH=path, TORCH_CUDA_ARCH_LIST=listed)
+    cache = (tmp_path / "build" / "CMakeCache.txt").read_text()
+    assert f"CMAKE_CUDA_ARCHITECTURES:STRING={expected}\n" in cache, result.stdout
+
+
+@pytest.fixture(scope="module")
+def module():
+    """The compiled module that is under test."""
+    import torch  # noqa: F401  its libraries come first
+
+    spec = importlib.util.find_spec("accumloss._C")
+    assert spec
+    assert spec.origin
+    return Path(spec.origin)
+
+
+def output_of(*command):
+    if not shutil.which(command[0]):
+        pytest.skip(f"{command[0]} is not installed")
+    return subprocess.run(command, capture_output=True, text=True, check=True).stdout
+
+
+def test_module_needs_libtorch_itself(module):
+    needed = re.findall(r"NEEDED.*\[(.+)\]", output_of("readelf", "-d", str(module)))
+    assert {"libtorch.so", "libtorch_cpu.so"} <= set(needed)  # libtorch.so: the weak CUDA symbol is found through it
+    unwanted = ("libc10", "libtorch_cuda", "libtorch_python", "libcudart", "libpython")
+    assert [name for name in needed if name.startswith(unwanted)] == []
+
+
+def test_module_stays_inside_the_stable_abi(module):
+    import torch
+
+    symbols = [line.split() for line in output_of("nm", "-D", "--undefined-only", str(module)).splitlines()]
+    names = {symbol: kind for kind, symbol in symbols}
+    assert [name for name in names if re.search(r"c10|2at[0-9]|N5torch", name)] == []
+    include = Path(torch.__file__).parent / "include" / "torch" / "csrc"
+    shims = "".join((include / p).read_text() for p in ("inductor/aoti_torch/c/shim.h", "stable/c/shim.h"))
+    torch_names = [name for name in names if name.startswith(("aoti_torch_", "torch_"))]
+    assert torch_names
+    assert [name for name in torch_names if not re.search(rf"\b{name}\b", shims)] == []
+    # a build of torch for CPU has no other symbol of CUDA
+    strong = {name for name, kind in names.items() if "cuda" in name and kind != "w"}
+    assert strong <= {"aoti_torch_device_type_cuda"}
+
+
+def test_module_exports_its_init_function_only(module):
+    exported = output_of("nm", "-D", "--defined-only", str(module))
+    assert " T PyInit__C" in exported
+    assert "accumloss" not in exported
+    assert not re.search(r" [TDB] (?!PyInit__C$|__bss_start$|_edata$|_end$)", exported, re.MULTILINE), exported
+
+
+def test_instruction_sets_share_no_code():
+    """A function that the linker may take from the AVX-512 object would end a run on a machine without AVX-512."""
+    objects = sorted(ROOT.glob("build/*/CMakeFiles/row_kernels_*/csrc/cpu/row_kernels.cpp.o"))
+    if not objects:
+        pytest.skip("no object files in build/: accumloss was built elsewhere")
+    for path in objects:
+        symbols = output_of("nm", "-C", "--defined-only", str(path))
+        shared = re.findall(r"^.* [WVuT] .*$", symbols, re.MULTILINE)
+        assert len(shared) == 1, (path, shared)  # its table of kernels
+
+
+def test_every_source_is_built():
+    description = (ROOT / "CMakeLists.txt").read_text()
+    sources = [
+        path.relative_to(ROOT).as_posix() for path in (ROOT / "csrc").rglob("*") if path.suffix in {".cpp", ".cu"}
+    ]
+    assert sources
+    assert [source for source in sources if source not in description] == []
+
+
+def test_version_has_one_source():
+    import accumloss
+
+    in_pyproject = re.search(r'^version = "(.+)"$', (ROOT / "pyproject.toml").read_text(), re.MULTILINE)
+    assert in_pyproject
+    assert in_pyproject[1] == importlib.metadata.version("accumloss") == accumloss.build_info()["version"]
+
+
+def test_sdist_holds_what_a_build_needs(tmp_path):
+    pytest.importorskip("setuptools", minversion="77", reason="setuptools 77 is not installed")
+    source = tmp_path / "source"
+    ignored = shutil.ignore_patterns(".*", "build", "dist", "*.egg-info", "*.so", "__pycache__", "results")
+    shutil.copytree(ROOT, source, ignore=ignored)
+    code = "import sys; sys.path.insert(0, 'build_tools'); import accumloss_backend as b; b.build_sdist('dist')"
+    subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, cwd=source)
+    (archive,) = (source / "dist").glob("accumloss-*.tar.gz")
+    with tarfile.open(archive) as tar:
+        held = {name.partition("/")[2] for name in tar.getnames()}
+    wanted = {
+        path.relative_to(ROOT).as_posix()
+        for folder in ("accumloss", "build_tools", "csrc", "tests")
+        for path in (ROOT / folder).rglob("*")
+        if path.is_file() and path.suffix not in {".pyc", ".so"}
+    }
+    wanted |= {"setup.py", "pyproject.toml", "CMakeLists.txt", "README.md", "LICENSE", "Makefile"}
+    assert wanted - held == set()
+    assert [name for name in held if name.endswith((".so", ".pyc", ".o"))] == []
