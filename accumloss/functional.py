@@ -1,0 +1,381 @@
+"""Accumulation-aware losses over the ops, with the signatures that transformers calls its losses by.
+
+All of them return ``sum of the item losses / num_items_in_batch``, where ``num_items_in_batch`` is the number of items
+of the **whole optimizer step**. Summed over the micro-batches of a step, gradients and losses are then those of the one
+batch that holds them all. Without ``num_items_in_batch`` the divisor is the number of items of the call: its mean.
+A call, or a step, without a single item has loss 0 and gradient 0.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+import torch
+import torch.nn.functional as F
+
+from . import ops
+from .options import LossOptions
+from .sums import TokenSums
+
+NumItems = int | float | torch.Tensor | None
+InPlace = Literal[False, "backward", "forward"]
+
+# dtypes whose gradient may be written before the incoming gradient is known; see ops.GradInForward
+_GRAD_IN_FORWARD_DTYPES = (torch.bfloat16, torch.float32)
+
+
+def cross_entropy(
+    logits: torch.Tensor,
+    labels: torch.Tensor,
+    *,
+    weight: torch.Tensor | None = None,
+    shift: int = 0,
+    metrics: bool = False,
+    ignore_index: int = -100,
+    label_smoothing: float = 0.0,
+    z_loss: float = 0.0,
+    softcap: float = 0.0,
+    logit_scale: float = 1.0,
+) -> TokenSums:
+    """Sum of the cross-entropies and count of the items, in one pass over the logits.
+
+    Equivalent to, without the copies::
+
+        F.cross_entropy(logits.float().flatten(0, -2), labels.flatten(), reduction="sum"), (labels != -100).sum()
+
+    Args:
+        logits: (..., V) bf16, fp16, fp32 or fp64, of any strides; copied only where V is not contiguous.
+        labels: (...) int64 or int32, class indices or ignore_index.
+        weight: (V,) class weights of any floating dtype, or None.
+        shift: row (..., t) reads label (..., t + shift); 1 for causal language models, whose labels are not shifted.
+        metrics: also count the correct top-1 predictions and sum the entropies, from the same pass.
+        ignore_index, label_smoothing, z_loss, softcap, logit_scale: see LossOptions.
+
+    Returns:
+        TokenSums; ``loss_sum`` carries the gradient.
+
+    Raises:
+        ValueError: an option is out of range.
+        RuntimeError: shapes, dtypes or devices do not fit.
+        IndexError: a label outside [0, V) that is not ignore_index. On CUDA the row's loss is NaN and its gradient zero,
+            and the error is raised by the next call, or by check().
+
+    Example:
+        >>> logits = torch.tensor([[2.0, 0.0], [0.0, 1.0], [5.0, 5.0]])
+        >>> sums = cross_entropy(logits, torch.tensor([0, 1, -100]), metrics=True)
+        >>> sums.num_items.item(), round(sums.loss_sum.item(), 4), sums.accuracy.item()
+        (2, 0.4402, 1.0)
+    """
+    _refuse_functorch("cross_entropy")
+    options = LossOptions(ignore_index, label_smoothing, z_loss, softcap, logit_scale)
+    outputs = ops.cross_entropy(logits, labels, weight, shift=shift, metrics=metrics, **options.as_kwargs())
+    loss_sum, num_items, total_weight, _, num_correct, entropy_sum, _ = outputs
+    if not metrics:
+        return TokenSums(loss_sum, num_items, total_weight)
+    return TokenSums(loss_sum, num_items, total_weight, num_correct, entropy_sum)
+
+
+def causal_lm_loss(
+    logits: torch.Tensor,
+    labels: torch.Tensor | None,
+    vocab_size: int | None = None,
+    num_items_in_batch: NumItems = None,
+    ignore_index: int = -100,
+    shift_labels: torch.Tensor | None = None,
+    *,
+    weight: torch.Tensor | None = None,
+    label_smoothing: float = 0.0,
+    z_loss: float = 0.0,
+    softcap: float = 0.0,
+    logit_scale: float = 1.0,
+    inplace: InPlace = False,
+    **kwargs: Any,
+) -> torch.Tensor:
+    """Loss of a causal language model: position t predicts label t + 1; the shift is index arithmetic, not a copy.
+
+    Equivalent to transformers' ``ForCausalLMLoss``, whose signature it has, at any accumulation depth.
+
+    Args:
+        logits: (B, T, V) bf16, fp16, fp32 or fp64.
+        labels: (B, T) int64 or int32, not shifted; the first of a row is never a target. Unused with shift_labels.
+        vocab_size: V, for the signature; an error where logits have another.
+        num_items_in_batch: items of the whole optimizer step: int, or tensor of any device and of shape () or (n, 1).
+            None: the items of this call.
+        ignore_index: labels that count nothing.
+        shift_labels: (B, T) labels that are shifted already, as sequence-parallel training passes them; they win.
+        weight: (V,) class weights. Without num_items_in_batch the divisor is then the items' total weight.
+        label_smoothing, z_loss, softcap, logit_scale: see LossOptions.
+        inplace: "backward" or "forward" writes the gradient over the logits, which saves a buffer of their size: in
+            backward, or at once together with the loss (num_items_in_batch must then be given, and the logits are gone
+            after the call). Whatever else saved the logits for its own backward raises.
+        **kwargs: whatever else a model passes; ignored.
+
+    Returns:
+        0-dim loss, fp32 (fp64 for fp64 logits).
+
+    Raises:
+        ValueError, RuntimeError, IndexError: as cross_entropy, and where num_items_in_batch or inplace do not fit.
+    """
+    options = LossOptions(ignore_index, label_smoothing, z_loss, softcap, logit_scale)
+    _check_vocab_size("causal_lm_loss", logits, vocab_size)
+    if shift_labels is not None:
+        return _mean_loss("causal_lm_loss", logits, shift_labels, weight, options, 0, num_items_in_batch, inplace)
+    if labels is None:
+        raise ValueError("causal_lm_loss: expected labels (B, T) or shift_labels (B, T), got neither")
+    return _mean_loss("causal_lm_loss", logits, labels, weight, options, 1, num_items_in_batch, inplace)
+
+
+def masked_lm_loss(
+    logits: torch.Tensor,
+    labels: torch.Tensor,
+    vocab_size: int | None = None,
+    num_items_in_batch: NumItems = None,
+    ignore_index: int = -100,
+    *,
+    weight: torch.Tensor | None = None,
+    label_smoothing: float = 0.0,
+    z_loss: float = 0.0,
+    softcap: float = 0.0,
+    logit_scale: float = 1.0,
+    inplace: InPlace = False,
+    **kwargs: Any,
+) -> torch.Tensor:
+    """Loss of a masked language model, and of any head with one label for each position; nothing is shifted.
+
+    Equivalent to transformers' ``ForMaskedLMLoss``, whose signature it has.
+
+    Args:
+        logits: (..., V).
+        labels: (...) int64 or int32.
+        vocab_size, num_items_in_batch, ignore_index, weight, label_smoothing, z_loss, softcap, logit_scale, inplace:
+            as causal_lm_loss.
+
+    Returns:
+        0-dim loss, fp32 (fp64 for fp64 logits).
+    """
+    options = LossOptions(ignore_index, label_smoothing, z_loss, softcap, logit_scale)
+    _check_vocab_size("masked_lm_loss", logits, vocab_size)
+    return _mean_loss("masked_lm_loss", logits, labels, weight, options, 0, num_items_in_batch, inplace)
+
+
+def token_classification_loss(
+    logits: torch.Tensor,
+    labels: torch.Tensor,
+    config: Any = None,
+    num_items_in_batch: NumItems = None,
+    ignore_index: int = -100,
+    *,
+    weight: torch.Tensor | None = None,
+    label_smoothing: float = 0.0,
+    inplace: InPlace = False,
+    **kwargs: Any,
+) -> torch.Tensor:
+    """Loss of a token classification head. Equivalent to transformers' ``ForTokenClassification``.
+
+    Args:
+        logits: (B, T, C).
+        labels: (B, T) int64 or int32.
+        config: with ``num_labels`` = C; an error where logits have another. None: not checked.
+        num_items_in_batch, ignore_index, weight, label_smoothing, inplace: as causal_lm_loss; items are tokens.
+
+    Returns:
+        0-dim loss, fp32 (fp64 for fp64 logits).
+    """
+    options = LossOptions(ignore_index=ignore_index, label_smoothing=label_smoothing)
+    _check_vocab_size("token_classification_loss", logits, getattr(config, "num_labels", None), "config.num_labels")
+    return _mean_loss("token_classification_loss", logits, labels, weight, options, 0, num_items_in_batch, inplace)
+
+
+def sequence_classification_loss(
+    labels: torch.Tensor,
+    pooled_logits: torch.Tensor,
+    config: Any,
+    num_items_in_batch: NumItems = None,
+    ignore_index: int = -100,
+    *,
+    weight: torch.Tensor | None = None,
+    label_smoothing: float = 0.0,
+    **kwargs: Any,
+) -> torch.Tensor:
+    """Loss of a sequence classification head. Equivalent to transformers' ``ForSequenceClassificationLoss``.
+
+    ``config.problem_type`` decides, and where it is None is set as transformers sets it (pipelines read it later):
+
+    ============================  ==============================================  =====================
+    problem_type                  loss                                            an item is
+    ============================  ==============================================  =====================
+    regression                    squared error                                   an element of labels
+    single_label_classification   cross-entropy                                   an example
+    multi_label_classification    binary cross-entropy of pooled_logits (B, C)    an element of labels
+    ============================  ==============================================  =====================
+
+    Args:
+        labels: (B,) class indices, (B,) or (B, C) values for regression, (B, C) of 0 and 1 for multi label.
+        pooled_logits: (B, C).
+        config: with ``num_labels`` and ``problem_type``.
+        num_items_in_batch: items of the whole optimizer step in the unit above; see causal_lm_loss.
+        ignore_index, label_smoothing: single label only.
+        weight: (C,) class weights; not for regression.
+
+    Returns:
+        0-dim loss, fp32 (fp64 for fp64 logits).
+    """
+    name = "sequence_classification_loss"
+    num_labels = config.num_labels
+    if config.problem_type is None:
+        if num_labels == 1:
+            config.problem_type = "regression"
+        elif labels.dtype in (torch.int64, torch.int32):
+            config.problem_type = "single_label_classification"
+        else:
+            config.problem_type = "multi_label_classification"
+    labels = labels.to(pooled_logits.device)
+
+    if config.problem_type == "single_label_classification":
+        options = LossOptions(ignore_index=ignore_index, label_smoothing=label_smoothing)
+        logits = pooled_logits.reshape(-1, num_labels)
+        return _mean_loss(name, logits, labels.reshape(-1), weight, options, 0, num_items_in_batch, False)
+
+    acc = ops.accumulation_dtype(pooled_logits)
+    logits, targets = pooled_logits.to(acc), labels.to(acc)
+    if config.problem_type == "regression":
+        if weight is not None:
+            raise ValueError(f"{name}: expected no class weights for regression, got {tuple(weight.shape)}")
+        if num_labels == 1:
+            logits, targets = logits.flatten(), targets.flatten()
+        _check_same_shape(name, logits, targets)
+        loss_sum = F.mse_loss(logits, targets, reduction="sum")
+    elif config.problem_type == "multi_label_classification":
+        _check_same_shape(name, logits, targets)
+        loss_sum = F.binary_cross_entropy_with_logits(logits, targets, weight=weight, reduction="sum")
+    else:
+        raise ValueError(
+            f"{name}: expected config.problem_type regression, single_label_classification or "
+            f"multi_label_classification, got {config.problem_type!r}"
+        )
+    divisor = _divisor(name, num_items_in_batch, loss_sum)
+    return loss_sum / (max(targets.numel(), 1) if divisor is None else divisor)
+
+
+def question_answering_loss(
+    start_logits: torch.Tensor,
+    end_logits: torch.Tensor,
+    start_positions: torch.Tensor | None,
+    end_positions: torch.Tensor | None,
+    num_items_in_batch: NumItems = None,
+    **kwargs: Any,
+) -> torch.Tensor | None:
+    """Loss of an extractive question answering head, the mean of its two ends. ``ForQuestionAnsweringLoss``.
+
+    Args:
+        start_logits, end_logits: (B, T).
+        start_positions, end_positions: (B,) or (B, 1) int64 or int32; those beyond the sequence are ignored, negative
+            ones count as 0. None for either: no loss.
+        num_items_in_batch: examples of the whole optimizer step, the same for both ends. None: each end is divided by
+            its own items.
+
+    Returns:
+        0-dim loss, fp32 (fp64 for fp64 logits), or None.
+    """
+    if start_positions is None or end_positions is None:
+        return None
+    ignore_index = start_logits.shape[1]
+    options = LossOptions(ignore_index=ignore_index)
+    losses = []
+    for logits, positions in ((start_logits, start_positions), (end_logits, end_positions)):
+        labels = positions.reshape(positions.shape[0]).to(logits.device).clamp(0, ignore_index)
+        losses.append(
+            _mean_loss("question_answering_loss", logits, labels, None, options, 0, num_items_in_batch, False)
+        )
+    return (losses[0] + losses[1]) / 2
+
+
+def _mean_loss(
+    name: str,
+    logits: torch.Tensor,
+    labels: torch.Tensor,
+    weight: torch.Tensor | None,
+    options: LossOptions,
+    shift: int,
+    num_items_in_batch: NumItems,
+    inplace: InPlace,
+) -> torch.Tensor:
+    """The one way from logits to a loss: sum, divided once."""
+    if inplace not in (False, "backward", "forward"):
+        raise ValueError(f'{name}: expected False, "backward" or "forward" for inplace, got {inplace!r}')
+    _refuse_functorch(name)
+    if labels.device != logits.device:
+        labels = labels.to(logits.device, non_blocking=True)
+    if shift == 0 and labels.shape != logits.shape[:-1] and labels.numel() * logits.shape[-1] == logits.numel():
+        logits, labels = logits.flatten(0, -2), labels.flatten()  # one of them came flattened
+
+    divisor = _divisor(name, num_items_in_batch, logits)
+    kwargs = {"shift": shift, **options.as_kwargs()}
+    wants_grad = torch.is_grad_enabled() and logits.requires_grad
+    if inplace and wants_grad:
+        return _in_place(name, logits, labels, weight, divisor, kwargs, inplace)
+    # The compiler takes the op with its formula; so do second derivatives, which fp64 is for.
+    is_eager = not torch.compiler.is_compiling()
+    if wants_grad and divisor is not None and logits.dtype in _GRAD_IN_FORWARD_DTYPES and is_eager:
+        return ops.GradInForward.apply(logits, labels, weight, divisor, kwargs)
+    loss_sum, num_items, total_weight, *_ = ops.cross_entropy(logits, labels, weight, **kwargs)
+    if divisor is None:
+        divisor = ops.mean_divisor(num_items, total_weight, weight, loss_sum.dtype)
+    return loss_sum / divisor
+
+
+def _in_place(name, logits, labels, weight, divisor, kwargs, inplace: InPlace) -> torch.Tensor:
+    if torch.compiler.is_compiling():
+        raise RuntimeError(f"{name}: expected inplace=False under torch.compile, got {inplace!r}")
+    if logits.is_leaf:
+        raise ValueError(
+            f"{name}: expected logits that a model computed where inplace={inplace!r}, got a leaf that requires grad; "
+            "its values would be lost"
+        )
+    if inplace == "backward":
+        return ops.InPlaceBackward.apply(logits, labels, weight, divisor, kwargs)
+    if divisor is None:
+        raise ValueError(
+            f'{name}: expected num_items_in_batch where inplace="forward", got None; the gradient is written before '
+            'the items of the call are counted; give it, or use inplace="backward"'
+        )
+    if logits.dtype == torch.float16:
+        raise ValueError(
+            f'{name}: expected bfloat16, float32 or float64 logits where inplace="forward", got float16, in which a '
+            'gradient divided by the number of items underflows; use inplace="backward"'
+        )
+    return ops.InPlaceForward.apply(logits, labels, weight, divisor, kwargs)
+
+
+def _divisor(name: str, num_items_in_batch: NumItems, like: torch.Tensor) -> torch.Tensor | None:
+    """num_items_in_batch as a 0-dim tensor >= 1 on the device of ``like``, without a sync; None for None."""
+    if num_items_in_batch is None:
+        return None
+    acc = ops.accumulation_dtype(like)
+    if isinstance(num_items_in_batch, torch.Tensor):
+        if num_items_in_batch.numel() == 0:
+            raise ValueError(f"{name}: expected num_items_in_batch of shape () or (n, 1), got an empty tensor")
+        divisor = num_items_in_batch.detach().reshape(-1)[0].to(like.device, acc, non_blocking=True)
+        return divisor.clamp(min=1)
+    is_number = isinstance(num_items_in_batch, (int, float)) and not isinstance(num_items_in_batch, bool)
+    if not is_number or not 0 <= num_items_in_batch < float("inf"):
+        raise ValueError(f"{name}: expected num_items_in_batch >= 0, got {num_items_in_batch!r}")
+    return torch.full((), max(num_items_in_batch, 1), dtype=acc, device=like.device)
+
+
+def _refuse_functorch(name: str) -> None:
+    if torch._C._are_functorch_transforms_active():
+        raise RuntimeError(
+            f"{name}: expected no torch.func transform (grad, vjp, vmap, ...) around it, got one; "
+            "use torch.autograd.grad, which also gives second derivatives"
+        )
+
+
+def _check_vocab_size(name: str, logits: torch.Tensor, size: int | None, source: str = "vocab_size") -> None:
+    if size is not None and logits.shape[-1] != size:
+        raise ValueError(f"{name}: expected logits of shape (..., {source} = {size}), got {tuple(logits.shape)}")
+
+
+def _check_same_shape(name: str, logits: torch.Tensor, labels: torch.Tensor) -> None:
+    if logits.shape != labels.shape:
+        raise ValueError(f"{name}: expected labels of shape {tuple(logits.shape)}, got {tuple(labels.shape)}")

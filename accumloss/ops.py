@@ -1,0 +1,253 @@
+"""The compiled ops: fake kernels, autograd formulas. The only module that touches ``torch.ops.accumloss``.
+
+``cross_entropy`` differentiates like any op. Its gradient is a second visit of the logits, ``cross_entropy_backward``.
+``cross_entropy_with_grad`` visits them once and writes the gradient at the same time; for that the divisor of the step
+must be known in forward. The classes at the end of this file put the latter, and the two in-place variants, into the
+graph: an op that overwrites its input cannot have a registered formula.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch.autograd.function import once_differentiable
+
+from . import _C as _C  # importing it registers the ops
+from . import reference
+from .options import LossOptions
+
+_ops = torch.ops.accumloss
+
+
+def accumulation_dtype(logits: torch.Tensor) -> torch.dtype:
+    """The dtype of the sums: fp64 for fp64 logits, else fp32."""
+    return torch.float64 if logits.dtype == torch.float64 else torch.float32
+
+
+# Fake kernels --------------------------------------------------------------------------------------------------------
+
+
+def _fake_sums(logits: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    acc = accumulation_dtype(logits)
+    dtypes = (acc, torch.int64, acc, torch.int64, acc)  # loss_sum, num_items, total_weight, num_correct, entropy_sum
+    return tuple(logits.new_empty((), dtype=dtype) for dtype in dtypes)
+
+
+@torch.library.register_fake("accumloss::cross_entropy")
+def _(logits, labels, weight=None, **options):
+    loss_sum, num_items, total_weight, num_correct, entropy_sum = _fake_sums(logits)
+    lse = logits.new_empty(labels.shape, dtype=torch.float64)
+    nll = logits.new_empty(labels.shape, dtype=accumulation_dtype(logits))
+    return loss_sum, num_items, total_weight, lse, num_correct, entropy_sum, nll
+
+
+@torch.library.register_fake("accumloss::cross_entropy_backward")
+def _(grad_loss_sum, logits, labels, lse, nll, weight=None, **options):
+    return logits.new_empty(logits.shape)
+
+
+@torch.library.register_fake("accumloss::cross_entropy_backward_")
+def _(grad_loss_sum, logits, labels, lse, nll, weight=None, **options):
+    return None
+
+
+@torch.library.register_fake("accumloss::cross_entropy_with_grad")
+def _(grad_loss_sum, logits, labels, weight=None, **options):
+    return *_fake_sums(logits), logits.new_empty(logits.shape)
+
+
+@torch.library.register_fake("accumloss::cross_entropy_with_grad_")
+def _(grad_loss_sum, logits, labels, weight=None, **options):
+    return _fake_sums(logits)
+
+
+@torch.library.register_fake("accumloss::scale_")
+def _(values, factor):
+    return None
+
+
+# Language models: cross_entropy with the shift set. Autograd, fake tensors and the compiler see only cross_entropy. -------
+
+
+@torch.library.impl("accumloss::causal_lm", "CompositeImplicitAutograd")
+def _(logits, labels, weight=None, **options):
+    return _ops.cross_entropy(logits, labels, weight, shift=1, **options)[:2]
+
+
+@torch.library.impl("accumloss::masked_lm", "CompositeImplicitAutograd")
+def _(logits, labels, weight=None, **options):
+    return _ops.cross_entropy(logits, labels, weight, **options)[:2]
+
+
+# Autograd ------------------------------------------------------------------------------------------------------------
+
+
+def _setup_forward(ctx: Any, inputs: tuple, keyword_only_inputs: dict, output: tuple) -> None:
+    logits, labels, weight = inputs
+    _, num_items, total_weight, lse, num_correct, entropy_sum, nll = output
+    ctx.options = keyword_only_inputs
+    ctx.save_for_backward(logits, labels, lse, nll, weight)
+    ctx.mark_non_differentiable(num_items, total_weight, lse, num_correct, entropy_sum, nll)
+    ctx.set_materialize_grads(False)
+
+
+def _backward(ctx: Any, grad_loss_sum: torch.Tensor | None, *_: None) -> tuple:
+    if grad_loss_sum is None:
+        return None, None, None
+    logits, labels, lse, nll, weight = ctx.saved_tensors
+    grad = _ops.cross_entropy_backward(grad_loss_sum, logits, labels, lse, nll, weight, **ctx.options)
+    return grad, None, None
+
+
+torch.library.register_autograd("accumloss::cross_entropy", _backward, setup_context=_setup_forward)
+
+
+def _setup_backward(ctx: Any, inputs: tuple, keyword_only_inputs: dict, output: torch.Tensor) -> None:
+    grad_loss_sum, logits, labels, _, _, weight = inputs
+    ctx.options = keyword_only_inputs
+    ctx.save_for_backward(grad_loss_sum, logits, labels, weight)
+
+
+def _double_backward(ctx: Any, grad_grad: torch.Tensor) -> tuple:
+    """Differentiates the gradient again, by the reference in plain PyTorch: right, and as slow and large as that is."""
+    grad_loss_sum, logits, labels, weight = ctx.saved_tensors
+    options = dict(ctx.options)
+    shift, _ = options.pop("shift"), options.pop("metrics")
+    acc = accumulation_dtype(logits)
+    with torch.enable_grad():
+        x = logits.detach().to(acc).requires_grad_()
+        g = grad_loss_sum.detach().to(acc).requires_grad_()
+        loss_sum = reference.cross_entropy(x, labels, weight, LossOptions(**options), shift=shift, dtype=acc)[0]
+        (grad,) = torch.autograd.grad(loss_sum * g, x, create_graph=True)
+        grad_x, grad_g = torch.autograd.grad(grad, (x, g), grad_grad.to(acc))
+    return grad_g.to(grad_loss_sum.dtype), grad_x.to(logits.dtype), None, None, None, None
+
+
+torch.library.register_autograd("accumloss::cross_entropy_backward", _double_backward, setup_context=_setup_backward)
+
+
+def _refuse_backward(name: str):
+    def setup_context(ctx: Any, inputs: tuple, keyword_only_inputs: dict, output: Any) -> None:
+        pass
+
+    def backward(ctx: Any, *grads: Any) -> None:
+        raise RuntimeError(
+            f"torch.ops.accumloss.{name}: expected no backward through it, since it returns the gradient itself; "
+            "use torch.ops.accumloss.cross_entropy, or the functions of the accumloss package"
+        )
+
+    torch.library.register_autograd(f"accumloss::{name}", backward, setup_context=setup_context)
+
+
+_refuse_backward("cross_entropy_with_grad")
+
+
+# The gradient in forward, and in place -------------------------------------------------------------------------------
+
+
+class GradInForward(torch.autograd.Function):
+    """``loss_sum / divisor``, its gradient written in the same visit of the logits, into a buffer of its own.
+
+    The buffer is handed out by the first backward, scaled in place where the incoming gradient is not 1; a repeated
+    backward (retain_graph=True) computes it again. bf16 and fp32 only: a gradient already divided by the number of
+    items would underflow in fp16, before a GradScaler's factor reaches it.
+    """
+
+    @staticmethod
+    def forward(ctx, logits, labels, weight, divisor, options):
+        # logits (..., V), labels (...), weight (V,) or None, divisor ()
+        scale = divisor.reciprocal()
+        *sums, ctx.grad = _ops.cross_entropy_with_grad(scale, logits, labels, weight, **options)
+        ctx.save_for_backward(logits, labels, weight, scale)
+        ctx.options = options
+        return sums[0] / divisor
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad_loss):
+        grad, ctx.grad = ctx.grad, None
+        if grad is None:
+            logits, labels, weight, scale = ctx.saved_tensors
+            grad = _ops.cross_entropy_with_grad(grad_loss * scale, logits, labels, weight, **ctx.options)[-1]
+        else:
+            _ops.scale_(grad, grad_loss)
+        return grad, None, None, None, None
+
+
+class InPlaceForward(torch.autograd.Function):
+    """GradInForward whose gradient overwrites the logits: one read, one write, no memory."""
+
+    @staticmethod
+    def forward(ctx, logits, labels, weight, divisor, options):
+        data = logits.detach()
+        sums = _ops.cross_entropy_with_grad_(divisor.reciprocal(), data, labels, weight, **options)
+        torch.autograd.graph.increment_version(logits)  # whoever saved the logits for its own backward must notice
+        ctx.grad = data
+        return sums[0] / divisor
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad_loss):
+        grad, ctx.grad = ctx.grad, None
+        if grad is None:
+            raise RuntimeError(
+                'accumloss: expected one backward with inplace="forward", got a second one; the gradient took the '
+                "place of the logits and was handed out; leave inplace off where the graph is retained"
+            )
+        _ops.scale_(grad, grad_loss)
+        return grad, None, None, None, None
+
+
+class InPlaceBackward(torch.autograd.Function):
+    """``loss_sum / divisor``; the gradient overwrites the logits in backward."""
+
+    @staticmethod
+    def forward(ctx, logits, labels, weight, divisor, options):
+        loss_sum, num_items, total_weight, lse, _, _, nll = _ops.cross_entropy(logits, labels, weight, **options)
+        if divisor is None:
+            divisor = mean_divisor(num_items, total_weight, weight, loss_sum.dtype)
+        ctx.save_for_backward(logits, labels, lse, nll, weight, divisor)
+        ctx.options = options
+        return loss_sum / divisor
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad_loss):
+        logits, labels, lse, nll, weight, divisor = ctx.saved_tensors  # raises where the logits changed since
+        data = logits.detach()
+        _ops.cross_entropy_backward_(grad_loss / divisor, data, labels, lse, nll, weight, **ctx.options)
+        torch.autograd.graph.increment_version(logits)
+        return data, None, None, None, None
+
+
+def mean_divisor(
+    num_items: torch.Tensor, total_weight: torch.Tensor, weight: torch.Tensor | None, dtype: torch.dtype
+) -> torch.Tensor:
+    """The divisor of the mean over one call, 0-dim: its items, or their total weight; 1 where there is none."""
+    total = num_items.to(dtype) if weight is None else total_weight
+    return torch.where(total == 0, torch.ones_like(total), total)
+
+
+# Python names of the ops for the rest of the package ------------------------------------------------------------------
+
+cross_entropy = _ops.cross_entropy
+
+
+def build_info() -> dict[str, Any]:
+    """What this build of accumloss was made from and with, and the CPU instruction set in use.
+
+    Returns:
+        dict with ``version``, ``torch`` (the version whose headers it was built with), ``compiler``, ``cuda`` (version,
+        or None in a build without CUDA), ``cuda_architectures`` and ``cpu_capability``.
+    """
+    return _C.build_info()
+
+
+def check() -> None:
+    """Raises IndexError if a CUDA call has met a label outside [0, V) since the last check; on CPU the call itself does.
+
+    Such labels never become an index: the row's loss is NaN, its gradient zero, and the first of them is recorded
+    without a sync. Call ``torch.cuda.synchronize()`` before, to be sure that the work so far is covered.
+    """
+    _C.check()

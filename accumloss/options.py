@@ -1,0 +1,56 @@
+"""The options of a cross-entropy, validated once."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import asdict, dataclass
+from typing import Any
+
+
+@dataclass(frozen=True)
+class LossOptions:
+    """What changes a row's loss, besides its logits and label. Mirrors ``csrc/options.h`` field by field.
+
+    For logits ``x`` (V,), label ``y`` and class weights ``w`` (V,; 1 where none are given)::
+
+        z = softcap * tanh(logit_scale * x / softcap) if softcap else logit_scale * x
+        lse = logsumexp(z)
+        loss = (1 - label_smoothing) * w[y] * (lse - z[y])
+             + label_smoothing / V * sum(w * (lse - z))
+             + z_loss * lse**2
+
+    Args:
+        ignore_index: rows with this label count nothing: no loss, no item, zero gradient. May lie inside [0, V).
+        label_smoothing: share of the target spread evenly over the classes, in [0, 1]. As in
+            ``torch.nn.functional.cross_entropy``, also where classes are weighted.
+        z_loss: factor of ``lse**2``, >= 0; counted once per item, whatever its class weight. 1e-4 is usual.
+        softcap: bound of the logits' magnitude, >= 0; 0 turns it off. Gemma 2 uses 30.
+        logit_scale: multiplies the logits first, > 0. Cohere uses 0.0625.
+
+    Raises:
+        ValueError: an option is out of range.
+    """
+
+    ignore_index: int = -100
+    label_smoothing: float = 0.0
+    z_loss: float = 0.0
+    softcap: float = 0.0
+    logit_scale: float = 1.0
+
+    def __post_init__(self) -> None:
+        if isinstance(self.ignore_index, bool) or not isinstance(self.ignore_index, int):
+            raise ValueError(f"LossOptions: expected an int for ignore_index, got {self.ignore_index!r}")
+        _check("label_smoothing", self.label_smoothing, "a number in [0, 1]", lambda value: 0 <= value <= 1)
+        _check("z_loss", self.z_loss, "a finite number >= 0", lambda value: value >= 0)
+        _check("softcap", self.softcap, "a finite number >= 0 (0 turns it off)", lambda value: value >= 0)
+        _check("logit_scale", self.logit_scale, "a finite number > 0", lambda value: value > 0)
+
+    def as_kwargs(self) -> dict[str, Any]:
+        """The options as the keyword arguments of the ops."""
+        return asdict(self)
+
+
+def _check(name: str, value: Any, expected: str, is_valid: Any) -> None:
+    is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    if not is_number or not math.isfinite(value) or not is_valid(value):
+        raise ValueError(f"LossOptions: expected {expected} for {name}, got {value!r}")

@@ -1,0 +1,110 @@
+"""The same losses in plain PyTorch: the specification, and the oracle of the tests. Slow, and large in memory.
+
+The label is left out of the sum of exponentials here too: ``logsumexp(z) - z[y]`` cancels on confident rows, and even
+in float64 loses the digits that the kernels keep.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+
+from .options import LossOptions
+
+
+class Rows(NamedTuple):
+    """Row by row, in the shape of labels: zeros in ignored rows."""
+
+    loss: torch.Tensor
+    lse: torch.Tensor
+    nll: torch.Tensor
+    weight: torch.Tensor
+    correct: torch.Tensor
+    entropy: torch.Tensor
+    is_item: torch.Tensor
+
+
+def shift_labels(labels: torch.Tensor, shift: int, ignore_index: int) -> torch.Tensor:
+    """Labels (..., T) such that row t has label t + shift; ignore_index where there is none."""
+    if shift == 0:
+        return labels
+    shifted = torch.full_like(labels, ignore_index)
+    if shift < labels.shape[-1]:
+        shifted[..., :-shift] = labels[..., shift:]
+    return shifted
+
+
+def transform(logits: torch.Tensor, options: LossOptions) -> torch.Tensor:
+    """``softcap * tanh(logit_scale * x / softcap)``, or ``logit_scale * x`` without a softcap."""
+    z = logits * options.logit_scale
+    return options.softcap * torch.tanh(z / options.softcap) if options.softcap > 0 else z
+
+
+def rows(
+    logits: torch.Tensor,
+    labels: torch.Tensor,
+    weight: torch.Tensor | None = None,
+    options: LossOptions | None = None,
+    *,
+    shift: int = 0,
+    dtype: torch.dtype = torch.float64,
+) -> Rows:
+    """Every row's loss and what it is made of, computed in ``dtype``; differentiable any number of times.
+
+    Args:
+        logits: (..., V).
+        labels: (...) class indices.
+        weight: (V,) class weights, or None.
+        options: see LossOptions, whose formula this is.
+        shift: row (..., t) reads label (..., t + shift).
+        dtype: of the computation and the result.
+    """
+    options = options or LossOptions()
+    num_classes = logits.shape[-1]
+    labels = shift_labels(labels.long(), shift, options.ignore_index)
+    is_item = labels != options.ignore_index
+    y = torch.where(is_item, labels, torch.zeros_like(labels)).unsqueeze(-1)
+    z = transform(logits.to(dtype), options)
+    w = torch.ones(num_classes, dtype=dtype, device=logits.device) if weight is None else weight.to(dtype)
+
+    target = z.gather(-1, y).squeeze(-1)
+    is_label = torch.zeros_like(z, dtype=torch.bool).scatter_(-1, y, True)
+    others = torch.logsumexp(z.masked_fill(is_label, -torch.inf), dim=-1)
+    if num_classes == 1:
+        nll = target * 0
+    else:
+        nll = torch.logaddexp(torch.zeros_like(others), others - target)
+        nll = torch.where(torch.isneginf(target), torch.where(torch.isneginf(others), torch.nan, torch.inf), nll)
+    lse = torch.where(torch.isneginf(target), others, target + nll)
+
+    surprise = torch.where(is_label, nll.unsqueeze(-1), lse.unsqueeze(-1) - z)  # -log p, (..., V)
+    loss = (1 - options.label_smoothing) * w.take(y.squeeze(-1)) * nll
+    if options.label_smoothing > 0:
+        loss = loss + options.label_smoothing / num_classes * (w * surprise).sum(-1)
+    if options.z_loss > 0:
+        loss = loss + options.z_loss * lse**2
+    p = torch.exp(-surprise)
+    entropy = torch.where(p == 0, torch.zeros_like(p), p * surprise).sum(-1)
+    correct = (logits.argmax(-1, keepdim=True) == y).squeeze(-1) & ~torch.isnan(nll)
+
+    def items(value: torch.Tensor) -> torch.Tensor:
+        return torch.where(is_item, value, torch.zeros_like(value))
+
+    weights = items(w.take(y.squeeze(-1)))
+    return Rows(items(loss), items(lse), items(nll), weights, items(correct), items(entropy), is_item)
+
+
+def cross_entropy(
+    logits: torch.Tensor,
+    labels: torch.Tensor,
+    weight: torch.Tensor | None = None,
+    options: LossOptions | None = None,
+    *,
+    shift: int = 0,
+    dtype: torch.dtype = torch.float64,
+) -> tuple[torch.Tensor, ...]:
+    """The outputs of ``torch.ops.accumloss.cross_entropy(..., metrics=True)``; arguments as in rows()."""
+    r = rows(logits, labels, weight, options, shift=shift, dtype=dtype)
+    sums = (r.loss.sum(), r.is_item.sum(), r.weight.sum(), r.lse, r.correct.sum(), r.entropy.sum(), r.nll)
+    return sums

@@ -1,0 +1,90 @@
+"""Sums over tokens: what leaves a kernel, and what is added up over a whole optimizer step."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields
+
+import torch
+import torch.distributed as dist
+
+
+@dataclass(frozen=True)
+class TokenSums:
+    """Sums over the items (non-ignored labels) of one or more calls. Add them with ``+``; take a mean once, at the end.
+
+    Every field is a 0-dim tensor on the logits' device; only ``loss_sum`` carries a gradient.
+
+    Attributes:
+        loss_sum: sum of the row losses; fp32, or fp64 for fp64 logits.
+        num_items: number of items, int64.
+        total_weight: sum of the items' class weights (ATen's name for the divisor of a weighted mean); equals
+            ``num_items`` where there are no weights.
+        num_correct: items whose label is the argmax of the logits, int64; None without ``metrics=True``.
+        entropy_sum: sum of the rows' entropies in nats; None without ``metrics=True``.
+    """
+
+    loss_sum: torch.Tensor
+    num_items: torch.Tensor
+    total_weight: torch.Tensor
+    num_correct: torch.Tensor | None = None
+    entropy_sum: torch.Tensor | None = None
+
+    def __add__(self, other: TokenSums) -> TokenSums:
+        if not isinstance(other, TokenSums):
+            return NotImplemented
+        return TokenSums(*(_add(getattr(self, field.name), getattr(other, field.name)) for field in fields(self)))
+
+    def __radd__(self, other: int) -> TokenSums:
+        return self if other == 0 else NotImplemented  # the start value of sum()
+
+    def detach(self) -> TokenSums:
+        """The same sums without the graph of the loss."""
+        return TokenSums(*(None if value is None else value.detach() for value in self._values()))
+
+    def all_reduce(self, group: dist.ProcessGroup | None = None) -> TokenSums:
+        """The sums over all ranks of a process group, by one all_reduce in fp64; the result carries no gradient.
+
+        Every rank must have metrics, or none. Counts are exact to 2**53.
+        """
+        values = [value for value in self._values() if value is not None]
+        packed = torch.stack([value.detach().to(torch.float64) for value in values])
+        dist.all_reduce(packed, group=group)
+        reduced = iter(packed.unbind())
+        return TokenSums(*(None if value is None else next(reduced).to(value.dtype) for value in self._values()))
+
+    @property
+    def mean_loss(self) -> torch.Tensor:
+        """``loss_sum / total_weight``, 0 where there is no item. 0-dim; carries the gradient of ``loss_sum``."""
+        return self.loss_sum / _at_least_one(self.total_weight)
+
+    @property
+    def perplexity(self) -> torch.Tensor:
+        """``exp(mean_loss)``, 0-dim."""
+        return self.mean_loss.exp()
+
+    @property
+    def accuracy(self) -> torch.Tensor:
+        """Share of the items whose label is the argmax of the logits, 0-dim. Raises ValueError without metrics."""
+        return self._metric(self.num_correct, "accuracy") / self.num_items.clamp(min=1)
+
+    @property
+    def mean_entropy(self) -> torch.Tensor:
+        """Mean entropy of the predicted distributions, nats, 0-dim. Raises ValueError without metrics."""
+        return self._metric(self.entropy_sum, "mean_entropy") / self.num_items.clamp(min=1)
+
+    def _values(self) -> tuple[torch.Tensor | None, ...]:
+        return tuple(getattr(self, field.name) for field in fields(self))
+
+    @staticmethod
+    def _metric(value: torch.Tensor | None, name: str) -> torch.Tensor:
+        if value is None:
+            raise ValueError(f"TokenSums.{name}: expected sums from cross_entropy(..., metrics=True), got none")
+        return value
+
+
+def _add(a: torch.Tensor | None, b: torch.Tensor | None) -> torch.Tensor | None:
+    return None if a is None or b is None else a + b
+
+
+def _at_least_one(weight: torch.Tensor) -> torch.Tensor:
+    return torch.where(weight == 0, torch.ones_like(weight), weight)

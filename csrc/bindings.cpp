@@ -1,0 +1,157 @@
+// All op schemas and registrations, and the pybind11 module. The only file that names dispatch keys.
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+
+#include "cpu/instruction_set.h"
+#include "cross_entropy_ops.h"
+#if defined(ACCUMLOSS_WITH_CUDA)
+#include "cuda/bad_labels.h"
+#endif
+
+namespace accumloss {
+namespace {
+
+#define ACCUMLOSS_LOSS_OPTIONS                                                                                 \
+  "int shift=0, int ignore_index=-100, float label_smoothing=0., float z_loss=0., float softcap=0., "          \
+  "float logit_scale=1., bool metrics=False"
+#define ACCUMLOSS_LM_OPTIONS \
+  "int ignore_index=-100, float label_smoothing=0., float z_loss=0., float softcap=0., float logit_scale=1."
+
+STABLE_TORCH_LIBRARY(accumloss, m) {
+  m.def(
+      "cross_entropy(Tensor logits, Tensor labels, Tensor? weight=None, *, " ACCUMLOSS_LOSS_OPTIONS
+      ") -> (Tensor loss_sum, Tensor num_items, Tensor total_weight, Tensor lse, Tensor num_correct, "
+      "Tensor entropy_sum, Tensor nll)");
+  m.def(
+      "cross_entropy_backward(Tensor grad_loss_sum, Tensor logits, Tensor labels, Tensor lse, Tensor nll, "
+      "Tensor? weight=None, *, " ACCUMLOSS_LOSS_OPTIONS ") -> Tensor");
+  m.def(
+      "cross_entropy_backward_(Tensor grad_loss_sum, Tensor(a!) logits, Tensor labels, Tensor lse, Tensor nll, "
+      "Tensor? weight=None, *, " ACCUMLOSS_LOSS_OPTIONS ") -> ()");
+  m.def(
+      "cross_entropy_with_grad(Tensor grad_loss_sum, Tensor logits, Tensor labels, Tensor? weight=None, "
+      "*, " ACCUMLOSS_LOSS_OPTIONS
+      ") -> (Tensor loss_sum, Tensor num_items, Tensor total_weight, Tensor num_correct, Tensor entropy_sum, "
+      "Tensor grad_logits)");
+  m.def(
+      "cross_entropy_with_grad_(Tensor grad_loss_sum, Tensor(a!) logits, Tensor labels, Tensor? weight=None, "
+      "*, " ACCUMLOSS_LOSS_OPTIONS
+      ") -> (Tensor loss_sum, Tensor num_items, Tensor total_weight, Tensor num_correct, Tensor entropy_sum)");
+  m.def("scale_(Tensor(a!) values, Tensor factor) -> ()");
+  // Both are cross_entropy through the dispatcher, in ops.py: there an error keeps its type and message.
+  m.def("causal_lm(Tensor logits, Tensor labels, Tensor? weight=None, *, " ACCUMLOSS_LM_OPTIONS
+        ") -> (Tensor loss_sum, Tensor num_items)");
+  m.def("masked_lm(Tensor logits, Tensor labels, Tensor? weight=None, *, " ACCUMLOSS_LM_OPTIONS
+        ") -> (Tensor loss_sum, Tensor num_items)");
+}
+
+#if defined(ACCUMLOSS_WITH_CUDA)
+// Raises what a CUDA kernel recorded since the last time, if anything.
+void check() {
+  int64_t row = 0, label = 0;
+  if (!take_bad_label(&row, &label)) return;
+  throw std::out_of_range("cross_entropy: expected labels in [0, V) or ignore_index, got " + std::to_string(label) +
+                          " for row " + std::to_string(row) +
+                          " of an earlier call on CUDA; check vocab_size and the value that pads the labels");
+}
+#else
+void check() {}
+#endif
+
+const Backend& ready_cpu() { return cpu_backend(); }
+#if defined(ACCUMLOSS_WITH_CUDA)
+const Backend& ready_cuda() {
+  check();  // what the kernels of an earlier call met
+  return cuda_backend();
+}
+#endif
+
+using BackendOf = const Backend& (*)();
+using OptionalTensor = std::optional<Tensor>;
+
+LossOptions options_of(int64_t shift, int64_t ignore_index, double label_smoothing, double z_loss, double softcap,
+                       double logit_scale, bool metrics) {
+  return {shift, ignore_index, label_smoothing, z_loss, softcap, logit_scale, metrics};
+}
+
+// The ops as the dispatcher calls them: options spread out.
+template <BackendOf backend>
+struct Ops {
+  static ForwardOutputs forward(Tensor logits, Tensor labels, OptionalTensor weight, int64_t shift,
+                                int64_t ignore_index, double label_smoothing, double z_loss, double softcap,
+                                double logit_scale, bool metrics) {
+    return cross_entropy(backend(), logits, labels, weight,
+                         options_of(shift, ignore_index, label_smoothing, z_loss, softcap, logit_scale, metrics));
+  }
+  static Tensor backward(Tensor grad_loss_sum, Tensor logits, Tensor labels, Tensor lse, Tensor nll,
+                         OptionalTensor weight, int64_t shift, int64_t ignore_index, double label_smoothing,
+                         double z_loss, double softcap, double logit_scale, bool metrics) {
+    return cross_entropy_backward(
+        backend(), grad_loss_sum, logits, labels, lse, nll, weight,
+        options_of(shift, ignore_index, label_smoothing, z_loss, softcap, logit_scale, metrics));
+  }
+  static void backward_(Tensor grad_loss_sum, Tensor logits, Tensor labels, Tensor lse, Tensor nll,
+                        OptionalTensor weight, int64_t shift, int64_t ignore_index, double label_smoothing,
+                        double z_loss, double softcap, double logit_scale, bool metrics) {
+    cross_entropy_backward_(backend(), grad_loss_sum, logits, labels, lse, nll, weight,
+                            options_of(shift, ignore_index, label_smoothing, z_loss, softcap, logit_scale, metrics));
+  }
+  static WithGradOutputs with_grad(Tensor grad_loss_sum, Tensor logits, Tensor labels, OptionalTensor weight,
+                                   int64_t shift, int64_t ignore_index, double label_smoothing, double z_loss,
+                                   double softcap, double logit_scale, bool metrics) {
+    return cross_entropy_with_grad(
+        backend(), grad_loss_sum, logits, labels, weight,
+        options_of(shift, ignore_index, label_smoothing, z_loss, softcap, logit_scale, metrics));
+  }
+  static InPlaceOutputs with_grad_(Tensor grad_loss_sum, Tensor logits, Tensor labels, OptionalTensor weight,
+                                   int64_t shift, int64_t ignore_index, double label_smoothing, double z_loss,
+                                   double softcap, double logit_scale, bool metrics) {
+    return cross_entropy_with_grad_(
+        backend(), grad_loss_sum, logits, labels, weight,
+        options_of(shift, ignore_index, label_smoothing, z_loss, softcap, logit_scale, metrics));
+  }
+  static void scale(Tensor values, Tensor factor) { scale_(backend(), values, factor); }
+};
+
+template <BackendOf backend>
+void register_ops(torch::stable::detail::StableLibrary& m) {
+  m.impl("cross_entropy", TORCH_BOX(&Ops<backend>::forward));
+  m.impl("cross_entropy_backward", TORCH_BOX(&Ops<backend>::backward));
+  m.impl("cross_entropy_backward_", TORCH_BOX(&Ops<backend>::backward_));
+  m.impl("cross_entropy_with_grad", TORCH_BOX(&Ops<backend>::with_grad));
+  m.impl("cross_entropy_with_grad_", TORCH_BOX(&Ops<backend>::with_grad_));
+  m.impl("scale_", TORCH_BOX(&Ops<backend>::scale));
+}
+
+STABLE_TORCH_LIBRARY_IMPL(accumloss, CPU, m) { register_ops<ready_cpu>(m); }
+#if defined(ACCUMLOSS_WITH_CUDA)
+STABLE_TORCH_LIBRARY_IMPL(accumloss, CUDA, m) { register_ops<ready_cuda>(m); }
+#endif
+pybind11::dict build_info() {
+  pybind11::dict info;
+  info["version"] = ACCUMLOSS_VERSION;
+  info["torch"] = ACCUMLOSS_BUILT_WITH_TORCH;
+  info["compiler"] = __VERSION__;
+#if defined(ACCUMLOSS_WITH_CUDA)
+  info["cuda"] = ACCUMLOSS_CUDA_VERSION;
+  info["cuda_architectures"] = ACCUMLOSS_CUDA_ARCHITECTURES;
+#else
+  info["cuda"] = pybind11::none();
+  info["cuda_architectures"] = pybind11::none();
+#endif
+  info["cpu_capability"] = cpu::instruction_set_name();
+  return info;
+}
+
+}  // namespace
+}  // namespace accumloss
+
+PYBIND11_MODULE(_C, m) {
+  m.doc() = "The compiled part of accumloss; importing it registers torch.ops.accumloss.";
+  m.def("build_info", &accumloss::build_info,
+        "What this build was made from and with, and the CPU instruction set that is in use.");
+  m.def("check", &accumloss::check, "Raises IndexError if a CUDA kernel has met a label outside [0, V).");
+}

@@ -1,0 +1,438 @@
+// The launchers on CPU. Rows are shared out to threads in tasks whose size depends on V alone, and each task's sums are
+// added in order, so neither the number of threads nor their timing changes a bit. Few long rows are split along V.
+#include <atomic>
+#include <cstdlib>
+#include <cstring>
+#include <exception>
+#include <memory>
+#include <sstream>
+#include <stdexcept>
+#include <string>
+#include <vector>
+
+#if defined(__linux__)
+#include <sys/mman.h>
+#endif
+
+#include <torch/csrc/stable/ops.h>
+
+#include "../cross_entropy.h"
+#include "../row.h"
+#include "instruction_set.h"
+#include "row_kernels.h"
+
+namespace accumloss {
+namespace cpu {
+namespace {
+
+constexpr int64_t kTaskElements = 32768;           // of logits in one task
+constexpr int64_t kSerialElements = 32768;         // below, the threads cost more than they save
+constexpr int64_t kSplitElements = 16 * kBlock;    // of one row, where rows are split
+constexpr int64_t kSplitRows = 8;                  // at most so many rows are split
+
+// Selection --------------------------------------------------------------------------------------------------------
+
+const InstructionSet& select_instruction_set() {
+  std::vector<const InstructionSet*> supported = {&portable()};
+#if defined(ACCUMLOSS_X86_ISAS)
+  __builtin_cpu_init();
+  if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c"))
+    supported.push_back(&avx2());
+  if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
+      __builtin_cpu_supports("avx512vl"))
+    supported.push_back(&avx512());
+#endif
+  const char* wanted = std::getenv("ACCUMLOSS_CPU_CAPABILITY");
+  if (wanted == nullptr || *wanted == '\0') return *supported.back();
+  std::string names;
+  for (const InstructionSet* set : supported) {
+    if (std::strcmp(set->name, wanted) == 0) return *set;
+    names += std::string(names.empty() ? "" : ", ") + set->name;
+  }
+  throw std::runtime_error("ACCUMLOSS_CPU_CAPABILITY: expected one of " + names + " on this machine, got " + wanted);
+}
+
+const InstructionSet& instruction_set() {
+  static const InstructionSet& set = select_instruction_set();
+  return set;
+}
+
+// Threads ----------------------------------------------------------------------------------------------------------
+
+// Runs task(i, local) for every i in [0, num_tasks) on torch's threads, whichever is free next; local is what
+// make_local() returned for the thread.
+template <typename MakeLocal, typename Task>
+void run_tasks(int64_t num_tasks, int64_t elements, const MakeLocal& make_local, const Task& task) {
+  const int64_t threads = elements <= kSerialElements ? 1 : torch::stable::get_num_threads();
+  if (threads == 1 || num_tasks <= 1) {
+    const auto local = make_local();
+    for (int64_t i = 0; i < num_tasks; ++i) task(i, local);
+    return;
+  }
+  std::atomic<int64_t> next{0};
+  std::atomic<bool> failed{false};
+  std::exception_ptr error;  // an exception must not cross torch's C interface: it would lose its message
+  torch::stable::parallel_for(0, threads < num_tasks ? threads : num_tasks, 1, [&](int64_t begin, int64_t end) {
+    for (int64_t worker = begin; worker < end; ++worker) {
+      try {
+        const auto local = make_local();
+        for (int64_t i = next++; i < num_tasks; i = next++) task(i, local);
+      } catch (...) {
+        if (!failed.exchange(true)) error = std::current_exception();
+      }
+    }
+  });
+  if (error) std::rethrow_exception(error);
+}
+
+struct Nothing {};
+Nothing no_local() { return {}; }
+
+// Views ------------------------------------------------------------------------------------------------------------
+
+int64_t element_size(Dtype dtype) {
+  switch (dtype) {
+    case Dtype::kFloat64: return 8;
+    case Dtype::kFloat32: return 4;
+    default: return 2;
+  }
+}
+
+char* row_data(const LogitsView& view, int64_t row) {
+  const int64_t offset = row / view.T * view.stride_b + row % view.T * view.stride_t;
+  return static_cast<char*>(view.data) + offset * element_size(view.dtype);
+}
+
+// Any element of a float or double array.
+double element(const void* data, Dtype dtype, int64_t i) {
+  return dtype == Dtype::kFloat64 ? static_cast<const double*>(data)[i] : static_cast<const float*>(data)[i];
+}
+void set_element(void* data, Dtype dtype, int64_t i, double value) {
+  if (dtype == Dtype::kFloat64)
+    static_cast<double*>(data)[i] = value;
+  else
+    static_cast<float*>(data)[i] = static_cast<float>(value);
+}
+
+// One call's inputs and what every row needs of them.
+struct Rows {
+  const CrossEntropyInputs& inputs;
+  const RowKernels& kernels;
+  int64_t N, V;
+  double weight_sum;
+
+  explicit Rows(const CrossEntropyInputs& inputs)
+      : inputs(inputs),
+        kernels(instruction_set().kernels[static_cast<int>(inputs.logits.dtype)]),
+        N(inputs.logits.B * inputs.logits.T),
+        V(inputs.logits.V),
+        weight_sum(inputs.weight_sum != nullptr ? *inputs.weight_sum : static_cast<double>(inputs.logits.V)) {}
+
+  // The label of a row, or ignore_index.
+  int64_t label(int64_t row) const {
+    const LabelsView& labels = inputs.labels;
+    const int64_t t = row % inputs.logits.T + inputs.options.shift;
+    if (t >= inputs.logits.T) return inputs.options.ignore_index;
+    const int64_t offset = row / inputs.logits.T * labels.stride_b + t * labels.stride_t;
+    return labels.is_int32 ? static_cast<const int32_t*>(labels.data)[offset]
+                           : static_cast<const int64_t*>(labels.data)[offset];
+  }
+  bool ignored(int64_t label) const { return label == inputs.options.ignore_index; }
+  double weight(int64_t label) const {
+    return inputs.weight != nullptr ? element(inputs.weight, inputs.logits.dtype, label) : 1.0;
+  }
+  void check_labels() const {
+    for (int64_t row = 0; row < N; ++row) {
+      const int64_t y = label(row);
+      if (ignored(y) || (y >= 0 && y < V)) continue;
+      std::ostringstream message;
+      message << "cross_entropy: expected labels in [0, " << V << ") or ignore_index " << inputs.options.ignore_index
+              << ", got " << y << " for row " << row << " of " << N
+              << "; check vocab_size and the value that pads the labels";
+      throw std::out_of_range(message.str());
+    }
+  }
+
+  double target_logit(int64_t row, int64_t y) const {
+    return kernels.transform_one(row_data(inputs.logits, row) + y * element_size(inputs.logits.dtype), inputs.options);
+  }
+  RowSegment segment(int64_t row, int64_t y, int64_t begin, int64_t end, double target_logit) const {
+    return {row_data(inputs.logits, row), inputs.weight, begin, end, y, row_reference(target_logit)};
+  }
+  RowResult result(const RowState<double>& state, int64_t y, double target_logit) const {
+    return row_result(state, target_logit, weight(y), weight_sum, V, inputs.options);
+  }
+  bool correct(const RowState<double>& state, const RowResult& result, int64_t row, int64_t y,
+               double target_logit) const {
+    if (result.nll != result.nll || target_logit < state.max) return false;
+    return target_logit > state.max || kernels.label_is_argmax(row_data(inputs.logits, row), V, y);
+  }
+  RowGrad<double> gradient(double lse, double nll, int64_t y, double grad) const {
+    return RowGrad<double>(lse, nll, weight(y), weight_sum, V, grad, inputs.options);
+  }
+
+  int64_t rows_per_task() const { return V >= kTaskElements ? 1 : kTaskElements / V; }
+  int64_t num_tasks() const { return (N + rows_per_task() - 1) / rows_per_task(); }
+  // task(begin, end, index, local) for consecutive ranges of rows
+  template <typename MakeLocal, typename Task>
+  void for_each_task(const MakeLocal& make_local, const Task& task) const {
+    run_tasks(num_tasks(), N * V, make_local, [&](int64_t i, const auto& local) {
+      const int64_t begin = i * rows_per_task();
+      task(begin, begin + rows_per_task() < N ? begin + rows_per_task() : N, i, local);
+    });
+  }
+  bool is_split() const { return N <= kSplitRows && V > 2 * kSplitElements; }
+  int64_t num_segments() const { return (V + kSplitElements - 1) / kSplitElements; }
+  // task(begin, end, index) for consecutive ranges of the classes of one row
+  template <typename Task>
+  void for_each_segment(const Task& task) const {
+    run_tasks(num_segments(), V, no_local, [&](int64_t i, Nothing) {
+      const int64_t begin = i * kSplitElements;
+      task(begin, begin + kSplitElements < V ? begin + kSplitElements : V, i);
+    });
+  }
+};
+
+struct Sums {
+  double loss = 0, weight = 0, entropy = 0;
+  int64_t items = 0, correct = 0;
+
+  void add(const Sums& other) {
+    loss += other.loss;
+    weight += other.weight;
+    entropy += other.entropy;
+    items += other.items;
+    correct += other.correct;
+  }
+  void write(const CrossEntropySums& sums, Dtype dtype) const {
+    set_element(sums.loss_sum, dtype, 0, loss);
+    set_element(sums.total_weight, dtype, 0, weight);
+    set_element(sums.entropy_sum, dtype, 0, entropy);
+    *sums.num_items = items;
+    *sums.num_correct = correct;
+  }
+};
+
+Sums ordered_sum(const std::vector<Sums>& parts) {
+  Sums total;
+  for (const Sums& part : parts) total.add(part);
+  return total;
+}
+
+Sums sums_of_row(const Rows& rows, const RowState<double>& state, const RowResult& result, int64_t row, int64_t y,
+                 double target_logit) {
+  Sums sums;
+  sums.loss = result.loss;
+  sums.weight = rows.weight(y);
+  sums.items = 1;
+  if (rows.inputs.options.metrics) {
+    sums.entropy = result.entropy;
+    sums.correct = rows.correct(state, result, row, y, target_logit);
+  }
+  return sums;
+}
+
+// Scratch for the exponentials of one row and the reference of each of its blocks.
+struct Exponentials {
+  std::unique_ptr<char[]> memory;
+  void* exps;
+  void* references;
+
+  Exponentials(int64_t V, Dtype dtype) {
+    const int64_t size = dtype == Dtype::kFloat64 ? 8 : 4;
+    memory.reset(new char[static_cast<size_t>((V + num_blocks(V)) * size)]);
+    exps = memory.get();
+    references = memory.get() + V * size;
+  }
+};
+
+// Fresh memory of this size comes from the kernel one page at a time, which takes longer than computing what is written
+// there. Large pages, where the system grants them on request, take most of that away.
+void advise_large_pages(const LogitsView& view, int64_t N) {
+#if defined(__linux__) && defined(MADV_HUGEPAGE)
+  constexpr uintptr_t kPage = uintptr_t{1} << 21;
+  const uintptr_t begin = (reinterpret_cast<uintptr_t>(view.data) + kPage - 1) & ~(kPage - 1);
+  const uintptr_t end =
+      (reinterpret_cast<uintptr_t>(view.data) + static_cast<uintptr_t>(N * view.V * element_size(view.dtype))) &
+      ~(kPage - 1);
+  if (begin < end) madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE);
+#else
+  (void)view, (void)N;
+#endif
+}
+
+void zero_row(const LogitsView& grad, int64_t row) {
+  std::memset(row_data(grad, row), 0, static_cast<size_t>(grad.V * element_size(grad.dtype)));
+}
+
+// Launchers --------------------------------------------------------------------------------------------------------
+
+void forward(const CrossEntropyInputs& inputs, const CrossEntropySums& sums, double* lse, void* nll) {
+  const Rows rows(inputs);
+  const Dtype dtype = inputs.logits.dtype;
+  rows.check_labels();
+  const auto finish = [&](const RowState<double>& state, int64_t row, int64_t y, double target_logit) {
+    const RowResult result = rows.result(state, y, target_logit);
+    lse[row] = result.lse;
+    set_element(nll, dtype, row, result.nll);
+    return sums_of_row(rows, state, result, row, y, target_logit);
+  };
+  const auto ignore = [&](int64_t row) {
+    lse[row] = 0;
+    set_element(nll, dtype, row, 0);
+  };
+
+  if (rows.is_split()) {
+    Sums total;
+    std::vector<RowState<double>> states(static_cast<size_t>(rows.num_segments()));
+    for (int64_t row = 0; row < rows.N; ++row) {
+      const int64_t y = rows.label(row);
+      if (rows.ignored(y)) {
+        ignore(row);
+        continue;
+      }
+      const double target_logit = rows.target_logit(row, y);
+      rows.for_each_segment([&](int64_t begin, int64_t end, int64_t i) {
+        states[i] = RowState<double>();
+        rows.kernels.push(rows.segment(row, y, begin, end, target_logit), inputs.options, &states[i], nullptr, nullptr);
+      });
+      RowState<double> state;
+      for (const RowState<double>& part : states) state.merge(part);
+      total.add(finish(state, row, y, target_logit));
+    }
+    total.write(sums, dtype);
+    return;
+  }
+
+  std::vector<Sums> parts(static_cast<size_t>(rows.num_tasks()));
+  rows.for_each_task(no_local, [&](int64_t begin, int64_t end, int64_t i, Nothing) {
+    for (int64_t row = begin; row < end; ++row) {
+      const int64_t y = rows.label(row);
+      if (rows.ignored(y)) {
+        ignore(row);
+        continue;
+      }
+      const double target_logit = rows.target_logit(row, y);
+      RowState<double> state;
+      rows.kernels.push(rows.segment(row, y, 0, rows.V, target_logit), inputs.options, &state, nullptr, nullptr);
+      parts[i].add(finish(state, row, y, target_logit));
+    }
+  });
+  ordered_sum(parts).write(sums, dtype);
+}
+
+void backward(const CrossEntropyInputs& inputs, const double* lse, const void* nll, const void* grad_loss_sum,
+              const LogitsView& grad_logits) {
+  const Rows rows(inputs);
+  const Dtype dtype = inputs.logits.dtype;
+  const double grad = element(grad_loss_sum, dtype, 0);
+  if (grad_logits.data != inputs.logits.data) advise_large_pages(grad_logits, rows.N);
+  const auto write = [&](int64_t row, int64_t begin, int64_t end) {
+    const int64_t y = rows.label(row);
+    const RowGrad<double> gradient = rows.gradient(lse[row], element(nll, dtype, row), y, grad);
+    rows.kernels.write_grad(rows.segment(row, y, begin, end, 0), inputs.options, gradient, row_data(grad_logits, row));
+  };
+
+  if (rows.is_split()) {
+    for (int64_t row = 0; row < rows.N; ++row) {
+      if (rows.ignored(rows.label(row)))
+        zero_row(grad_logits, row);
+      else
+        rows.for_each_segment([&](int64_t begin, int64_t end, int64_t) { write(row, begin, end); });
+    }
+    return;
+  }
+  rows.for_each_task(no_local, [&](int64_t begin, int64_t end, int64_t, Nothing) {
+    for (int64_t row = begin; row < end; ++row) {
+      if (rows.ignored(rows.label(row)))
+        zero_row(grad_logits, row);
+      else
+        write(row, 0, rows.V);
+    }
+  });
+}
+
+void forward_with_grad(const CrossEntropyInputs& inputs, const CrossEntropySums& sums, const void* grad_loss_sum,
+                       const LogitsView& grad_logits) {
+  const Rows rows(inputs);
+  const Dtype dtype = inputs.logits.dtype;
+  const double grad = element(grad_loss_sum, dtype, 0);
+  rows.check_labels();
+  if (grad_logits.data != inputs.logits.data) advise_large_pages(grad_logits, rows.N);
+
+  if (rows.is_split()) {
+    Sums total;
+    std::vector<RowState<double>> states(static_cast<size_t>(rows.num_segments()));
+    const Exponentials scratch(rows.V, dtype);
+    for (int64_t row = 0; row < rows.N; ++row) {
+      const int64_t y = rows.label(row);
+      if (rows.ignored(y)) {
+        zero_row(grad_logits, row);
+        continue;
+      }
+      const double target_logit = rows.target_logit(row, y);
+      rows.for_each_segment([&](int64_t begin, int64_t end, int64_t i) {
+        states[i] = RowState<double>();
+        rows.kernels.push(rows.segment(row, y, begin, end, target_logit), inputs.options, &states[i], scratch.exps,
+                          scratch.references);
+      });
+      RowState<double> state;
+      for (const RowState<double>& part : states) state.merge(part);
+      const RowResult result = rows.result(state, y, target_logit);
+      total.add(sums_of_row(rows, state, result, row, y, target_logit));
+      const RowGrad<double> gradient = rows.gradient(result.lse, result.nll, y, grad);
+      rows.for_each_segment([&](int64_t begin, int64_t end, int64_t) {
+        rows.kernels.write_grad_from_exps(rows.segment(row, y, begin, end, target_logit), inputs.options, gradient,
+                                          scratch.exps, scratch.references, row_data(grad_logits, row));
+      });
+    }
+    total.write(sums, dtype);
+    return;
+  }
+
+  std::vector<Sums> parts(static_cast<size_t>(rows.num_tasks()));
+  const auto make_scratch = [&] { return Exponentials(rows.V, dtype); };
+  rows.for_each_task(make_scratch, [&](int64_t begin, int64_t end, int64_t i, const Exponentials& scratch) {
+    for (int64_t row = begin; row < end; ++row) {
+      const int64_t y = rows.label(row);
+      if (rows.ignored(y)) {
+        zero_row(grad_logits, row);
+        continue;
+      }
+      const double target_logit = rows.target_logit(row, y);
+      const RowSegment segment = rows.segment(row, y, 0, rows.V, target_logit);
+      RowState<double> state;
+      rows.kernels.push(segment, inputs.options, &state, scratch.exps, scratch.references);
+      const RowResult result = rows.result(state, y, target_logit);
+      parts[i].add(sums_of_row(rows, state, result, row, y, target_logit));
+      rows.kernels.write_grad_from_exps(segment, inputs.options, rows.gradient(result.lse, result.nll, y, grad),
+                                        scratch.exps, scratch.references, row_data(grad_logits, row));
+    }
+  });
+  ordered_sum(parts).write(sums, dtype);
+}
+
+void scale(const LogitsView& values, const void* factor) {
+  const double f = element(factor, values.dtype, 0);
+  if (f == 1.0) return;
+  const RowKernels& kernels = instruction_set().kernels[static_cast<int>(values.dtype)];
+  const int64_t n = values.B * values.T * values.V;  // contiguous
+  run_tasks((n + kTaskElements - 1) / kTaskElements, n, no_local, [&](int64_t i, Nothing) {
+    const int64_t begin = i * kTaskElements;
+    char* data = static_cast<char*>(values.data) + begin * element_size(values.dtype);
+    kernels.scale(data, n - begin < kTaskElements ? n - begin : kTaskElements, f);
+  });
+}
+
+}  // namespace
+
+const char* instruction_set_name() { return instruction_set().name; }
+
+}  // namespace cpu
+
+const Backend& cpu_backend() {
+  static constexpr Backend backend = {cpu::forward, cpu::backward, cpu::forward_with_grad, cpu::scale};
+  return backend;
+}
+
+}  // namespace accumloss

@@ -1,0 +1,534 @@
+// The row kernels on CPU: one read of the logits gives the RowState, a second pass over the row (or over its
+// exponentials, kept in a scratch row) the gradient.
+//
+// This file is compiled once for each instruction set, with ACCUMLOSS_ISA naming it. GCC's vector types carry the
+// arithmetic; only the half-precision conversions know the machine. Sums run over kLanes partial sums in an order that
+// does not depend on the vector width, so AVX2 and AVX-512 give the same bits.
+#include "row_kernels.h"
+
+#include <cstring>
+
+#if defined(__F16C__)
+#include <immintrin.h>
+#endif
+
+namespace accumloss {
+namespace cpu {
+namespace {
+
+#define ACCUMLOSS_INLINE inline __attribute__((always_inline))
+
+#if defined(__AVX512F__)
+constexpr int kVectorBytes = 64;
+#elif defined(__AVX2__)
+constexpr int kVectorBytes = 32;
+#else
+constexpr int kVectorBytes = 16;
+#endif
+constexpr int kLanes = 32;            // partial sums
+constexpr int kPrefetchBytes = 2048;  // how far ahead of the loads
+
+struct BFloat16 {
+  uint16_t bits;
+};
+struct Float16 {
+  uint16_t bits;
+};
+
+// Vectors ------------------------------------------------------------------------------------------------------------
+
+template <typename Acc>
+struct Vectors;
+template <>
+struct Vectors<float> {
+  typedef float Real __attribute__((vector_size(kVectorBytes)));
+  typedef int32_t Int __attribute__((vector_size(kVectorBytes)));
+  typedef uint32_t Unsigned __attribute__((vector_size(kVectorBytes)));
+  typedef uint16_t Half __attribute__((vector_size(kVectorBytes / 2)));
+  typedef float Unaligned __attribute__((vector_size(kVectorBytes), aligned(4), may_alias));
+  typedef uint16_t UnalignedHalf __attribute__((vector_size(kVectorBytes / 2), aligned(2), may_alias));
+  static constexpr int kWidth = kVectorBytes / 4;
+  static constexpr int kMantissaBits = 23;
+  static constexpr float kLowest = -87.3365402f;       // log(2^-126): below, exp is zero
+  static constexpr float kMagic = 12582912.f;          // 1.5 * 2^23: adding it rounds to an integer
+  static constexpr float kLn2High = 0.693359375f, kLn2Low = -2.12194440e-4f;
+};
+template <>
+struct Vectors<double> {
+  typedef double Real __attribute__((vector_size(kVectorBytes)));
+  typedef int64_t Int __attribute__((vector_size(kVectorBytes)));
+  typedef double Unaligned __attribute__((vector_size(kVectorBytes), aligned(8), may_alias));
+  static constexpr int kWidth = kVectorBytes / 8;
+  static constexpr int kMantissaBits = 52;
+  static constexpr double kLowest = -708.396418532264;  // log(2^-1022)
+  static constexpr double kMagic = 6755399441055744.0;  // 1.5 * 2^52
+  static constexpr double kLn2High = 6.93145751953125e-1, kLn2Low = 1.42860682030941723212e-6;
+};
+
+template <typename Acc>
+ACCUMLOSS_INLINE typename Vectors<Acc>::Real broadcast(Acc value) {
+  return value - typename Vectors<Acc>::Real{};
+}
+
+// r -> (exp(r) - 1 - r) / r^2 on |r| <= ln(2) / 2
+ACCUMLOSS_INLINE Vectors<float>::Real exp_tail(Vectors<float>::Real r) {  // minimax, 3.3e-9 of exp(r)
+  Vectors<float>::Real p = r * 0.00138131449136f + 0.00836941882809f;
+  p = p * r + 0.0416684567812f;
+  p = p * r + 0.166665147915f;
+  return p * r + 0.499999930507f;
+}
+ACCUMLOSS_INLINE Vectors<double>::Real exp_tail(Vectors<double>::Real r) {  // Taylor, 4e-18
+  Vectors<double>::Real p = r * (1.0 / 6227020800.0) + 1.0 / 479001600.0;
+  p = p * r + 1.0 / 39916800.0;
+  p = p * r + 1.0 / 3628800.0;
+  p = p * r + 1.0 / 362880.0;
+  p = p * r + 1.0 / 40320.0;
+  p = p * r + 1.0 / 5040.0;
+  p = p * r + 1.0 / 720.0;
+  p = p * r + 1.0 / 120.0;
+  p = p * r + 1.0 / 24.0;
+  p = p * r + 1.0 / 6.0;
+  return p * r + 0.5;
+}
+
+// exp(x) for x <= 0 (to some 80 above it), exactly 0 where it would be subnormal, NaN for NaN. x is left clamped, so that
+// x * exp(x) is 0 at -inf.
+template <typename Acc>
+ACCUMLOSS_INLINE typename Vectors<Acc>::Real exp_clamped(typename Vectors<Acc>::Real& x) {
+  using V = Vectors<Acc>;
+  using Real = typename V::Real;
+  using Int = typename V::Int;
+  const Int zero = x < V::kLowest;
+  x = zero ? broadcast<Acc>(V::kLowest) : x;
+  const Real shifted = x * Acc(1.4426950408889634) + V::kMagic;
+  const Real n = shifted - V::kMagic;
+  Real r = x - n * V::kLn2High;
+  r = r - n * V::kLn2Low;
+  const Real e = exp_tail(r) * (r * r) + r + Acc(1);
+  const Int exponent = reinterpret_cast<Int>(shifted) << V::kMantissaBits;
+  const Int bits = (reinterpret_cast<Int>(e) + exponent) & ~zero;
+  return reinterpret_cast<Real>(bits);
+}
+
+// tanh(u) / u - 1 over u^2, as a polynomial in u^2, for |u| < 0.625
+ACCUMLOSS_INLINE Vectors<float>::Real tanh_tail(Vectors<float>::Real s) {  // minimax, 4.4e-9 of tanh(u)
+  Vectors<float>::Real p = s * -0.00570498712969f + 0.0206390873609f;
+  p = p * s - 0.0537397151195f;
+  p = p * s + 0.133314421986f;
+  return p * s - 0.33333281942f;
+}
+ACCUMLOSS_INLINE Vectors<double>::Real tanh_tail(Vectors<double>::Real s) {
+  Vectors<double>::Real result = {};
+  for (int i = 0; i < Vectors<double>::kWidth; ++i) {
+    const double u = std::sqrt(s[i]);
+    result[i] = s[i] > 0 ? (std::tanh(u) / u - 1.0) / s[i] : -1.0 / 3.0;
+  }
+  return result;
+}
+
+template <typename Acc>
+ACCUMLOSS_INLINE typename Vectors<Acc>::Real vector_tanh(typename Vectors<Acc>::Real u) {
+  using V = Vectors<Acc>;
+  using Real = typename V::Real;
+  const Real magnitude = u < 0 ? -u : u;
+  Real twice = magnitude * Acc(-2);
+  const Real e = exp_clamped<Acc>(twice);
+  const Real large = (Acc(1) - e) / (Acc(1) + e);
+  const Real s = u * u;
+  const Real small = tanh_tail(s) * s * u + u;
+  return magnitude < Acc(0.625) ? small : (u < 0 ? -large : large);
+}
+
+// Loads and stores -----------------------------------------------------------------------------------------------------
+
+template <typename T>
+struct AccOf {
+  using type = float;
+};
+template <>
+struct AccOf<double> {
+  using type = double;
+};
+
+using FloatReal = Vectors<float>::Real;
+using FloatUnsigned = Vectors<float>::Unsigned;
+using FloatHalf = Vectors<float>::Half;
+
+ACCUMLOSS_INLINE FloatReal load(const float* x) { return *reinterpret_cast<const Vectors<float>::Unaligned*>(x); }
+ACCUMLOSS_INLINE Vectors<double>::Real load(const double* x) {
+  return *reinterpret_cast<const Vectors<double>::Unaligned*>(x);
+}
+ACCUMLOSS_INLINE void store(FloatReal v, float* x) { *reinterpret_cast<Vectors<float>::Unaligned*>(x) = v; }
+ACCUMLOSS_INLINE void store(Vectors<double>::Real v, double* x) {
+  *reinterpret_cast<Vectors<double>::Unaligned*>(x) = v;
+}
+
+ACCUMLOSS_INLINE FloatUnsigned load_bits(const void* x) {
+  const FloatHalf half = *reinterpret_cast<const Vectors<float>::UnalignedHalf*>(x);
+  return __builtin_convertvector(half, FloatUnsigned);
+}
+ACCUMLOSS_INLINE void store_bits(FloatUnsigned bits, void* x) {
+  *reinterpret_cast<Vectors<float>::UnalignedHalf*>(x) = __builtin_convertvector(bits, FloatHalf);
+}
+
+ACCUMLOSS_INLINE FloatReal load(const BFloat16* x) { return reinterpret_cast<FloatReal>(load_bits(x) << 16); }
+// Round to nearest, ties to even. A NaN keeps its upper half, and that is a NaN too: the NaNs that get here are quiet.
+ACCUMLOSS_INLINE void store(FloatReal v, BFloat16* x) {
+  const FloatUnsigned bits = reinterpret_cast<FloatUnsigned>(v);
+  const FloatUnsigned rounded = bits + 0x7fffu + ((bits >> 16) & 1u);
+  store_bits((v == v ? rounded : bits) >> 16, x);
+}
+
+#if defined(__F16C__)
+#if defined(__AVX512F__)
+ACCUMLOSS_INLINE FloatReal load(const Float16* x) {
+  return _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(x)));
+}
+ACCUMLOSS_INLINE void store(FloatReal v, Float16* x) {
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(x), _mm512_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT));
+}
+#else
+ACCUMLOSS_INLINE FloatReal load(const Float16* x) {
+  return _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(x)));
+}
+ACCUMLOSS_INLINE void store(FloatReal v, Float16* x) {
+  _mm_storeu_si128(reinterpret_cast<__m128i*>(x), _mm256_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT));
+}
+#endif
+#else
+// Without conversion instructions: a half is a float whose exponent is 112 too small, which one multiplication mends,
+// subnormals included; infinity and NaN get the largest exponent.
+ACCUMLOSS_INLINE FloatReal load(const Float16* x) {
+  const FloatUnsigned bits = load_bits(x);
+  const FloatUnsigned magnitude = (bits & 0x7fffu) << 13;
+  const FloatReal finite = reinterpret_cast<FloatReal>(magnitude) * 0x1p112f;
+  const FloatUnsigned special = magnitude | 0x7f800000u;
+  const FloatUnsigned value = magnitude >= (0x7c00u << 13) ? special : reinterpret_cast<FloatUnsigned>(finite);
+  return reinterpret_cast<FloatReal>(value | ((bits & 0x8000u) << 16));
+}
+ACCUMLOSS_INLINE void store(FloatReal v, Float16* x) {
+  const FloatUnsigned bits = reinterpret_cast<FloatUnsigned>(v);
+  const FloatUnsigned magnitude = bits & 0x7fffffffu;
+  // below 2^-14 the addition of 0.5 aligns the bits of a subnormal half and rounds them
+  const FloatReal half = reinterpret_cast<FloatReal>(magnitude) + 0.5f;
+  const FloatUnsigned subnormal = reinterpret_cast<FloatUnsigned>(half) - 0x3f000000u;
+  const FloatUnsigned normal = (magnitude - (112u << 23) + 0xfffu + ((magnitude >> 13) & 1u)) >> 13;
+  const FloatUnsigned infinity = FloatUnsigned{} + 0x7c00u;
+  FloatUnsigned value = magnitude < (113u << 23) ? subnormal : normal;
+  value = magnitude >= 0x477ff000u ? infinity : value;  // 65520 and more round to infinity
+  value = v == v ? value : FloatUnsigned{} + 0x7e00u;
+  store_bits(value | ((bits >> 16) & 0x8000u), x);
+}
+#endif
+
+// Blocks -------------------------------------------------------------------------------------------------------------
+
+ACCUMLOSS_INLINE int64_t round_up(int64_t n, int64_t multiple) { return (n + multiple - 1) / multiple * multiple; }
+
+// buffer[i] = x[i], i < n; entries up to the next multiple of kLanes are overwritten with anything finite.
+template <typename T, typename Acc>
+ACCUMLOSS_INLINE void load_block(const T* x, int64_t n, Acc* buffer) {
+  constexpr int kWidth = Vectors<Acc>::kWidth;
+  int64_t i = 0;
+  for (; i + kLanes <= n; i += kLanes) {
+    __builtin_prefetch(reinterpret_cast<const char*>(x + i) + kPrefetchBytes);
+    if (sizeof(T) * kLanes > 64) __builtin_prefetch(reinterpret_cast<const char*>(x + i) + kPrefetchBytes + 64);
+    for (int k = 0; k < kLanes; k += kWidth) store(load(x + i + k), buffer + i + k);
+  }
+  if (i < n) {
+    T tail[kLanes] = {};
+    std::memcpy(tail, x + i, static_cast<size_t>(n - i) * sizeof(T));
+    for (int k = 0; k < kLanes; k += kWidth) store(load(tail + k), buffer + i + k);
+  }
+}
+
+template <typename T, typename Acc>
+ACCUMLOSS_INLINE void store_block(const Acc* buffer, int64_t n, T* x) {
+  constexpr int kWidth = Vectors<Acc>::kWidth;
+  int64_t i = 0;
+  for (; i + kLanes <= n; i += kLanes)
+    for (int k = 0; k < kLanes; k += kWidth) store(load(buffer + i + k), x + i + k);
+  if (i < n) {
+    T tail[kLanes];
+    for (int k = 0; k < kLanes; k += kWidth) store(load(buffer + i + k), tail + k);
+    std::memcpy(x + i, tail, static_cast<size_t>(n - i) * sizeof(T));
+  }
+}
+
+// buffer = z(buffer)
+template <typename Acc>
+void transform_block(Acc* buffer, int64_t n, const Transform<Acc>& transform) {
+  constexpr int kWidth = Vectors<Acc>::kWidth;
+  for (int64_t i = 0; i < n; i += kWidth) {
+    const auto x = load(buffer + i);
+    const auto z = transform.softcap > 0 ? vector_tanh<Acc>(x * transform.inner) * transform.softcap
+                                         : x * transform.logit_scale;
+    store(z, buffer + i);
+  }
+}
+
+// grad *= dz/dx (logits x, before the transform); see Transform::slope
+template <typename Acc>
+void multiply_by_slope(const Acc* x, int64_t n, const Transform<Acc>& transform, Acc* grad) {
+  constexpr int kWidth = Vectors<Acc>::kWidth;
+  using Real = typename Vectors<Acc>::Real;
+  for (int64_t i = 0; i < n; i += kWidth) {
+    Real slope = broadcast<Acc>(transform.logit_scale);
+    if (transform.softcap > 0) {
+      const Real u = load(x + i) * transform.inner;
+      Real twice = (u < 0 ? u : -u) * Acc(2);
+      const Real e = exp_clamped<Acc>(twice);
+      slope = slope * (e * Acc(4) / ((e + Acc(1)) * (e + Acc(1))));
+    }
+    store(load(grad + i) * slope, grad + i);
+  }
+}
+
+// In a fixed order that no vector width changes.
+template <typename Acc>
+ACCUMLOSS_INLINE Acc sum_lanes(const typename Vectors<Acc>::Real* vectors) {
+  constexpr int kWidth = Vectors<Acc>::kWidth;
+  Acc lanes[kLanes];
+  for (int k = 0; k < kLanes; k += kWidth) store(vectors[k / kWidth], lanes + k);
+  for (int half = kLanes / 2; half > 0; half /= 2)
+    for (int k = 0; k < half; ++k) lanes[k] += lanes[k + half];
+  return lanes[0];
+}
+
+template <typename Acc>
+ACCUMLOSS_INLINE Acc max_block(const Acc* z, int64_t padded) {
+  constexpr int kWidth = Vectors<Acc>::kWidth;
+  constexpr int kVectors = kLanes / kWidth;
+  typename Vectors<Acc>::Real max[kVectors];
+  for (int k = 0; k < kVectors; ++k) max[k] = load(z + k * kWidth);
+  for (int64_t i = kLanes; i < padded; i += kLanes)
+    for (int k = 0; k < kVectors; ++k) {
+      const auto v = load(z + i + k * kWidth);
+      max[k] = v > max[k] ? v : max[k];
+    }
+  Acc lanes[kLanes];
+  for (int k = 0; k < kVectors; ++k) store(max[k], lanes + k * kWidth);
+  Acc result = -std::numeric_limits<Acc>::infinity();
+  for (int k = 0; k < kLanes; ++k) result = lanes[k] > result ? lanes[k] : result;
+  return result;
+}
+
+// sum_j exp(z_j - reference), and sum_j exp(z_j - reference) (z_j - reference) where kWeighted.
+template <bool kWeighted, bool kStore, typename Acc>
+ACCUMLOSS_INLINE Acc sum_exps(const Acc* z, int64_t padded, int64_t n, Acc reference, Acc* exps, Acc* weighted) {
+  constexpr int kWidth = Vectors<Acc>::kWidth;
+  constexpr int kVectors = kLanes / kWidth;
+  using Real = typename Vectors<Acc>::Real;
+  Real sums[kVectors] = {};
+  Real products[kVectors] = {};
+  for (int64_t i = 0; i < padded; i += kLanes) {
+    Real e[kVectors];
+    for (int k = 0; k < kVectors; ++k) {
+      Real x = load(z + i + k * kWidth) - reference;
+      e[k] = exp_clamped<Acc>(x);
+      sums[k] += e[k];
+      if (kWeighted) products[k] += e[k] * x;
+    }
+    if (kStore) {
+      if (i + kLanes <= n) {
+        for (int k = 0; k < kVectors; ++k) store(e[k], exps + i + k * kWidth);
+      } else {
+        std::memcpy(exps + i, e, static_cast<size_t>(n - i) * sizeof(Acc));
+      }
+    }
+  }
+  if (kWeighted) *weighted = sum_lanes<Acc>(products);
+  return sum_lanes<Acc>(sums);
+}
+
+// sum_j w_j (z_j - reference), j < n
+template <typename Acc>
+double sum_linear(const Acc* z, const Acc* weight, int64_t n, double reference) {
+  const Acc origin = static_cast<Acc>(reference);
+  Acc lanes[kLanes] = {};
+  for (int64_t i = 0; i < n; i += kLanes) {
+    const int count = static_cast<int>(n - i < kLanes ? n - i : kLanes);
+    for (int k = 0; k < count; ++k) lanes[k] += (z[i + k] - origin) * (weight != nullptr ? weight[i + k] : Acc(1));
+  }
+  double sum = 0;
+  for (int k = 0; k < kLanes; ++k) sum += lanes[k];
+  return sum;
+}
+
+// Rows ---------------------------------------------------------------------------------------------------------------
+
+template <typename T>
+double transform_one(const void* x, const LossOptions& options) {
+  using Acc = typename AccOf<T>::type;
+  alignas(64) Acc buffer[kLanes];
+  load_block(static_cast<const T*>(x), 1, buffer);
+  const Transform<Acc> transform(options);
+  if (!transform.is_identity()) transform_block(buffer, kLanes, transform);
+  return buffer[0];
+}
+
+template <typename T>
+void push(const RowSegment& row, const LossOptions& options, RowState<double>* state, void* exps, void* references) {
+  using Acc = typename AccOf<T>::type;
+  constexpr Acc kInfinity = std::numeric_limits<Acc>::infinity();
+  const T* x = static_cast<const T*>(row.x);
+  const Transform<Acc> transform(options);
+  alignas(64) Acc z[kBlock];
+  for (int64_t begin = row.begin; begin < row.end; begin += kBlock) {
+    const int64_t n = row.end - begin < kBlock ? row.end - begin : kBlock;
+    const int64_t padded = round_up(n, kLanes);
+    load_block(x + begin, n, z);
+    if (!transform.is_identity()) transform_block(z, padded, transform);
+    if (row.target >= begin && row.target < begin + n) z[row.target - begin] = -kInfinity;
+    if (options.label_smoothing > 0) {
+      const int64_t at = row.target - begin;
+      const bool here = at >= 0 && at < n;
+      if (here) z[at] = static_cast<Acc>(row.reference);  // contributes nothing; row_result adds the label's own term
+      const Acc* weight = row.weight != nullptr ? static_cast<const Acc*>(row.weight) + begin : nullptr;
+      state->linear += sum_linear(z, weight, n, row.reference);
+      if (here) z[at] = -kInfinity;
+    }
+    for (int64_t i = n; i < padded; ++i) z[i] = -kInfinity;
+
+    const Acc block_max = max_block(z, padded);
+    if (block_max > state->max) {
+      const double factor = state->sum == 0 ? 1.0 : std::exp(state->max - static_cast<double>(block_max));
+      state->sum *= factor;
+      state->weighted *= factor;
+      state->max = block_max;
+    }
+    // all -inf so far: any finite reference makes every exponential zero (and keeps a NaN)
+    const Acc reference = state->max == -kInfinity ? Acc(0) : static_cast<Acc>(state->max);
+    Acc weighted = 0;
+    Acc sum;
+    if (exps != nullptr) {
+      Acc* e = static_cast<Acc*>(exps) + begin;
+      static_cast<Acc*>(references)[begin / kBlock] = reference;
+      sum = options.metrics ? sum_exps<true, true>(z, padded, n, reference, e, &weighted)
+                            : sum_exps<false, true>(z, padded, n, reference, e, &weighted);
+    } else {
+      sum = options.metrics ? sum_exps<true, false>(z, padded, n, reference, static_cast<Acc*>(nullptr), &weighted)
+                            : sum_exps<false, false>(z, padded, n, reference, static_cast<Acc*>(nullptr), &weighted);
+    }
+    state->sum += sum;
+    state->weighted += weighted + static_cast<double>(sum) * (static_cast<double>(reference) - row.reference);
+  }
+}
+
+// What both gradient writers share: smoothing, the transform's slope, the label's entry.
+template <typename T, typename Acc>
+ACCUMLOSS_INLINE void finish_grad_block(const RowSegment& row, int64_t begin, int64_t n, const Transform<Acc>& transform,
+                                        Acc smoothing, Acc target_grad, Acc* z, T* grad, Acc* g) {
+  const int64_t padded = round_up(n, kLanes);
+  if (smoothing != 0) {
+    if (row.weight != nullptr) {
+      const Acc* weight = static_cast<const Acc*>(row.weight) + begin;
+      for (int64_t i = 0; i < n; ++i) g[i] -= smoothing * weight[i];
+    } else {
+      for (int64_t i = 0; i < n; ++i) g[i] -= smoothing;
+    }
+  }
+  if (row.target >= begin && row.target < begin + n) g[row.target - begin] = target_grad;
+  if (!transform.is_identity()) {
+    load_block(static_cast<const T*>(row.x) + begin, n, z);
+    multiply_by_slope(z, padded, transform, g);
+  }
+  store_block(g, n, grad + begin);
+}
+
+template <typename T>
+void write_grad(const RowSegment& row, const LossOptions& options, const RowGrad<double>& gradient, void* grad) {
+  using Acc = typename AccOf<T>::type;
+  using Real = typename Vectors<Acc>::Real;
+  constexpr int kWidth = Vectors<Acc>::kWidth;
+  const T* x = static_cast<const T*>(row.x);
+  const Transform<Acc> transform(options);
+  // exp(z - lse) with lse rounded; what the rounding took away goes into the factor
+  const Acc lse = static_cast<Acc>(gradient.lse_high);
+  const Acc probability = static_cast<Acc>(gradient.probability * std::exp(static_cast<double>(lse) - gradient.lse_high));
+  alignas(64) Acc z[kBlock];
+  alignas(64) Acc g[kBlock];
+  for (int64_t begin = row.begin; begin < row.end; begin += kBlock) {
+    const int64_t n = row.end - begin < kBlock ? row.end - begin : kBlock;
+    const int64_t padded = round_up(n, kLanes);
+    load_block(x + begin, n, z);
+    if (!transform.is_identity()) transform_block(z, padded, transform);
+    for (int64_t i = 0; i < padded; i += kWidth) {
+      Real d = load(z + i) - lse;
+      store(exp_clamped<Acc>(d) * probability, g + i);
+    }
+    finish_grad_block(row, begin, n, transform, static_cast<Acc>(gradient.smoothing), static_cast<Acc>(gradient.target), z,
+                      static_cast<T*>(grad), g);
+  }
+}
+
+template <typename T>
+void write_grad_from_exps(const RowSegment& row, const LossOptions& options, const RowGrad<double>& gradient,
+                          const void* exps, const void* references, void* grad) {
+  using Acc = typename AccOf<T>::type;
+  constexpr int kWidth = Vectors<Acc>::kWidth;
+  const Transform<Acc> transform(options);
+  alignas(64) Acc z[kBlock];
+  alignas(64) Acc g[kBlock];
+  for (int64_t begin = row.begin; begin < row.end; begin += kBlock) {
+    const int64_t n = row.end - begin < kBlock ? row.end - begin : kBlock;
+    const Acc* e = static_cast<const Acc*>(exps) + begin;
+    const double reference = static_cast<const Acc*>(references)[begin / kBlock];
+    const Acc factor = static_cast<Acc>(gradient.probability * std::exp(reference - gradient.lse_high));
+    load_block(e, n, g);
+    for (int64_t i = 0; i < n; i += kWidth) store(load(g + i) * factor, g + i);
+    finish_grad_block(row, begin, n, transform, static_cast<Acc>(gradient.smoothing), static_cast<Acc>(gradient.target), z,
+                      static_cast<T*>(grad), g);
+  }
+}
+
+template <typename T>
+bool label_is_argmax(const void* x, int64_t V, int64_t target) {
+  using Acc = typename AccOf<T>::type;
+  const T* logits = static_cast<const T*>(x);
+  alignas(64) Acc z[kBlock];
+  load_block(logits + target, 1, z);
+  const Acc label = z[0];
+  for (int64_t begin = 0; begin < V; begin += kBlock) {
+    const int64_t n = V - begin < kBlock ? V - begin : kBlock;
+    load_block(logits + begin, n, z);
+    for (int64_t i = 0; i < n; ++i)
+      if (z[i] > label || (z[i] == label && begin + i < target)) return false;
+  }
+  return true;
+}
+
+template <typename T>
+void scale(void* values, int64_t n, double factor) {
+  using Acc = typename AccOf<T>::type;
+  constexpr int kWidth = Vectors<Acc>::kWidth;
+  T* x = static_cast<T*>(values);
+  const Acc f = static_cast<Acc>(factor);
+  alignas(64) Acc z[kBlock];
+  for (int64_t begin = 0; begin < n; begin += kBlock) {
+    const int64_t count = n - begin < kBlock ? n - begin : kBlock;
+    load_block(x + begin, count, z);
+    for (int64_t i = 0; i < count; i += kWidth) store(load(z + i) * f, z + i);
+    store_block(z, count, x + begin);
+  }
+}
+
+template <typename T>
+constexpr RowKernels kernels_of() {
+  return {transform_one<T>, push<T>, write_grad<T>, write_grad_from_exps<T>, label_is_argmax<T>, scale<T>};
+}
+
+}  // namespace
+
+#define ACCUMLOSS_STRING(name) #name
+#define ACCUMLOSS_NAME(name) ACCUMLOSS_STRING(name)
+
+const InstructionSet& ACCUMLOSS_ISA() {
+  static constexpr InstructionSet set = {
+      ACCUMLOSS_NAME(ACCUMLOSS_ISA),
+      {kernels_of<BFloat16>(), kernels_of<Float16>(), kernels_of<float>(), kernels_of<double>()}};
+  return set;
+}
+
+}  // namespace cpu
+}  // namespace accumloss

@@ -1,0 +1,55 @@
+// The table of row kernels that row_kernels.cpp fills once for each instruction set.
+#pragma once
+
+#include "../cross_entropy.h"
+#include "../row.h"
+
+namespace accumloss {
+namespace cpu {
+
+// Elements that one step widens, transforms and exponentiates while they are in the first-level cache.
+constexpr int64_t kBlock = 512;
+
+constexpr int64_t num_blocks(int64_t V) { return (V + kBlock - 1) / kBlock; }
+
+// The classes [begin, end) of one row. All kernels take it, so that a row may be split over threads at multiples of
+// kBlock. x, weight, exps and references point at class 0 of the row.
+struct RowSegment {
+  const void* x;       // (V,) logits
+  const void* weight;  // (V,) Acc class weights, or null
+  int64_t begin, end;
+  int64_t target;      // y, anywhere in [0, V)
+  double reference;    // row_reference(z_y)
+};
+
+struct RowKernels {
+  // z(x[0]), by the very code that transforms a whole row
+  double (*transform_one)(const void* x, const LossOptions& options);
+  // Adds the classes of the segment other than the target to state. Where exps is not null, it receives
+  // exp(z_j - r) (V, of Acc) and references (num_blocks(V), of Acc) the r of each block.
+  void (*push)(const RowSegment& row, const LossOptions& options, RowState<double>* state, void* exps,
+               void* references);
+  // Writes dL/dx of the segment to grad, which may be x.
+  void (*write_grad)(const RowSegment& row, const LossOptions& options, const RowGrad<double>& gradient, void* grad);
+  // The same from the exponentials that push left behind.
+  void (*write_grad_from_exps)(const RowSegment& row, const LossOptions& options, const RowGrad<double>& gradient,
+                               const void* exps, const void* references, void* grad);
+  // whether x[target] is the first of the largest logits (torch.argmax); asked only where the label ties
+  bool (*label_is_argmax)(const void* x, int64_t V, int64_t target);
+  // values *= factor
+  void (*scale)(void* values, int64_t n, double factor);
+};
+
+struct InstructionSet {
+  const char* name;
+  RowKernels kernels[4];  // by Dtype
+};
+
+const InstructionSet& portable();
+#if defined(ACCUMLOSS_X86_ISAS)
+const InstructionSet& avx2();
+const InstructionSet& avx512();
+#endif
+
+}  // namespace cpu
+}  // namespace accumloss

@@ -1,0 +1,300 @@
+// Checks, allocation and the bodies of the ops. Knows no device: a Backend does the work.
+#include "cross_entropy_ops.h"
+
+#include <cmath>
+#include <sstream>
+#include <stdexcept>
+#include <vector>
+
+#include <torch/csrc/stable/ops.h>
+
+namespace accumloss {
+namespace {
+
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+using std::optional;
+
+// Errors -----------------------------------------------------------------------------------------------------------
+
+template <typename... Parts>
+[[noreturn]] void fail(const char* function, const Parts&... parts) {
+  std::ostringstream message;
+  message << function << ": expected ";
+  (message << ... << parts);
+  throw std::runtime_error(message.str());
+}
+
+std::string shape_string(const Tensor& tensor) {
+  std::ostringstream out;
+  out << "(";
+  for (int64_t i = 0; i < tensor.dim(); ++i) out << (i > 0 ? ", " : "") << tensor.size(i);
+  out << (tensor.dim() == 1 ? ",)" : ")");
+  return out.str();
+}
+
+const char* dtype_string(ScalarType type) { return torch::headeronly::toString(type); }
+
+Dtype dtype_of(const char* function, const Tensor& logits) {
+  switch (logits.scalar_type()) {
+    case ScalarType::BFloat16: return Dtype::kBFloat16;
+    case ScalarType::Half: return Dtype::kFloat16;
+    case ScalarType::Float: return Dtype::kFloat32;
+    case ScalarType::Double: return Dtype::kFloat64;
+    default:
+      fail(function, "logits of dtype bfloat16, float16, float32 or float64, got ", dtype_string(logits.scalar_type()),
+           "; convert them with .float()");
+  }
+}
+
+bool same_device(const Tensor& a, const Tensor& b) {
+  return a.is_cpu() == b.is_cpu() && a.get_device_index() == b.get_device_index();
+}
+
+void check_options(const char* function, const LossOptions& options) {
+  if (options.shift < 0) fail(function, "shift >= 0, got ", options.shift);
+  if (!(options.label_smoothing >= 0 && options.label_smoothing <= 1))
+    fail(function, "label_smoothing in [0, 1], got ", options.label_smoothing);
+  if (!(options.z_loss >= 0 && std::isfinite(options.z_loss))) fail(function, "finite z_loss >= 0, got ", options.z_loss);
+  if (!(options.softcap >= 0 && std::isfinite(options.softcap)))
+    fail(function, "finite softcap >= 0 (0 turns it off), got ", options.softcap);
+  if (!(options.logit_scale > 0 && std::isfinite(options.logit_scale)))
+    fail(function, "finite logit_scale > 0, got ", options.logit_scale);
+}
+
+// Views ------------------------------------------------------------------------------------------------------------
+
+// A tensor (..., T) or (..., T, V) as (B, T): true where one stride serves all dimensions before T.
+bool collapse_rows(const Tensor& tensor, int64_t leading, int64_t* stride_b, int64_t* stride_t) {
+  *stride_t = leading > 0 ? tensor.stride(leading - 1) : 0;
+  *stride_b = 0;
+  int64_t next = 0;  // stride that the dimension outside must have; 0: none seen yet
+  for (int64_t i = leading - 2; i >= 0; --i) {
+    if (tensor.size(i) == 1) continue;
+    if (next == 0)
+      *stride_b = tensor.stride(i);
+    else if (tensor.stride(i) != next)
+      return false;
+    next = tensor.stride(i) * tensor.size(i);
+  }
+  return true;
+}
+
+// logits as they lie in memory where the kernels can read them so, else a contiguous copy.
+Tensor readable_logits(const Tensor& logits) {
+  int64_t stride_b, stride_t;
+  const int64_t leading = logits.dim() - 1;
+  const bool unit = logits.size(leading) == 1 || logits.stride(leading) == 1;
+  return unit && collapse_rows(logits, leading, &stride_b, &stride_t) ? logits : torch::stable::contiguous(logits);
+}
+
+LogitsView logits_view(const char* function, const Tensor& logits) {
+  LogitsView view;
+  const int64_t leading = logits.dim() - 1;
+  view.data = logits.data_ptr();
+  view.dtype = dtype_of(function, logits);
+  view.V = logits.size(leading);
+  view.T = leading > 0 ? logits.size(leading - 1) : 1;
+  view.B = 1;
+  for (int64_t i = 0; i < leading - 1; ++i) view.B *= logits.size(i);
+  collapse_rows(logits, leading, &view.stride_b, &view.stride_t);
+  view.device_index = logits.is_cpu() ? 0 : logits.get_device_index();
+  return view;
+}
+
+LabelsView labels_view(const Tensor& labels) {
+  LabelsView view;
+  view.data = labels.data_ptr();
+  view.is_int32 = labels.scalar_type() == ScalarType::Int;
+  collapse_rows(labels, labels.dim(), &view.stride_b, &view.stride_t);
+  return view;
+}
+
+// Whether the rows overlap or a dimension is expanded: such logits cannot be overwritten.
+bool is_writable(const Tensor& logits) {
+  const int64_t leading = logits.dim() - 1;
+  int64_t stride_b, stride_t;
+  if (logits.size(leading) > 1 && logits.stride(leading) != 1) return false;
+  if (!collapse_rows(logits, leading, &stride_b, &stride_t)) return false;
+  int64_t extent = logits.size(leading);
+  for (int64_t i = leading - 1; i >= 0; --i) {
+    if (logits.size(i) == 1) continue;
+    if (logits.stride(i) < extent) return false;
+    extent = logits.stride(i) * logits.size(i);
+  }
+  return true;
+}
+
+// A call's tensors, checked and in the form that the kernels read, and the inputs that point at them.
+struct Call {
+  Tensor logits, labels;
+  optional<Tensor> weight, weight_sum;
+  CrossEntropyInputs inputs;
+  ScalarType acc;
+
+  Call(const char* function, const Tensor& given_logits, const Tensor& given_labels,
+       const optional<Tensor>& given_weight, const LossOptions& options)
+      : logits(given_logits), labels(given_labels) {
+    check(function, given_weight, options);
+    acc = inputs.logits.dtype == Dtype::kFloat64 ? ScalarType::Double : ScalarType::Float;
+    logits = readable_logits(logits);
+    inputs.logits = logits_view(function, logits);
+    int64_t stride_b, stride_t;
+    if (!collapse_rows(labels, labels.dim(), &stride_b, &stride_t)) labels = torch::stable::contiguous(labels);
+    inputs.labels = labels_view(labels);
+    inputs.options = options;
+    inputs.weight = nullptr;
+    inputs.weight_sum = nullptr;
+    if (given_weight.has_value()) {
+      weight = torch::stable::contiguous(torch::stable::to(*given_weight, acc));
+      inputs.weight = weight->data_ptr();
+      if (options.label_smoothing > 0) {
+        weight_sum = torch::stable::sum(torch::stable::to(*weight, ScalarType::Double), std::vector<int64_t>{0});
+        inputs.weight_sum = static_cast<const double*>(weight_sum->data_ptr());
+      }
+    }
+  }
+
+  Tensor scalar(ScalarType dtype) const { return torch::stable::new_empty(logits, {}, dtype); }
+
+ private:
+  void check(const char* function, const optional<Tensor>& given_weight, const LossOptions& options) {
+    if (logits.dim() < 1) fail(function, "logits of shape (..., V), got a 0-dim tensor");
+    inputs.logits.dtype = dtype_of(function, logits);
+    const int64_t leading = logits.dim() - 1;
+    const int64_t V = logits.size(leading);
+    if (V < 1) fail(function, "logits of shape (..., V) with V >= 1, got ", shape_string(logits));
+    if (options.shift > 0 && leading < 1)
+      fail(function, "logits of shape (..., T, V) where shift > 0, got ", shape_string(logits));
+    if (labels.scalar_type() != ScalarType::Long && labels.scalar_type() != ScalarType::Int)
+      fail(function, "labels of dtype int64 or int32, got ", dtype_string(labels.scalar_type()),
+           "; convert them with .long()");
+    bool matches = labels.dim() == leading;
+    for (int64_t i = 0; matches && i < leading; ++i) matches = labels.size(i) == logits.size(i);
+    if (!matches)
+      fail(function, "labels of shape ", shape_string(logits), " without its last dimension, got ",
+           shape_string(labels), "; labels are class indices, one for each row of logits");
+    if (!same_device(labels, logits)) fail(function, "labels on the device of logits; move them with .to(logits.device)");
+    if (given_weight.has_value()) {
+      if (given_weight->dim() != 1 || given_weight->size(0) != V)
+        fail(function, "weight of shape (V,) = (", V, ",), got ", shape_string(*given_weight));
+      const ScalarType type = given_weight->scalar_type();
+      if (type != ScalarType::BFloat16 && type != ScalarType::Half && type != ScalarType::Float &&
+          type != ScalarType::Double)
+        fail(function, "weight of a floating dtype, got ", dtype_string(type));
+      if (!same_device(*given_weight, logits))
+        fail(function, "weight on the device of logits; move it with .to(logits.device)");
+    }
+    check_options(function, options);
+  }
+};
+
+// The five sums of a call and the pointers to them.
+struct SumTensors {
+  Tensor loss_sum, num_items, total_weight, num_correct, entropy_sum;
+
+  explicit SumTensors(const Call& call)
+      : loss_sum(call.scalar(call.acc)),
+        num_items(call.scalar(ScalarType::Long)),
+        total_weight(call.scalar(call.acc)),
+        num_correct(call.scalar(ScalarType::Long)),
+        entropy_sum(call.scalar(call.acc)) {}
+
+  CrossEntropySums pointers() const {
+    return {loss_sum.data_ptr(), static_cast<int64_t*>(num_items.data_ptr()), total_weight.data_ptr(),
+            static_cast<int64_t*>(num_correct.data_ptr()), entropy_sum.data_ptr()};
+  }
+};
+
+// grad_loss_sum as a 0-dim tensor of the accumulation dtype.
+Tensor checked_grad(const char* function, const Tensor& grad_loss_sum, const Call& call) {
+  if (grad_loss_sum.numel() != 1)
+    fail(function, "grad_loss_sum with one element, got shape ", shape_string(grad_loss_sum));
+  if (!same_device(grad_loss_sum, call.logits)) fail(function, "grad_loss_sum on the device of logits");
+  return torch::stable::to(grad_loss_sum, call.acc);
+}
+
+void check_in_place(const char* function, const Tensor& logits) {
+  if (logits.dim() >= 1 && !is_writable(logits))
+    fail(function, "logits of shape (..., V) with unit stride along V and rows that do not overlap, since the gradient ",
+         "overwrites them; pass logits.contiguous(), or leave in-place off");
+}
+
+void check_saved(const char* function, const char* name, const Tensor& saved, ScalarType dtype, const Call& call) {
+  if (saved.scalar_type() != dtype || saved.numel() != call.labels.numel() || !saved.is_contiguous())
+    fail(function, name, " as cross_entropy returned it for these logits, got ", dtype_string(saved.scalar_type()),
+         " of shape ", shape_string(saved));
+}
+
+}  // namespace
+
+ForwardOutputs cross_entropy(const Backend& backend, const Tensor& logits, const Tensor& labels,
+                             const optional<Tensor>& weight, const LossOptions& options) {
+  const Call call("cross_entropy", logits, labels, weight, options);
+  const SumTensors sums(call);
+  const Tensor lse = torch::stable::new_empty(call.logits, labels.sizes(), ScalarType::Double);
+  const Tensor nll = torch::stable::new_empty(call.logits, labels.sizes(), call.acc);
+  backend.forward(call.inputs, sums.pointers(), static_cast<double*>(lse.data_ptr()), nll.data_ptr());
+  return {sums.loss_sum, sums.num_items, sums.total_weight, lse, sums.num_correct, sums.entropy_sum, nll};
+}
+
+static void backward_into(const Backend& backend, const char* function, const Tensor& grad_loss_sum, const Call& call,
+                          const Tensor& lse, const Tensor& nll, const Tensor& grad_logits) {
+  const Tensor grad = checked_grad(function, grad_loss_sum, call);
+  check_saved(function, "lse", lse, ScalarType::Double, call);
+  check_saved(function, "nll", nll, call.acc, call);
+  backend.backward(call.inputs, static_cast<const double*>(lse.data_ptr()), nll.data_ptr(), grad.data_ptr(),
+                   logits_view(function, grad_logits));
+}
+
+Tensor cross_entropy_backward(const Backend& backend, const Tensor& grad_loss_sum, const Tensor& logits,
+                              const Tensor& labels, const Tensor& lse, const Tensor& nll,
+                              const optional<Tensor>& weight, const LossOptions& options) {
+  const Call call("cross_entropy_backward", logits, labels, weight, options);
+  const Tensor grad_logits = torch::stable::new_empty(call.logits, logits.sizes());
+  backward_into(backend, "cross_entropy_backward", grad_loss_sum, call, lse, nll, grad_logits);
+  return grad_logits;
+}
+
+void cross_entropy_backward_(const Backend& backend, const Tensor& grad_loss_sum, const Tensor& logits,
+                             const Tensor& labels, const Tensor& lse, const Tensor& nll,
+                             const optional<Tensor>& weight, const LossOptions& options) {
+  check_in_place("cross_entropy_backward_", logits);
+  const Call call("cross_entropy_backward_", logits, labels, weight, options);
+  backward_into(backend, "cross_entropy_backward_", grad_loss_sum, call, lse, nll, logits);
+}
+
+WithGradOutputs cross_entropy_with_grad(const Backend& backend, const Tensor& grad_loss_sum, const Tensor& logits,
+                                        const Tensor& labels, const optional<Tensor>& weight,
+                                        const LossOptions& options) {
+  const Call call("cross_entropy_with_grad", logits, labels, weight, options);
+  const SumTensors sums(call);
+  const Tensor grad = checked_grad("cross_entropy_with_grad", grad_loss_sum, call);
+  const Tensor grad_logits = torch::stable::new_empty(call.logits, logits.sizes());
+  backend.forward_with_grad(call.inputs, sums.pointers(), grad.data_ptr(),
+                            logits_view("cross_entropy_with_grad", grad_logits));
+  return {sums.loss_sum, sums.num_items, sums.total_weight, sums.num_correct, sums.entropy_sum, grad_logits};
+}
+
+InPlaceOutputs cross_entropy_with_grad_(const Backend& backend, const Tensor& grad_loss_sum, const Tensor& logits,
+                                        const Tensor& labels, const optional<Tensor>& weight,
+                                        const LossOptions& options) {
+  check_in_place("cross_entropy_with_grad_", logits);
+  const Call call("cross_entropy_with_grad_", logits, labels, weight, options);
+  const SumTensors sums(call);
+  const Tensor grad = checked_grad("cross_entropy_with_grad_", grad_loss_sum, call);
+  backend.forward_with_grad(call.inputs, sums.pointers(), grad.data_ptr(), call.inputs.logits);
+  return {sums.loss_sum, sums.num_items, sums.total_weight, sums.num_correct, sums.entropy_sum};
+}
+
+void scale_(const Backend& backend, const Tensor& values, const Tensor& factor) {
+  const Dtype dtype = dtype_of("scale_", values);
+  if (!values.is_contiguous()) fail("scale_", "contiguous values, got shape ", shape_string(values));
+  if (factor.numel() != 1 || !same_device(factor, values))
+    fail("scale_", "a factor with one element on the device of values, got shape ", shape_string(factor));
+  const Tensor f = torch::stable::to(factor, dtype == Dtype::kFloat64 ? ScalarType::Double : ScalarType::Float);
+  const LogitsView view = logits_view("scale_", values);
+  backend.scale(view, f.data_ptr());
+}
+
+}  // namespace accumloss

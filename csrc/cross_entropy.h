@@ -1,0 +1,64 @@
+// What the device-independent op bodies (cross_entropy.cpp) hand to the kernels of a device.
+#pragma once
+
+#include <cstdint>
+
+#include "options.h"
+
+namespace accumloss {
+
+enum class Dtype { kBFloat16, kFloat16, kFloat32, kFloat64 };
+
+// logits (B, T, V): row (b, t) starts at data + b * stride_b + t * stride_t elements; unit stride along V.
+struct LogitsView {
+  void* data;
+  Dtype dtype;
+  int64_t B, T, V;
+  int64_t stride_b, stride_t;
+  int32_t device_index = 0;  // of the CUDA device that holds data
+};
+
+// labels (B, T), int64 or int32: row (b, t) has label (b, t + shift), and is ignored where t + shift >= T.
+struct LabelsView {
+  const void* data;
+  bool is_int32;
+  int64_t stride_b, stride_t;
+};
+
+// Acc below is float, or double for double logits. Every pointer is memory of the logits' device.
+struct CrossEntropyInputs {
+  LogitsView logits;
+  LabelsView labels;
+  const void* weight;        // (V,) Acc, or null
+  const double* weight_sum;  // (), sum of weight, or null (no weight: V)
+  LossOptions options;
+};
+
+struct CrossEntropySums {
+  void* loss_sum;        // () Acc
+  int64_t* num_items;    // ()
+  void* total_weight;    // () Acc
+  int64_t* num_correct;  // ()
+  void* entropy_sum;     // () Acc
+};
+
+// The kernels of one device; cpu/cross_entropy.cpp and cuda/cross_entropy.cu each fill one in.
+struct Backend {
+  // sums, lse (B, T) double, nll (B, T) Acc; both are 0 in ignored rows. One read of the logits of the other rows.
+  void (*forward)(const CrossEntropyInputs&, const CrossEntropySums&, double* lse, void* nll);
+  // grad_logits = grad_loss_sum * dL/dlogits, zeros in ignored rows. grad_logits may be inputs.logits (in place).
+  void (*backward)(const CrossEntropyInputs&, const double* lse, const void* nll,
+                   const void* grad_loss_sum,  // () Acc
+                   const LogitsView& grad_logits);
+  // forward and backward in one visit of each row. grad_logits may be inputs.logits (in place).
+  void (*forward_with_grad)(const CrossEntropyInputs&, const CrossEntropySums&,
+                            const void* grad_loss_sum,  // () Acc
+                            const LogitsView& grad_logits);
+  // values *= factor, contiguous; returns at once where factor is 1, decided on the device.
+  void (*scale)(const LogitsView& values, const void* factor /* () Acc */);
+};
+
+const Backend& cpu_backend();
+const Backend& cuda_backend();  // defined where ACCUMLOSS_WITH_CUDA is
+
+}  // namespace accumloss

@@ -1,0 +1,57 @@
+// The bodies of the ops, for a backend; bindings.cpp gives them their schemas and dispatch keys.
+#pragma once
+
+#include <optional>
+#include <tuple>
+
+#include <torch/csrc/stable/tensor.h>
+
+#include "cross_entropy.h"
+
+namespace accumloss {
+
+using torch::stable::Tensor;
+
+// loss_sum (), num_items (), total_weight (), lse (...), num_correct (), entropy_sum (), nll (...)
+using ForwardOutputs = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
+// loss_sum (), num_items (), total_weight (), num_correct (), entropy_sum (), grad_logits (..., V)
+using WithGradOutputs = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
+// loss_sum (), num_items (), total_weight (), num_correct (), entropy_sum ()
+using InPlaceOutputs = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor>;
+
+ForwardOutputs cross_entropy(const Backend& backend,
+                             const Tensor& logits,                 // (..., V)
+                             const Tensor& labels,                 // (...)
+                             const std::optional<Tensor>& weight,  // (V,)
+                             const LossOptions& options);
+
+Tensor cross_entropy_backward(const Backend& backend,
+                              const Tensor& grad_loss_sum,          // ()
+                              const Tensor& logits,                 // (..., V)
+                              const Tensor& labels,                 // (...)
+                              const Tensor& lse,                    // (...)
+                              const Tensor& nll,                    // (...)
+                              const std::optional<Tensor>& weight,  // (V,)
+                              const LossOptions& options);          // -> grad_logits (..., V)
+
+// The same, written over logits.
+void cross_entropy_backward_(const Backend& backend, const Tensor& grad_loss_sum, const Tensor& logits,
+                             const Tensor& labels, const Tensor& lse, const Tensor& nll,
+                             const std::optional<Tensor>& weight, const LossOptions& options);
+
+WithGradOutputs cross_entropy_with_grad(const Backend& backend,
+                                        const Tensor& grad_loss_sum,          // ()
+                                        const Tensor& logits,                 // (..., V)
+                                        const Tensor& labels,                 // (...)
+                                        const std::optional<Tensor>& weight,  // (V,)
+                                        const LossOptions& options);
+
+// The same, the gradient written over logits.
+InPlaceOutputs cross_entropy_with_grad_(const Backend& backend, const Tensor& grad_loss_sum, const Tensor& logits,
+                                        const Tensor& labels, const std::optional<Tensor>& weight,
+                                        const LossOptions& options);
+
+// values *= factor, (...) and (); nothing is written where factor is 1.
+void scale_(const Backend& backend, const Tensor& values, const Tensor& factor);
+
+}  // namespace accumloss

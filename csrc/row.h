@@ -1,0 +1,160 @@
+// The mathematics of one row, for host and device. No torch and no CUDA header: testable alone.
+//
+// Notation: x_j is a logit, z_j = transform(x_j), y the label, w_j the class weights (1 where there are none),
+// W = sum_j w_j, p_j = exp(z_j - lse), nll = lse - z_y, e = label_smoothing. The loss of the row is
+//
+//   L = (1 - e) w_y nll  +  e / V * sum_j w_j (lse - z_j)  +  z_loss * lse^2
+//
+// The label never enters the sum of exponentials: RowState holds the other classes only. nll is then
+// log1p(S / e_y) and keeps its relative precision however confident the row is, where lse - z_y cancels; and
+// 1 - p_y = -expm1(-nll) does the same for the gradient of the label.
+#pragma once
+
+#include <cmath>
+#include <cstdint>
+#include <limits>
+
+#include "options.h"
+
+#if defined(__CUDACC__) || defined(ACCUMLOSS_EMULATE_CUDA)
+#define ACCUMLOSS_HD __host__ __device__ __forceinline__
+#else
+// Forced inline: the CPU kernels include this header once for each instruction set, and an out-of-line copy
+// of one of them must not serve the others.
+#define ACCUMLOSS_HD inline __attribute__((always_inline))
+#endif
+
+namespace accumloss {
+
+// As variables: device code may use their values, but not call std::numeric_limits.
+constexpr double kInfinity = std::numeric_limits<double>::infinity();
+constexpr double kNaN = std::numeric_limits<double>::quiet_NaN();
+
+// The parts of LossOptions that a logit passes through, in the type of the computation.
+template <typename Acc>
+struct Transform {
+  Acc logit_scale;
+  Acc softcap;  // 0: off
+  Acc inner;    // logit_scale / softcap, or 0
+
+  ACCUMLOSS_HD explicit Transform(const LossOptions& options)
+      : logit_scale(static_cast<Acc>(options.logit_scale)),
+        softcap(static_cast<Acc>(options.softcap)),
+        inner(options.softcap > 0 ? static_cast<Acc>(options.logit_scale / options.softcap) : Acc(0)) {}
+
+  ACCUMLOSS_HD bool is_identity() const { return softcap == 0 && logit_scale == 1; }
+
+  // z(x)
+  ACCUMLOSS_HD Acc value(Acc x) const {
+    using std::tanh;
+    return softcap > 0 ? softcap * tanh(inner * x) : logit_scale * x;
+  }
+
+  // dz/dx = logit_scale * sech^2(u). Written with E = exp(-2|u|) as 4E / (1 + E)^2, which keeps its relative
+  // precision where the cap saturates; 1 - tanh^2 does not.
+  ACCUMLOSS_HD Acc slope(Acc x) const {
+    using std::exp;
+    using std::fabs;
+    if (!(softcap > 0)) return logit_scale;
+    const Acc e = exp(Acc(-2) * fabs(inner * x));
+    return logit_scale * (Acc(4) * e / ((Acc(1) + e) * (Acc(1) + e)));
+  }
+};
+
+// Sums over the classes other than the label. The empty state is the identity of merge().
+// `reference` (the label's z where that is finite, else 0) only shifts the two linear sums, so that they stay small.
+template <typename Acc>
+struct RowState {
+  Acc max = static_cast<Acc>(-kInfinity);           // max_j z_j
+  Acc sum = 0;                                      // S = sum_j exp(z_j - max)
+  Acc weighted = 0;                                 // sum_j exp(z_j - max) (z_j - reference); metrics only
+  Acc linear = 0;                                   // sum_j w_j (z_j - reference); label smoothing only
+
+  // exp(from - to) for the change of the maximum, 1 where both are -inf (nothing was summed yet).
+  ACCUMLOSS_HD static Acc rescale(Acc from, Acc to) {
+    using std::exp;
+    return from == to ? Acc(1) : exp(from - to);
+  }
+
+  ACCUMLOSS_HD void merge(const RowState& other) {
+    const Acc merged = max > other.max ? max : other.max;
+    const Acc here = rescale(max, merged);
+    const Acc there = rescale(other.max, merged);
+    sum = sum * here + other.sum * there;
+    weighted = weighted * here + other.weighted * there;
+    linear += other.linear;
+    max = merged;
+  }
+};
+
+// What one row adds to the sums.
+struct RowResult {
+  double loss;
+  double lse;
+  double nll;      // lse - z_y, at full relative precision
+  double entropy;  // -sum_j p_j log p_j; metrics only
+};
+
+// reference of RowState
+ACCUMLOSS_HD double row_reference(double target) {
+  return target - target == 0 ? target : 0.0;
+}
+
+// target: z_y; target_weight: w_y; weight_sum: W; V: classes.
+template <typename Acc>
+ACCUMLOSS_HD RowResult row_result(const RowState<Acc>& others, double target, double target_weight,
+                                  double weight_sum, int64_t V, const LossOptions& options) {
+  using std::exp;
+  using std::log;
+  using std::log1p;
+  const double others_max = others.max;
+  const double max = others_max > target ? others_max : target;
+  RowResult row;
+  if (!(max - max == 0) || target != target) {  // all -inf, or +inf or NaN somewhere: not a distribution
+    row.loss = row.lse = row.nll = row.entropy = kNaN;
+    return row;
+  }
+  // S in units of exp(max), and nll = log((S + e_y) / e_y)
+  const double sum = others.sum == 0 ? 0.0 : static_cast<double>(others.sum) * exp(others_max - max);
+  row.nll = target == max ? log1p(sum) : (max - target) + log(sum + exp(target - max));
+  row.lse = target - target == 0 ? target + row.nll : max + log(sum);
+  row.loss = (1.0 - options.label_smoothing) * target_weight * row.nll;
+  const double reference = row_reference(target);
+  if (options.label_smoothing > 0) {
+    const double linear = others.linear + target_weight * (target - reference);
+    row.loss += options.label_smoothing / static_cast<double>(V) * (weight_sum * (row.lse - reference) - linear);
+  }
+  if (options.z_loss > 0) row.loss += options.z_loss * row.lse * row.lse;
+  // H = lse - sum_j p_j z_j; the label's own term is zero by the choice of the reference
+  const double weighted = others.sum == 0 ? 0.0 : static_cast<double>(others.weighted) * exp(others_max - row.lse);
+  row.entropy = options.metrics ? (row.lse - reference) - weighted : 0.0;
+  return row;
+}
+
+// Everything that the gradient of a row needs, from lse and nll:
+//   dL/dz_j = C p_j - (e / V) w_j,                                     j != y,  C = (1 - e) w_y + (e / V) W + 2 z_loss lse
+//   dL/dz_y = (C - (1 - e) w_y) p_y - (1 - e) w_y (1 - p_y) - (e / V) w_y
+// all times grad, and times transform.slope(x_j) for dL/dx_j.
+template <typename Acc>
+struct RowGrad {
+  Acc lse_high, lse_low;  // lse in two pieces: |lse| must not cost the exponent its low bits
+  Acc probability;        // grad * C
+  Acc smoothing;          // grad * e / V
+  Acc target;             // grad * dL/dz_y
+
+  ACCUMLOSS_HD RowGrad(double lse, double nll, double target_weight, double weight_sum, int64_t V, double grad,
+                       const LossOptions& options) {
+    using std::exp;
+    using std::expm1;
+    const double share = options.label_smoothing / static_cast<double>(V);
+    const double hard = (1.0 - options.label_smoothing) * target_weight;
+    const double soft = share * weight_sum + 2.0 * options.z_loss * lse;
+    lse_high = static_cast<Acc>(lse);
+    lse_low = static_cast<Acc>(lse - static_cast<double>(lse_high));
+    probability = static_cast<Acc>(grad * (hard + soft));
+    smoothing = static_cast<Acc>(grad * share);
+    target = static_cast<Acc>(grad * (soft * exp(-nll) + hard * expm1(-nll) - share * target_weight));
+  }
+};
+
+}  // namespace accumloss

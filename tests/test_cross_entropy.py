@@ -1,0 +1,276 @@
+"""The ops on CPU against float64: values, gradients, and the properties that any partition or order must keep."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from cases import DTYPES, Case, sample_cases
+from oracle import check_sums, expected
+from tolerances import assert_mostly_correctly_rounded, assert_within, fp32_gradient_limit
+
+import accumloss
+from accumloss import LossOptions
+
+ops = torch.ops.accumloss
+
+
+def pytest_generate_tests(metafunc):
+    if "case" in metafunc.fixturenames:
+        cases = [(dtype, case) for dtype in DTYPES for case in sample_cases(dtype)]
+        ids = [f"{str(dtype).removeprefix('torch.')}-{case.name}" for dtype, case in cases]
+        metafunc.parametrize("case", [case for _, case in cases], ids=ids)
+
+
+def accumulation(case: Case) -> torch.dtype:
+    return torch.float64 if case.logits.dtype == torch.float64 else torch.float32
+
+
+def test_values_match_float64(case):
+    outputs = ops.cross_entropy(case.logits, case.labels, case.weight, metrics=True, **case.kwargs)
+    check_sums(outputs, case, expected(case))
+
+
+def test_values_without_metrics_are_the_same_bits(case):
+    with_metrics = ops.cross_entropy(case.logits, case.labels, case.weight, metrics=True, **case.kwargs)
+    without = ops.cross_entropy(case.logits, case.labels, case.weight, **case.kwargs)
+    for i in (0, 1, 2, 3, 6):
+        assert torch.equal(with_metrics[i].nan_to_num(), without[i].nan_to_num())
+    assert without[4].item() == 0 and without[5].item() == 0
+
+
+def gradients(case: Case, grad_loss_sum: float):
+    """The gradient by each of the four ways, each from fresh logits."""
+    g = torch.tensor(grad_loss_sum, dtype=accumulation(case))
+    logits, labels, weight, kwargs = case.logits, case.labels, case.weight, case.kwargs
+    _, _, _, lse, _, _, nll = ops.cross_entropy(logits, labels, weight, **kwargs)
+    yield "backward", ops.cross_entropy_backward(g, logits, labels, lse, nll, weight, **kwargs)
+    yield "with_grad", ops.cross_entropy_with_grad(g, logits, labels, weight, **kwargs)[-1]
+    in_place = logits.clone(memory_format=torch.contiguous_format)
+    ops.cross_entropy_backward_(g, in_place, labels, lse, nll, weight, **kwargs)
+    yield "backward_", in_place
+    in_place = logits.clone(memory_format=torch.contiguous_format)
+    ops.cross_entropy_with_grad_(g, in_place, labels, weight, **kwargs)
+    yield "with_grad_", in_place
+
+
+@pytest.mark.parametrize("grad_loss_sum", [1.0, -0.37])
+def test_gradients_match_float64(case, grad_loss_sum):
+    wanted = expected(case, grad_loss_sum=float(torch.tensor(grad_loss_sum, dtype=accumulation(case))))
+    found = dict(gradients(case, grad_loss_sum))
+    for way, grad in found.items():
+        assert grad.dtype == case.logits.dtype and grad.shape == case.logits.shape
+        assert_within(grad, wanted.grad, wanted.grad_bound, f"{case.name}, {way}")
+        assert (grad[~wanted.rows.is_item] == 0).all(), f"{case.name}, {way}: ignored rows"
+    assert torch.equal(found["backward"].nan_to_num(), found["backward_"].nan_to_num())
+    assert torch.equal(found["with_grad"].nan_to_num(), found["with_grad_"].nan_to_num())
+
+
+def test_sums_are_the_same_with_and_without_the_gradient(case):
+    one = torch.ones((), dtype=accumulation(case))
+    alone = ops.cross_entropy(case.logits, case.labels, case.weight, metrics=True, **case.kwargs)
+    with_grad = ops.cross_entropy_with_grad(one, case.logits, case.labels, case.weight, metrics=True, **case.kwargs)
+    for a, b in zip((alone[0], alone[1], alone[2], alone[4], alone[5]), with_grad[:5], strict=True):
+        assert torch.equal(a.nan_to_num(), b.nan_to_num())
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_gradient_is_correctly_rounded(dtype):
+    logits = (torch.randn(64, 5003, generator=torch.Generator().manual_seed(0)) * 3).to(dtype)
+    case = Case("rounding", logits, torch.arange(64) * 78)
+    wanted = expected(case)
+    for way, grad in gradients(case, 1.0):
+        assert_within(grad, wanted.grad, wanted.grad_bound, way)
+        assert_mostly_correctly_rounded(grad, wanted.grad)
+
+
+def test_fp32_gradient_is_within_the_limit():
+    logits = torch.randn(64, 5003, generator=torch.Generator().manual_seed(0)) * 4
+    case = Case("limit", logits, torch.arange(64) * 78)
+    wanted = expected(case)
+    for way, grad in gradients(case, 1.0):
+        assert_within(grad, wanted.grad, fp32_gradient_limit() * wanted.grad.abs(), way)
+
+
+# Properties -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("splits", [(1,) * 12, (5, 7), (1, 11), (3, 4, 5)])
+def test_split_invariance(splits):
+    """Any partition of the rows gives the same sums and the same gradient, to the last bit."""
+    logits = torch.randn(12, 333, generator=torch.Generator().manual_seed(0))
+    labels = torch.randint(0, 333, (12,), generator=torch.Generator().manual_seed(1))
+    labels[[2, 3, 11]] = -100
+    whole = accumloss.cross_entropy(logits, labels, metrics=True)
+    parts = [
+        accumloss.cross_entropy(x, y, metrics=True) for x, y in zip(logits.split(splits), labels.split(splits), strict=True)
+    ]
+    total = sum(parts)
+    assert total.num_items == whole.num_items == 9
+    assert total.num_correct == whole.num_correct
+    assert_within(total.loss_sum, whole.loss_sum, 1e-6 * whole.loss_sum, "loss_sum")
+    one = torch.ones(())
+    whole_grad = ops.cross_entropy_with_grad(one, logits, labels)[-1]
+    split_grad = [
+        ops.cross_entropy_with_grad(one, x, y)[-1] for x, y in zip(logits.split(splits), labels.split(splits), strict=True)
+    ]
+    assert torch.equal(torch.cat(split_grad), whole_grad)
+
+
+def test_vocabulary_permutation():
+    logits = torch.randn(8, 1500, generator=torch.Generator().manual_seed(0)) * 3
+    labels = torch.arange(8) * 180
+    order = torch.randperm(1500, generator=torch.Generator().manual_seed(1))
+    permuted = Case("permuted", logits[:, order], order.argsort()[labels])
+    check_sums(ops.cross_entropy(permuted.logits, permuted.labels, metrics=True), permuted,
+               expected(Case("original", logits, labels)))  # fmt: skip
+
+
+def test_constant_shift_of_the_logits_changes_nothing():
+    logits = torch.randint(-8, 8, (8, 600), generator=torch.Generator().manual_seed(0)).float() / 4
+    labels = torch.arange(8) * 70
+    one = torch.ones(())
+    base = ops.cross_entropy_with_grad(one, logits, labels)
+    for shift in (-4096.0, 64.0, 100000.0):  # exact in fp32 with these logits
+        moved = ops.cross_entropy_with_grad(one, logits + shift, labels)
+        assert torch.equal(moved[0], base[0])
+        assert torch.equal(moved[-1], base[-1])
+        lse, nll = (ops.cross_entropy(logits + shift, labels)[i] for i in (3, 6))
+        wanted = expected(Case("shifted", logits + shift, labels))
+        two_calls = ops.cross_entropy_backward(one, logits + shift, labels, lse, nll)
+        assert_within(two_calls, wanted.grad, wanted.grad_bound, f"shift {shift}")
+
+
+@pytest.mark.parametrize("poison", [float("nan"), float("inf")])
+def test_ignored_rows_are_never_read(poison):
+    logits = torch.randn(4, 7, 65, generator=torch.Generator().manual_seed(0))
+    labels = torch.randint(0, 65, (4, 7), generator=torch.Generator().manual_seed(1))
+    labels[0, 3] = labels[2, 1] = -100
+    clean = ops.cross_entropy(logits, labels, shift=1, metrics=True)
+    logits[0, 2] = logits[2, 0] = poison  # the rows whose label is ignored
+    logits[:, -1] = poison  # the rows without a label
+    dirty = ops.cross_entropy(logits, labels, shift=1, metrics=True)
+    for a, b in zip(clean, dirty, strict=True):
+        assert torch.equal(a, b)
+    grad = ops.cross_entropy_with_grad(torch.ones(()), logits, labels, shift=1)[-1]
+    assert torch.isfinite(grad).all() and (grad[:, -1] == 0).all() and (grad[0, 2] == 0).all()
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_not_a_distribution_gives_nan(dtype):
+    inf, nan = float("inf"), float("nan")
+    rows = torch.tensor([[0.0, nan, 1.0], [nan, 0.0, 1.0], [inf, 0.0, 1.0], [0.0, inf, 1.0], [-inf, -inf, -inf],
+                         [1.0, 2.0, 3.0]], dtype=dtype)  # fmt: skip
+    labels = torch.zeros(6, dtype=torch.int64)
+    outputs = ops.cross_entropy(rows, labels, metrics=True)
+    assert torch.isnan(outputs[0])
+    assert torch.isnan(outputs[6]).tolist() == [True] * 5 + [False]
+    assert outputs[4].item() == 0
+    one = torch.ones((), dtype=outputs[0].dtype)
+    for grad in (
+        ops.cross_entropy_backward(one, rows, labels, outputs[3], outputs[6]),
+        ops.cross_entropy_with_grad(one, rows, labels)[-1],
+    ):
+        assert torch.isnan(grad[:5]).any(-1).all() and torch.isfinite(grad[5]).all()
+
+
+def test_impossible_label_has_infinite_loss_and_a_finite_gradient():
+    logits = torch.tensor([[0.0, -torch.inf, 1.0]])
+    outputs = ops.cross_entropy(logits, torch.tensor([1]))
+    assert outputs[0].item() == torch.inf and outputs[6].item() == torch.inf
+    grad = ops.cross_entropy_with_grad(torch.ones(()), logits, torch.tensor([1]))[-1]
+    p = torch.softmax(logits.double(), -1)
+    assert_within(grad, p - torch.tensor([[0.0, 1.0, 0.0]]), 1e-7, "gradient")
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_correct_predictions_are_those_of_argmax(dtype):
+    """Ties go to the first of the largest logits, as in torch.argmax; low precision makes many."""
+    logits = torch.randint(0, 4, (500, 40), generator=torch.Generator().manual_seed(0)).to(dtype)
+    labels = torch.randint(0, 40, (500,), generator=torch.Generator().manual_seed(1))
+    labels[::2] = logits.argmax(-1)[::2]
+    found = accumloss.cross_entropy(logits, labels, metrics=True, softcap=1.0)  # the cap makes further ties
+    assert found.num_correct.item() == (logits.argmax(-1) == labels).sum().item()
+    assert 250 <= found.num_correct.item() < 500
+
+
+# Determinism ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("shape", [(40, 5000), (1, 100_000), (7, 33_000), (5000, 9)])
+def test_same_bits_for_any_number_of_threads(shape):
+    logits = (torch.randn(shape, generator=torch.Generator().manual_seed(0)) * 3).bfloat16()
+    labels = torch.randint(0, shape[-1], shape[:-1], generator=torch.Generator().manual_seed(1))
+    weight = torch.rand(shape[-1], generator=torch.Generator().manual_seed(2))
+    options = LossOptions(label_smoothing=0.1, z_loss=1e-3).as_kwargs()
+    one = torch.ones(())
+    before, results = torch.get_num_threads(), []
+    try:
+        for threads in (1, 2, 3, 5, 2):
+            torch.set_num_threads(threads)
+            forward = ops.cross_entropy(logits, labels, weight, metrics=True, **options)
+            grad = ops.cross_entropy_backward(one, logits, labels, forward[3], forward[6], weight, **options)
+            fused = ops.cross_entropy_with_grad(one, logits, labels, weight, metrics=True, **options)
+            results.append((*forward, grad, *fused))
+    finally:
+        torch.set_num_threads(before)
+    for result in results[1:]:
+        for a, b in zip(results[0], result, strict=True):
+            assert torch.equal(a, b)
+
+
+CAPABILITY_PROGRAM = """
+import sys, torch, accumloss
+sys.path.insert(0, sys.argv[1])
+from cases import DTYPES, sample_cases
+from oracle import check_sums, expected
+from tolerances import assert_within
+import test_cross_entropy as t
+assert accumloss.build_info()["cpu_capability"] == sys.argv[2], accumloss.build_info()
+bits = []
+for dtype in DTYPES:
+    for case in sample_cases(dtype):
+        wanted = expected(case)
+        found = t.ops.cross_entropy(case.logits, case.labels, case.weight, metrics=True, **case.kwargs)
+        check_sums(found, case, wanted)
+        bits += found
+        for way, grad in t.gradients(case, 1.0):
+            assert_within(grad, wanted.grad, wanted.grad_bound, case.name + ", " + way)
+            bits.append(grad)
+x = torch.arange(-(2**15), 2**15, dtype=torch.int32).to(torch.int16).view(torch.float16)  # every half
+scaled = x.clone()
+torch.ops.accumloss.scale_(scaled, torch.tensor(0.625))
+assert torch.equal(torch.nan_to_num(scaled), torch.nan_to_num((x.float() * 0.625).half()))
+torch.save(bits, sys.argv[3])
+"""
+
+
+def run_capability(name: str, path: Path) -> list[torch.Tensor]:
+    here = str(Path(__file__).parent)
+    command = [sys.executable, "-P", "-c", CAPABILITY_PROGRAM, here, name, str(path)]
+    environment = {**os.environ, "ACCUMLOSS_CPU_CAPABILITY": name}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    if done.returncode != 0 and "expected one of" in done.stderr:
+        pytest.skip(f"this machine has no {name}: {done.stderr.strip().splitlines()[-1]}")
+    assert done.returncode == 0, done.stderr
+    return torch.load(path)
+
+
+@pytest.mark.parametrize("name", ["portable", "avx2", "avx512"])
+def test_every_instruction_set(name, tmp_path):
+    run_capability(name, tmp_path / "bits.pt")
+
+
+def test_avx2_and_avx512_give_the_same_bits(tmp_path):
+    for a, b in zip(run_capability("avx2", tmp_path / "a"), run_capability("avx512", tmp_path / "b"), strict=True):
+        assert torch.equal(a.nan_to_num(), b.nan_to_num())
+
+
+def test_unknown_instruction_set_is_refused():
+    program = "import accumloss"
+    environment = {**os.environ, "ACCUMLOSS_CPU_CAPABILITY": "mmx"}
+    done = subprocess.run([sys.executable, "-P", "-c", program], env=environment, capture_output=True, text=True)
+    assert done.returncode != 0
+    assert "ACCUMLOSS_CPU_CAPABILITY: expected one of portable" in done.stderr and "got mmx" in done.stderr

@@ -1,0 +1,278 @@
+"""What the ops owe PyTorch: opcheck, gradcheck, compile, functorch, autocast, versions, in-place rules."""
+
+import pytest
+import torch
+from cases import DTYPES, Case, sample_cases
+from oracle import expected
+from tolerances import assert_within
+
+import accumloss
+
+ops = torch.ops.accumloss
+
+# Cases whose dispatcher behaviour differs; the others differ only in numbers.
+CONTRACT = {
+    "V=33", "no leading dimension", "no rows", "all ignored", "(2, 3, 5, V)", "int32 labels", "shift",
+    "time steps cut off", "transposed classes: copied", "expanded rows", "class weights, smoothing", "everything",
+}  # fmt: skip
+
+
+def pytest_generate_tests(metafunc):
+    if "case" in metafunc.fixturenames:
+        dtypes = getattr(metafunc.function, "dtypes", DTYPES)
+        cases = [(d, c) for d in dtypes for c in sample_cases(d, large=False) if c.name in CONTRACT]
+        ids = [f"{str(dtype).removeprefix('torch.')}-{case.name}" for dtype, case in cases]
+        metafunc.parametrize("case", [case for _, case in cases], ids=ids)
+
+
+def test_opcheck(case):
+    """Every op on every kind of input: schema, fake kernel, autograd registration, static and dynamic shapes."""
+    check = torch.library.opcheck
+    acc = torch.float64 if case.logits.dtype == torch.float64 else torch.float32
+    g = torch.tensor(0.5, dtype=acc)
+    logits, labels, weight, kwargs = case.logits, case.labels, case.weight, case.kwargs
+    leaf = logits.detach().requires_grad_()
+    check(ops.cross_entropy.default, (leaf, labels, weight), {**kwargs, "metrics": True})
+    _, _, _, lse, _, _, nll = ops.cross_entropy(logits, labels, weight, **kwargs)
+    check(ops.cross_entropy_backward.default, (g, leaf, labels, lse, nll, weight), kwargs)
+    check(ops.cross_entropy_with_grad.default, (g, logits, labels, weight), kwargs)
+    dense = logits.clone(memory_format=torch.contiguous_format)
+    check(ops.cross_entropy_backward_.default, (g, dense.clone(), labels, lse, nll, weight), kwargs)
+    check(ops.cross_entropy_with_grad_.default, (g, dense.clone(), labels, weight), kwargs)
+    check(ops.scale_.default, (dense.clone(), g))
+    lm = {name: value for name, value in kwargs.items() if name != "shift"}
+    check(ops.masked_lm.default, (leaf, labels, weight), lm)
+    if logits.dim() > 1:
+        check(ops.causal_lm.default, (leaf, labels, weight), lm)
+
+
+def test_gradcheck_and_gradgradcheck(case):
+    leaf = case.logits.detach().clone().requires_grad_()
+    if leaf.numel() > 700:
+        leaf = leaf[:1].detach().clone().requires_grad_()
+        case = Case(case.name, leaf, case.labels[:1], case.weight, case.options, case.shift)
+
+    def loss_sum(logits):
+        return ops.cross_entropy(logits, case.labels, case.weight, **case.kwargs)[0]
+
+    assert torch.autograd.gradcheck(loss_sum, (leaf,))
+    if leaf.numel() and case.name != "no leading dimension":
+        assert torch.autograd.gradgradcheck(loss_sum, (leaf,), fast_mode=True)
+
+
+test_gradcheck_and_gradgradcheck.dtypes = (torch.float64,)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_compile_gives_the_eager_numbers(dtype):
+    case = next(c for c in sample_cases(dtype, large=False) if c.name == "everything")
+
+    def step(logits, labels, weight):
+        loss_sum, num_items, *_ = ops.cross_entropy(logits, labels, weight, **case.kwargs)
+        return loss_sum / num_items, num_items
+
+    compiled = torch.compile(step, fullgraph=True)
+    results = []
+    for function in (step, compiled):
+        leaf = case.logits.detach().requires_grad_()
+        loss, num_items = function(leaf, case.labels, case.weight)
+        loss.backward()
+        results.append((loss.detach(), num_items, leaf.grad))
+    for eager, traced in zip(*results, strict=True):
+        assert torch.equal(eager, traced)
+
+
+def test_compiled_functional_loss_matches_eager():
+    """Under compile the gradient comes from the second op: the same to within the rounding that both are allowed."""
+    case = next(c for c in sample_cases(torch.bfloat16, large=False) if c.name == "shift")
+
+    def loss(logits):
+        return accumloss.causal_lm_loss(logits, case.labels, num_items_in_batch=11)
+
+    wanted = expected(case, grad_loss_sum=1 / 11)
+    for function in (loss, torch.compile(loss, fullgraph=True)):
+        leaf = case.logits.detach().requires_grad_()
+        value = function(leaf)
+        value.backward()
+        assert_within(value, wanted.sums[0] / 11, 1e-6 * wanted.sums[0] / 11, "loss")
+        assert_within(leaf.grad, wanted.grad, wanted.grad_bound, "gradient")
+
+
+def test_compile_handles_changing_shapes():
+    torch._dynamo.reset()
+    compiled = torch.compile(lambda x, y: ops.causal_lm(x, y), fullgraph=True, dynamic=True)
+    for B, T in ((2, 5), (3, 8), (1, 2)):
+        logits, labels = torch.randn(B, T, 17), torch.randint(0, 17, (B, T))
+        assert torch.equal(compiled(logits, labels)[0], ops.causal_lm(logits, labels)[0])
+
+
+def test_torch_func_is_refused_by_a_clear_error():
+    labels = torch.tensor([1, 2])
+    for function in (
+        lambda x: accumloss.masked_lm_loss(x, labels, num_items_in_batch=2),
+        lambda x: accumloss.cross_entropy(x, labels).loss_sum,
+    ):
+        with pytest.raises(RuntimeError, match=r"expected no torch.func transform .* use torch.autograd.grad"):
+            torch.func.grad(function)(torch.randn(2, 3))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_double_backward_of_the_fused_gradient_is_refused(dtype):
+    leaf = torch.randn(2, 3, dtype=dtype, requires_grad=True)
+    loss = accumloss.masked_lm_loss(leaf, torch.tensor([1, 2]), num_items_in_batch=2)
+    (grad,) = torch.autograd.grad(loss, leaf, create_graph=True)
+    with pytest.raises(RuntimeError, match="does not require grad|once_differentiable"):
+        grad.sum().backward()
+
+
+def test_double_backward_is_right_for_fp64():
+    leaf = torch.randn(3, 4, dtype=torch.float64, requires_grad=True)
+    labels = torch.tensor([1, 2, -100])
+    ours = accumloss.masked_lm_loss(leaf, labels, num_items_in_batch=2)
+    stock = torch.nn.functional.cross_entropy(leaf, labels, reduction="sum") / 2
+    results = []
+    for loss in (ours, stock):
+        (grad,) = torch.autograd.grad(loss, leaf, create_graph=True)
+        results.append(torch.autograd.grad(grad.square().sum(), leaf)[0])
+    torch.testing.assert_close(*results, rtol=1e-10, atol=0)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_autocast_keeps_the_dtype_of_the_logits(dtype):
+    logits = torch.randn(4, 33)
+    labels = torch.arange(4)
+    with torch.autocast("cpu", dtype=dtype):
+        for given in (logits, logits.to(dtype)):
+            leaf = given.detach().requires_grad_()
+            loss_sum, _ = ops.masked_lm(leaf, labels)
+            assert loss_sum.dtype == torch.float32
+            assert torch.equal(loss_sum, ops.masked_lm(given, labels)[0])
+            loss_sum.backward()
+            assert leaf.grad.dtype == given.dtype
+
+
+def test_gradient_is_skipped_without_requires_grad(monkeypatch):
+    calls = []
+    for name in ("cross_entropy_with_grad", "cross_entropy_backward"):
+        original = getattr(ops, name)
+
+        def recorded(*args, original=original, name=name, **kwargs):
+            calls.append(name)
+            return original(*args, **kwargs)
+
+        monkeypatch.setattr(ops, name, recorded)
+    labels = torch.tensor([1, 2])
+    loss = accumloss.masked_lm_loss(torch.randn(2, 3), labels, num_items_in_batch=2)
+    assert not loss.requires_grad
+    with torch.no_grad():
+        accumloss.masked_lm_loss(torch.randn(2, 3, requires_grad=True), labels, num_items_in_batch=2)
+    assert calls == []
+    accumloss.masked_lm_loss(torch.randn(2, 3, requires_grad=True), labels, num_items_in_batch=2)
+    assert calls == ["cross_entropy_with_grad"]  # the recorder works
+
+
+def test_outputs_are_fresh_and_only_the_loss_carries_a_gradient():
+    leaf = torch.randn(2, 3, requires_grad=True)
+    outputs = ops.cross_entropy(leaf, torch.tensor([1, 2]), metrics=True)
+    assert [value.requires_grad for value in outputs] == [True] + [False] * 6
+    assert len({value.untyped_storage().data_ptr() for value in outputs}) == 7
+    assert all(outputs[i].shape == () for i in (0, 1, 2, 4, 5)) and outputs[3].shape == outputs[6].shape == (2,)
+    loss_sum = outputs[0]
+    loss_sum *= 3  # callers do
+    loss_sum += 1
+    loss_sum.backward()
+    assert torch.isfinite(leaf.grad).all()
+
+
+def test_causal_lm_and_masked_lm_are_cross_entropy():
+    logits, labels = torch.randn(2, 5, 7), torch.randint(0, 7, (2, 5))
+    assert torch.equal(ops.causal_lm(logits, labels)[0], ops.cross_entropy(logits, labels, shift=1)[0])
+    assert ops.causal_lm(logits, labels)[1].item() == 8
+    assert torch.equal(ops.masked_lm(logits, labels)[0], ops.cross_entropy(logits, labels)[0])
+    assert ops.masked_lm(logits, labels)[1].item() == 10
+
+
+# Bad input: one case for each message -----------------------------------------------------------------------------------
+
+X, Y = torch.zeros(2, 3, 5), torch.zeros(2, 3, dtype=torch.int64)
+
+
+def error_cases():
+    yield torch.zeros(()), Y, {}, RuntimeError, r"logits of shape \(..., V\), got a 0-dim tensor"
+    yield X.long(), Y, {}, RuntimeError, "logits of dtype bfloat16, float16, float32 or float64, got Long"
+    yield X[..., :0], Y, {}, RuntimeError, r"V >= 1, got \(2, 3, 0\)"
+    yield X[0, 0], Y[0, 0], {"shift": 1}, RuntimeError, r"logits of shape \(..., T, V\) where shift > 0"
+    yield X, Y.float(), {}, RuntimeError, "labels of dtype int64 or int32, got Float"
+    yield X, Y[:1], {}, RuntimeError, r"labels of shape \(2, 3, 5\) without its last dimension, got \(1, 3\)"
+    yield X, Y[0], {}, RuntimeError, r"got \(3,\); labels are class indices"
+    yield X, Y, {"weight": torch.ones(4)}, RuntimeError, r"weight of shape \(V,\) = \(5,\), got \(4,\)"
+    yield X, Y, {"weight": torch.ones(5).long()}, RuntimeError, "weight of a floating dtype, got Long"
+    yield X, Y, {"shift": -1}, RuntimeError, "shift >= 0, got -1"
+    yield X, Y, {"label_smoothing": 1.5}, RuntimeError, r"label_smoothing in \[0, 1\], got 1.5"
+    yield X, Y, {"z_loss": -1.0}, RuntimeError, "finite z_loss >= 0, got -1"
+    yield X, Y, {"softcap": float("inf")}, RuntimeError, "finite softcap >= 0 .* got inf"
+    yield X, Y, {"logit_scale": 0.0}, RuntimeError, "finite logit_scale > 0, got 0"
+    yield X, Y + 5, {}, IndexError, r"labels in \[0, 5\) or ignore_index -100, got 5 for row 0 of 6; check vocab_size"
+    bad = Y.clone()
+    bad[1, 2] = -1
+    yield X, bad.int(), {}, IndexError, "got -1 for row 5 of 6"
+    yield X, Y - 100, {"ignore_index": 0}, IndexError, "ignore_index 0, got -100 for row 0"
+
+
+@pytest.mark.parametrize("logits,labels,kwargs,error,message", list(error_cases()))
+def test_bad_input(logits, labels, kwargs, error, message):
+    kwargs = dict(kwargs)
+    weight = kwargs.pop("weight", None)
+    with pytest.raises(error, match="cross_entropy: expected .*" + message):
+        ops.cross_entropy(logits, labels, weight, **kwargs)
+    acc = torch.float32
+    with pytest.raises(error, match="cross_entropy_with_grad: expected .*|cross_entropy: expected .*"):
+        ops.cross_entropy_with_grad(torch.ones((), dtype=acc), logits, labels, weight, **kwargs)
+
+
+def test_bad_label_is_found_before_logits_are_overwritten():
+    logits = torch.randn(2, 3)
+    before = logits.clone()
+    with pytest.raises(IndexError):
+        ops.cross_entropy_with_grad_(torch.ones(()), logits, torch.tensor([0, 3]))
+    assert torch.equal(logits, before)
+
+
+def test_in_place_needs_rows_that_can_be_overwritten():
+    one, labels = torch.ones(()), torch.zeros(4, dtype=torch.int64)
+    for logits in (torch.zeros(1, 5).expand(4, 5), torch.zeros(5, 4).t(), torch.zeros(20).as_strided((4, 5), (3, 1))):
+        with pytest.raises(RuntimeError, match="cross_entropy_with_grad_: expected logits .*rows that do not overlap"):
+            ops.cross_entropy_with_grad_(one, logits, labels)
+    gap = torch.zeros(4, 8)
+    ops.cross_entropy_with_grad_(one, gap[:, :5], labels)
+    assert (gap[:, :5] != 0).all() and (gap[:, 5:] == 0).all()
+
+
+def test_backward_needs_what_forward_returned():
+    logits, labels, one = torch.zeros(2, 5), torch.zeros(2, dtype=torch.int64), torch.ones(())
+    lse, nll = (ops.cross_entropy(logits, labels)[i] for i in (3, 6))
+    for bad in ((one, lse.float(), nll, "lse"), (one, lse[:1], nll, "lse"), (one, lse, nll.double(), "nll"),
+                (torch.ones(2), lse, nll, "grad_loss_sum")):  # fmt: skip
+        with pytest.raises(RuntimeError, match=f"cross_entropy_backward: expected {bad[3]}"):
+            ops.cross_entropy_backward(bad[0], logits, labels, bad[1], bad[2])
+
+
+def test_backward_through_the_gradient_op_is_refused():
+    leaf = torch.zeros(2, 5, requires_grad=True)
+    out = ops.cross_entropy_with_grad(torch.ones(()), leaf, torch.zeros(2, dtype=torch.int64))
+    with pytest.raises(RuntimeError, match="expected no backward through it"):
+        out[0].backward()
+
+
+def test_scale():
+    for dtype in DTYPES:
+        x = torch.randn(70, 1001).to(dtype)
+        acc = torch.float64 if dtype == torch.float64 else torch.float32
+        scaled = x.clone()
+        ops.scale_(scaled, torch.tensor(0.3, dtype=acc))
+        assert torch.equal(scaled, (x.to(acc) * torch.tensor(0.3, dtype=acc)).to(dtype))
+        ops.scale_(x, torch.ones((), dtype=acc))
+    with pytest.raises(RuntimeError, match="scale_: expected contiguous values"):
+        ops.scale_(torch.zeros(3, 4).t(), torch.ones(()))
+    with pytest.raises(RuntimeError, match="scale_: expected a factor with one element"):
+        ops.scale_(torch.zeros(3, 4), torch.ones(2))

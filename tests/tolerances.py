@@ -1,0 +1,106 @@
+"""Every tolerance of the suite, derived from the rounding of a dtype, the size of the row and the device.
+
+Bounds are per element and relative to what the element is made of. None is an absolute floor: with V = 128256 the
+probabilities are around 1e-5, and a floor of 5e-5 would accept a gradient that is missing altogether.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+
+UNIT = 2.0**-24  # half an ulp of fp32, relative
+UNIT64 = 2.0**-53
+
+# docs/numerics.md: the promises
+ROW_LOSS = {"cpu": 4 * UNIT, "cuda": 2e-6}
+SUM = 1e-6
+ROW_LOSS_FLOAT64 = 1e-12
+MANTISSA = {torch.bfloat16: 8, torch.float16: 11, torch.float32: 24, torch.float64: 53}
+
+
+def unit_of(dtype: torch.dtype) -> float:
+    """Unit roundoff of the arithmetic that computes logits of a dtype."""
+    return UNIT64 if dtype == torch.float64 else UNIT
+
+
+def row_loss_bound(dtype: torch.dtype, device: str, z_scale: float = 0.0) -> float:
+    """Relative error of a row loss and of its nll, at any confidence.
+
+    z_scale: largest ``|z|`` where the logits pass through a scale or a cap: its rounding moves every z by some units.
+    """
+    bound = ROW_LOSS_FLOAT64 if dtype == torch.float64 else ROW_LOSS[device]
+    return bound + 4 * unit_of(dtype) * z_scale
+
+
+def ulp(value: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """Distance to the next number of ``dtype`` at ``value`` (given in float64), subnormals included."""
+    info = torch.finfo(dtype)
+    exponent = torch.floor(torch.log2(value.abs().clamp(min=info.tiny)))
+    return torch.exp2(exponent + 1 - MANTISSA[dtype])
+
+
+def gradient_bound(
+    expected: torch.Tensor,  # (..., V) float64 gradient
+    z: torch.Tensor,  # (..., V) float64 transformed logits
+    lse: torch.Tensor,  # (...) float64
+    terms: torch.Tensor,  # (..., V) float64: sum of the magnitudes that an entry is the difference of
+    dtype: torch.dtype,
+    device: str,
+    is_transformed: bool = False,
+) -> torch.Tensor:
+    """Absolute error allowed per entry of a gradient in ``dtype``.
+
+    One rounding to ``dtype`` (an ulp; half of it is the rounding, half is for a value that lies near the middle), and
+    the arithmetic before it: ``(4 + |z - max|)`` units of the terms on CPU, twice that on CUDA. A transform adds the
+    rounding of z itself.
+    """
+    distance = (z - lse.unsqueeze(-1)).abs()
+    distance = torch.where(torch.isfinite(distance), distance, torch.zeros_like(distance))
+    units = 4 + distance
+    if is_transformed:
+        finite = torch.where(torch.isfinite(z), z, torch.zeros_like(z)).abs()
+        units = units + 4 * (finite + finite.amax(-1, keepdim=True)) + 4
+    if dtype == torch.float64:  # lse has no second double to keep its low bits, and neither has the oracle
+        units = 8 * units + 4 * torch.nan_to_num(lse).abs().unsqueeze(-1)
+    arithmetic = units * unit_of(dtype) * (2 if device == "cuda" else 1) * terms
+    rounding = ulp(expected, dtype) if dtype in (torch.bfloat16, torch.float16) else 0.5 * ulp(expected, dtype)
+    return rounding + arithmetic + torch.finfo(torch.float32).tiny * (dtype != torch.float64)
+
+
+def fp32_gradient_limit() -> float:
+    """Largest relative error of any fp32 gradient entry without options; performance, not a derivation, allows more."""
+    return 4e-6
+
+
+def assert_within(actual: torch.Tensor, expected: torch.Tensor, bound: torch.Tensor | float, what: str) -> None:
+    """Elementwise ``|actual - expected| <= bound``; NaN and infinities must be the same ones."""
+    actual, expected = actual.detach().double().cpu(), expected.detach().double().cpu()
+    if actual.shape != expected.shape:
+        raise AssertionError(f"{what}: shape {tuple(actual.shape)}, expected {tuple(expected.shape)}")
+    same = (actual == expected) | (torch.isnan(actual) & torch.isnan(expected))
+    bound = torch.as_tensor(bound, dtype=torch.float64).cpu().expand_as(expected)
+    error = (actual - expected).abs()
+    bad = ~(same | (error <= bound))
+    if bad.any():
+        ratio = torch.where(bad, torch.nan_to_num(error / bound, nan=math.inf), torch.zeros_like(error))
+        worst = int(ratio.argmax())
+        raise AssertionError(
+            f"{what}: {int(bad.sum())} of {bad.numel()} entries out of bounds; worst at flat index {worst}: "
+            f"{actual.flatten()[worst].item():.9g}, expected {expected.flatten()[worst].item():.9g} "
+            f"+- {bound.flatten()[worst].item():.3g}"
+        )
+
+
+def assert_close(actual: torch.Tensor, expected: torch.Tensor, relative: float, what: str) -> None:
+    """``|actual - expected| <= relative * |expected|``."""
+    assert_within(actual, expected, relative * expected.detach().double().cpu().abs(), what)
+
+
+def assert_mostly_correctly_rounded(actual: torch.Tensor, expected: torch.Tensor, share: float = 0.999) -> None:
+    """At least ``share`` of the entries are the nearest number of their dtype to the float64 value."""
+    nearest = expected.detach().to(actual.dtype)
+    right = (actual.detach().cpu() == nearest.cpu()).double().mean().item()
+    if right < share:
+        raise AssertionError(f"only {right:.5f} of the entries are correctly rounded, expected {share}")
