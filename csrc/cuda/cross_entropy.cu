@@ -1,0 +1,47 @@
+// The CUDA backend: chooses the launchers of the logits' type.
+#include <utility>
+
+#include "launchers.cuh"
+
+namespace accumloss {
+namespace {
+
+template <typename F>
+void dispatch(Dtype dtype, const F& call) {
+  switch (dtype) {
+    case Dtype::kBFloat16:
+      return call(cuda::Launchers<__nv_bfloat16>());
+    case Dtype::kFloat16:
+      return call(cuda::Launchers<__half>());
+    case Dtype::kFloat32:
+      return call(cuda::Launchers<float>());
+    case Dtype::kFloat64:
+      return call(cuda::Launchers<double>());
+  }
+}
+
+}  // namespace
+
+const Backend& cuda_backend() {
+  static const Backend backend = {
+      [](const CrossEntropyInputs& inputs, const CrossEntropySums& sums, double* lse, void* nll) {
+        dispatch(inputs.logits.dtype, [&](auto launchers) { launchers.forward(inputs, sums, lse, nll); });
+      },
+      [](const CrossEntropyInputs& inputs, const double* lse, const void* nll, const void* grad_loss_sum,
+         const LogitsView& grad_logits) {
+        dispatch(inputs.logits.dtype,
+                 [&](auto launchers) { launchers.backward(inputs, lse, nll, grad_loss_sum, grad_logits); });
+      },
+      [](const CrossEntropyInputs& inputs, const CrossEntropySums& sums, const void* grad_loss_sum,
+         const LogitsView& grad_logits) {
+        dispatch(inputs.logits.dtype,
+                 [&](auto launchers) { launchers.forward_with_grad(inputs, sums, grad_loss_sum, grad_logits); });
+      },
+      [](const LogitsView& values, const void* factor) {
+        dispatch(values.dtype, [&](auto launchers) { launchers.scale(values, factor); });
+      },
+  };
+  return backend;
+}
+
+}  // namespace accumloss

@@ -1,0 +1,476 @@
+// Cross-entropy of a row by a group of threads (a warp, a block): forward; backward; both in one visit, which reads the
+// row a second time from the cache and may write the gradient over it. An ignored row is not read. One partial sum a
+// block goes to scratch; sum_partials adds them in a fixed order.
+#pragma once
+
+#include "../cross_entropy.h"
+#include "bad_labels.h"
+#include "element.cuh"
+#include "group.cuh"
+
+namespace accumloss::cuda {
+
+constexpr int kElementsInFlight = 16;  // a thread loads this many before it computes
+
+// 16-byte loads before the first use. The general kernels compute enough to hide one load, and compile in reasonable
+// time with one.
+template <typename T, bool kGeneral>
+constexpr int kVectorsInFlight = kGeneral ? 1 : kElementsInFlight * static_cast<int>(sizeof(T)) / kVectorBytes;
+
+// What a block adds to the sums.
+struct Partial {
+  double loss;
+  double weight;
+  double entropy;
+  int64_t items;
+  int64_t correct;
+
+  __device__ __forceinline__ void add(const Partial& other) {
+    loss += other.loss;
+    weight += other.weight;
+    entropy += other.entropy;
+    items += other.items;
+    correct += other.correct;
+  }
+};
+
+template <typename Acc>
+struct ForwardArgs {
+  CrossEntropyInputs inputs;
+  double* lse;               // (B, T); null in forward_with_grad
+  Acc* nll;                  // (B, T); null in forward_with_grad
+  Partial* partials;         // (blocks,)
+  BadLabel* bad_label;       // host memory
+  const Acc* grad_loss_sum;  // (); forward_with_grad only, as is grad_logits
+  LogitsView grad_logits;    // (B, T, V)
+};
+
+template <typename Acc>
+struct BackwardArgs {
+  CrossEntropyInputs inputs;
+  const double* lse;  // (B, T)
+  const Acc* nll;     // (B, T)
+  const Acc* grad_loss_sum;
+  LogitsView grad_logits;  // (B, T, V)
+};
+
+__device__ __forceinline__ int64_t row_count(const LogitsView& view) { return view.B * view.T; }
+
+template <typename T>
+__device__ __forceinline__ T* row_start(const LogitsView& view, int64_t row) {
+  const int64_t b = row / view.T;
+  return static_cast<T*>(view.data) + b * view.stride_b + (row - b * view.T) * view.stride_t;
+}
+
+// The label of a row; ignore_index where the row has none.
+__device__ __forceinline__ int64_t row_label(const CrossEntropyInputs& inputs, int64_t row) {
+  const LabelsView& labels = inputs.labels;
+  const int64_t b = row / inputs.logits.T;
+  const int64_t t = row - b * inputs.logits.T + inputs.options.shift;
+  if (t >= inputs.logits.T) return inputs.options.ignore_index;
+  const int64_t offset = b * labels.stride_b + t * labels.stride_t;
+  return labels.is_int32 ? static_cast<const int32_t*>(labels.data)[offset]
+                         : static_cast<const int64_t*>(labels.data)[offset];
+}
+
+__device__ __forceinline__ bool is_class(int64_t label, int64_t V) { return label >= 0 && label < V; }
+
+// kCount a power of two. A recursion of templates: the compiler unrolls the equivalent loops only in part.
+template <int kCount, typename Acc>
+__device__ __forceinline__ Acc pairwise_sum(const Acc* values) {
+  if constexpr (kCount == 1) {
+    return values[0];
+  } else {
+    return pairwise_sum<kCount / 2>(values) + pairwise_sum<kCount / 2>(values + kCount / 2);
+  }
+}
+
+// What the first visit of a row needs of the options. kGeneral false: no transform, no smoothing, no metrics.
+template <typename Acc, bool kGeneral>
+struct RowView {
+  int64_t label;
+  Transform<Acc> transform;
+  const Acc* weight;  // (V,), or null; for the smoothing
+  Acc reference;      // of RowState
+  bool linear;
+  bool metrics;
+
+  __device__ __forceinline__ RowView(const CrossEntropyInputs& inputs, int64_t y, Acc z_label)
+      : label(y),
+        transform(inputs.options),
+        weight(static_cast<const Acc*>(inputs.weight)),
+        reference(static_cast<Acc>(row_reference(z_label))),
+        linear(inputs.options.label_smoothing > 0),
+        metrics(inputs.options.metrics) {}
+
+  // kWidth neighbours from class j on; z holds x at first. The label becomes -inf, which adds nothing.
+  template <int kWidth>
+  __device__ __forceinline__ void prepare(Acc* z, int64_t j, int label_at, RowState<Acc>& state) const {
+#pragma unroll
+    for (int i = 0; i < kWidth; ++i) {
+      if (kGeneral) {
+        z[i] = transform.value(z[i]);
+        if (linear && i != label_at) state.linear += (weight ? weight[j + i] : Acc(1)) * (z[i] - reference);
+      }
+      if (i == label_at) z[i] = static_cast<Acc>(-kInfinity);
+    }
+  }
+
+  // Adds kCount classes to the online sums.
+  template <int kCount>
+  __device__ __forceinline__ void push(Acc (&z)[kCount], RowState<Acc>& state) const {
+    Acc merged = state.max;
+#pragma unroll
+    for (int i = 0; i < kCount; ++i) merged = z[i] > merged ? z[i] : merged;
+    // Only -inf so far: any finite shift gives exp(-inf) = 0.
+    const Acc shift = merged == static_cast<Acc>(-kInfinity) ? Acc(0) : merged;
+    const Acc scale = exp_term(state.max - shift);
+    Acc weighted = 0;
+#pragma unroll
+    for (int i = 0; i < kCount; ++i) {
+      const Acc e = exp_term(z[i] - shift);
+      if (kGeneral && metrics && e != 0) weighted += e * (z[i] - reference);
+      z[i] = e;
+    }
+    state.max = merged;
+    state.sum = state.sum * scale + pairwise_sum<kCount>(z);
+    if (kGeneral) state.weighted = state.weighted * scale + weighted;
+  }
+
+  template <typename T, int kVectors>
+  __device__ __forceinline__ void push_vectors(const T* x, const RowSpan<T>& span, int64_t v, int stride,
+                                               RowState<Acc>& state) const {
+    constexpr int kWidth = RowSpan<T>::kWidth;
+    typename Element<T>::Raw raw[kVectors];
+#pragma unroll
+    for (int k = 0; k < kVectors; ++k) raw[k] = load_vector(x + span.vector_index(v + k * stride));
+    Acc z[kVectors * kWidth];
+#pragma unroll
+    for (int k = 0; k < kVectors; ++k) {
+      const int64_t j = span.vector_index(v + k * stride);
+      Acc part[kWidth];
+      Element<T>::unpack(raw[k], part);
+      prepare<kWidth>(part, j, span.label_position(label, j), state);
+#pragma unroll
+      for (int i = 0; i < kWidth; ++i) z[k * kWidth + i] = part[i];
+    }
+    push(z, state);
+  }
+};
+
+// The sums of a row over the classes other than the label, the same in every thread.
+template <bool kGeneral, typename T, typename Group, typename Acc>
+__device__ __forceinline__ RowState<Acc> reduce_row(const Group& group, const T* x, int64_t V,
+                                                    const RowView<Acc, kGeneral>& row) {
+  const RowSpan<T> span(x, x, V);
+  constexpr int kVectors = kVectorsInFlight<T, kGeneral>;
+  RowState<Acc> state;
+  const int size = group.size();
+  int64_t v = group.rank();
+  for (; v + (kVectors - 1) * size < span.vectors; v += kVectors * size) {
+    row.template push_vectors<T, kVectors>(x, span, v, size, state);
+  }
+  if (kVectors > 1) {
+    for (; v < span.vectors; v += size) row.template push_vectors<T, 1>(x, span, v, size, state);
+  }
+  for (int64_t s = group.rank(); s < span.scalars(); s += size) {
+    const int64_t j = span.scalar_index(s);
+    Acc z[1] = {Element<T>::widen(x[j])};
+    row.template prepare<1>(z, j, j == row.label ? 0 : -1, state);
+    row.push(z, state);
+  }
+  return group.template merge<kGeneral>(state);
+}
+
+// Whether the label is the argmax of the raw logits (the first of equal ones), where its z equals the largest other z.
+template <typename T, typename Group>
+__device__ __forceinline__ bool wins_tie(const Group& group, const T* x, int64_t V, int64_t label) {
+  const auto x_label = Element<T>::widen(x[label]);
+  bool beaten = false;
+  for (int64_t j = group.rank(); j < V; j += group.size()) {
+    const auto x_j = Element<T>::widen(x[j]);
+    beaten |= x_j > x_label || (x_j == x_label && j < label);
+  }
+  return !group.any(beaten);
+}
+
+// What the options make of class y: the weights that row.h asks for.
+struct RowWeights {
+  double target;
+  double sum;
+
+  template <typename Acc>
+  static __device__ __forceinline__ RowWeights read(const CrossEntropyInputs& inputs, int64_t label, Acc) {
+    return {inputs.weight ? static_cast<double>(static_cast<const Acc*>(inputs.weight)[label]) : 1.0,
+            inputs.weight_sum ? *inputs.weight_sum : static_cast<double>(inputs.logits.V)};
+  }
+};
+
+// Not inlined: done once a row, and the doubles must not cost the loops over the row registers.
+template <typename Acc>
+__device__ __noinline__ RowResult finish_row(const RowState<Acc> state, Acc z_label, const RowWeights weights,
+                                             const CrossEntropyInputs& inputs) {
+  return row_result(state, static_cast<double>(z_label), weights.target, weights.sum, inputs.logits.V, inputs.options);
+}
+
+// exp(z - lse) is formed from the two pieces of lse, or, where the elements are too coarse to see the difference, the
+// low piece goes into the factor.
+template <bool kExactExponent, typename Acc>
+__device__ __noinline__ RowGrad<Acc> make_grad(double lse, double nll, const RowWeights weights, Acc grad_loss_sum,
+                                               const CrossEntropyInputs& inputs) {
+  RowGrad<Acc> grad(lse, nll, weights.target, weights.sum, inputs.logits.V, static_cast<double>(grad_loss_sum),
+                    inputs.options);
+  if (!kExactExponent) grad.probability *= static_cast<Acc>(exp(-static_cast<double>(grad.lse_low)));
+  return grad;
+}
+
+// dL/dx_j of kWidth neighbours from class j on; x is replaced.
+template <typename T, bool kGeneral, int kWidth, typename Acc>
+__device__ __forceinline__ void gradient(Acc* x, int64_t j, int label_at, const RowGrad<Acc>& grad,
+                                         const Transform<Acc>& transform, const Acc* weight, bool smoothing) {
+#pragma unroll
+  for (int i = 0; i < kWidth; ++i) {
+    const Acc z = kGeneral ? transform.value(x[i]) : x[i];
+    Acc dz = grad.probability * exp_difference<Element<T>::kExactExponent>(z, grad.lse_high, grad.lse_low);
+    if (kGeneral && smoothing) dz -= grad.smoothing * (weight ? weight[j + i] : Acc(1));
+    if (i == label_at) dz = grad.target;
+    x[i] = kGeneral ? dz * transform.slope(x[i]) : dz;
+  }
+}
+
+// Every thread reads an element before it writes it, and no other thread's: out may be x.
+template <bool kGeneral, typename T, typename Group, typename Acc>
+__device__ __forceinline__ void write_gradient(const Group& group, const T* x, T* out, int64_t label,
+                                               const RowGrad<Acc>& grad, const CrossEntropyInputs& inputs) {
+  const RowSpan<T> span(x, out, inputs.logits.V);
+  constexpr int kWidth = RowSpan<T>::kWidth;
+  constexpr int kVectors = kVectorsInFlight<T, kGeneral>;
+  const Transform<Acc> transform(inputs.options);
+  const Acc* const weight = static_cast<const Acc*>(inputs.weight);
+  const bool smoothing = inputs.options.label_smoothing > 0;
+  const int size = group.size();
+  const auto write = [&](const typename Element<T>::Raw& raw, int64_t j) {
+    Acc part[kWidth];
+    Element<T>::unpack(raw, part);
+    gradient<T, kGeneral, kWidth>(part, j, span.label_position(label, j), grad, transform, weight, smoothing);
+    store_vector(out + j, Element<T>::pack(part));
+  };
+  int64_t v = group.rank();
+  for (; v + (kVectors - 1) * size < span.vectors; v += kVectors * size) {
+    typename Element<T>::Raw raw[kVectors];
+#pragma unroll
+    for (int k = 0; k < kVectors; ++k) raw[k] = load_vector(x + span.vector_index(v + k * size));
+#pragma unroll
+    for (int k = 0; k < kVectors; ++k) write(raw[k], span.vector_index(v + k * size));
+  }
+  if (kVectors > 1) {
+    for (; v < span.vectors; v += size) write(load_vector(x + span.vector_index(v)), span.vector_index(v));
+  }
+  for (int64_t s = group.rank(); s < span.scalars(); s += size) {
+    const int64_t j = span.scalar_index(s);
+    Acc part[1] = {Element<T>::widen(x[j])};
+    gradient<T, kGeneral, 1>(part, j, j == label ? 0 : -1, grad, transform, weight, smoothing);
+    out[j] = Element<T>::narrow(part[0]);
+  }
+}
+
+template <typename T, typename Group>
+__device__ __forceinline__ void write_zeros(const Group& group, T* out, int64_t V) {
+  const RowSpan<T> span(out, out, V);
+  using Acc = typename Element<T>::Acc;
+  constexpr Acc kZeros[RowSpan<T>::kWidth] = {};
+  for (int64_t v = group.rank(); v < span.vectors; v += group.size()) {
+    store_vector(out + span.vector_index(v), Element<T>::pack(kZeros));
+  }
+  for (int64_t s = group.rank(); s < span.scalars(); s += group.size()) {
+    out[span.scalar_index(s)] = Element<T>::narrow(Acc(0));
+  }
+}
+
+// One row of forward (kGrad false) or forward_with_grad. The group's first thread adds it to *total.
+template <typename T, bool kGeneral, bool kGrad, typename Group>
+__device__ __forceinline__ void forward_row(const Group& group, const ForwardArgs<typename Element<T>::Acc>& args,
+                                            int64_t row, Partial* total) {
+  using Acc = typename Element<T>::Acc;
+  const CrossEntropyInputs& inputs = args.inputs;
+  const int64_t V = inputs.logits.V;
+  const int64_t label = row_label(inputs, row);
+  const bool first = group.rank() == 0;
+  T* const out = kGrad ? row_start<T>(args.grad_logits, row) : nullptr;
+  if (label == inputs.options.ignore_index || !is_class(label, V)) {
+    double value = 0;
+    if (label != inputs.options.ignore_index) {
+      value = kNaN;
+      if (first) {
+        total->add({value, 0, inputs.options.metrics ? value : 0, 1, 0});
+        *args.bad_label = BadLabel{row + 1, label};
+      }
+    }
+    if (!kGrad && first) {
+      args.lse[row] = value;
+      args.nll[row] = static_cast<Acc>(value);
+    }
+    if (kGrad) write_zeros(group, out, V);
+    return;
+  }
+
+  const T* const x = row_start<T>(inputs.logits, row);
+  const Transform<Acc> transform(inputs.options);
+  const Acc x_label = Element<T>::widen(x[label]);  // read here, before anything is written over it
+  const Acc z_label = kGeneral ? transform.value(x_label) : x_label;
+  const RowState<Acc> state = reduce_row<kGeneral>(group, x, V, RowView<Acc, kGeneral>(inputs, label, z_label));
+  bool wins = z_label > state.max;
+  if (kGeneral && inputs.options.metrics && z_label == state.max) wins = wins_tie(group, x, V, label);
+
+  const auto finish = [&] {
+    const RowWeights weights = RowWeights::read(inputs, label, Acc());
+    const RowResult result = finish_row(state, z_label, weights, inputs);
+    const bool correct = inputs.options.metrics && wins && result.loss == result.loss;
+    if (first) total->add({result.loss, weights.target, result.entropy, 1, correct});
+    if (!kGrad) {
+      args.lse[row] = result.lse;
+      args.nll[row] = static_cast<Acc>(result.nll);
+    }
+    return result;
+  };
+  if (kGrad) {
+    const RowGrad<Acc> grad = group.template once<RowGrad<Acc>>([&] {
+      const RowResult result = finish();
+      return make_grad<Element<T>::kExactExponent>(result.lse, result.nll, RowWeights::read(inputs, label, Acc()),
+                                                   *args.grad_loss_sum, inputs);
+    });
+    write_gradient<kGeneral>(group, x, out, label, grad, inputs);
+  } else if (first) {
+    finish();
+  }
+}
+
+template <typename T, bool kGeneral, typename Group>
+__device__ __forceinline__ void backward_row(const Group& group, const BackwardArgs<typename Element<T>::Acc>& args,
+                                             int64_t row) {
+  using Acc = typename Element<T>::Acc;
+  const CrossEntropyInputs& inputs = args.inputs;
+  const int64_t V = inputs.logits.V;
+  const int64_t label = row_label(inputs, row);
+  T* const out = row_start<T>(args.grad_logits, row);
+  if (label == inputs.options.ignore_index || !is_class(label, V)) {
+    write_zeros(group, out, V);
+    return;
+  }
+  const T* const x = row_start<T>(inputs.logits, row);
+  const RowGrad<Acc> grad = group.template once<RowGrad<Acc>>([&] {
+    return make_grad<Element<T>::kExactExponent>(args.lse[row], static_cast<double>(args.nll[row]),
+                                                 RowWeights::read(inputs, label, Acc()), *args.grad_loss_sum, inputs);
+  });
+  write_gradient<kGeneral>(group, x, out, label, grad, inputs);
+}
+
+template <typename T, bool kGeneral, bool kGrad>
+__global__ void __launch_bounds__(BlockGroup::kMaxThreads, kGeneral ? 1 : 2)
+    forward_block_kernel(const __grid_constant__ ForwardArgs<typename Element<T>::Acc> args) {
+  Partial* const total = args.partials + blockIdx.x;
+  if (threadIdx.x == 0) *total = Partial{};
+  forward_row<T, kGeneral, kGrad>(BlockGroup(), args, blockIdx.x, total);
+}
+
+template <typename T, bool kGeneral, bool kGrad>
+__global__ void __launch_bounds__(WarpGroup::kThreads, 1)
+    forward_warp_kernel(const __grid_constant__ ForwardArgs<typename Element<T>::Acc> args) {
+  const int warp = threadIdx.x / kWarp;
+  const int64_t first = blockIdx.x * static_cast<int64_t>(WarpGroup::kRowsPerBlock) + warp * WarpGroup::kRowsPerWarp;
+  const int64_t rows = row_count(args.inputs.logits);
+  Partial* const shared = reinterpret_cast<Partial*>(dynamic_shared());  // (warps,)
+  if (threadIdx.x % kWarp == 0) shared[warp] = Partial{};
+  for (int64_t row = first; row < first + WarpGroup::kRowsPerWarp && row < rows; ++row) {
+    forward_row<T, kGeneral, kGrad>(WarpGroup(), args, row, shared + warp);
+  }
+  __syncthreads();
+  if (threadIdx.x == 0) {
+    Partial sums = shared[0];
+    for (int other = 1; other < WarpGroup::kThreads / kWarp; ++other) sums.add(shared[other]);
+    args.partials[blockIdx.x] = sums;
+  }
+}
+
+template <typename T, bool kGeneral>
+__global__ void __launch_bounds__(BlockGroup::kMaxThreads, kGeneral ? 1 : 2)
+    backward_block_kernel(const __grid_constant__ BackwardArgs<typename Element<T>::Acc> args) {
+  backward_row<T, kGeneral>(BlockGroup(), args, blockIdx.x);
+}
+
+template <typename T, bool kGeneral>
+__global__ void __launch_bounds__(WarpGroup::kThreads, 1)
+    backward_warp_kernel(const __grid_constant__ BackwardArgs<typename Element<T>::Acc> args) {
+  const int warp = threadIdx.x / kWarp;
+  const int64_t first = blockIdx.x * static_cast<int64_t>(WarpGroup::kRowsPerBlock) + warp * WarpGroup::kRowsPerWarp;
+  const int64_t rows = row_count(args.inputs.logits);
+  for (int64_t row = first; row < first + WarpGroup::kRowsPerWarp && row < rows; ++row) {
+    backward_row<T, kGeneral>(WarpGroup(), args, row);
+  }
+}
+
+constexpr int kSumThreads = 1024;
+
+// One block. Every thread adds each kSumThreads-th partial, then the threads are added along a butterfly.
+template <typename Acc>
+__global__ void __launch_bounds__(kSumThreads) sum_partials_kernel(const Partial* partials,  // (count,)
+                                                                   int64_t count, const CrossEntropySums sums) {
+  Partial* const shared = reinterpret_cast<Partial*>(dynamic_shared());  // (kWarp,)
+  Partial total = {};
+  for (int64_t i = threadIdx.x; i < count; i += kSumThreads) total.add(partials[i]);
+  const auto add_lanes = [&total] {
+    total.loss = warp_sum(total.loss);
+    total.weight = warp_sum(total.weight);
+    total.entropy = warp_sum(total.entropy);
+    total.items = warp_sum(total.items);
+    total.correct = warp_sum(total.correct);
+  };
+  add_lanes();
+  if (threadIdx.x % kWarp == 0) shared[threadIdx.x / kWarp] = total;
+  __syncthreads();
+  if (threadIdx.x >= kWarp) return;
+  total = shared[threadIdx.x];
+  add_lanes();
+  if (threadIdx.x == 0) {
+    *static_cast<Acc*>(sums.loss_sum) = static_cast<Acc>(total.loss);
+    *static_cast<Acc*>(sums.total_weight) = static_cast<Acc>(total.weight);
+    *static_cast<Acc*>(sums.entropy_sum) = static_cast<Acc>(total.entropy);
+    *sums.num_items = total.items;
+    *sums.num_correct = total.correct;
+  }
+}
+
+constexpr int64_t kScaleChunk = 2048;  // elements a warp scales before it moves on
+constexpr int kScaleThreads = 256;
+constexpr int64_t kScaleBlocks = 2048;  // at most: a launch that finds factor == 1 should end at once
+
+template <typename T>
+__global__ void __launch_bounds__(kScaleThreads)
+    scale_kernel(const LogitsView values, const typename Element<T>::Acc* factor_pointer) {
+  using Acc = typename Element<T>::Acc;
+  const Acc factor = *factor_pointer;
+  if (factor == 1) return;
+  const WarpGroup group;
+  const int64_t chunks = (values.V + kScaleChunk - 1) / kScaleChunk;  // of a row
+  const int64_t warps = gridDim.x * static_cast<int64_t>(kScaleThreads / kWarp);
+  for (int64_t task = (blockIdx.x * static_cast<int64_t>(kScaleThreads) + threadIdx.x) / kWarp;
+       task < row_count(values) * chunks; task += warps) {
+    const int64_t row = task / chunks;
+    const int64_t start = (task - row * chunks) * kScaleChunk;
+    T* const x = row_start<T>(values, row) + start;
+    const RowSpan<T> span(x, x, values.V - start < kScaleChunk ? values.V - start : kScaleChunk);
+    for (int64_t v = group.rank(); v < span.vectors; v += group.size()) {
+      Acc part[RowSpan<T>::kWidth];
+      Element<T>::unpack(load_vector(x + span.vector_index(v)), part);
+#pragma unroll
+      for (int i = 0; i < RowSpan<T>::kWidth; ++i) part[i] *= factor;
+      store_vector(x + span.vector_index(v), Element<T>::pack(part));
+    }
+    for (int64_t s = group.rank(); s < span.scalars(); s += group.size()) {
+      T& element = x[span.scalar_index(s)];
+      element = Element<T>::narrow(Element<T>::widen(element) * factor);
+    }
+  }
+}
+
+}  // namespace accumloss::cuda

@@ -1,0 +1,129 @@
+// A CUDA device in one OS thread: each CUDA thread is a fiber, and fibers switch at barriers and warp collectives only,
+// in an order drawn from a seed: any of the threads, or, in half of the blocks, warps far ahead of others. Blocks run
+// one after the other. Not seen: weak memory order, spin-waits between threads, limits of registers, the accuracy of
+// the device's functions, contraction to fused multiply-add, speed, inline PTX, and the errors of this model of CUDA
+// itself. A GPU stays the arbiter.
+#pragma once
+
+// All of the standard library that the sources use, as it spells attributes in names that are defined below.
+#include <algorithm>
+#include <atomic>
+#include <cmath>
+#include <cstdint>
+#include <cstdlib>
+#include <cstring>
+#include <exception>
+#include <functional>
+#include <map>
+#include <memory>
+#include <mutex>
+#include <numeric>
+#include <random>
+#include <stdexcept>
+#include <string>
+#include <utility>
+#include <vector>
+
+#undef __host__
+#undef __device__
+#undef __global__
+#undef __shared__
+#undef __grid_constant__
+#undef __launch_bounds__
+#undef __noinline__
+#undef __forceinline__
+#undef __align__
+#define __host__
+#define __device__
+#define __global__
+#define __shared__  // only `extern __shared__`: the one array of dynamic shared memory, defined in emulator.cpp
+#define __grid_constant__
+#define __launch_bounds__(...)
+#define __noinline__ __attribute__((noinline))
+#define __forceinline__ inline __attribute__((always_inline))
+#define __align__(bytes) __attribute__((aligned(bytes)))
+
+extern uint3 threadIdx, blockIdx;  // of the running thread
+extern dim3 blockDim, gridDim;
+
+namespace emulator {
+
+struct Site {
+  const char* file;
+  int line;
+  const char* what;
+};
+
+int barrier(Site site, int predicate);  // the disjunction of the predicates
+
+enum class Collective { kShuffle, kAny, kAll, kBallot, kSync };
+// Every lane of the mask brings value (bytes) and the lane that it reads; its result replaces value.
+void collective(Site site, Collective kind, unsigned mask, void* value, int bytes, int source_lane);
+
+int lane();
+void seed(uint64_t value);
+
+cudaError_t run(const cudaLaunchConfig_t& config, const std::function<void()>& thread);
+
+template <typename T>
+T shuffle(Site site, unsigned mask, T value, int source_lane) {
+  static_assert(sizeof(T) <= 8, "shuffles move at most 8 bytes");
+  collective(site, Collective::kShuffle, mask, &value, sizeof(T), source_lane);
+  return value;
+}
+inline unsigned vote(Site site, Collective kind, unsigned mask, int predicate) {
+  unsigned value = predicate != 0;
+  collective(site, kind, mask, &value, sizeof(value), lane());
+  return value;
+}
+
+// The device multiplies by log2(e) in float and takes 2 to that power.
+inline float fast_exp(float x) { return std::exp2(x * 1.44269504f); }
+
+template <typename T>
+T atomic_add(T* address, T value) {
+  const T before = *address;
+  *address = before + value;
+  return before;
+}
+template <typename T>
+T atomic_max(T* address, T value) {
+  const T before = *address;
+  if (value > before) *address = value;
+  return before;
+}
+
+}  // namespace emulator
+
+#define EMULATOR_SITE(what) (::emulator::Site{__FILE__, __LINE__, what})
+#define __syncthreads() ((void)::emulator::barrier(EMULATOR_SITE("__syncthreads"), 0))
+#define __syncthreads_or(predicate) ::emulator::barrier(EMULATOR_SITE("__syncthreads_or"), predicate)
+#define __syncwarp() \
+  ((void)::emulator::vote(EMULATOR_SITE("__syncwarp"), ::emulator::Collective::kSync, 0xffffffffu, 0))
+#define __any_sync(mask, predicate) \
+  ((int)::emulator::vote(EMULATOR_SITE("__any_sync"), ::emulator::Collective::kAny, mask, predicate))
+#define __all_sync(mask, predicate) \
+  ((int)::emulator::vote(EMULATOR_SITE("__all_sync"), ::emulator::Collective::kAll, mask, predicate))
+#define __ballot_sync(mask, predicate) \
+  ::emulator::vote(EMULATOR_SITE("__ballot_sync"), ::emulator::Collective::kBallot, mask, predicate)
+#define __shfl_sync(mask, value, source) ::emulator::shuffle(EMULATOR_SITE("__shfl_sync"), mask, value, (source) % 32)
+#define __shfl_xor_sync(mask, value, flip) \
+  ::emulator::shuffle(EMULATOR_SITE("__shfl_xor_sync"), mask, value, ::emulator::lane() ^ (flip))
+#define __shfl_down_sync(mask, value, delta)                          \
+  ::emulator::shuffle(EMULATOR_SITE("__shfl_down_sync"), mask, value, \
+                      ::emulator::lane() + (int)(delta) < 32 ? ::emulator::lane() + (int)(delta) : ::emulator::lane())
+#define __expf(x) ::emulator::fast_exp(x)
+#define atomicAdd(address, value) ::emulator::atomic_add(address, value)
+#define atomicMax(address, value) ::emulator::atomic_max(address, value)
+
+// The part of the runtime that the launchers use.
+template <typename... Parameters, typename... Arguments>
+cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* config, void (*kernel)(Parameters...),
+                               Arguments&&... arguments) {
+  return emulator::run(*config, [&] { kernel(arguments...); });
+}
+extern "C" {
+const char* cudaGetErrorString(cudaError_t error);
+cudaError_t cudaHostAlloc(void** pointer, size_t bytes, unsigned flags);
+cudaError_t cudaThreadExchangeStreamCaptureMode(cudaStreamCaptureMode* mode);
+}

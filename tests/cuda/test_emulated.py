@@ -1,0 +1,358 @@
+"""The CUDA kernels, compiled by g++ and run by the emulator: values against float64, bad input, planted faults."""
+
+from __future__ import annotations
+
+import concurrent.futures
+import itertools
+import math
+
+import emulated
+import pytest
+import row_oracle
+import torch
+
+U = row_oracle.U
+ALL = {"label_smoothing": 0.1, "z_loss": 1e-3, "softcap": 30.0, "logit_scale": 0.5, "metrics": True}
+# Regime: shape (B, T, V) and what is special. V <= 1024 takes the warps, more the blocks.
+CASES = {
+    "one_class": {"shape": (2, 3, 1)},
+    "two_classes": {"shape": (3, 4, 2), "metrics": True},
+    "less_than_a_vector": {"shape": (2, 3, 7), "offset": 5},
+    "warp": {"shape": (2, 19, 130), "offset": 1},
+    "warp_all_options": {"shape": (2, 5, 517), "shift": 1, "weight": True, "int32": True, **ALL},
+    "warp_largest": {"shape": (1, 2, 1024), "confident": True},
+    "block_smallest": {"shape": (1, 3, 1025), "offset": 3, "spread": 3.0},
+    "block_metrics": {"shape": (2, 3, 2050), "metrics": True, "grad": -0.5},
+    "block_all_options": {"shape": (1, 5, 4099), "shift": 1, "weight": True, "ignore_index": 3, "spread": 5.0, **ALL},
+    "block_weight_z_loss": {"shape": (1, 3, 1100), "weight": True, "z_loss": 1e-2, "int32": True},
+    "block_confident": {"shape": (1, 4, 16001), "offset": 7, "confident": True},
+    "largest_block_uniform": {"shape": (1, 2, 50257), "spread": 0.1},
+    "shift_past_the_end": {"shape": (2, 2, 33), "shift": 3},
+    "all_ignored": {"shape": (2, 3, 1030), "ignored": 1.0},
+    "no_rows": {"shape": (0, 3, 12)},
+}
+FORMAT = {"shape", "offset", "spread", "grad", "ignored", "weight", "int32", "confident"}
+FLOATS = [torch.bfloat16, torch.float16, torch.float32, torch.float64]
+
+
+@pytest.fixture(scope="session")
+def cache(pytestconfig: pytest.Config, tmp_path_factory: pytest.TempPathFactory):
+    if reason := emulated.why_not():
+        pytest.skip(f"the kernels cannot be emulated: {reason}")
+    if pytestconfig.cache is None:
+        return tmp_path_factory.mktemp("emulated")
+    return pytestconfig.cache.mkdir("accumloss-emulated")
+
+
+@pytest.fixture(scope="session")
+def backend(cache) -> emulated.Backend:
+    return emulated.Backend(emulated.build(cache))
+
+
+def inputs(case: dict, dtype: torch.dtype):
+    """logits, labels, weight, grad, options of a case; the same for every call."""
+    options = {name: value for name, value in case.items() if name not in FORMAT}
+    shift, ignore_index = options.get("shift", 0), options.get("ignore_index", -100)
+    B, T, V = case["shape"]
+    generator = torch.Generator().manual_seed(B * 7 + T * 11 + V)
+    logits = torch.randn(B, T, V, generator=generator, dtype=torch.float64) * case.get("spread", 1.0)
+    labels = torch.randint(0, V, (B, T), generator=generator)
+    if labels.numel() > 1 and case.get("ignored", 0.25) < 1:
+        labels[-1, -1], labels[0, min(1, T - 1)] = 0, V - 1  # the edges of the vocabulary
+    if case.get("confident"):
+        gap = torch.linspace(0, 25, B * T, dtype=torch.float64).view(B, T, 1)
+        logits.scatter_(2, labels[..., None], logits.amax(2, keepdim=True) + gap)
+    ignored = torch.rand(B, T, generator=generator) < case.get("ignored", 0.25)
+    ignored[..., -1] &= case.get("ignored", 0.25) == 1
+    labels[ignored] = ignore_index
+    if shift == 0:
+        logits[ignored] = math.nan  # an ignored row is not read
+    weight = torch.rand(V, generator=generator) + 0.1 if case.get("weight") else None
+    if case.get("int32"):
+        labels = labels.int()
+    return emulated.guarded(logits.to(dtype), case.get("offset", 0)), labels, weight, case.get("grad", 1.0), options
+
+
+def assert_within(name: str, got: torch.Tensor, want: torch.Tensor, bound: torch.Tensor) -> None:
+    got = got.double()
+    wrong = ~((got - want).abs() <= bound) & ~(got.isnan() & want.isnan()) & (got != want)
+    if wrong.any():
+        at = tuple(int(i) for i in wrong.nonzero()[0])
+        pytest.fail(f"{name}{at}: {got[at]:.9g}, expected {want[at]:.9g} within {bound[at]:.3g}; {wrong.sum()} such")
+
+
+def check_case(backend: emulated.Backend, case: dict, dtype: torch.dtype) -> None:
+    """Forward, backward and both in one, out of place and in place, against float64."""
+    logits, labels, weight, grad, options = inputs(case, dtype)
+    pristine = logits.clone()
+    want = row_oracle.rows(logits.nan_to_num(0.0), labels, weight, grad, **options)
+    u = U[dtype]
+    got = backend.forward(logits, labels, weight, **options)
+    assert_within("nll", got["nll"], want.nll, want.nll_bound + u * want.nll)
+    assert_within("lse", got["lse"], want.lse, want.nll_bound + u * (16 + want.lse.abs()))
+    assert_within("loss_sum", got["loss_sum"], want.loss.sum(), want.loss_bound.sum() + 2 * u * want.loss.sum())
+    assert_within("total_weight", got["total_weight"], want.weight.sum(), 2 * u * want.weight.sum())
+    assert got["num_items"] == want.items.sum()
+    if options.get("metrics"):
+        assert got["num_correct"] == want.correct.sum()
+        bound = (32 * u * (1 + want.lse.abs() + want.entropy) * want.items).sum()
+        assert_within("entropy_sum", got["entropy_sum"], want.entropy.sum(), bound)
+    else:
+        assert got["num_correct"] == 0
+        assert got["entropy_sum"] == 0
+
+    def fresh() -> torch.Tensor:
+        return emulated.guarded(logits, case.get("offset", 0))
+
+    def check_gradient(name: str, gradient: torch.Tensor) -> None:
+        assert_within(name, gradient, want.grad, want.grad_bound)
+        emulated.check_guards(gradient)
+
+    arguments = (labels, got["lse"], got["nll"], grad, weight)
+    gradient = backend.backward(logits, *arguments, **options)
+    check_gradient("backward", gradient)
+    assert torch.equal(logits.nan_to_num(0.0), pristine.nan_to_num(0.0))
+    over = fresh()
+    check_gradient("backward in place", backend.backward(over, *arguments, out=over, **options))
+    both = backend.forward_with_grad(logits, labels, grad, weight, **options)
+    check_gradient("forward_with_grad", both["grad_logits"])
+    over = fresh()
+    in_place = backend.forward_with_grad(over, labels, grad, weight, out=over, **options)
+    check_gradient("forward_with_grad in place", over)
+    for name in ("loss_sum", "num_items", "total_weight", "num_correct", "entropy_sum"):
+        assert torch.equal(both[name], got[name]), name
+        assert torch.equal(in_place[name], got[name]), name
+
+
+@pytest.mark.parametrize("dtype", FLOATS, ids=str)
+@pytest.mark.parametrize("name", CASES)
+def test_emulated_matches_float64(backend, name, dtype):
+    backend.seed(1)
+    check_case(backend, CASES[name], dtype)
+
+
+@pytest.mark.parametrize("name", ["warp_all_options", "block_metrics", "block_confident"])
+def test_emulated_bits_do_not_depend_on_the_order_of_threads(backend, name):
+    logits, labels, weight, grad, options = inputs(CASES[name], torch.bfloat16)
+    results = []
+    for seed in (2, 3):
+        backend.seed(seed)
+        got = backend.forward(logits, labels, weight, **options)
+        results.append([*got.values(), *backend.forward_with_grad(logits, labels, grad, weight, **options).values()])
+    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+
+
+def test_emulated_rounding_of_half_types(backend):
+    backend.seed(4)
+    for dtype in (torch.bfloat16, torch.float16):
+        logits = torch.randn(1, 2, 50257, generator=torch.Generator().manual_seed(5)).to(dtype)
+        labels = torch.tensor([[3, 50256]])
+        want = row_oracle.rows(logits, labels, None, 1024.0).grad.to(dtype)
+        got = backend.forward_with_grad(logits, labels, 1024.0)["grad_logits"]
+        assert (got == want).double().mean() >= 0.999
+        assert torch.equal(got.gather(2, labels[..., None]), want.gather(2, labels[..., None]))
+
+
+# Softcap makes equal z of different x; equal x decide by the index. The winner is torch.argmax of the raw logits.
+@pytest.mark.parametrize("V", [40, 1500], ids=["warp", "block"])
+def test_emulated_num_correct_ties(backend, V):
+    backend.seed(6)
+    rows = []
+    for (a, x_a), (b, x_b) in itertools.product([(2, 900.0), (V // 2, 1000.0), (V - 1, 1000.0)], repeat=2):
+        row = torch.zeros(V)
+        row[a], row[b] = x_a, x_b
+        rows += [(row, a), (row, b)]
+    rows += [(torch.zeros(V), 0), (torch.zeros(V), 1)]
+    logits = torch.stack([row for row, _ in rows])[None]
+    labels = torch.tensor([label for _, label in rows])[None]
+    expected = (logits.argmax(2) == labels).sum()
+    for options in ({"metrics": True}, {"metrics": True, "softcap": 5.0}):
+        assert backend.forward(logits, labels, **options)["num_correct"] == expected
+        over = emulated.guarded(logits)
+        assert backend.forward_with_grad(over, labels, out=over, **options)["num_correct"] == expected
+
+
+@pytest.mark.parametrize("V", [40, 1500], ids=["warp", "block"])
+@pytest.mark.parametrize("dtype", FLOATS, ids=str)
+def test_emulated_infinities_and_nan(backend, V, dtype):
+    backend.seed(7)
+    inf, nan = math.inf, math.nan
+    logits = torch.randn(1, 7, V, generator=torch.Generator().manual_seed(8)).to(dtype)
+    labels = torch.full((1, 7), 5)
+    logits[0, 0, 6:] = -inf  # a masked vocabulary
+    logits[0, 1, :] = -inf
+    logits[0, 2, 5] = -inf
+    logits[0, 3, :5] = logits[0, 3, 6:] = -inf  # the label alone
+    logits[0, 4, V - 1] = nan
+    logits[0, 5, 5] = nan
+    logits[0, 6, V - 2] = inf
+    got = backend.forward(logits, labels, metrics=True)
+    nll = got["nll"][0]
+    assert nll[0].isfinite()
+    assert nll[1].isnan()
+    assert nll[2] == inf
+    assert nll[3] == 0
+    assert nll[4:].isnan().all()
+    assert got["num_correct"] <= 2
+    gradient = backend.backward(logits, labels, got["lse"], got["nll"])[0]
+    assert (gradient[0, 6:] == 0).all()
+    assert gradient[0, :6].isfinite().all()
+    assert gradient[1].isnan().all()
+    assert gradient[4:].isnan().all()
+    assert gradient[2, 5] == -1
+    assert gradient[2].isfinite().all()
+    assert (gradient[3] == 0).all()
+    both = backend.forward_with_grad(logits, labels, metrics=True)["grad_logits"][0]
+    assert torch.equal(both.nan_to_num(9.0), gradient.nan_to_num(9.0))
+
+
+@pytest.mark.parametrize("V", [40, 1500], ids=["warp", "block"])
+def test_emulated_strides(backend, V):
+    backend.seed(9)
+    generator = torch.Generator().manual_seed(10)
+    store = torch.randn(3, 4, V + 3, generator=generator)
+    labels = torch.randint(0, V, (4, 3), generator=generator).T  # stride along T
+    for logits in (store[..., :V], store[..., 3:], store[:, ::2, 1 : V + 1], store.transpose(0, 1)[..., 2 : V + 2]):
+        y = labels[: logits.shape[0], : logits.shape[1]] if logits.shape[0] == 3 else labels.T
+        got, want = backend.forward(logits, y), backend.forward(logits.contiguous(), y.contiguous())
+        gradient = backend.forward_with_grad(logits, y)["grad_logits"]
+        reference = row_oracle.rows(logits, y)
+        assert_within("nll", got["nll"], reference.nll, reference.nll_bound)
+        assert_within("gradient", gradient, reference.grad, reference.grad_bound)
+        assert_within("lse", got["lse"], want["lse"], 16 * U[torch.float32] * want["lse"].abs())
+
+
+@pytest.mark.parametrize("V", [40, 1500], ids=["warp", "block"])
+def test_emulated_bad_labels(backend, V):
+    backend.seed(11)
+    logits = torch.randn(1, 6, V, generator=torch.Generator().manual_seed(12))
+    assert backend.take_bad_label() is None
+    for label in (V, -1, 2**62, -(2**62)):
+        labels = torch.tensor([[1, 2, 3, label, -100, V - 1]])
+        got = backend.forward(logits, labels)
+        assert got["nll"][0].isnan().tolist() == [False, False, False, True, False, False]
+        assert got["loss_sum"].isnan()
+        assert got["num_items"] == 5
+        assert backend.take_bad_label() == (3, label)
+        assert backend.take_bad_label() is None
+        gradient = backend.backward(logits, labels, got["lse"], got["nll"])
+        both = backend.forward_with_grad(logits, labels)["grad_logits"]
+        assert backend.take_bad_label() == (3, label)
+        for g in (gradient, both):
+            assert (g[0, 3:5] == 0).all()
+            assert (g[0, [0, 1, 2, 5]] != 0).all()
+
+
+@pytest.mark.parametrize("dtype", FLOATS, ids=str)
+def test_emulated_scale(backend, dtype):
+    backend.seed(13)
+    for shape, offset in (((2, 3, 5), 0), ((1, 3, 4099), 3)):
+        values = torch.randn(shape, generator=torch.Generator().manual_seed(14)).to(dtype)
+        for factor in (0.3, 1.0):
+            scaled = emulated.guarded(values, offset)
+            backend.scale(scaled, factor)
+            emulated.check_guards(scaled)
+            wide = torch.float64 if dtype == torch.float64 else torch.float32
+            assert torch.equal(scaled, (values.to(wide) * torch.tensor(factor, dtype=wide)).to(dtype))
+    backend.scale(torch.zeros(0, 3, 5, dtype=dtype), 2.0)
+
+
+FAULTS = {
+    "merge_without_barrier": [
+        ("cuda/group.cuh", "    __syncthreads();\n    state = RowState<Acc>();", "    state = RowState<Acc>();")
+    ],
+    "once_without_barrier": [("cuda/group.cuh", "*shared = compute();\n    __syncthreads();", "*shared = compute();")],
+    "barrier_in_a_branch": [
+        ("cuda/group.cuh", "    __syncthreads();\n    state =", "    if (lane < 16) __syncthreads();\n    state =")
+    ],
+    "shared_memory_used_twice": [
+        ("cuda/group.cuh", "kOnceOffset = 4 * kWarp * sizeof(double)", "kOnceOffset = 0 * kWarp * sizeof(double)"),
+        ("cuda/group.cuh", "kSharedBytes = kOnceOffset + 128", "kSharedBytes = 4 * kWarp * sizeof(double) + 128"),
+    ],
+    "shared_memory_too_small": [
+        ("cuda/launchers.cuh", "block_threads(logits.V), BlockGroup::kSharedBytes", "block_threads(logits.V), 16")
+    ],
+    "warp_sum_skips_a_step": [
+        (
+            "cuda/group.cuh",
+            "for (int lane = kWarp / 2; lane > 0; lane /= 2) value +=",
+            "for (int lane = kWarp / 4; lane > 0; lane /= 2) value +=",
+        )
+    ],
+    "shuffle_mask_without_a_lane": [("cuda/group.cuh", "kAllLanes = 0xffffffffu", "kAllLanes = 0x7fffffffu")],
+    "maximum_without_rescale": [
+        ("cuda/cross_entropy.cuh", "state.sum = state.sum * scale + pairwise", "state.sum = state.sum + pairwise")
+    ],
+    "label_in_the_sum": [("cuda/cross_entropy.cuh", "if (i == label_at) z[i] =", "if (false) z[i] =")],
+    "label_gradient_missing": [("cuda/cross_entropy.cuh", "if (i == label_at) dz = grad.target;", "")],
+    "tail_one_short": [("cuda/element.cuh", "return V - vectors * kWidth;", "return V - vectors * kWidth - 1;")],
+    "tail_one_long": [("cuda/element.cuh", "return V - vectors * kWidth;", "return V - vectors * kWidth + 1;")],
+    "vectors_not_aligned": [("cuda/element.cuh", "head = static_cast<int64_t>((", "head = 0 * static_cast<int64_t>((")],
+    "output_alignment_ignored": [("cuda/element.cuh", "|| in_offset != out_offset ?", "?")],
+    "ties_after_the_gradient": [
+        (
+            "cuda/cross_entropy.cuh",
+            "  if (kGeneral && inputs.options.metrics && z_label == state.max) wins = wins_tie(group, x, V, label);\n",
+            "",
+        ),
+        (
+            "cuda/cross_entropy.cuh",
+            "    write_gradient<kGeneral>(group, x, out, label, grad, inputs);\n  } else if",
+            "    write_gradient<kGeneral>(group, x, out, label, grad, inputs);\n"
+            "    if (z_label == state.max && wins_tie(group, x, V, label) && first) ++total->correct;\n  } else if",
+        ),
+    ],
+    "last_warp_not_added": [
+        ("cuda/cross_entropy.cuh", "other < WarpGroup::kThreads / kWarp;", "other < WarpGroup::kThreads / kWarp - 1;")
+    ],
+    "int32_labels_read_as_int64": [("cuda/cross_entropy.cuh", "return labels.is_int32 ?", "return false ?")],
+    "ignored_rows_read": [
+        (
+            "cuda/cross_entropy.cuh",
+            "  if (label == inputs.options.ignore_index || !is_class(label, V)) {\n    double",
+            "  if (!is_class(label, V)) {\n    double",
+        )
+    ],
+}
+
+
+def check_faulty(library) -> None:
+    backend = emulated.Backend(library)
+    for seed in (1, 2):
+        backend.seed(seed)
+        for name in (
+            "warp",
+            "warp_all_options",
+            "block_smallest",
+            "block_metrics",
+            "block_all_options",
+            "ignored_class",
+        ):
+            check_case(
+                backend, {**CASES, "ignored_class": {"shape": (2, 3, 1030), "ignore_index": 7}}[name], torch.float32
+            )
+        test_emulated_strides(backend, 1500)
+        test_emulated_num_correct_ties(backend, 1500)
+
+
+@pytest.fixture(scope="session")
+def faulty(cache) -> dict[str, object]:
+    """The libraries of all faults, compiled two at a time."""
+    emulated.build(cache, (NO_FAULT,))  # first, as it compiles what all share
+    with concurrent.futures.ThreadPoolExecutor(2) as pool:
+        built = pool.map(lambda patches: emulated.build(cache, tuple(patches)), FAULTS.values())
+        return dict(zip(FAULTS, built, strict=True))
+
+
+NO_FAULT = ("cuda/group.cuh", "constexpr int kWarp = 32;", "constexpr int kWarp = 16 + 16;")
+
+
+def test_emulated_accepts_no_fault(cache, faulty):
+    check_faulty(emulated.build(cache, (NO_FAULT,)))
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_emulated_catches_planted_fault(faulty, fault):
+    with pytest.raises((AssertionError, RuntimeError, pytest.fail.Exception)) as caught:
+        check_faulty(faulty[fault])
+    print(f"{fault}: {str(caught.value).splitlines()[0]}")
