@@ -1,0 +1,241 @@
+"""The benchmark harness: right competitors are measured, wrong ones are refused, and the figures are what was measured."""
+
+# ruff: noqa: E402 - the benchmarks are no package and are put on sys.path first
+import csv
+import json
+import statistics
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from torch.nn import functional as F
+
+import accumloss
+
+BENCHMARKS = Path(__file__).resolve().parents[1] / "benchmarks"
+if not BENCHMARKS.is_dir():
+    pytest.skip("the benchmarks are in the repository only", allow_module_level=True)
+sys.path.insert(0, str(BENCHMARKS))
+
+import bench_cross_entropy
+import harness
+import peers
+import shapes
+from shapes import Shape
+
+DTYPES = ["bf16", "fp16", "fp32", "fp64"]
+
+
+def losses(logits, labels):
+    """Row losses (N,) of the causal loss, float32 or float64."""
+    shifted = F.pad(labels, (0, 1), value=-100)[..., 1:].flatten()
+    wide = logits.flatten(0, -2)
+    wide = wide if wide.dtype == torch.float64 else wide.float()
+    return F.cross_entropy(wide, shifted, reduction="none")
+
+
+class Wrong(torch.autograd.Function):
+    """The right loss with a gradient that was changed by a function (grad (N, V), labels (N,), n) -> grad."""
+
+    @staticmethod
+    def forward(ctx, logits, labels, n, change):
+        with torch.enable_grad():
+            leaf = logits.detach().requires_grad_()
+            loss = losses(leaf, labels).sum() / n
+        grad = torch.autograd.grad(loss, leaf)[0]
+        shifted = F.pad(labels, (0, 1), value=-100)[..., 1:].flatten()
+        ctx.save_for_backward(change(grad.flatten(0, -2).clone(), shifted, n).view_as(grad))
+        return loss.detach()
+
+    @staticmethod
+    def backward(ctx, _):
+        return ctx.saved_tensors[0], None, None, None
+
+
+def without_label(grad, labels, n):
+    rows = (labels != -100).nonzero().squeeze(1)
+    grad[rows, labels[rows]] += 1 / n
+    return grad
+
+
+def without_one_entry(grad, labels, n):
+    grad[:, 3] = 0
+    return grad
+
+
+def not_shifted(grad, labels, n):
+    return grad.roll(1, 0)
+
+
+def of_ignored_rows(grad, labels, n):
+    grad[labels == -100] = torch.finfo(grad.dtype).tiny
+    return grad
+
+
+WRONG = {
+    "unchanged": None,
+    "zero": lambda grad, labels, n: torch.zeros_like(grad),
+    "nan": lambda grad, labels, n: torch.full_like(grad, float("nan")),
+    "doubled": lambda grad, labels, n: 2 * grad,
+    "counts one item more": lambda grad, labels, n: grad * (n / (n + 1)),
+    "without_label": without_label,
+    "without_one_entry": without_one_entry,
+    "not_shifted": not_shifted,
+    "of_ignored_rows": of_ignored_rows,
+}
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("name", WRONG)
+def test_harness_rejects_wrong_gradients(name, dtype):
+    case = harness.Case.make(Shape(40, 301, dtype, ignored=0.3))
+    change = WRONG[name] or (lambda grad, labels, n: grad)
+    peer = peers.Peer(name, lambda logits, labels, n: Wrong.apply(logits, labels, n, change))
+    if WRONG[name] is None:
+        harness.check(case, peer)
+    else:
+        with pytest.raises(harness.WrongResult, match=name):
+            harness.check(case, peer)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_harness_rejects_wrong_losses(dtype):
+    case = harness.Case.make(Shape(40, 301, dtype))
+    peer = peers.Peer("mean over all rows", lambda logits, labels, n: losses(logits, labels).sum() / (n + 1))
+    with pytest.raises(harness.WrongResult, match="mean over all rows"):
+        harness.check(case, peer)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("name", [name for name in peers.PEERS if name != peers.COMPILE])
+def test_peers_are_right(name, dtype):
+    try:
+        peer = peers.PEERS[name]()
+    except peers.PeerMissing as reason:
+        pytest.skip(str(reason))
+    if name == peers.STOCK and dtype == "fp64":
+        pytest.skip("transformers computes in fp32 whatever the logits are")
+    if name == "accumloss forward" and dtype == "fp16":
+        pytest.skip("refused by accumloss: a gradient divided by the number of items underflows")
+    for shape in (Shape(40, 301, dtype), Shape(40, 9, dtype, ignored=0.5), Shape(2, 2000, dtype)):
+        harness.check(harness.Case.make(shape), peer)
+
+
+@pytest.mark.parametrize("inplace", ["backward", "forward"])
+def test_peers_in_place_overwrite_the_logits(inplace):
+    case = harness.Case.make(Shape(16, 100, "fp32"))
+    _, grad = case.call(peers.accumloss(inplace))
+    assert grad.data_ptr() == case.logits.data_ptr()
+    assert not torch.equal(case.logits, case.source)
+    case.refresh()
+    assert torch.equal(case.logits, case.source)
+
+
+def refuse(logits, labels, n):
+    raise ValueError("not this dtype")
+
+
+def test_harness_measures_what_is_right_and_names_what_is_not():
+    competitors = {
+        "stock": peers.Peer("stock", lambda logits, labels, n: losses(logits, labels).sum() / n),
+        "wrong": peers.Peer("wrong", lambda logits, labels, n: losses(logits, labels).sum()),
+        "refuses": peers.Peer("refuses", refuse),
+        "absent": "needs something",
+    }
+    shape = Shape(32, 50, "fp32")
+    results = harness.measure(shape, competitors, rounds=4, adaptive=False)
+    by_name = {result.peer: result for result in results}
+    assert len(by_name["stock"].ms) == len(by_name["copy"].ms) == 4
+    assert by_name["wrong"].ms == by_name["absent"].ms == by_name["refuses"].ms == []
+    assert by_name["refuses"].missing == "refused: not this dtype"
+    assert by_name["wrong"].missing.startswith("wrong result: wrong at 32x50 fp32")
+    lines = {line["peer"]: line for line in harness.figures("fresh", shape, results)}
+    assert lines["absent"]["missing"] == "needs something"
+    assert lines["stock"]["ratio_to_stock"] == 1
+    assert lines["stock"]["ratio_to_compile"] is None
+
+
+def test_figures_are_medians_of_ratios_within_rounds():
+    results = [
+        harness.Result("stock", [8.0, 80.0, 9.0], [0, 0, 0]),
+        harness.Result("fast", [2.0, 10.0, 3.0], [1, 2, 3]),
+        harness.Result("copy", [1.0, 5.0, 1.5], [0, 0, 0]),
+    ]
+    shape = Shape(1000, 500, "fp32")
+    fast = harness.figures("fresh", shape, results)[1]
+    assert fast["ms_median"] == 3
+    assert fast["ratio_to_stock"] == statistics.median([4, 8, 3])
+    assert fast["fraction_of_copy"] == 0.5
+    assert fast["gb_per_s"] == pytest.approx(2 * 1000 * 500 * 4 / 3e-3 / 1e9)
+
+
+def test_memory_of_a_call_is_seen():
+    peak = harness.peak_bytes(lambda: torch.ones(10_000_000))
+    if peak is None:
+        pytest.skip("this system does not tell the peak memory of a process")
+    assert 39e6 <= peak < 60e6  # the kernel counts pages in batches
+
+
+@pytest.mark.parametrize("text", [*shapes.DEFAULT, *shapes.QUICK])
+def test_shapes_default_ones_are_well_formed(text):
+    assert str(Shape.parse(text)) == text.replace(":", " ")
+
+
+@pytest.mark.parametrize("text", ["", "4", "4x", "x4", "0x4", "4x0", "4x4:int8", "4x4x4", "-4x4"])
+def test_shapes_refuse_what_they_cannot_read(text):
+    with pytest.raises(ValueError, match="ROWSxVOCAB"):
+        Shape.parse(text)
+
+
+def test_shapes_floor_reads_no_ignored_row():
+    assert Shape(10, 10, "bf16").floor_bytes == 400
+    assert Shape(10, 10, "bf16", ignored=0.5).floor_bytes == 300
+
+
+def test_bench_writes_csv_environment_and_summary(tmp_path, monkeypatch, capfd):
+    monkeypatch.setenv("PYTHONPATH", str(Path(accumloss.__file__).parents[1]))
+    arguments = ["--quick", "--shapes", "64x100:fp32", "--peers", "F.cross_entropy", "accumloss"]
+    assert bench_cross_entropy.main([*arguments, "--threads", "1", "--out", str(tmp_path)]) == 0
+    with (tmp_path / "cross_entropy_cpu.csv").open(newline="") as file:
+        lines = list(csv.DictReader(file))
+    assert tuple(lines[0]) == harness.COLUMNS
+    assert [(line["regime"], line["peer"]) for line in lines] == [
+        (regime, peer)
+        for regime in ("fresh", "warmed")
+        for peer in ("F.cross_entropy", "accumloss", "copy", "copy to new")
+    ]
+    assert all(float(line["ms_median"]) > 0 for line in lines)
+    facts = json.loads((tmp_path / "cross_entropy_cpu.json").read_text())
+    assert facts["threads"] == 1
+    assert facts["command"].startswith("python benchmarks/bench_cross_entropy.py --quick")
+    assert facts["accumloss"] == accumloss.__version__
+    printed = capfd.readouterr().out
+    assert printed.count("| 64 × 100 fp32 | F.cross_entropy |") == 2
+
+
+def test_bench_summary_says_what_is_missing():
+    lines = harness.figures("fresh", Shape(4, 5, "bf16"), [harness.Result("compile", missing="no compiler")])
+    facts = {"cpu": "c", "threads": 1, "torch": "t", "transformers": "t", "accumloss": "a", "build": {}, "command": "x"}
+    assert "missing: no compiler" in bench_cross_entropy.markdown(lines, facts)
+
+
+@pytest.mark.parametrize("arguments", [["--shapes", "wrong"], ["--rounds", "0"], ["--ignored", "1"], ["--peers", "x"]])
+def test_bench_refuses_bad_options(arguments, capsys):
+    with pytest.raises(SystemExit) as exit:
+        bench_cross_entropy.main(arguments)
+    assert exit.value.code == 2
+    assert arguments[0] in capsys.readouterr().err
+
+
+def test_plot_draws_the_csv(tmp_path):
+    pytest.importorskip("matplotlib", reason="plot.py needs matplotlib")
+    import plot
+
+    shape = Shape(4, 5, "bf16")
+    results = [harness.Result(name, [1.0 + i], [0]) for i, name in enumerate([*peers.PEERS, "copy", "copy to new"])]
+    lines = harness.figures("fresh", shape, results) + harness.figures("warmed", shape, results)
+    table, _ = bench_cross_entropy.write(lines, {}, tmp_path)
+    assert plot.main([str(table)]) == 0
+    assert table.with_suffix(".png").read_bytes().startswith(b"\x89PNG")
+    assert plot.main([str(tmp_path / "absent.csv")]) == 1
