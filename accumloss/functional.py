@@ -324,7 +324,15 @@ def _mean_loss(
     return loss_sum / divisor
 
 
-def _in_place(name, logits, labels, weight, divisor, kwargs, inplace: InPlace) -> torch.Tensor:
+def _in_place(
+    name: str,
+    logits: torch.Tensor,
+    labels: torch.Tensor,
+    weight: torch.Tensor | None,
+    divisor: torch.Tensor | None,
+    kwargs: dict[str, Any],
+    inplace: InPlace,
+) -> torch.Tensor:
     if torch.compiler.is_compiling():
         raise RuntimeError(f"{name}: expected inplace=False under torch.compile, got {inplace!r}")
     if logits.is_leaf:
@@ -355,8 +363,10 @@ def _divisor(name: str, num_items_in_batch: NumItems, like: torch.Tensor) -> tor
     if isinstance(num_items_in_batch, torch.Tensor):
         if num_items_in_batch.numel() == 0:
             raise ValueError(f"{name}: expected num_items_in_batch of shape () or (n, 1), got an empty tensor")
-        divisor = num_items_in_batch.detach().reshape(-1)[0].to(like.device, acc, non_blocking=True)
-        return divisor.clamp(min=1)
+        first = (
+            num_items_in_batch.detach() if num_items_in_batch.dim() == 0 else num_items_in_batch.detach().flatten()[0]
+        )
+        return first.to(like.device, acc, non_blocking=True).clamp(min=1)
     is_number = isinstance(num_items_in_batch, (int, float)) and not isinstance(num_items_in_batch, bool)
     if not is_number or not 0 <= num_items_in_batch < float("inf"):
         raise ValueError(f"{name}: expected num_items_in_batch >= 0, got {num_items_in_batch!r}")

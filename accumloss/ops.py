@@ -13,9 +13,16 @@ from typing import Any
 import torch
 from torch.autograd.function import once_differentiable
 
-from . import _C as _C  # importing it registers the ops
 from . import reference
 from .options import LossOptions
+
+try:
+    from . import _C  # registers the ops
+except ImportError as error:
+    raise ImportError(
+        f"accumloss: expected the compiled module accumloss._C beside {__file__}, got: {error}; install with "
+        "'pip install .', and leave the folder of the sources, which hides the installed package"
+    ) from error
 
 _ops = torch.ops.accumloss
 
@@ -127,49 +134,55 @@ def _double_backward(ctx: Any, grad_grad: torch.Tensor) -> tuple:
 torch.library.register_autograd("accumloss::cross_entropy_backward", _double_backward, setup_context=_setup_backward)
 
 
-def _refuse_backward(name: str):
-    def setup_context(ctx: Any, inputs: tuple, keyword_only_inputs: dict, output: Any) -> None:
-        pass
-
-    def backward(ctx: Any, *grads: Any) -> None:
-        raise RuntimeError(
-            f"torch.ops.accumloss.{name}: expected no backward through it, since it returns the gradient itself; "
-            "use torch.ops.accumloss.cross_entropy, or the functions of the accumloss package"
-        )
-
-    torch.library.register_autograd(f"accumloss::{name}", backward, setup_context=setup_context)
+def _setup_refused(ctx: Any, inputs: tuple, keyword_only_inputs: dict, output: tuple) -> None:
+    pass
 
 
-_refuse_backward("cross_entropy_with_grad")
+def _refuse_backward(ctx: Any, *grads: Any) -> None:
+    raise RuntimeError(
+        "torch.ops.accumloss.cross_entropy_with_grad: expected no backward through it, since it returns the gradient "
+        "itself; use torch.ops.accumloss.cross_entropy, or the functions of the accumloss package"
+    )
+
+
+torch.library.register_autograd("accumloss::cross_entropy_with_grad", _refuse_backward, setup_context=_setup_refused)
 
 
 # The gradient in forward, and in place -------------------------------------------------------------------------------
+
+
+# Skips the autograd key, whose kernel in Python would only find that no gradient is recorded, in 20 us.
+_below_autograd = torch._C._AutoDispatchBelowAutograd
 
 
 class GradInForward(torch.autograd.Function):
     """``loss_sum / divisor``, its gradient written in the same visit of the logits, into a buffer of its own.
 
     The buffer is handed out by the first backward, scaled in place where the incoming gradient is not 1; a repeated
-    backward (retain_graph=True) computes it again. bf16 and fp32 only: a gradient already divided by the number of
-    items would underflow in fp16, before a GradScaler's factor reaches it.
+    backward (retain_graph=True) computes it again, and one with create_graph=True computes it by an op that can be
+    differentiated. bf16 and fp32 only: a gradient already divided by the number of items would underflow in fp16,
+    before a GradScaler's factor reaches it.
     """
 
     @staticmethod
     def forward(ctx, logits, labels, weight, divisor, options):
         # logits (..., V), labels (...), weight (V,) or None, divisor ()
-        scale = divisor.reciprocal()
-        *sums, ctx.grad = _ops.cross_entropy_with_grad(scale, logits, labels, weight, **options)
-        ctx.save_for_backward(logits, labels, weight, scale)
+        with _below_autograd():
+            *sums, ctx.grad = _ops.cross_entropy_with_grad(divisor.reciprocal(), logits, labels, weight, **options)
+        ctx.save_for_backward(logits, labels, weight, divisor)
         ctx.options = options
         return sums[0] / divisor
 
     @staticmethod
-    @once_differentiable
     def backward(ctx, grad_loss):
         grad, ctx.grad = ctx.grad, None
-        if grad is None:
-            logits, labels, weight, scale = ctx.saved_tensors
-            grad = _ops.cross_entropy_with_grad(grad_loss * scale, logits, labels, weight, **ctx.options)[-1]
+        if torch.is_grad_enabled():
+            logits, labels, weight, divisor = ctx.saved_tensors
+            _, _, _, lse, _, _, nll = _ops.cross_entropy(logits.detach(), labels, weight, **ctx.options)
+            grad = _ops.cross_entropy_backward(grad_loss / divisor, logits, labels, lse, nll, weight, **ctx.options)
+        elif grad is None:
+            logits, labels, weight, divisor = ctx.saved_tensors
+            grad = _ops.cross_entropy_with_grad(grad_loss / divisor, logits, labels, weight, **ctx.options)[-1]
         else:
             _ops.scale_(grad, grad_loss)
         return grad, None, None, None, None

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import math
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any
 
 
@@ -40,17 +39,21 @@ class LossOptions:
     def __post_init__(self) -> None:
         if isinstance(self.ignore_index, bool) or not isinstance(self.ignore_index, int):
             raise ValueError(f"LossOptions: expected an int for ignore_index, got {self.ignore_index!r}")
-        _check("label_smoothing", self.label_smoothing, "a number in [0, 1]", lambda value: 0 <= value <= 1)
-        _check("z_loss", self.z_loss, "a finite number >= 0", lambda value: value >= 0)
-        _check("softcap", self.softcap, "a finite number >= 0 (0 turns it off)", lambda value: value >= 0)
-        _check("logit_scale", self.logit_scale, "a finite number > 0", lambda value: value > 0)
+        _check("label_smoothing", self.label_smoothing, 0.0, "a number in [0, 1]", maximum=1.0)
+        _check("z_loss", self.z_loss, 0.0, "a finite number >= 0")
+        _check("softcap", self.softcap, 0.0, "a finite number >= 0 (0 turns it off)")
+        _check("logit_scale", self.logit_scale, _SMALLEST, "a finite number > 0")
 
     def as_kwargs(self) -> dict[str, Any]:
         """The options as the keyword arguments of the ops."""
-        return asdict(self)
+        return dict(vars(self))
 
 
-def _check(name: str, value: Any, expected: str, is_valid: Any) -> None:
+_SMALLEST = 5e-324  # > 0
+_LARGEST = 1.7976931348623157e308  # finite
+
+
+def _check(name: str, value: Any, minimum: float, expected: str, maximum: float = _LARGEST) -> None:
     is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
-    if not is_number or not math.isfinite(value) or not is_valid(value):
+    if not is_number or not minimum <= value <= maximum:
         raise ValueError(f"LossOptions: expected {expected} for {name}, got {value!r}")

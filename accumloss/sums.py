@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 
 import torch
 import torch.distributed as dist
@@ -32,25 +32,32 @@ class TokenSums:
     def __add__(self, other: TokenSums) -> TokenSums:
         if not isinstance(other, TokenSums):
             return NotImplemented
-        return TokenSums(*(_add(getattr(self, field.name), getattr(other, field.name)) for field in fields(self)))
+        return TokenSums(
+            self.loss_sum + other.loss_sum,
+            self.num_items + other.num_items,
+            self.total_weight + other.total_weight,
+            _add(self.num_correct, other.num_correct),
+            _add(self.entropy_sum, other.entropy_sum),
+        )
 
     def __radd__(self, other: int) -> TokenSums:
         return self if other == 0 else NotImplemented  # the start value of sum()
 
     def detach(self) -> TokenSums:
         """The same sums without the graph of the loss."""
-        return TokenSums(*(None if value is None else value.detach() for value in self._values()))
+        return replace(self, loss_sum=self.loss_sum.detach())
 
     def all_reduce(self, group: dist.ProcessGroup | None = None) -> TokenSums:
         """The sums over all ranks of a process group, by one all_reduce in fp64; the result carries no gradient.
 
         Every rank must have metrics, or none. Counts are exact to 2**53.
         """
-        values = [value for value in self._values() if value is not None]
-        packed = torch.stack([value.detach().to(torch.float64) for value in values])
+        present = {field.name: getattr(self, field.name) for field in fields(self)}
+        present = {name: value for name, value in present.items() if value is not None}
+        packed = torch.stack([value.detach().to(torch.float64) for value in present.values()])
         dist.all_reduce(packed, group=group)
-        reduced = iter(packed.unbind())
-        return TokenSums(*(None if value is None else next(reduced).to(value.dtype) for value in self._values()))
+        reduced = zip(present.items(), packed.unbind(), strict=True)
+        return replace(self, **{name: total.to(value.dtype) for (name, value), total in reduced})
 
     @property
     def mean_loss(self) -> torch.Tensor:
@@ -71,9 +78,6 @@ class TokenSums:
     def mean_entropy(self) -> torch.Tensor:
         """Mean entropy of the predicted distributions, nats, 0-dim. Raises ValueError without metrics."""
         return self._metric(self.entropy_sum, "mean_entropy") / self.num_items.clamp(min=1)
-
-    def _values(self) -> tuple[torch.Tensor | None, ...]:
-        return tuple(getattr(self, field.name) for field in fields(self))
 
     @staticmethod
     def _metric(value: torch.Tensor | None, name: str) -> torch.Tensor:

@@ -85,6 +85,7 @@ def run_regime(regime: str, file: Path, options: argparse.Namespace) -> None:
     rounds = options.rounds or (3 if options.quick else 11)
     for shape in options.parsed:
         print(f"{regime}: {shape}", file=sys.stderr, flush=True)
+        torch.compiler.reset()  # each shape and dtype is compiled for itself, and for none before it
         adaptive = not options.quick and options.rounds is None
         lines += harness.figures(regime, shape, harness.measure(shape, competitors, rounds, adaptive=adaptive))
     file.write_text(json.dumps({"lines": lines, "environment": environment()}))

@@ -1,7 +1,6 @@
 // All op schemas and registrations, and the pybind11 module. The only file that names dispatch keys.
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
-
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 
@@ -14,17 +13,16 @@
 namespace accumloss {
 namespace {
 
-#define ACCUMLOSS_LOSS_OPTIONS                                                                                 \
-  "int shift=0, int ignore_index=-100, float label_smoothing=0., float z_loss=0., float softcap=0., "          \
+#define ACCUMLOSS_LOSS_OPTIONS                                                                        \
+  "int shift=0, int ignore_index=-100, float label_smoothing=0., float z_loss=0., float softcap=0., " \
   "float logit_scale=1., bool metrics=False"
 #define ACCUMLOSS_LM_OPTIONS \
   "int ignore_index=-100, float label_smoothing=0., float z_loss=0., float softcap=0., float logit_scale=1."
 
 STABLE_TORCH_LIBRARY(accumloss, m) {
-  m.def(
-      "cross_entropy(Tensor logits, Tensor labels, Tensor? weight=None, *, " ACCUMLOSS_LOSS_OPTIONS
-      ") -> (Tensor loss_sum, Tensor num_items, Tensor total_weight, Tensor lse, Tensor num_correct, "
-      "Tensor entropy_sum, Tensor nll)");
+  m.def("cross_entropy(Tensor logits, Tensor labels, Tensor? weight=None, *, " ACCUMLOSS_LOSS_OPTIONS
+        ") -> (Tensor loss_sum, Tensor num_items, Tensor total_weight, Tensor lse, Tensor num_correct, "
+        "Tensor entropy_sum, Tensor nll)");
   m.def(
       "cross_entropy_backward(Tensor grad_loss_sum, Tensor logits, Tensor labels, Tensor lse, Tensor nll, "
       "Tensor? weight=None, *, " ACCUMLOSS_LOSS_OPTIONS ") -> Tensor");

@@ -1,10 +1,10 @@
 // The bodies of the ops, for a backend; bindings.cpp gives them their schemas and dispatch keys.
 #pragma once
 
+#include <torch/csrc/stable/tensor.h>
+
 #include <optional>
 #include <tuple>
-
-#include <torch/csrc/stable/tensor.h>
 
 #include "cross_entropy.h"
 

@@ -65,10 +65,10 @@ struct Transform {
 // `reference` (the label's z where that is finite, else 0) only shifts the two linear sums, so that they stay small.
 template <typename Acc>
 struct RowState {
-  Acc max = static_cast<Acc>(-kInfinity);           // max_j z_j
-  Acc sum = 0;                                      // S = sum_j exp(z_j - max)
-  Acc weighted = 0;                                 // sum_j exp(z_j - max) (z_j - reference); metrics only
-  Acc linear = 0;                                   // sum_j w_j (z_j - reference); label smoothing only
+  Acc max = static_cast<Acc>(-kInfinity);  // max_j z_j
+  Acc sum = 0;                             // S = sum_j exp(z_j - max)
+  Acc weighted = 0;                        // sum_j exp(z_j - max) (z_j - reference); metrics only
+  Acc linear = 0;                          // sum_j w_j (z_j - reference); label smoothing only
 
   // exp(from - to) for the change of the maximum, 1 where both are -inf (nothing was summed yet).
   ACCUMLOSS_HD static Acc rescale(Acc from, Acc to) {
@@ -96,14 +96,12 @@ struct RowResult {
 };
 
 // reference of RowState
-ACCUMLOSS_HD double row_reference(double target) {
-  return target - target == 0 ? target : 0.0;
-}
+ACCUMLOSS_HD double row_reference(double target) { return target - target == 0 ? target : 0.0; }
 
 // target: z_y; target_weight: w_y; weight_sum: W; V: classes.
 template <typename Acc>
-ACCUMLOSS_HD RowResult row_result(const RowState<Acc>& others, double target, double target_weight,
-                                  double weight_sum, int64_t V, const LossOptions& options) {
+ACCUMLOSS_HD RowResult row_result(const RowState<Acc>& others, double target, double target_weight, double weight_sum,
+                                  int64_t V, const LossOptions& options) {
   using std::exp;
   using std::log;
   using std::log1p;
@@ -132,8 +130,8 @@ ACCUMLOSS_HD RowResult row_result(const RowState<Acc>& others, double target, do
 }
 
 // Everything that the gradient of a row needs, from lse and nll:
-//   dL/dz_j = C p_j - (e / V) w_j,                                     j != y,  C = (1 - e) w_y + (e / V) W + 2 z_loss lse
-//   dL/dz_y = (C - (1 - e) w_y) p_y - (1 - e) w_y (1 - p_y) - (e / V) w_y
+//   dL/dz_j = C p_j - (e / V) w_j,                                     j != y,  C = (1 - e) w_y + (e / V) W + 2 z_loss
+//   lse dL/dz_y = (C - (1 - e) w_y) p_y - (1 - e) w_y (1 - p_y) - (e / V) w_y
 // all times grad, and times transform.slope(x_j) for dL/dx_j.
 template <typename Acc>
 struct RowGrad {

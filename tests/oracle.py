@@ -58,7 +58,7 @@ def expected(case: Case, device: str = "cpu", grad_loss_sum: float = 1.0) -> Exp
 
 def z_scale(case: Case) -> float:
     """Largest |z| where the logits are transformed, for row_loss_bound."""
-    if case.options.softcap == 0 and case.options.logit_scale == 1 or case.logits.numel() == 0:
+    if (case.options.softcap == 0 and case.options.logit_scale == 1) or case.logits.numel() == 0:
         return 0.0
     z = reference.transform(case.logits.double(), case.options)
     return z[torch.isfinite(z)].abs().max().item()

@@ -105,7 +105,8 @@ def test_split_invariance(splits):
     labels[[2, 3, 11]] = -100
     whole = accumloss.cross_entropy(logits, labels, metrics=True)
     parts = [
-        accumloss.cross_entropy(x, y, metrics=True) for x, y in zip(logits.split(splits), labels.split(splits), strict=True)
+        accumloss.cross_entropy(x, y, metrics=True)
+        for x, y in zip(logits.split(splits), labels.split(splits), strict=True)
     ]
     total = sum(parts)
     assert total.num_items == whole.num_items == 9
@@ -114,7 +115,8 @@ def test_split_invariance(splits):
     one = torch.ones(())
     whole_grad = ops.cross_entropy_with_grad(one, logits, labels)[-1]
     split_grad = [
-        ops.cross_entropy_with_grad(one, x, y)[-1] for x, y in zip(logits.split(splits), labels.split(splits), strict=True)
+        ops.cross_entropy_with_grad(one, x, y)[-1]
+        for x, y in zip(logits.split(splits), labels.split(splits), strict=True)
     ]
     assert torch.equal(torch.cat(split_grad), whole_grad)
 

@@ -112,7 +112,9 @@ def test_losses_match_transformers(num_items):
         wanted = loss_and_grad(stock, logits, *args, **copy.deepcopy(kwargs), num_items_in_batch=num_items)
         factor = logits.numel() / num_items if wants_sum else 1.0  # stock ignores num_items_in_batch there
         torch.testing.assert_close(found[0], wanted[0] * factor, rtol=1e-6, atol=0, msg=lambda m, name=name: name + m)
-        torch.testing.assert_close(found[1], wanted[1] * factor, rtol=2e-5, atol=1e-8, msg=lambda m, name=name: name + m)
+        torch.testing.assert_close(
+            found[1], wanted[1] * factor, rtol=2e-5, atol=1e-8, msg=lambda m, name=name: name + m
+        )
         names.append(name)
     assert len(names) == 9
 
@@ -213,7 +215,8 @@ def test_label_smoothing_is_that_of_torch():
     for weight in (None, torch.linspace(0.5, 2, V)):
         loss, grad = loss_and_grad(accumloss.masked_lm_loss, logits, labels, label_smoothing=0.1, weight=weight)
         wanted = loss_and_grad(
-            lambda x, w=weight: F.cross_entropy(x.flatten(0, 1), labels.flatten(), weight=w, label_smoothing=0.1), logits
+            lambda x, w=weight: F.cross_entropy(x.flatten(0, 1), labels.flatten(), weight=w, label_smoothing=0.1),
+            logits,
         )
         torch.testing.assert_close(loss, wanted[0], rtol=1e-6, atol=0)
         torch.testing.assert_close(grad, wanted[1], rtol=2e-5, atol=1e-8)
@@ -280,7 +283,9 @@ def test_in_place_needs():
     labels = torch.randint(0, 5, (2, 3))
     with pytest.raises(ValueError, match="got a leaf that requires grad"):
         accumloss.causal_lm_loss(leaf, labels, num_items_in_batch=4, inplace="backward")
-    with pytest.raises(ValueError, match=r"causal_lm_loss: expected num_items_in_batch where inplace=.forward., got None"):
+    with pytest.raises(
+        ValueError, match=r"causal_lm_loss: expected num_items_in_batch where inplace=.forward., got None"
+    ):
         accumloss.causal_lm_loss(leaf * 1, labels, inplace="forward")
     with pytest.raises(ValueError, match="got float16, in which a gradient divided by the number of items underflows"):
         accumloss.causal_lm_loss(leaf.half(), labels, num_items_in_batch=4, inplace="forward")
@@ -343,7 +348,9 @@ def test_token_sums_of_nothing():
 
 def test_token_sums_carry_the_gradient_of_the_loss():
     leaf = torch.randn(4, 3, requires_grad=True)
-    sums = accumloss.cross_entropy(leaf[:2], torch.tensor([0, 1])) + accumloss.cross_entropy(leaf[2:], torch.tensor([2, 2]))
+    sums = accumloss.cross_entropy(leaf[:2], torch.tensor([0, 1])) + accumloss.cross_entropy(
+        leaf[2:], torch.tensor([2, 2])
+    )
     sums.mean_loss.backward()
     wanted = leaf.detach().clone().requires_grad_()
     F.cross_entropy(wanted, torch.tensor([0, 1, 2, 2])).backward()
@@ -386,7 +393,9 @@ def test_options_out_of_range(kwargs, message):
 
 def test_bad_input():
     logits, labels = torch.zeros(2, 3, 5), torch.zeros(2, 3, dtype=torch.int64)
-    with pytest.raises(ValueError, match=r"causal_lm_loss: expected logits of shape \(..., vocab_size = 7\), got \(2, 3, 5\)"):
+    with pytest.raises(
+        ValueError, match=r"causal_lm_loss: expected logits of shape \(..., vocab_size = 7\), got \(2, 3, 5\)"
+    ):
         accumloss.causal_lm_loss(logits, labels, 7)
     with pytest.raises(ValueError, match="causal_lm_loss: expected labels .* got neither"):
         accumloss.causal_lm_loss(logits, None)

@@ -25,10 +25,10 @@ namespace accumloss {
 namespace cpu {
 namespace {
 
-constexpr int64_t kTaskElements = 32768;           // of logits in one task
-constexpr int64_t kSerialElements = 32768;         // below, the threads cost more than they save
-constexpr int64_t kSplitElements = 16 * kBlock;    // of one row, where rows are split
-constexpr int64_t kSplitRows = 8;                  // at most so many rows are split
+constexpr int64_t kTaskElements = 32768;         // of logits in one task
+constexpr int64_t kSerialElements = 32768;       // below, the threads cost more than they save
+constexpr int64_t kSplitElements = 16 * kBlock;  // of one row, where rows are split
+constexpr int64_t kSplitRows = 8;                // at most so many rows are split
 
 // Selection --------------------------------------------------------------------------------------------------------
 
@@ -92,15 +92,27 @@ Nothing no_local() { return {}; }
 
 int64_t element_size(Dtype dtype) {
   switch (dtype) {
-    case Dtype::kFloat64: return 8;
-    case Dtype::kFloat32: return 4;
-    default: return 2;
+    case Dtype::kFloat64:
+      return 8;
+    case Dtype::kFloat32:
+      return 4;
+    default:
+      return 2;
   }
 }
 
+struct RowIndex {
+  int64_t b, t;
+};
+RowIndex row_index(const LogitsView& view, int64_t row) {
+  if (view.B == 1) return {0, row};
+  const int64_t b = row / view.T;
+  return {b, row - b * view.T};
+}
+
 char* row_data(const LogitsView& view, int64_t row) {
-  const int64_t offset = row / view.T * view.stride_b + row % view.T * view.stride_t;
-  return static_cast<char*>(view.data) + offset * element_size(view.dtype);
+  const RowIndex at = row_index(view, row);
+  return static_cast<char*>(view.data) + (at.b * view.stride_b + at.t * view.stride_t) * element_size(view.dtype);
 }
 
 // Any element of a float or double array.
@@ -131,9 +143,10 @@ struct Rows {
   // The label of a row, or ignore_index.
   int64_t label(int64_t row) const {
     const LabelsView& labels = inputs.labels;
-    const int64_t t = row % inputs.logits.T + inputs.options.shift;
+    const RowIndex at = row_index(inputs.logits, row);
+    const int64_t t = at.t + inputs.options.shift;
     if (t >= inputs.logits.T) return inputs.options.ignore_index;
-    const int64_t offset = row / inputs.logits.T * labels.stride_b + t * labels.stride_t;
+    const int64_t offset = at.b * labels.stride_b + t * labels.stride_t;
     return labels.is_int32 ? static_cast<const int32_t*>(labels.data)[offset]
                            : static_cast<const int64_t*>(labels.data)[offset];
   }
@@ -162,10 +175,9 @@ struct Rows {
   RowResult result(const RowState<double>& state, int64_t y, double target_logit) const {
     return row_result(state, target_logit, weight(y), weight_sum, V, inputs.options);
   }
-  bool correct(const RowState<double>& state, const RowResult& result, int64_t row, int64_t y,
-               double target_logit) const {
-    if (result.nll != result.nll || target_logit < state.max) return false;
-    return target_logit > state.max || kernels.label_is_argmax(row_data(inputs.logits, row), V, y);
+  bool is_correct(double others_max, double nll, int64_t row, int64_t y, double target_logit) const {
+    if (nll != nll || target_logit < others_max) return false;
+    return target_logit > others_max || kernels.label_is_argmax(row_data(inputs.logits, row), V, y);
   }
   RowGrad<double> gradient(double lse, double nll, int64_t y, double grad) const {
     return RowGrad<double>(lse, nll, weight(y), weight_sum, V, grad, inputs.options);
@@ -180,6 +192,14 @@ struct Rows {
       const int64_t begin = i * rows_per_task();
       task(begin, begin + rows_per_task() < N ? begin + rows_per_task() : N, i, local);
     });
+  }
+  // Whether short_rows serves: short rows without gaps, no option that it leaves out.
+  bool is_short() const {
+    const LossOptions& options = inputs.options;
+    const LogitsView& logits = inputs.logits;
+    return kernels.short_rows != nullptr && V <= kShort && logits.stride_t == V &&
+           (logits.B == 1 || logits.stride_b == logits.T * V) && options.label_smoothing == 0 && options.z_loss == 0 &&
+           options.softcap == 0 && options.logit_scale == 1;
   }
   bool is_split() const { return N <= kSplitRows && V > 2 * kSplitElements; }
   int64_t num_segments() const { return (V + kSplitElements - 1) / kSplitElements; }
@@ -227,7 +247,7 @@ Sums sums_of_row(const Rows& rows, const RowState<double>& state, const RowResul
   sums.items = 1;
   if (rows.inputs.options.metrics) {
     sums.entropy = result.entropy;
-    sums.correct = rows.correct(state, result, row, y, target_logit);
+    sums.correct = rows.is_correct(state.max, result.nll, row, y, target_logit);
   }
   return sums;
 }
@@ -265,12 +285,58 @@ void zero_row(const LogitsView& grad, int64_t row) {
   std::memset(row_data(grad, row), 0, static_cast<size_t>(grad.V * element_size(grad.dtype)));
 }
 
+// Short rows, in groups: whichever of sums, (lse, nll) and grad_logits is not null. The backward is a forward here too.
+void run_short(const Rows& rows, const CrossEntropySums* sums, double* lse, void* nll, double grad,
+               const LogitsView* grad_logits) {
+  constexpr int64_t kGroups = 16;  // in one task
+  const Dtype dtype = rows.inputs.logits.dtype;
+  const bool metrics = rows.inputs.options.metrics && sums != nullptr;
+  const int64_t num_tasks = (rows.N + kGroups * kGroup - 1) / (kGroups * kGroup);
+  std::vector<Sums> parts(static_cast<size_t>(num_tasks));
+  run_tasks(num_tasks, rows.N * rows.V, no_local, [&](int64_t i, Nothing) {
+    ShortRows group;
+    group.V = rows.V;
+    for (int64_t begin = i * kGroups * kGroup; begin < rows.N && begin < (i + 1) * kGroups * kGroup; begin += kGroup) {
+      group.count = rows.N - begin < kGroup ? rows.N - begin : kGroup;
+      group.x = row_data(rows.inputs.logits, begin);
+      bool is_item[kGroup];
+      for (int64_t r = 0; r < group.count; ++r) {
+        const int64_t y = rows.label(begin + r);
+        is_item[r] = !rows.ignored(y);
+        group.labels[r] = is_item[r] ? y : 0;
+        group.factors[r] = is_item[r] ? grad * rows.weight(y) : 0;
+      }
+      void* g = grad_logits != nullptr ? row_data(*grad_logits, begin) : nullptr;
+      // with metrics the gradient waits: ties are looked up in the logits, whose place it may take
+      rows.kernels.short_rows(group, metrics, metrics ? nullptr : g);
+      for (int64_t r = 0; r < group.count; ++r) {
+        if (lse != nullptr) lse[begin + r] = is_item[r] ? group.lse[r] : 0;
+        if (nll != nullptr) set_element(nll, dtype, begin + r, is_item[r] ? group.nll[r] : 0);
+        if (!is_item[r]) continue;
+        const int64_t y = group.labels[r];
+        Sums row;
+        row.weight = rows.weight(y);
+        row.loss = row.weight * group.nll[r];
+        row.items = 1;
+        if (metrics) {
+          row.entropy = group.entropy[r];
+          row.correct = rows.is_correct(group.others_max[r], group.nll[r], begin + r, y, group.target[r]);
+        }
+        parts[i].add(row);
+      }
+      if (metrics && g != nullptr) rows.kernels.short_rows(group, false, g);
+    }
+  });
+  if (sums != nullptr) ordered_sum(parts).write(*sums, dtype);
+}
+
 // Launchers --------------------------------------------------------------------------------------------------------
 
 void forward(const CrossEntropyInputs& inputs, const CrossEntropySums& sums, double* lse, void* nll) {
   const Rows rows(inputs);
   const Dtype dtype = inputs.logits.dtype;
   rows.check_labels();
+  if (rows.is_short()) return run_short(rows, &sums, lse, nll, 0, nullptr);
   const auto finish = [&](const RowState<double>& state, int64_t row, int64_t y, double target_logit) {
     const RowResult result = rows.result(state, y, target_logit);
     lse[row] = result.lse;
@@ -326,6 +392,8 @@ void backward(const CrossEntropyInputs& inputs, const double* lse, const void* n
   const Rows rows(inputs);
   const Dtype dtype = inputs.logits.dtype;
   const double grad = element(grad_loss_sum, dtype, 0);
+  if (rows.is_short() && grad_logits.stride_t == rows.V)
+    return run_short(rows, nullptr, nullptr, nullptr, grad, &grad_logits);
   if (grad_logits.data != inputs.logits.data) advise_large_pages(grad_logits, rows.N);
   const auto write = [&](int64_t row, int64_t begin, int64_t end) {
     const int64_t y = rows.label(row);
@@ -358,6 +426,8 @@ void forward_with_grad(const CrossEntropyInputs& inputs, const CrossEntropySums&
   const Dtype dtype = inputs.logits.dtype;
   const double grad = element(grad_loss_sum, dtype, 0);
   rows.check_labels();
+  if (rows.is_short() && grad_logits.stride_t == rows.V)
+    return run_short(rows, &sums, nullptr, nullptr, grad, &grad_logits);
   if (grad_logits.data != inputs.logits.data) advise_large_pages(grad_logits, rows.N);
 
   if (rows.is_split()) {

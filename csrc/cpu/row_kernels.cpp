@@ -49,8 +49,8 @@ struct Vectors<float> {
   typedef uint16_t UnalignedHalf __attribute__((vector_size(kVectorBytes / 2), aligned(2), may_alias));
   static constexpr int kWidth = kVectorBytes / 4;
   static constexpr int kMantissaBits = 23;
-  static constexpr float kLowest = -87.3365402f;       // log(2^-126): below, exp is zero
-  static constexpr float kMagic = 12582912.f;          // 1.5 * 2^23: adding it rounds to an integer
+  static constexpr float kLowest = -87.3365402f;  // log(2^-126): below, exp is zero
+  static constexpr float kMagic = 12582912.f;     // 1.5 * 2^23: adding it rounds to an integer
   static constexpr float kLn2High = 0.693359375f, kLn2Low = -2.12194440e-4f;
 };
 template <>
@@ -91,8 +91,8 @@ ACCUMLOSS_INLINE Vectors<double>::Real exp_tail(Vectors<double>::Real r) {  // T
   return p * r + 0.5;
 }
 
-// exp(x) for x <= 0 (to some 80 above it), exactly 0 where it would be subnormal, NaN for NaN. x is left clamped, so that
-// x * exp(x) is 0 at -inf.
+// exp(x) for x <= 0 (to some 80 above it), exactly 0 where it would be subnormal, NaN for NaN. x is left clamped, so
+// that x * exp(x) is 0 at -inf.
 template <typename Acc>
 ACCUMLOSS_INLINE typename Vectors<Acc>::Real exp_clamped(typename Vectors<Acc>::Real& x) {
   using V = Vectors<Acc>;
@@ -108,6 +108,29 @@ ACCUMLOSS_INLINE typename Vectors<Acc>::Real exp_clamped(typename Vectors<Acc>::
   const Int exponent = reinterpret_cast<Int>(shifted) << V::kMantissaBits;
   const Int bits = (reinterpret_cast<Int>(e) + exponent) & ~zero;
   return reinterpret_cast<Real>(bits);
+}
+
+// log1p(x) for x >= 0, NaN for NaN and infinity: log(1 + x) = k log(2) + 2 atanh(s), and what 1 + x rounded away.
+ACCUMLOSS_INLINE Vectors<float>::Real vector_log1p(Vectors<float>::Real x) {
+  using V = Vectors<float>;
+  using Real = V::Real;
+  using Int = V::Int;
+  const Real u = x + 1.0f;
+  const Real lost = x - (u - 1.0f);
+  // u = 2^k m, m in [sqrt(1/2), sqrt(2)): k is the exponent of u times sqrt(2)
+  const Int k = (reinterpret_cast<Int>(u * 1.41421356f) >> V::kMantissaBits) - 127;
+  const Real m = reinterpret_cast<Real>(reinterpret_cast<Int>(u) - (k << V::kMantissaBits));
+  const Real rest = lost * reinterpret_cast<Real>((127 - k) << V::kMantissaBits);  // lost / 2^k, k small
+  const Real f = (m - 1.0f) + rest;
+  const Real s = f / (f + 2.0f);
+  const Real q = s * s;
+  // 2 atanh(s) = 2s + 2s (q/3 + q^2/5 + ...) and 2s = f - s f
+  Real p = q * (2.0f / 9) + 2.0f / 7;
+  p = p * q + 2.0f / 5;
+  p = p * q + 2.0f / 3;
+  const Real k_real = __builtin_convertvector(k, Real);
+  const Real low = k_real * V::kLn2Low + s * (p * q - f);
+  return (k_real * V::kLn2High + f) + (low + (x - x));
 }
 
 // tanh(u) / u - 1 over u^2, as a polynomial in u^2, for |u| < 0.625
@@ -139,7 +162,8 @@ ACCUMLOSS_INLINE typename Vectors<Acc>::Real vector_tanh(typename Vectors<Acc>::
   return magnitude < Acc(0.625) ? small : (u < 0 ? -large : large);
 }
 
-// Loads and stores -----------------------------------------------------------------------------------------------------
+// Loads and stores
+// -----------------------------------------------------------------------------------------------------
 
 template <typename T>
 struct AccOf {
@@ -261,8 +285,8 @@ void transform_block(Acc* buffer, int64_t n, const Transform<Acc>& transform) {
   constexpr int kWidth = Vectors<Acc>::kWidth;
   for (int64_t i = 0; i < n; i += kWidth) {
     const auto x = load(buffer + i);
-    const auto z = transform.softcap > 0 ? vector_tanh<Acc>(x * transform.inner) * transform.softcap
-                                         : x * transform.logit_scale;
+    const auto z =
+        transform.softcap > 0 ? vector_tanh<Acc>(x * transform.inner) * transform.softcap : x * transform.logit_scale;
     store(z, buffer + i);
   }
 }
@@ -417,8 +441,9 @@ void push(const RowSegment& row, const LossOptions& options, RowState<double>* s
 
 // What both gradient writers share: smoothing, the transform's slope, the label's entry.
 template <typename T, typename Acc>
-ACCUMLOSS_INLINE void finish_grad_block(const RowSegment& row, int64_t begin, int64_t n, const Transform<Acc>& transform,
-                                        Acc smoothing, Acc target_grad, Acc* z, T* grad, Acc* g) {
+ACCUMLOSS_INLINE void finish_grad_block(const RowSegment& row, int64_t begin, int64_t n,
+                                        const Transform<Acc>& transform, Acc smoothing, Acc target_grad, Acc* z,
+                                        T* grad, Acc* g) {
   const int64_t padded = round_up(n, kLanes);
   if (smoothing != 0) {
     if (row.weight != nullptr) {
@@ -445,7 +470,8 @@ void write_grad(const RowSegment& row, const LossOptions& options, const RowGrad
   const Transform<Acc> transform(options);
   // exp(z - lse) with lse rounded; what the rounding took away goes into the factor
   const Acc lse = static_cast<Acc>(gradient.lse_high);
-  const Acc probability = static_cast<Acc>(gradient.probability * std::exp(static_cast<double>(lse) - gradient.lse_high));
+  const Acc probability =
+      static_cast<Acc>(gradient.probability * std::exp(static_cast<double>(lse) - gradient.lse_high));
   alignas(64) Acc z[kBlock];
   alignas(64) Acc g[kBlock];
   for (int64_t begin = row.begin; begin < row.end; begin += kBlock) {
@@ -457,8 +483,8 @@ void write_grad(const RowSegment& row, const LossOptions& options, const RowGrad
       Real d = load(z + i) - lse;
       store(exp_clamped<Acc>(d) * probability, g + i);
     }
-    finish_grad_block(row, begin, n, transform, static_cast<Acc>(gradient.smoothing), static_cast<Acc>(gradient.target), z,
-                      static_cast<T*>(grad), g);
+    finish_grad_block(row, begin, n, transform, static_cast<Acc>(gradient.smoothing), static_cast<Acc>(gradient.target),
+                      z, static_cast<T*>(grad), g);
   }
 }
 
@@ -477,8 +503,8 @@ void write_grad_from_exps(const RowSegment& row, const LossOptions& options, con
     const Acc factor = static_cast<Acc>(gradient.probability * std::exp(reference - gradient.lse_high));
     load_block(e, n, g);
     for (int64_t i = 0; i < n; i += kWidth) store(load(g + i) * factor, g + i);
-    finish_grad_block(row, begin, n, transform, static_cast<Acc>(gradient.smoothing), static_cast<Acc>(gradient.target), z,
-                      static_cast<T*>(grad), g);
+    finish_grad_block(row, begin, n, transform, static_cast<Acc>(gradient.smoothing), static_cast<Acc>(gradient.target),
+                      z, static_cast<T*>(grad), g);
   }
 }
 
@@ -513,9 +539,120 @@ void scale(void* values, int64_t n, double factor) {
   }
 }
 
+// Short rows ---------------------------------------------------------------------------------------------------------
+
+// z (V, kGroup): class by class, a lane for each row.
+template <typename T>
+void short_rows(ShortRows& rows, bool metrics, void* grad) {
+  using Real = Vectors<float>::Real;
+  constexpr int kWidth = Vectors<float>::kWidth;
+  constexpr float kInfinity = std::numeric_limits<float>::infinity();
+  const int64_t V = rows.V, count = rows.count;
+  alignas(64) float row_major[kGroup * kShort];
+  alignas(64) float z[kShort * kGroup];
+  alignas(64) float weighted[kGroup];
+  alignas(64) double sums[kGroup] = {};
+  load_block(static_cast<const T*>(rows.x), count * V, row_major);
+  for (int64_t r = 0; r < count; ++r)
+    for (int64_t j = 0; j < V; ++j) z[j * kGroup + r] = row_major[r * V + j];
+  for (int64_t r = count; r < kGroup; ++r) {
+    rows.labels[r] = 0;
+    rows.factors[r] = 0;
+    for (int64_t j = 0; j < V; ++j) z[j * kGroup + r] = 0;
+  }
+  for (int64_t r = 0; r < kGroup; ++r) {
+    float& label = z[rows.labels[r] * kGroup + r];
+    rows.target[r] = label;
+    label = -kInfinity;
+  }
+
+  for (int64_t r = 0; r < kGroup; r += kWidth) {
+    Real max = broadcast<float>(-kInfinity);
+    for (int64_t j = 0; j < V; ++j) {
+      const Real v = load(z + j * kGroup + r);
+      max = v > max ? v : max;
+    }
+    store(max, rows.others_max + r);
+    const Real reference = max == -kInfinity ? Real{} : max;
+    Real products = {};
+    for (int64_t j = 0; j < V; ++j) {
+      Real d = load(z + j * kGroup + r) - reference;
+      const Real e = exp_clamped<float>(d);
+      store(e, z + j * kGroup + r);
+      products += e * d;
+    }
+    store(products, weighted + r);
+  }
+  for (int64_t j = 0; j < V; ++j)
+    for (int64_t r = 0; r < kGroup; ++r) sums[r] += z[j * kGroup + r];
+
+  // row_result and RowGrad of row.h, for a vector of rows at a time, in float: the rounding of the one difference that
+  // may be large is recovered, and every other step costs a unit or two
+  alignas(64) float sum_of[kGroup], factor_of[kGroup], log_totals[kGroup], other_factor[kGroup], label_grad[kGroup];
+  for (int64_t r = 0; r < kGroup; ++r) {
+    sum_of[r] = static_cast<float>(sums[r]);
+    factor_of[r] = static_cast<float>(rows.factors[r]);
+  }
+  for (int64_t r = 0; r < kGroup; r += kWidth) {
+    const Real y = load(rows.target + r), other = load(rows.others_max + r);
+    const Real max = other > y ? other : y, min = other > y ? y : other;
+    Real gap = min - max;
+    const Real back = gap + max;
+    Real lost = (min - back) + ((back - gap) - max);  // min - max = gap + lost, exactly
+    lost = min == -kInfinity ? Real{} : lost;
+    const Real e = exp_clamped<float>(gap);
+    const Real smaller = e * lost + e + (max - max);  // exp(min - max); NaN where max is infinite
+    const auto label_leads = !(other > y);
+    const Real sum = load(sum_of + r);
+    const Real s = label_leads ? sum * smaller : sum;
+    const Real e_y = label_leads ? broadcast<float>(1) : smaller;
+    const Real total = s + e_y;
+    const Real above = label_leads ? s : (sum - 1.0f) + smaller;
+    const Real log_total = vector_log1p(above);
+    store(log_total, log_totals + r);
+    const Real factor = load(factor_of + r) / total;
+    store(label_leads ? factor * smaller : factor, other_factor + r);
+    store(-(factor * s), label_grad + r);
+  }
+  for (int64_t r = 0; r < kGroup; ++r) {
+    const double y = rows.target[r], other = rows.others_max[r], max = other > y ? other : y;
+    rows.nll[r] = (max - y) + static_cast<double>(log_totals[r]);
+    rows.lse[r] = max + static_cast<double>(log_totals[r]);
+  }
+  if (metrics) {
+    for (int64_t r = 0; r < count; ++r) {
+      const double reference = row_reference(rows.target[r]);
+      const double block = rows.others_max[r] == -kInfinity ? 0.0 : rows.others_max[r];
+      const double terms = weighted[r] + sums[r] * (block - reference);
+      rows.entropy[r] = (rows.lse[r] - reference) - (sums[r] == 0 ? 0.0 : terms * std::exp(block - rows.lse[r]));
+    }
+  }
+
+  if (grad == nullptr) return;
+  for (int64_t j = 0; j < V; ++j)
+    for (int64_t r = 0; r < kGroup; r += kWidth)
+      store(load(z + j * kGroup + r) * load(other_factor + r), z + j * kGroup + r);
+  for (int64_t r = 0; r < count; ++r) {
+    float* g = row_major + r * V;
+    if (rows.factors[r] == 0) {
+      for (int64_t j = 0; j < V; ++j) g[j] = 0;
+      continue;
+    }
+    for (int64_t j = 0; j < V; ++j) g[j] = z[j * kGroup + r];
+    g[rows.labels[r]] = label_grad[r];
+  }
+  store_block(row_major, count * V, static_cast<T*>(grad));
+}
+
 template <typename T>
 constexpr RowKernels kernels_of() {
-  return {transform_one<T>, push<T>, write_grad<T>, write_grad_from_exps<T>, label_is_argmax<T>, scale<T>};
+  return {transform_one<T>,   push<T>,       write_grad<T>, write_grad_from_exps<T>,
+          label_is_argmax<T>, short_rows<T>, scale<T>};
+}
+template <>
+constexpr RowKernels kernels_of<double>() {
+  using T = double;
+  return {transform_one<T>, push<T>, write_grad<T>, write_grad_from_exps<T>, label_is_argmax<T>, nullptr, scale<T>};
 }
 
 }  // namespace

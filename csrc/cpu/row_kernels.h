@@ -10,6 +10,10 @@ namespace cpu {
 // Elements that one step widens, transforms and exponentiates while they are in the first-level cache.
 constexpr int64_t kBlock = 512;
 
+// Rows of at most so many classes are processed kGroup at a time, one to a lane, where no option but a weight is set.
+constexpr int64_t kShort = 32;
+constexpr int64_t kGroup = 32;
+
 constexpr int64_t num_blocks(int64_t V) { return (V + kBlock - 1) / kBlock; }
 
 // The classes [begin, end) of one row. All kernels take it, so that a row may be split over threads at multiples of
@@ -18,8 +22,19 @@ struct RowSegment {
   const void* x;       // (V,) logits
   const void* weight;  // (V,) Acc class weights, or null
   int64_t begin, end;
-  int64_t target;      // y, anywhere in [0, V)
-  double reference;    // row_reference(z_y)
+  int64_t target;    // y, anywhere in [0, V)
+  double reference;  // row_reference(z_y)
+};
+
+// Up to kGroup short rows, consecutive in memory.
+struct ShortRows {
+  const void* x;  // (count, V), V <= kShort
+  int64_t V, count;
+  int64_t labels[kGroup];  // in [0, V); of a row that is ignored: any
+  double factors[kGroup];  // of the gradient: grad_loss_sum * w_y; 0: a row of zeros
+  // results
+  double nll[kGroup], lse[kGroup], entropy[kGroup];
+  float target[kGroup], others_max[kGroup];
 };
 
 struct RowKernels {
@@ -36,6 +51,8 @@ struct RowKernels {
                                const void* exps, const void* references, void* grad);
   // whether x[target] is the first of the largest logits (torch.argmax); asked only where the label ties
   bool (*label_is_argmax)(const void* x, int64_t V, int64_t target);
+  // The results of a group, and where grad (count, V) is not null its gradient; grad may be x. Null for double.
+  void (*short_rows)(ShortRows& rows, bool metrics, void* grad);
   // values *= factor
   void (*scale)(void* values, int64_t n, double factor);
 };

@@ -1,0 +1,97 @@
+"""Prints the worst error against float64 of each dtype and each way to the gradient, beside what is promised.
+
+    python benchmarks/numerics.py [--device cuda]
+
+Random logits of several spreads, confident rows down to a loss of 1e-26, odd and long rows; plain cross-entropy. The
+table of docs/numerics.md is what this prints.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+
+import torch
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests"))
+
+from cases import Case
+from oracle import expected
+from tolerances import UNIT, UNIT64, ulp
+
+ops = torch.ops.accumloss
+
+
+def rows(dtype: torch.dtype) -> list[Case]:
+    """Some million logits: spreads of 1, 4 and 12, and rows whose label leads by 2 to 60."""
+    cases = []
+    for V, N in ((9, 4096), (1000, 256), (32003, 24), (128256, 8)):
+        for spread in (1.0, 4.0, 12.0):
+            generator = torch.Generator().manual_seed(V)
+            logits = torch.randn(N, V, generator=generator, dtype=torch.float64) * spread
+            labels = torch.randint(0, V, (N,), generator=generator)
+            confident = torch.arange(N) % 2 == 0
+            lead = torch.linspace(2, 60, N, dtype=torch.float64)
+            at = torch.arange(N)
+            best = logits.max(-1).values
+            logits[at, labels] = torch.where(confident, best + lead, logits[at, labels])
+            cases.append(Case(f"V={V}, spread {spread}", logits.to(dtype), labels))
+    return cases
+
+
+def gradients(case: Case):
+    acc = torch.float64 if case.logits.dtype == torch.float64 else torch.float32
+    one = torch.ones((), dtype=acc, device=case.logits.device)
+    outputs = ops.cross_entropy(case.logits, case.labels)
+    yield "backward", ops.cross_entropy_backward(one, case.logits, case.labels, outputs[3], outputs[6])
+    yield "in forward", ops.cross_entropy_with_grad(one, case.logits, case.labels)[-1]
+
+
+def worst(dtype: torch.dtype, device: str) -> dict[str, float]:
+    """The largest error of each kind over rows(dtype)."""
+    found: dict[str, float] = {}
+
+    def note(what: str, value: float) -> None:
+        found[what] = max(found.get(what, 0.0), value)
+
+    for case in rows(dtype):
+        wanted = expected(case, device)
+        on_device = case.to(device)
+        outputs = ops.cross_entropy(on_device.logits, on_device.labels)
+        nll = wanted.sums[6].detach()
+        representable = nll >= torch.finfo(outputs[6].dtype).tiny
+        error = (outputs[6].double().cpu() - nll).abs() / nll
+        note("row loss", error[representable].max().item())
+        total = wanted.sums[0].item()
+        note("sum", abs(outputs[0].item() - total) / total)
+        z = case.logits.double()
+        distance = z.amax(-1, keepdim=True) - z
+        label = torch.zeros_like(z, dtype=torch.bool).scatter_(-1, case.labels.unsqueeze(-1), True)
+        for way, grad in gradients(on_device):
+            actual, g = grad.double().cpu(), wanted.grad
+            counts = g.abs() >= torch.finfo(torch.float32).tiny
+            error = (actual - g).abs()
+            note(f"ulp, {way}", (error / ulp(g, dtype)).max().item())
+            note(f"ulp of the label's entry, {way}", (error / ulp(g, dtype))[label].max().item())
+            note(f"not the nearest number, {way}", 1 - (actual == g.to(dtype).double()).double().mean().item())
+            note(f"relative, {way}", (error / g.abs())[counts].max().item())
+            unit = UNIT64 if dtype == torch.float64 else UNIT
+            note(f"of (4 + max - x) units, {way}", (error / g.abs() / ((4 + distance) * unit))[counts].max().item())
+    return found
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--device", default="cpu")
+    device = parser.parse_args().device
+    names = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32, "fp64": torch.float64}
+    found = {name: worst(dtype, device) for name, dtype in names.items()}
+    print("| worst error against float64 | " + " | ".join(found) + " |")
+    print("|---|" + "---:|" * len(found))
+    for what in found["bf16"]:
+        print(f"| {what} | " + " | ".join(f"{errors[what]:.2g}" for errors in found.values()) + " |")
+
+
+if __name__ == "__main__":
+    main()
