@@ -299,17 +299,21 @@ def test_in_place_needs():
 
 
 def test_in_place_is_the_gradient_of_a_model():
-    """The head's gradient is the same by all three ways, and the logits' buffer becomes the gradient."""
-    hidden, (_, labels) = torch.randn(B, T, 16), batch()
-    grads = []
+    """The head's gradient is float64's by all three ways, and the logits' buffer becomes the gradient."""
+    generator = torch.Generator().manual_seed(1)
+    hidden, (_, labels) = torch.randn(B, T, 16, generator=generator), batch()
+    weight = torch.randn(V, 16, generator=generator) / 4
     for inplace in (False, "backward", "forward"):
         head = torch.nn.Linear(16, V, bias=False)
-        torch.nn.init.constant_(head.weight, 0.1)
+        head.weight.data.copy_(weight)
         logits = head(hidden)
+        wanted = expected(Case("head", logits.detach().clone(), labels, shift=1), grad_loss_sum=1 / ITEMS)
         accumloss.causal_lm_loss(logits, labels, num_items_in_batch=ITEMS, inplace=inplace).backward()
-        grads.append(head.weight.grad)
-    for grad in grads[1:]:
-        torch.testing.assert_close(grad, grads[0], rtol=1e-5, atol=1e-9)
+        rows, grad, bound = hidden.double().flatten(0, 1), wanted.grad.flatten(0, 1), wanted.grad_bound.flatten(0, 1)
+        rounding = B * T * UNIT * (grad.abs().T @ rows.abs())  # of the matrix product, whatever its order
+        assert_within(head.weight.grad, grad.T @ rows, bound.T @ rows.abs() + rounding, f"inplace={inplace}")
+        if inplace:
+            assert_within(logits, wanted.grad, wanted.grad_bound, f"the logits after inplace={inplace}")
 
 
 # TokenSums and LossOptions --------------------------------------------------------------------------------------------------

@@ -10,10 +10,6 @@
 #include <string>
 #include <vector>
 
-#if defined(__linux__)
-#include <sys/mman.h>
-#endif
-
 #include <torch/csrc/stable/ops.h>
 
 #include "../cross_entropy.h"
@@ -266,21 +262,6 @@ struct Exponentials {
   }
 };
 
-// Fresh memory of this size comes from the kernel one page at a time, which takes longer than computing what is written
-// there. Large pages, where the system grants them on request, take most of that away.
-void advise_large_pages(const LogitsView& view, int64_t N) {
-#if defined(__linux__) && defined(MADV_HUGEPAGE)
-  constexpr uintptr_t kPage = uintptr_t{1} << 21;
-  const uintptr_t begin = (reinterpret_cast<uintptr_t>(view.data) + kPage - 1) & ~(kPage - 1);
-  const uintptr_t end =
-      (reinterpret_cast<uintptr_t>(view.data) + static_cast<uintptr_t>(N * view.V * element_size(view.dtype))) &
-      ~(kPage - 1);
-  if (begin < end) madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE);
-#else
-  (void)view, (void)N;
-#endif
-}
-
 void zero_row(const LogitsView& grad, int64_t row) {
   std::memset(row_data(grad, row), 0, static_cast<size_t>(grad.V * element_size(grad.dtype)));
 }
@@ -394,7 +375,6 @@ void backward(const CrossEntropyInputs& inputs, const double* lse, const void* n
   const double grad = element(grad_loss_sum, dtype, 0);
   if (rows.is_short() && grad_logits.stride_t == rows.V)
     return run_short(rows, nullptr, nullptr, nullptr, grad, &grad_logits);
-  if (grad_logits.data != inputs.logits.data) advise_large_pages(grad_logits, rows.N);
   const auto write = [&](int64_t row, int64_t begin, int64_t end) {
     const int64_t y = rows.label(row);
     const RowGrad<double> gradient = rows.gradient(lse[row], element(nll, dtype, row), y, grad);
@@ -428,7 +408,6 @@ void forward_with_grad(const CrossEntropyInputs& inputs, const CrossEntropySums&
   rows.check_labels();
   if (rows.is_short() && grad_logits.stride_t == rows.V)
     return run_short(rows, &sums, nullptr, nullptr, grad, &grad_logits);
-  if (grad_logits.data != inputs.logits.data) advise_large_pages(grad_logits, rows.N);
 
   if (rows.is_split()) {
     Sums total;
