@@ -66,7 +66,7 @@ def worst(dtype: torch.dtype, device: str) -> dict[str, float]:
         total = wanted.sums[0].item()
         note("sum", abs(outputs[0].item() - total) / total)
         z = case.logits.double()
-        distance = z.amax(-1, keepdim=True) - z
+        distance = (z - wanted.sums[3].detach().unsqueeze(-1)).abs()
         label = torch.zeros_like(z, dtype=torch.bool).scatter_(-1, case.labels.unsqueeze(-1), True)
         for way, grad in gradients(on_device):
             actual, g = grad.double().cpu(), wanted.grad
@@ -83,7 +83,7 @@ def worst(dtype: torch.dtype, device: str) -> dict[str, float]:
                 units = error / g.abs() / ((4 + distance) * unit)
                 note(f"relative, {way}", (error / g.abs())[counts].max().item())
                 note(f"relative, the label's entry, {way}", (error / g.abs())[label & counts].max().item())
-                note(f"of (4 + max - x) units, {way}", units[counts].max().item())
+                note(f"of (4 + distance from lse) units, {way}", units[counts].max().item())
     return found
 
 

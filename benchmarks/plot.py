@@ -71,7 +71,12 @@ def draw(table: Path, path: Path) -> None:
                 linewidth=0.4,
                 label=NAMES.get(peer, peer),
             )
-            axis.bar_label(bars, [f"{height:.2g}" for height in heights.values()], fontsize=6, padding=1)
+            axis.bar_label(
+                bars,
+                [f"{height:.0f}" if height >= 10 else f"{height:.2g}" for height in heights.values()],
+                fontsize=6,
+                padding=1,
+            )
         axis.axhline(1, color="#444444", linewidth=0.8)
         axis.set_yscale("log")
         axis.yaxis.set_major_formatter(ScalarFormatter())

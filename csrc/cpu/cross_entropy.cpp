@@ -1,5 +1,9 @@
 // The launchers on CPU. Rows are shared out to threads in tasks whose size depends on V alone, and each task's sums are
 // added in order, so neither the number of threads nor their timing changes a bit. Few long rows are split along V.
+#include "../cross_entropy.h"
+
+#include <torch/csrc/stable/ops.h>
+
 #include <atomic>
 #include <cstdlib>
 #include <cstring>
@@ -10,9 +14,6 @@
 #include <string>
 #include <vector>
 
-#include <torch/csrc/stable/ops.h>
-
-#include "../cross_entropy.h"
 #include "../row.h"
 #include "instruction_set.h"
 #include "row_kernels.h"
