@@ -5,12 +5,21 @@ from .functional import (
     cross_entropy,
     masked_lm_loss,
     question_answering_loss,
+    semantic_segmentation_loss,
     sequence_classification_loss,
     token_classification_loss,
 )
 from .ops import build_info, check
 from .options import LossOptions
 from .sums import TokenSums
+from .transformers import (
+    compute_loss_func,
+    make_loss,
+    register_with_transformers,
+    registered,
+    registered_losses,
+    unregister_from_transformers,
+)
 
 __version__ = build_info()["version"]
 
@@ -20,9 +29,16 @@ __all__ = [
     "build_info",
     "causal_lm_loss",
     "check",
+    "compute_loss_func",
     "cross_entropy",
+    "make_loss",
     "masked_lm_loss",
     "question_answering_loss",
+    "register_with_transformers",
+    "registered",
+    "registered_losses",
+    "semantic_segmentation_loss",
     "sequence_classification_loss",
     "token_classification_loss",
+    "unregister_from_transformers",
 ]

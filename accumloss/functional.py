@@ -8,7 +8,7 @@ A call, or a step, without a single item has loss 0 and gradient 0.
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -17,7 +17,19 @@ from . import ops
 from .options import LossOptions
 from .sums import TokenSums
 
-NumItems = int | float | torch.Tensor | None
+
+class Divisor(NamedTuple):
+    """What a sum is divided by, where the gradient that will come back to the quotient is known as well.
+
+    Trainer averages the losses of k micro-batches, so that 1/k comes back to each. A gradient that is written in forward
+    is written for that factor, and need not be visited again.
+    """
+
+    value: torch.Tensor  # () > 0, on any device
+    expected_grad: float = 1.0
+
+
+NumItems = int | float | torch.Tensor | Divisor | None
 InPlace = Literal[False, "backward", "forward"]
 
 # dtypes whose gradient may be written before the incoming gradient is known; see ops.GradInForward
@@ -222,13 +234,7 @@ def sequence_classification_loss(
     """
     name = "sequence_classification_loss"
     num_labels = config.num_labels
-    if config.problem_type is None:
-        if num_labels == 1:
-            config.problem_type = "regression"
-        elif labels.dtype in (torch.int64, torch.int32):
-            config.problem_type = "single_label_classification"
-        else:
-            config.problem_type = "multi_label_classification"
+    set_problem_type(config, labels)
     labels = labels.to(pooled_logits.device)
 
     if config.problem_type == "single_label_classification":
@@ -247,6 +253,7 @@ def sequence_classification_loss(
         loss_sum = F.mse_loss(logits, targets, reduction="sum")
     elif config.problem_type == "multi_label_classification":
         _check_same_shape(name, logits, targets)
+        weight = weight if weight is None else weight.to(logits.device, acc)
         loss_sum = F.binary_cross_entropy_with_logits(logits, targets, weight=weight, reduction="sum")
     else:
         raise ValueError(
@@ -257,12 +264,23 @@ def sequence_classification_loss(
     return loss_sum / (max(targets.numel(), 1) if divisor is None else divisor)
 
 
+def set_problem_type(config: Any, labels: torch.Tensor) -> None:
+    """Sets ``config.problem_type`` as transformers does where it is None."""
+    if config.problem_type is None:
+        if config.num_labels == 1:
+            config.problem_type = "regression"
+        elif labels.dtype in (torch.int64, torch.int32):
+            config.problem_type = "single_label_classification"
+        else:
+            config.problem_type = "multi_label_classification"
+
+
 def question_answering_loss(
     start_logits: torch.Tensor,
     end_logits: torch.Tensor,
     start_positions: torch.Tensor | None,
     end_positions: torch.Tensor | None,
-    num_items_in_batch: NumItems = None,
+    num_items_in_batch: NumItems | tuple[NumItems, NumItems] = None,
     **kwargs: Any,
 ) -> torch.Tensor | None:
     """Loss of an extractive question answering head, the mean of its two ends. ``ForQuestionAnsweringLoss``.
@@ -271,8 +289,8 @@ def question_answering_loss(
         start_logits, end_logits: (B, T).
         start_positions, end_positions: (B,) or (B, 1) int64 or int32; those beyond the sequence are ignored, negative
             ones count as 0. None for either: no loss.
-        num_items_in_batch: examples of the whole optimizer step, the same for both ends. None: each end is divided by
-            its own items.
+        num_items_in_batch: examples of the whole optimizer step, for both ends, or a pair of one for each. None: each
+            end is divided by its own items.
 
     Returns:
         0-dim loss, fp32 (fp64 for fp64 logits), or None.
@@ -281,13 +299,57 @@ def question_answering_loss(
         return None
     ignore_index = start_logits.shape[1]
     options = LossOptions(ignore_index=ignore_index)
-    losses = []
-    for logits, positions in ((start_logits, start_positions), (end_logits, end_positions)):
+    if isinstance(num_items_in_batch, tuple) and not isinstance(num_items_in_batch, Divisor):
+        start_items, end_items = num_items_in_batch
+    else:
+        start_items = end_items = num_items_in_batch
+
+    def one(logits: torch.Tensor, positions: torch.Tensor, count: NumItems) -> torch.Tensor:
         labels = positions.reshape(positions.shape[0]).to(logits.device).clamp(0, ignore_index)
-        losses.append(
-            _mean_loss("question_answering_loss", logits, labels, None, options, 0, num_items_in_batch, False)
-        )
-    return (losses[0] + losses[1]) / 2
+        return _mean_loss("question_answering_loss", logits, labels, None, options, 0, count, False)
+
+    return (one(start_logits, start_positions, start_items) + one(end_logits, end_positions, end_items)) / 2
+
+
+def semantic_segmentation_loss(
+    logits: torch.Tensor,
+    labels: torch.Tensor,
+    ignore_index: int = 255,
+    num_items_in_batch: NumItems = None,
+    auxiliary_logits: torch.Tensor | None = None,
+    auxiliary_loss_weight: float = 0.4,
+    *,
+    weight: torch.Tensor | None = None,
+    label_smoothing: float = 0.0,
+    **kwargs: Any,
+) -> torch.Tensor:
+    """Loss of a semantic segmentation head. Equivalent to transformers' ``ForSemanticSegmentationLoss``.
+
+    The logits are enlarged to the size of the labels, bilinearly, with the classes innermost: the kernel then reads them
+    where they lie, and no permuted copy of the enlarged logits is made.
+
+    Args:
+        logits: (B, C, h, w).
+        labels: (B, H, W) int64 or int32.
+        ignore_index: of pixels that count nothing.
+        num_items_in_batch: pixels that count, of the whole optimizer step; see causal_lm_loss.
+        auxiliary_logits: (B, C, h', w') of a second head on the same labels, or None.
+        auxiliary_loss_weight: factor of the second head's loss.
+        weight, label_smoothing: as causal_lm_loss.
+
+    Returns:
+        0-dim loss, fp32 (fp64 for fp64 logits).
+    """
+    options = LossOptions(ignore_index=ignore_index, label_smoothing=label_smoothing)
+
+    def one(head: torch.Tensor) -> torch.Tensor:
+        inner = head.contiguous(memory_format=torch.channels_last)  # small: before it is enlarged
+        enlarged = F.interpolate(inner, size=labels.shape[-2:], mode="bilinear", align_corners=False)
+        by_pixel = enlarged.permute(0, 2, 3, 1)  # (B, H, W, C)
+        return _mean_loss("semantic_segmentation_loss", by_pixel, labels, weight, options, 0, num_items_in_batch, False)
+
+    loss = one(logits)
+    return loss if auxiliary_logits is None else loss + auxiliary_loss_weight * one(auxiliary_logits)
 
 
 def _mean_loss(
@@ -306,18 +368,21 @@ def _mean_loss(
     _refuse_functorch(name)
     if labels.device != logits.device:
         labels = labels.to(logits.device, non_blocking=True)
+    if weight is not None and weight.device != logits.device:
+        weight = weight.to(logits.device, non_blocking=True)
     if shift == 0 and labels.shape != logits.shape[:-1] and labels.numel() * logits.shape[-1] == logits.numel():
         logits, labels = logits.flatten(0, -2), labels.flatten()  # one of them came flattened
 
     divisor = _divisor(name, num_items_in_batch, logits)
+    expected_grad = num_items_in_batch.expected_grad if isinstance(num_items_in_batch, Divisor) else 1.0
     kwargs = {"shift": shift, **options.as_kwargs()}
     wants_grad = torch.is_grad_enabled() and logits.requires_grad
     if inplace and wants_grad:
-        return _in_place(name, logits, labels, weight, divisor, kwargs, inplace)
+        return _in_place(name, logits, labels, weight, divisor, expected_grad, kwargs, inplace)
     # The compiler takes the op with its formula; so do second derivatives, which fp64 is for.
     is_eager = not torch.compiler.is_compiling()
     if wants_grad and divisor is not None and logits.dtype in _GRAD_IN_FORWARD_DTYPES and is_eager:
-        return ops.GradInForward.apply(logits, labels, weight, divisor, kwargs)
+        return ops.GradInForward.apply(logits, labels, weight, divisor, expected_grad, kwargs)
     loss_sum, num_items, total_weight, *_ = ops.cross_entropy(logits, labels, weight, **kwargs)
     if divisor is None:
         divisor = ops.mean_divisor(num_items, total_weight, weight, loss_sum.dtype)
@@ -330,6 +395,7 @@ def _in_place(
     labels: torch.Tensor,
     weight: torch.Tensor | None,
     divisor: torch.Tensor | None,
+    expected_grad: float,
     kwargs: dict[str, Any],
     inplace: InPlace,
 ) -> torch.Tensor:
@@ -352,25 +418,29 @@ def _in_place(
             f'{name}: expected bfloat16, float32 or float64 logits where inplace="forward", got float16, in which a '
             'gradient divided by the number of items underflows; use inplace="backward"'
         )
-    return ops.InPlaceForward.apply(logits, labels, weight, divisor, kwargs)
+    return ops.InPlaceForward.apply(logits, labels, weight, divisor, expected_grad, kwargs)
 
 
 def _divisor(name: str, num_items_in_batch: NumItems, like: torch.Tensor) -> torch.Tensor | None:
-    """num_items_in_batch as a 0-dim tensor >= 1 on the device of ``like``, without a sync; None for None."""
+    """num_items_in_batch as a 0-dim tensor > 0 on the device of ``like``, without a sync; 1 for 0, None for None."""
     if num_items_in_batch is None:
         return None
     acc = ops.accumulation_dtype(like)
+    if isinstance(num_items_in_batch, Divisor):
+        return num_items_in_batch.value.to(like.device, acc, non_blocking=True)
     if isinstance(num_items_in_batch, torch.Tensor):
         if num_items_in_batch.numel() == 0:
             raise ValueError(f"{name}: expected num_items_in_batch of shape () or (n, 1), got an empty tensor")
         first = (
             num_items_in_batch.detach() if num_items_in_batch.dim() == 0 else num_items_in_batch.detach().flatten()[0]
         )
-        return first.to(like.device, acc, non_blocking=True).clamp(min=1)
+        first = first.to(like.device, acc, non_blocking=True)
+        # not clamp(min=1): what is passed may be the items of a step for each of its micro-batches, a fraction
+        return torch.where(first > 0, first, torch.ones_like(first))
     is_number = isinstance(num_items_in_batch, (int, float)) and not isinstance(num_items_in_batch, bool)
     if not is_number or not 0 <= num_items_in_batch < float("inf"):
         raise ValueError(f"{name}: expected num_items_in_batch >= 0, got {num_items_in_batch!r}")
-    return torch.full((), max(num_items_in_batch, 1), dtype=acc, device=like.device)
+    return torch.full((), num_items_in_batch if num_items_in_batch > 0 else 1, dtype=acc, device=like.device)
 
 
 def _refuse_functorch(name: str) -> None:

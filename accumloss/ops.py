@@ -158,19 +158,20 @@ _below_autograd = torch._C._AutoDispatchBelowAutograd
 class GradInForward(torch.autograd.Function):
     """``loss_sum / divisor``, its gradient written in the same visit of the logits, into a buffer of its own.
 
-    The buffer is handed out by the first backward, scaled in place where the incoming gradient is not 1; a repeated
-    backward (retain_graph=True) computes it again, and one with create_graph=True computes it by an op that can be
-    differentiated. bf16 and fp32 only: a gradient already divided by the number of items would underflow in fp16,
-    before a GradScaler's factor reaches it.
+    It is written for ``expected_grad`` as the incoming gradient, handed out by the first backward, and scaled in place
+    where another comes; a repeated backward (retain_graph=True) computes it again, and one with create_graph=True
+    computes it by an op that can be differentiated. bf16 and fp32 only: a gradient already divided by the number of
+    items would underflow in fp16, before a GradScaler's factor reaches it.
     """
 
     @staticmethod
-    def forward(ctx, logits, labels, weight, divisor, options):
+    def forward(ctx, logits, labels, weight, divisor, expected_grad, options):
         # logits (..., V), labels (...), weight (V,) or None, divisor ()
+        factor = expected_grad / divisor
         with _below_autograd():
-            *sums, ctx.grad = _ops.cross_entropy_with_grad(divisor.reciprocal(), logits, labels, weight, **options)
+            *sums, ctx.grad = _ops.cross_entropy_with_grad(factor, logits, labels, weight, **options)
         ctx.save_for_backward(logits, labels, weight, divisor)
-        ctx.options = options
+        ctx.expected_grad, ctx.options = expected_grad, options
         return sums[0] / divisor
 
     @staticmethod
@@ -184,19 +185,19 @@ class GradInForward(torch.autograd.Function):
             logits, labels, weight, divisor = ctx.saved_tensors
             grad = _ops.cross_entropy_with_grad(grad_loss / divisor, logits, labels, weight, **ctx.options)[-1]
         else:
-            _ops.scale_(grad, grad_loss)
-        return grad, None, None, None, None
+            _scale_to(grad, grad_loss, ctx.expected_grad)
+        return grad, None, None, None, None, None
 
 
 class InPlaceForward(torch.autograd.Function):
     """GradInForward whose gradient overwrites the logits: one read, one write, no memory."""
 
     @staticmethod
-    def forward(ctx, logits, labels, weight, divisor, options):
+    def forward(ctx, logits, labels, weight, divisor, expected_grad, options):
         data = logits.detach()
-        sums = _ops.cross_entropy_with_grad_(divisor.reciprocal(), data, labels, weight, **options)
+        sums = _ops.cross_entropy_with_grad_(expected_grad / divisor, data, labels, weight, **options)
         torch.autograd.graph.increment_version(logits)  # whoever saved the logits for its own backward must notice
-        ctx.grad = data
+        ctx.grad, ctx.expected_grad = data, expected_grad
         return sums[0] / divisor
 
     @staticmethod
@@ -208,8 +209,16 @@ class InPlaceForward(torch.autograd.Function):
                 'accumloss: expected one backward with inplace="forward", got a second one; the gradient took the '
                 "place of the logits and was handed out; leave inplace off where the graph is retained"
             )
-        _ops.scale_(grad, grad_loss)
-        return grad, None, None, None, None
+        _scale_to(grad, grad_loss, ctx.expected_grad)
+        return grad, None, None, None, None, None
+
+
+def _scale_to(grad: torch.Tensor, grad_loss: torch.Tensor, expected_grad: float) -> None:
+    """Scales a gradient that was written for one incoming gradient to another; nothing is visited where they are equal.
+
+    Both are rounded to the dtype of the loss before they are divided, so that equal ones give exactly 1.
+    """
+    _ops.scale_(grad, grad_loss if expected_grad == 1 else grad_loss / torch.full_like(grad_loss, expected_grad))
 
 
 class InPlaceBackward(torch.autograd.Function):

@@ -17,6 +17,9 @@ UNIT64 = 2.0**-53
 ROW_LOSS = {"cpu": 8 * UNIT, "cuda": 2e-6}
 SUM = 1e-6
 ROW_LOSS_FLOAT64 = 1e-12
+# a step of Trainer over micro-batches against the one batch, fp32: relative error of the whole gradient, and of the loss
+TRAINER_GRADIENT = 1e-5
+TRAINER_LOSS = 1e-6
 MANTISSA = {torch.bfloat16: 8, torch.float16: 11, torch.float32: 24, torch.float64: 53}
 
 

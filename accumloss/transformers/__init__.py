@@ -1,0 +1,131 @@
+"""accumloss in transformers: register, unregister, and what is registered. Imports transformers when it is asked to."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from . import losses, mapping, trainer
+from .hook import compute_loss_func
+from .losses import make_loss
+from .mapping import registered_losses
+from .settings import settings
+
+__all__ = [
+    "compute_loss_func",
+    "make_loss",
+    "register_with_transformers",
+    "registered",
+    "registered_losses",
+    "unregister_from_transformers",
+]
+
+_is_registered = False
+# registered one by one -> the loss_function that was assigned to it before, or None
+_models: weakref.WeakKeyDictionary[Any, Any] = weakref.WeakKeyDictionary()
+
+
+def register_with_transformers(model: Any = None, *, inplace_backward: bool = False) -> None:
+    """Makes the losses of transformers exact under gradient accumulation, for every model and every Trainer, or for one model.
+
+    The losses in LOSS_MAPPING that are means over items (registered_losses() lists them) are computed by accumloss, and
+    Trainer counts what they use and divides once. Models, Trainers and subclasses of either that exist already are covered.
+    Call it at any time, before or after other imports, and as often as you like: the last call's options hold.
+
+    Args:
+        model: a transformers model whose loss_function alone is to be replaced; PEFT models are looked into. None: all.
+        inplace_backward: write the gradient of the logits over them, which saves a buffer of their size; after backward
+            ``outputs.logits`` holds the gradient. Not under torch.compile, which manages its own buffers.
+
+    Raises:
+        RuntimeError: transformers is missing, or lacks something that has to be replaced. Nothing is changed then.
+        TypeError: model is no transformers model.
+        ValueError: model has a loss of its own, or one that accumloss does not replace.
+    """
+    global _is_registered
+    _check_transformers()
+    if model is None:
+        mapping.stock_losses()  # whatever is missing, before anything is changed
+        trainer.install(covers_all=True)
+        mapping.replace()
+        _is_registered = True
+    else:
+        base = _base(model, "register_with_transformers")
+        loss = mapping.loss_of(base)
+        replacement = mapping.replacement_for(loss)
+        if replacement is None:
+            raise ValueError(
+                f"register_with_transformers: expected a model whose loss accumloss replaces, got {type(base).__name__} "
+                f"with {mapping.qualified_name(loss)}; make_loss() gives one that can be assigned to model.loss_function"
+            )
+        trainer.install(covers_all=False)
+        if base not in _models:
+            _models[base] = getattr(base, "_loss_function", None)
+        base.loss_function = replacement
+    settings.inplace_backward = inplace_backward
+
+
+def unregister_from_transformers(model: Any = None) -> None:
+    """Undoes register_with_transformers: the very same objects are back in their places.
+
+    Args:
+        model: one that was registered by itself. None: everything, the models included.
+    """
+    global _is_registered
+    if model is not None:
+        _restore_model(_base(model, "unregister_from_transformers"))
+    else:
+        for registered_model in list(_models):
+            _restore_model(registered_model)
+        if _is_registered:
+            mapping.restore()
+            trainer.uncover_all()
+        _is_registered = False
+    if not _is_registered and not _models:
+        trainer.uninstall()
+        settings.inplace_backward = False
+
+
+@contextmanager
+def registered(model: Any = None, *, inplace_backward: bool = False) -> Iterator[None]:
+    """register_with_transformers for the length of a with block; afterwards everything is as it was before."""
+    before = _is_registered if model is None else _base(model, "registered") in _models
+    options_before = settings.inplace_backward
+    register_with_transformers(model, inplace_backward=inplace_backward)
+    try:
+        yield
+    finally:
+        if before:
+            settings.inplace_backward = options_before
+        else:
+            unregister_from_transformers(model)
+
+
+def _restore_model(base: Any) -> None:
+    before = _models.pop(base, None)
+    if losses.underlying(getattr(base, "_loss_function", None)) is None:
+        return  # somebody assigned another since
+    if before is None:
+        del base._loss_function
+    else:
+        base.loss_function = before
+
+
+def _base(model: Any, function: str) -> Any:
+    model = getattr(model, "_orig_mod", model)
+    if hasattr(model, "peft_config") and hasattr(model, "get_base_model"):
+        model = model.get_base_model()
+    if not hasattr(type(model), "loss_function"):
+        raise TypeError(f"{function}: expected a transformers model, got {type(model).__name__}")
+    return model
+
+
+def _check_transformers() -> None:
+    try:
+        import transformers  # noqa: F401
+    except ImportError as error:
+        raise RuntimeError(
+            f"register_with_transformers: expected transformers, got: {error}; pip install 'accumloss[transformers]'"
+        ) from error

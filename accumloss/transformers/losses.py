@@ -1,0 +1,244 @@
+"""The losses that take the place of transformers' own: its signatures, divided by what the step really holds.
+
+Inside a Trainer step (step.py) the divisor is counted; anywhere else it is num_items_in_batch, or the items of the call.
+They are plain functions: a model takes a Module that is assigned to ``loss_function`` for a submodule and goes on without.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from .. import functional
+from . import step as steps
+from .settings import settings
+
+Loss = Callable[..., Any]
+
+
+def _divisor(labels: torch.Tensor, given: Any, **rule: Any) -> Any:
+    """num_items_in_batch inside a step; compiled code takes what it was given, so that its graph stays whole."""
+    if not steps.is_active or (given is not None and torch.compiler.is_compiling()):
+        return given
+    return _counted(labels, given, **rule)
+
+
+@torch.compiler.disable
+def _counted(labels: torch.Tensor, given: Any, **rule: Any) -> Any:
+    step = steps.current()
+    return given if step is None else step.divisor(labels, given, **rule)
+
+
+def _smoothed(options: dict[str, Any]) -> dict[str, Any]:
+    """The options of a cross-entropy, with Trainer's label smoothing where it has one and they have none."""
+    if steps.is_active and not torch.compiler.is_compiling():
+        step = steps.current()
+        if step is not None and step.label_smoothing and "label_smoothing" not in options:
+            options["label_smoothing"] = step.label_smoothing
+            step.smoothed += 1
+    return options
+
+
+def _inplace(options: dict[str, Any]) -> dict[str, Any]:
+    if settings.inplace_backward and not torch.compiler.is_compiling():  # a compiled graph manages its own buffers
+        options.setdefault("inplace", "backward")
+    return options
+
+
+def _in_shape_of(labels: torch.Tensor, logits: torch.Tensor, vocab_size: int | None) -> torch.Tensor:
+    """The logits as (*labels.shape, V): some heads come flattened, or with several heads side by side."""
+    V = logits.shape[-1] if vocab_size is None else vocab_size
+    if logits.shape != (*labels.shape, V) and logits.numel() == labels.numel() * V:
+        return logits.view(*labels.shape, V)
+    return logits
+
+
+def causal_lm_loss(
+    logits: torch.Tensor,
+    labels: torch.Tensor | None,
+    vocab_size: int | None = None,
+    num_items_in_batch: Any = None,
+    ignore_index: int = -100,
+    shift_labels: torch.Tensor | None = None,
+    **kwargs: Any,
+) -> torch.Tensor:
+    """accumloss.causal_lm_loss in the place of ``ForCausalLMLoss``."""
+    options = _inplace(_smoothed(kwargs))
+    targets, shift = (labels, 1) if shift_labels is None else (shift_labels, 0)
+    if targets is not None:
+        num_items_in_batch = _divisor(
+            targets,
+            num_items_in_batch,
+            shift=shift,
+            ignore_index=ignore_index,
+            weight=options.get("weight"),
+            name="causal_lm_loss",
+        )
+        logits = _in_shape_of(targets, logits, vocab_size)
+    return functional.causal_lm_loss(
+        logits, labels, vocab_size, num_items_in_batch, ignore_index, shift_labels, **options
+    )
+
+
+def masked_lm_loss(
+    logits: torch.Tensor,
+    labels: torch.Tensor,
+    vocab_size: int | None = None,
+    num_items_in_batch: Any = None,
+    ignore_index: int = -100,
+    **kwargs: Any,
+) -> torch.Tensor:
+    """accumloss.masked_lm_loss in the place of ``ForMaskedLMLoss``."""
+    options = _inplace(_smoothed(kwargs))
+    divisor = _divisor(
+        labels, num_items_in_batch, ignore_index=ignore_index, weight=options.get("weight"), name="masked_lm_loss"
+    )
+    logits = _in_shape_of(labels, logits, vocab_size)
+    return functional.masked_lm_loss(logits, labels, vocab_size, divisor, ignore_index, **options)
+
+
+def token_classification_loss(
+    logits: torch.Tensor,
+    labels: torch.Tensor,
+    config: Any,
+    num_items_in_batch: Any = None,
+    ignore_index: int = -100,
+    **kwargs: Any,
+) -> torch.Tensor:
+    """accumloss.token_classification_loss in the place of ``ForTokenClassification``."""
+    options = _inplace(_smoothed(kwargs))
+    divisor = _divisor(
+        labels,
+        num_items_in_batch,
+        ignore_index=ignore_index,
+        weight=options.get("weight"),
+        name="token_classification_loss",
+    )
+    return functional.token_classification_loss(
+        logits.view(-1, config.num_labels), labels, config, divisor, ignore_index, **options
+    )
+
+
+def sequence_classification_loss(
+    labels: torch.Tensor,
+    pooled_logits: torch.Tensor,
+    config: Any,
+    num_items_in_batch: Any = None,
+    ignore_index: int = -100,
+    **kwargs: Any,
+) -> torch.Tensor:
+    """accumloss.sequence_classification_loss in the place of ``ForSequenceClassificationLoss``."""
+    functional.set_problem_type(config, labels)
+    is_single = config.problem_type == "single_label_classification"
+    options = _smoothed(kwargs) if is_single else kwargs
+    divisor = _divisor(
+        labels,
+        num_items_in_batch,
+        ignore_index=ignore_index if is_single else None,
+        weight=options.get("weight") if is_single else None,
+        name="sequence_classification_loss",
+    )
+    return functional.sequence_classification_loss(labels, pooled_logits, config, divisor, ignore_index, **options)
+
+
+def question_answering_loss(
+    start_logits: torch.Tensor,
+    end_logits: torch.Tensor,
+    start_positions: torch.Tensor | None,
+    end_positions: torch.Tensor | None,
+    num_items_in_batch: Any = None,
+    **kwargs: Any,
+) -> torch.Tensor | None:
+    """accumloss.question_answering_loss in the place of ``ForQuestionAnsweringLoss``; each end has a count of its own."""
+    if start_positions is None or end_positions is None:
+        return None
+    counts = tuple(
+        _divisor(positions, num_items_in_batch, length=logits.shape[1], name="question_answering_loss")
+        for logits, positions in ((start_logits, start_positions), (end_logits, end_positions))
+    )
+    return functional.question_answering_loss(start_logits, end_logits, start_positions, end_positions, counts)
+
+
+def semantic_segmentation_loss(
+    logits: torch.Tensor,
+    labels: torch.Tensor,
+    ignore_index: int = 255,
+    num_items_in_batch: Any = None,
+    auxiliary_logits: torch.Tensor | None = None,
+    auxiliary_loss_weight: float = 0.4,
+    **kwargs: Any,
+) -> torch.Tensor:
+    """accumloss.semantic_segmentation_loss in the place of ``ForSemanticSegmentationLoss``."""
+    options = _smoothed(kwargs)
+    divisor = _divisor(
+        labels,
+        num_items_in_batch,
+        ignore_index=ignore_index,
+        weight=options.get("weight"),
+        name="semantic_segmentation_loss",
+    )
+    return functional.semantic_segmentation_loss(
+        logits, labels, ignore_index, divisor, auxiliary_logits, auxiliary_loss_weight, **options
+    )
+
+
+# name in transformers.loss.loss_utils -> ours
+REPLACEMENTS: dict[str, Loss] = {
+    "ForCausalLMLoss": causal_lm_loss,
+    "ForMaskedLMLoss": masked_lm_loss,
+    "ForQuestionAnsweringLoss": question_answering_loss,
+    "ForSequenceClassificationLoss": sequence_classification_loss,
+    "ForTokenClassification": token_classification_loss,
+    "ForSemanticSegmentationLoss": semantic_segmentation_loss,
+}
+
+# what make_loss calls them
+KINDS: dict[str, Loss] = {loss.__name__.removesuffix("_loss"): loss for loss in REPLACEMENTS.values()}
+
+
+def underlying(loss: Any) -> Loss | None:
+    """The loss of this module that a function is, or that make_loss built it from; None for any other."""
+    while isinstance(loss, functools.partial):
+        loss = loss.func
+    return loss if any(loss is ours for ours in REPLACEMENTS.values()) else None
+
+
+def make_loss(kind: str = "causal_lm", **options: Any) -> Loss:
+    """A loss with options of its own, for one model or for transformers' LOSS_MAPPING.
+
+    Equivalent to transformers' loss of that kind with, for example, a class-weighted or smoothed cross-entropy in it; its
+    gradients are exact under accumulation like those of the others.
+
+    Args:
+        kind: causal_lm, masked_lm, token_classification, sequence_classification, question_answering or
+            semantic_segmentation.
+        **options: of accumloss.<kind>_loss: ignore_index, label_smoothing, z_loss, softcap, logit_scale, weight (V,),
+            inplace. With ``weight``, the mean over a step is divided by the total weight of its labels, as in PyTorch.
+
+    Returns:
+        A function with transformers' signature; picklable.
+
+    Raises:
+        ValueError: an unknown kind or option, or an option out of range.
+
+    Example:
+        >>> loss = make_loss("causal_lm", label_smoothing=0.1, z_loss=1e-4)
+        >>> logits = torch.zeros(1, 3, 5)
+        >>> round(loss(logits, torch.tensor([[0, 1, 2]]), 5, num_items_in_batch=2).item(), 4)
+        1.6097
+    """
+    if kind not in KINDS:
+        raise ValueError(f"make_loss: expected a kind of {', '.join(KINDS)}, got {kind!r}")
+    known = set(inspect.signature(getattr(functional, f"{kind}_loss")).parameters) & _OPTIONS
+    for name in options:
+        if name not in known:
+            raise ValueError(f"make_loss: expected options of {kind}_loss ({', '.join(sorted(known))}), got {name!r}")
+    functional.LossOptions(**{k: v for k, v in options.items() if k in functional.LossOptions.__annotations__})
+    return functools.partial(KINDS[kind], **options)
+
+
+_OPTIONS = {"ignore_index", "label_smoothing", "z_loss", "softcap", "logit_scale", "weight", "inplace"}

@@ -1,0 +1,64 @@
+"""Names inside of transformers' modeling modules that are bound to functions of ours.
+
+torch itself stays as it is: patches of torch.nn.functional are bypassed by the compiler for a loss that is made in forward,
+while a name that a modeling module looks up is honoured everywhere. A module is rebound when a Trainer first trains a model
+of it, whenever it was imported, and gets its own objects back when accumloss is unregistered.
+"""
+
+from __future__ import annotations
+
+import functools
+import sys
+from collections.abc import Callable
+from types import ModuleType
+from typing import Any
+
+import torch
+
+from . import step as steps
+
+# Means over the tokens that pass through a router, coupled over them: no split of them is exact. Each micro-batch's weighs
+# as much as its tokens do in the step.
+ROUTER_LOSSES = ("load_balancing_loss_func", "router_z_loss_func")
+
+_seen: set[str] = set()  # modules
+_bound: list[tuple[ModuleType, str, Any, Any]] = []  # module, name, theirs, ours
+
+
+def rebind_modules_of(model: Any) -> None:
+    """Rebinds the modeling modules that a model's classes come from, those of its parts included."""
+    for name in {cls.__module__ for part in model.modules() for cls in type(part).__mro__} - _seen:
+        _seen.add(name)
+        module = sys.modules.get(name)
+        if module is None or not name.startswith("transformers."):
+            continue
+        for loss in ROUTER_LOSSES:
+            theirs = module.__dict__.get(loss)
+            if callable(theirs):
+                ours = _weighted_by_tokens(theirs)
+                setattr(module, loss, ours)
+                _bound.append((module, loss, theirs, ours))
+
+
+def restore_modules() -> None:
+    """Gives every module the very same objects back; a name that somebody bound again since stays."""
+    for module, name, theirs, ours in _bound:
+        if module.__dict__.get(name) is ours:
+            setattr(module, name, theirs)
+    _bound.clear()
+    _seen.clear()
+
+
+def _weighted_by_tokens(loss: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(loss)
+    def weighted(*args: Any, **kwargs: Any) -> Any:
+        value = loss(*args, **kwargs)
+        return value * _share_of_tokens() if steps.is_active and isinstance(value, torch.Tensor) else value
+
+    return weighted
+
+
+@torch.compiler.disable
+def _share_of_tokens() -> Any:
+    step = steps.current()
+    return 1.0 if step is None else step.share_of_tokens()

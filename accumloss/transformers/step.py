@@ -1,0 +1,194 @@
+"""The optimizer step that a Trainer is in: the micro-batches it holds, and what each term of the loss is divided by.
+
+Trainer averages the losses of the k micro-batches of a step, and data-parallel training the gradients of its ranks. A
+term whose items are spread over all of them is therefore reported as ``averaged * sum / N``: averaged = k x ranks, N = the
+term's items of the whole step. N is counted in the micro-batches that Trainer has prefetched, by the entry that the loss
+was given as labels: what a loss averages over is read from the call, not from the name of the model.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any, NamedTuple
+
+import torch
+
+from ..functional import Divisor
+
+
+class Rule(NamedTuple):
+    """How the items of a term are found in any micro-batch of the step."""
+
+    key: str  # the entry that holds the labels
+    shift: int = 0  # the first labels of each row are no targets
+    ignore_index: int | None = -100  # None: every element is an item
+    length_of: str | None = None  # question answering: positions beyond dimension 1 of this entry are no items
+    weight: torch.Tensor | None = None  # (V,) class weights: an item counts as much as its class weighs
+
+    def total(self, batch: Mapping[str, Any]) -> torch.Tensor:
+        """The items of one micro-batch, or their total weight: () float64 on the device of the entry."""
+        labels = batch[self.key][..., self.shift :]
+        if self.length_of is not None:
+            length = batch[self.length_of].shape[1]
+            is_item = labels.clamp(0, length) != length
+        elif self.ignore_index is None:
+            return torch.full((), labels.numel(), dtype=torch.float64, device=labels.device)
+        else:
+            is_item = labels != self.ignore_index
+        if self.weight is None:
+            return is_item.sum().double()
+        weight = self.weight.to(labels.device, torch.float64)
+        return weight[torch.where(is_item, labels, 0).long()].masked_fill(~is_item, 0).sum()
+
+    def __hash__(self) -> int:
+        return hash((self.key, self.shift, self.ignore_index, self.length_of, id(self.weight)))
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Rule) and self[:4] == other[:4] and self.weight is other.weight
+
+
+class Step:
+    """One micro-batch of an optimizer step, while its loss is computed.
+
+    Args:
+        window: the micro-batches of the step on this rank.
+        inputs: the entries of this micro-batch, as the model gets them.
+        averaged: calls that are averaged into the step: its micro-batches (where Trainer divides by them) x ranks.
+        expected_grad: what will come back to the loss in backward.
+        over_ranks: makes a count of this rank one of all data-parallel ranks.
+        totals: counts of this window that are known already.
+    """
+
+    def __init__(
+        self,
+        window: Sequence[Mapping[str, Any]],
+        inputs: Mapping[str, Any],
+        averaged: int,
+        expected_grad: float,
+        over_ranks: Callable[[torch.Tensor], torch.Tensor],
+        totals: dict[Rule, torch.Tensor],
+    ):
+        self.window = window
+        self.inputs = inputs
+        self.averaged = averaged
+        self.expected_grad = expected_grad
+        self.over_ranks = over_ranks
+        self.totals = totals
+        self.main: Rule | None = None  # what Trainer counts
+        self.num_items_in_batch: torch.Tensor | None = None  # what the model was given under this name
+        self.label_smoothing = 0.0
+        self.calls = 0  # losses of ours
+        self.smoothed = 0  # of them, those that label_smoothing applied to
+        self.unrecognised: list[str] = []  # losses whose labels are in no entry of the micro-batch
+
+    def divisor(
+        self,
+        labels: torch.Tensor,
+        given: Any = None,
+        *,
+        shift: int = 0,
+        ignore_index: int | None = -100,
+        length: int | None = None,
+        weight: torch.Tensor | None = None,
+        name: str = "",
+    ) -> Any:
+        """The num_items_in_batch of a loss over these labels, which may be any reshaped view or copy of an entry.
+
+        ``given``, the num_items_in_batch that the loss was called with, wins where it is not what Trainer itself passed.
+        Labels that are in no entry count as Trainer's own do if they are as many, decided on the device; else the call is
+        a mean over its items, and the step the mean of its micro-batches. None: the mean, where Trainer counts nothing.
+        """
+        self.calls += 1
+        if not self.window or (given is not None and given is not self.num_items_in_batch):
+            return given
+        entry = self._entry(labels)
+        length_of = self._entry_of_length(length) if length is not None else None
+        if entry is not None and (length is None or length_of is not None):
+            key, first = entry
+            total = self.total(Rule(key, first + shift, ignore_index, length_of, weight))
+            return Divisor(total / self.averaged, self.expected_grad)
+        self.unrecognised.append(name)
+        if self.main is None or ignore_index is None or length is not None:
+            return None
+        main = self.main._replace(weight=weight)
+        here = Rule("labels", shift, ignore_index, None, weight).total({"labels": labels})
+        is_main = here == main.total(self.inputs).to(here.device)
+        step = (self.total(main) / self.averaged).to(here.device)
+        return Divisor(torch.where(is_main, step, at_least_one(here)), self.expected_grad)
+
+    def total(self, rule: Rule) -> torch.Tensor:
+        """The items of the whole step by a rule, 1 where there are none. Counted at the first call of a window."""
+        if rule not in self.totals:
+            total = torch.stack([rule.total(batch) for batch in self.window]).sum()
+            total = self.over_ranks(total)
+            self.totals[rule] = at_least_one(total)
+        return self.totals[rule]
+
+    def share_of_tokens(self) -> torch.Tensor | float:
+        """What a mean over the tokens of this micro-batch is multiplied by, for it to weigh as much as they do in the step."""
+        rules = (Rule("attention_mask", ignore_index=0), Rule("input_ids", ignore_index=None))
+        for rule in rules:
+            if self.window and all(isinstance(b.get(rule.key), torch.Tensor) for b in (self.inputs, self.window[0])):
+                return (rule.total(self.inputs) * self.averaged / self.total(rule)).to(torch.float32)
+        return 1.0
+
+    def _entry(self, labels: torch.Tensor) -> tuple[str, int] | None:
+        """The key of the entry whose elements these labels are, and 1 where the first of each row is left out.
+
+        The same memory, or else the same values: a copy, shifted or on another device, whose comparison synchronises.
+        """
+        entries = {key: value for key, value in self.inputs.items() if isinstance(value, torch.Tensor)}
+        entries = {key: value for key, value in entries.items() if key in self.window[0]}
+        entries = dict(sorted(entries.items(), key=lambda entry: "label" not in entry[0]))  # input_ids may be equal
+        for key, value in entries.items():
+            if value.numel() == labels.numel() and _same_memory(value, labels):
+                return key, 0
+        for key, value in entries.items():
+            for first in (0, 1) if value.dim() > 1 else (0,):
+                part = value[..., first:]
+                if part.numel() == labels.numel() and _same_values(part, labels):
+                    return key, first
+        return None
+
+    def _entry_of_length(self, length: int) -> str | None:
+        """The key of an entry whose dimension 1 is as long as the logits'."""
+        for key, value in self.inputs.items():
+            if isinstance(value, torch.Tensor) and value.dim() > 1 and value.shape[1] == length:
+                return key
+        return None
+
+
+def at_least_one(total: torch.Tensor) -> torch.Tensor:
+    """A count that may be divided by, float64: 1 where there is nothing, and where every loss is therefore 0."""
+    total = total.double()
+    return torch.where(total > 0, total, torch.ones_like(total))
+
+
+def _same_memory(a: torch.Tensor, b: torch.Tensor) -> bool:
+    return a.device == b.device and a.dtype == b.dtype and a.data_ptr() == b.data_ptr()
+
+
+def _same_values(a: torch.Tensor, b: torch.Tensor) -> bool:
+    return torch.equal(a.reshape(-1).to(b.device, b.dtype), b.reshape(-1))
+
+
+# Module-global and not a context variable: DataParallel's threads must see it, and the compiler guards on it cheaply.
+_current: Step | None = None
+is_active = False  # whether there is one; what compiled code looks at
+
+
+def current() -> Step | None:
+    return _current
+
+
+@contextmanager
+def entered(step: Step) -> Iterator[Step]:
+    """Makes a step the current one."""
+    global _current, is_active
+    outer = _current
+    _current, is_active = step, True
+    try:
+        yield step
+    finally:
+        _current, is_active = outer, outer is not None

@@ -1,0 +1,370 @@
+"""Trainer's bookkeeping: which items it counts, what it passes to the model, what it divides by.
+
+Four methods of the class are wrapped, so that Trainers and subclasses that exist already are covered too:
+
+    get_batch_samples        remembers the window: the micro-batches of the step that comes
+    _get_num_items_in_batch  counts the labels that the model's loss uses
+    training_step            enters the step, in which every loss of ours finds its divisor (step.py)
+    compute_loss             passes the items *per micro-batch* and returns the share of this micro-batch
+
+Whatever calls nothing of ours is then a mean of means at worst: each micro-batch's loss is divided by their number. Trainer
+itself divides no loss of a model that takes keyword arguments, whether that has made use of them or not.
+"""
+
+from __future__ import annotations
+
+import warnings
+import weakref
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+
+from . import losses, mapping, rebind
+from . import step as steps
+
+METHODS = ("get_batch_samples", "_get_num_items_in_batch", "training_step", "compute_loss")
+
+_originals: dict[str, Callable[..., Any]] = {}  # transformers' own methods, while ours are in their place
+_original_loss: Any = None  # transformers.trainer.ForCausalLMLoss
+_covers_all = False  # every model, or only those whose loss_function is ours
+_windows: weakref.WeakKeyDictionary[Any, Window] = weakref.WeakKeyDictionary()
+_warned: weakref.WeakSet[Any] = weakref.WeakSet()
+
+
+class Window:
+    """The micro-batches of one optimizer step on this rank, and what has been counted in them."""
+
+    def __init__(self, batches: Sequence[Mapping[str, Any]]):
+        self.batches = batches
+        self.totals: dict[steps.Rule, torch.Tensor] = {}
+
+
+# Putting the methods in place ---------------------------------------------------------------------------------------
+
+
+def install(covers_all: bool) -> None:
+    """Wraps the methods. Raises RuntimeError, and changes nothing, where transformers has not got them."""
+    global _covers_all, _original_loss
+    module = _trainer_module()
+    if not _originals:
+        missing = [name for name in METHODS if not callable(getattr(module.Trainer, name, None))]
+        if missing:
+            raise RuntimeError(
+                f"register_with_transformers: expected transformers.Trainer to have {', '.join(missing)}, got a "
+                "transformers that does not; transformers 4.57 to 5.24 are supported"
+            )
+        for name in METHODS:
+            _originals[name] = getattr(module.Trainer, name)
+            setattr(module.Trainer, name, globals()[name])
+    if covers_all and not _covers_all and hasattr(module, "ForCausalLMLoss"):
+        # trainer asks `LOSS_MAPPING.get(...) is ForCausalLMLoss`, by a name of its own
+        _original_loss = module.ForCausalLMLoss
+        module.ForCausalLMLoss = losses.causal_lm_loss
+    _covers_all = _covers_all or covers_all
+
+
+def uncover_all() -> None:
+    """Back to the models that are registered one by one."""
+    global _covers_all, _original_loss
+    if _original_loss is not None:
+        module = _trainer_module()
+        if module.ForCausalLMLoss is losses.causal_lm_loss:
+            module.ForCausalLMLoss = _original_loss
+    _covers_all, _original_loss = False, None
+
+
+def uninstall() -> None:
+    """Restores the very same methods. One that somebody wrapped after us stays, and goes on calling the original."""
+    uncover_all()
+    rebind.restore_modules()
+    trainer = _trainer_module().Trainer
+    for name, original in _originals.items():
+        if getattr(trainer, name) is globals()[name]:
+            setattr(trainer, name, original)
+    _uninstalled.update(_originals)
+    _originals.clear()
+
+
+_uninstalled: dict[str, Callable[..., Any]] = {}
+
+
+def _original(name: str) -> Callable[..., Any]:
+    return _originals.get(name) or _uninstalled[name]
+
+
+def _trainer_module() -> Any:
+    try:
+        import transformers.trainer
+    except ImportError as error:
+        raise RuntimeError(
+            f"register_with_transformers: expected transformers.trainer to import, got: {error}; pip install accelerate"
+        ) from error
+    return transformers.trainer
+
+
+# What Trainer's model is and does -------------------------------------------------------------------------------------
+
+
+def base_model(trainer: Any) -> Any:
+    """The transformers model inside of what torch.compile and PEFT have wrapped."""
+    model = getattr(trainer.model, "_orig_mod", trainer.model)
+    if hasattr(model, "peft_config") and hasattr(model, "get_base_model"):
+        model = model.get_base_model()
+    return model
+
+
+def is_covered(trainer: Any) -> bool:
+    """Whether the step of this Trainer is ours to count."""
+    if not _originals:
+        return False
+    config = getattr(trainer.accelerator, "parallelism_config", None)
+    if config is not None and getattr(config, "sp_enabled", False) and getattr(config, "sp_backend", "") == "deepspeed":
+        return False  # counts its own tokens, and divides by them
+    return _covers_all or losses.underlying(mapping.loss_of(base_model(trainer))) is not None
+
+
+def shifts_labels(model: Any) -> bool:
+    """Whether the loss that the model calls takes label t + 1 for position t, so that the first label is no target."""
+    if getattr(getattr(model, "config", None), "is_encoder_decoder", False):
+        return False
+    loss = mapping.loss_of(model)
+    if loss is not None and mapping.replacement_for(loss) is None:  # the user's own: as Trainer, by the loss_type
+        loss = mapping.loss_mapping().get(getattr(model, "loss_type", None))
+    replacement = mapping.replacement_for(loss)
+    return replacement is not None and losses.underlying(replacement) is losses.causal_lm_loss
+
+
+def counted_labels(model: Any, batch: Mapping[str, Any]) -> Any:
+    """The labels of a micro-batch that are targets, before those that are ignored are left out."""
+    if "shift_labels" in batch:
+        return batch["shift_labels"]
+    labels = batch["labels"]
+    return labels[..., 1:] if isinstance(labels, torch.Tensor) and shifts_labels(model) else labels
+
+
+def _counted_rule(model: Any, batch: Mapping[str, Any]) -> steps.Rule:
+    """counted_labels, as a rule."""
+    return steps.Rule("shift_labels") if "shift_labels" in batch else steps.Rule("labels", int(shifts_labels(model)))
+
+
+def ranks(trainer: Any) -> int:
+    """How many losses the gradients of a step are averaged over, besides its micro-batches, where tokens are counted
+    over all of them: the factor that Trainer multiplies by."""
+    args = trainer.args
+    if not args.average_tokens_across_devices:
+        return 1
+    if args.n_gpu > 1:
+        return args.n_gpu
+    tensor_parallel = trainer.get_tp_size() if hasattr(trainer, "get_tp_size") else 1
+    return max(trainer.accelerator.num_processes // max(tensor_parallel, 1), 1)
+
+
+def over_ranks(trainer: Any, total: torch.Tensor) -> torch.Tensor:
+    """A count of this rank as Trainer's own count of items goes over the ranks. () float64, no sync."""
+    args = trainer.args
+    total = total.to(args.device)
+    if args.average_tokens_across_devices:
+        if args.world_size > 1:
+            total = trainer.accelerator.gather(total.reshape(1)).sum()
+    elif args.n_gpu > 1:
+        total = total // args.n_gpu
+    return total / same_batch(trainer)
+
+
+def same_batch(trainer: Any) -> int:
+    """Ranks that hold the same micro-batches: tensor, context and sequence parallel ones."""
+    if all(hasattr(trainer, name) for name in ("get_tp_size", "get_cp_size", "get_sp_size")):
+        return trainer.get_tp_size() * trainer.get_cp_size() * trainer.get_sp_size()
+    config = getattr(trainer.accelerator, "parallelism_config", None)
+    return 1 if config is None else config.non_data_parallel_size
+
+
+def is_taken_as_scaled(trainer: Any, num_items_in_batch: Any) -> bool:
+    """Whether Trainer leaves the loss as it is, and does not divide it by the number of micro-batches."""
+    own = getattr(trainer, "loss_is_scaled_for_ga", None)
+    if own is not None:
+        return own
+    accepts = trainer.model_accepts_loss_kwargs and num_items_in_batch is not None
+    return accepts or trainer.compute_loss_func is not None
+
+
+# The methods ----------------------------------------------------------------------------------------------------------
+
+
+def get_batch_samples(self: Any, *args: Any, **kwargs: Any) -> Any:
+    batch_samples, num_items_in_batch = _original("get_batch_samples")(self, *args, **kwargs)
+    if is_covered(self):
+        window = _windows[self] = Window(batch_samples)
+        is_ours = type(self)._get_num_items_in_batch is _get_num_items_in_batch
+        if is_ours and isinstance(num_items_in_batch, torch.Tensor) and num_items_in_batch.dim() == 0:
+            # counted just now, over all ranks: the usual loss needs no second count
+            window.totals[_counted_rule(base_model(self), batch_samples[0])] = steps.at_least_one(num_items_in_batch)
+    return batch_samples, num_items_in_batch
+
+
+def _get_num_items_in_batch(self: Any, batch_samples: list, device: torch.device) -> Any:
+    original = _original("_get_num_items_in_batch")
+    if not is_covered(self) or not all(isinstance(b, Mapping) and "labels" in b for b in batch_samples):
+        return original(self, batch_samples, device)
+    model = base_model(self)
+    counted = [{"labels": counted_labels(model, batch)} for batch in batch_samples]
+    shifts, self._loss_shifts_labels = getattr(self, "_loss_shifts_labels", False), False  # done already
+    try:
+        return original(self, counted, device)
+    finally:
+        self._loss_shifts_labels = shifts
+
+
+def training_step(self: Any, model: Any, inputs: Any, num_items_in_batch: Any = None, *args: Any, **kwargs: Any) -> Any:
+    original = _original("training_step")
+    if not is_covered(self):
+        return original(self, model, inputs, num_items_in_batch, *args, **kwargs)
+    rebind.rebind_modules_of(base_model(self))
+    step = make_step(self, inputs, num_items_in_batch)
+    with steps.entered(step):
+        loss = original(self, model, inputs, num_items_in_batch, *args, **kwargs)
+    warn_of_bypass(self, step)
+    return loss
+
+
+def make_step(trainer: Any, inputs: Mapping[str, Any], num_items_in_batch: Any) -> steps.Step:
+    """The step around one micro-batch, as it is for a compute_loss that is not Trainer's own."""
+    window = _windows.get(trainer)
+    if window is None or not any(batch is inputs for batch in window.batches):
+        # not prefetched by Trainer: of the others nothing is known, and what they are called with counts
+        window = Window([])
+    divides = not is_taken_as_scaled(trainer, num_items_in_batch)
+    micro_batches = trainer.current_gradient_accumulation_steps if divides else 1
+    step = steps.Step(
+        window.batches,
+        inputs,
+        averaged=micro_batches * ranks(trainer),
+        expected_grad=1.0 / micro_batches,
+        over_ranks=lambda total: over_ranks(trainer, total),
+        totals=window.totals,
+    )
+    if isinstance(inputs, Mapping) and isinstance(inputs.get("labels"), torch.Tensor):
+        step.main = _counted_rule(base_model(trainer), inputs)
+    return step
+
+
+def compute_loss(
+    self: Any, model: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None, **kwargs: Any
+) -> Any:
+    original = _original("compute_loss")
+    step = steps.current()
+    if not is_covered(self) or self.compute_loss_func is not None:
+        return original(self, model, inputs, return_outputs, num_items_in_batch, **kwargs)
+    if step is None:
+        return _compute_evaluation_loss(self, model, inputs, return_outputs, num_items_in_batch, **kwargs)
+
+    micro_batches = self.current_gradient_accumulation_steps
+    step.inputs = inputs
+    step.averaged = micro_batches * ranks(self)
+    step.expected_grad = 1.0 / micro_batches
+    if self.model_accepts_loss_kwargs and num_items_in_batch is not None:
+        given = torch.as_tensor(num_items_in_batch, device=self.args.device)
+        given = (steps.at_least_one(given) / step.averaged).to(torch.float32)
+        step.num_items_in_batch = given
+        inputs = {**inputs, "num_items_in_batch": given}
+    # without num_items_in_batch Trainer passes none, and does not multiply by the ranks
+    loss, outputs = _smoothed_loss(self, step, original, model, inputs, **kwargs)
+    share = ctc_share(self, step)
+    if share is not None:
+        loss = loss * share
+    if is_taken_as_scaled(self, num_items_in_batch):
+        loss = loss / micro_batches
+    return (loss, outputs) if return_outputs else loss
+
+
+def _compute_evaluation_loss(
+    trainer: Any, model: Any, inputs: Any, return_outputs: bool, num_items_in_batch: Any, **kwargs: Any
+) -> Any:
+    """A batch outside of a training step: the mean over its items, smoothed as in training."""
+    original = _original("compute_loss")
+    if trainer.label_smoother is None or "labels" not in inputs:
+        return original(trainer, model, inputs, return_outputs, num_items_in_batch, **kwargs)
+    step = steps.Step([inputs], inputs, ranks(trainer), 1.0, lambda total: over_ranks(trainer, total), {})
+    with steps.entered(step):
+        loss, outputs = _smoothed_loss(trainer, step, original, model, inputs, **kwargs)
+    return (loss, outputs) if return_outputs else loss
+
+
+def _smoothed_loss(
+    trainer: Any, step: steps.Step, original: Callable[..., Any], model: Any, inputs: dict[str, Any], **kwargs: Any
+) -> tuple[Any, Any]:
+    """Loss and outputs of the original compute_loss, with label smoothing inside of our kernels.
+
+    Trainer's LabelSmoother takes the labels from the model and guesses from its name whether it shifts them. Here the
+    model computes its own loss, smoothed. Where that was none of ours, the logits that it returns are used instead.
+    """
+    smoother = trainer.label_smoother
+    if smoother is None or "labels" not in inputs:
+        return original(trainer, model, inputs, True, None, **kwargs)
+    labels = inputs["labels"]
+    trainer.label_smoother, step.label_smoothing = None, smoother.epsilon
+    try:
+        loss, outputs = original(trainer, model, inputs, True, None, **kwargs)
+    finally:
+        trainer.label_smoother, step.label_smoothing = smoother, 0.0
+    if step.smoothed:
+        return loss, outputs
+    logits = outputs["logits"] if isinstance(outputs, dict) else outputs[1]
+    loss = losses.masked_lm_loss if not shifts_labels(base_model(trainer)) else losses.causal_lm_loss
+    smoothed = loss(
+        logits, labels, None, step.num_items_in_batch, smoother.ignore_index, label_smoothing=smoother.epsilon
+    )
+    return smoothed, outputs
+
+
+def ctc_share(trainer: Any, step: steps.Step) -> Any:
+    """What a CTC loss is multiplied by: its mean is over examples, its sum over all of the step. None: another loss."""
+    model = base_model(trainer)
+    if getattr(model, "loss_type", None) != "ForCTC" and not type(model).__name__.endswith("ForCTC"):
+        return None
+    if getattr(model.config, "ctc_loss_reduction", None) == "sum":
+        return trainer.current_gradient_accumulation_steps
+    if not step.window or not isinstance(step.inputs.get("labels"), torch.Tensor):
+        return None
+    examples = torch.tensor(float(sum(len(batch["labels"]) for batch in step.window)), dtype=torch.float64)
+    share = len(step.inputs["labels"]) * step.averaged / step.over_ranks(examples)
+    return share.to(torch.float32)
+
+
+# What goes past us ----------------------------------------------------------------------------------------------------
+
+
+def warn_of_bypass(trainer: Any, step: steps.Step) -> None:
+    """Warns once for each Trainer where another library computes the loss that was registered."""
+    if step.calls or trainer in _warned or trainer.compute_loss_func is not None:
+        return
+    library = bypassing_library(trainer)
+    if library:
+        _warned.add(trainer)
+        name = type(base_model(trainer)).__name__
+        warnings.warn(
+            f"accumloss: {library} computes the loss of {name} in this Trainer, and none of the registered losses was "
+            f"called; turn its loss off ({_REMEDIES[library]}) to train on accumloss",
+            stacklevel=3,
+        )
+
+
+_REMEDIES = {
+    "liger_kernel": "use_liger_kernel=False, or cross_entropy=False and fused_linear_cross_entropy=False",
+    "trl": 'loss_type="nll"',
+    "unsloth": "UNSLOTH_RETURN_LOGITS=1, or load the model without unsloth",
+}
+
+
+def bypassing_library(trainer: Any) -> str | None:
+    """The library whose code stands in the way of the model's own loss, by where its functions come from."""
+    model = base_model(trainer)
+    forward = getattr(model, "forward", None)
+    places = [getattr(getattr(forward, "__func__", forward), "__module__", "") or ""]
+    places += [cls.__module__ for cls in type(model).__mro__]
+    places += [getattr(type(trainer).compute_loss, "__module__", ""), type(trainer).__module__]
+    for library in _REMEDIES:
+        if any(place.split(".")[0] == library for place in places):
+            return library
+    return "liger_kernel" if getattr(trainer.args, "use_liger_kernel", False) else None

@@ -1,0 +1,284 @@
+"""A step over micro-batches is the step over the one batch, with the real Trainer, for every head that asks LOSS_MAPPING."""
+
+import functools
+
+import pytest
+import torch
+from tolerances import TRAINER_GRADIENT, TRAINER_LOSS
+from training import LABELS, build, error, loss_error, make_trainer, norm, ratio, rows, train, weight_error
+from transformers import Seq2SeqTrainer, Seq2SeqTrainingArguments
+
+import accumloss
+
+CLASSES = {"num_labels": LABELS, "pad_token_id": 0}
+VISION = {"image_size": 32, "patch_size": 16, "num_channels": 3, "num_labels": LABELS}
+BEIT = {
+    **VISION,
+    "num_hidden_layers": 4,
+    "out_indices": [1, 2, 3, 4],
+    "pool_scales": [1, 2],
+    "use_auxiliary_head": True,
+    "auxiliary_channels": 8,
+    "drop_path_rate": 0.0,
+}
+QWEN_VL = {
+    "text_config": {
+        "hidden_size": 16,
+        "intermediate_size": 32,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 2,
+        "num_key_value_heads": 2,
+        "vocab_size": 64,
+        "rope_scaling": {"type": "default", "mrope_section": [1, 1, 2], "rope_theta": 10000.0},
+        "rope_parameters": {"rope_type": "default", "mrope_section": [1, 1, 2], "rope_theta": 10000.0},
+    },
+    "vision_config": {"depth": 1, "embed_dim": 16, "num_heads": 2, "hidden_size": 16},
+}
+
+# name: class, configuration, targets, whether stock is exact at 4 x 2
+HEADS = {
+    "causal": ("LlamaForCausalLM", {}, "tokens", True),
+    "causal, no loss_type": ("GPT2LMHeadModel", {}, "tokens", True),  # exact, but divides by the wrong number: trap 3
+    "vision and language": ("Qwen2VLForConditionalGeneration", QWEN_VL, "tokens", True),
+    "masked": ("ModernBertForMaskedLM", {"pad_token_id": 0, "eos_token_id": 1}, "tokens", True),
+    "token classes": ("LlamaForTokenClassification", CLASSES, "tags", False),
+    "sequence class": ("LlamaForSequenceClassification", CLASSES, "class", False),
+    "regression": ("LlamaForSequenceClassification", {**CLASSES, "num_labels": 1}, "value", False),
+    "multi label": (
+        "LlamaForSequenceClassification",
+        {**CLASSES, "problem_type": "multi_label_classification"},
+        "multi",
+        False,
+    ),
+    "question answering": ("LlamaForQuestionAnswering", {}, "span", False),
+    "image class": ("ViTForImageClassification", VISION, "image", True),
+    "image class, no kwargs": (  # accepts_loss_kwargs = False
+        "ConvNextForImageClassification",
+        {"image_size": 32, "hidden_sizes": [8] * 4, "depths": [1] * 4, "num_labels": LABELS},
+        "image",
+        True,
+    ),
+    "segmentation": ("BeitForSemanticSegmentation", BEIT, "pixels", False),
+}
+
+
+@functools.cache
+def model_and_rows(head):
+    name, config, targets, _ = HEADS[head]
+    return build(name, **config), rows(targets)
+
+
+@functools.cache
+def whole(head):
+    """The step over the one batch, accumloss registered."""
+    with accumloss.registered():
+        return train(*model_and_rows(head), 1)
+
+
+@pytest.mark.parametrize("split", [(2, 4), (4, 2), (8, 1), (3, 3)], ids=str)
+@pytest.mark.parametrize("head", HEADS)
+def test_step_is_that_of_the_one_batch(head, split):
+    accumulation, batch_size = split
+    with accumloss.registered():
+        step = train(*model_and_rows(head), accumulation, batch_size=batch_size)
+    assert norm(whole(head).gradients) > 0
+    assert abs(ratio(step, whole(head)) - 1) <= TRAINER_GRADIENT
+    assert error(step, whole(head)) <= TRAINER_GRADIENT
+    assert loss_error(step, whole(head)) <= TRAINER_LOSS
+
+
+@pytest.mark.parametrize("head", HEADS)
+def test_stock_is_exact_only_where_we_say_so(head):
+    stock_whole = train(*model_and_rows(head), 1)
+    stock = train(*model_and_rows(head), 4)
+    assert (error(stock, stock_whole) <= TRAINER_GRADIENT) == HEADS[head][3]
+    if head != "causal, no loss_type":  # the same loss as stock's own, over one batch
+        assert error(whole(head), stock_whole) <= TRAINER_GRADIENT
+        assert loss_error(whole(head), stock_whole) <= TRAINER_LOSS
+
+
+@pytest.mark.parametrize("accumulation", [2, 8])
+@pytest.mark.parametrize("head", ["causal", "token classes", "question answering"])
+def test_five_steps_of_adamw(head, accumulation):
+    model, examples = model_and_rows(head)
+    with accumloss.registered():
+        # the gradient of the QA head's bias is zero but for rounding, which an epsilon of 1e-8 would make a step of
+        options = {"steps": 5, "optim": "adamw_torch", "learning_rate": 1e-3, "adam_epsilon": 1e-5}
+        full = train(model, examples, 1, **options)
+        step = train(model, examples, accumulation, **options)
+    assert weight_error(step, full) <= TRAINER_GRADIENT
+    assert loss_error(step, full) <= TRAINER_GRADIENT  # of the fifth step: the weights differ by then
+
+
+def test_last_window_of_an_epoch_is_shorter():
+    """Three micro-batches of one row make a step; the last window of eight rows has two."""
+    model, examples = model_and_rows("token classes")
+    with accumloss.registered():
+        steps = {"num_train_epochs": 1, "steps": -1}
+        in_pieces = train(model, examples, 3, batch_size=1, **steps)
+        in_threes = train(model, examples, 1, batch_size=3, **steps)
+    assert in_pieces.trainer.state.global_step == in_threes.trainer.state.global_step == 3
+    assert weight_error(in_pieces, in_threes) <= TRAINER_GRADIENT
+    assert loss_error(in_pieces, in_threes) <= TRAINER_LOSS
+
+
+@pytest.mark.parametrize(
+    "head", ["causal", "causal, no loss_type", "token classes", "sequence class", "vision and language"]
+)
+@pytest.mark.parametrize("accumulation", [1, 4])
+def test_label_smoothing(head, accumulation):
+    model, examples = model_and_rows(head)
+    smoothing = 0.2
+    with accumloss.registered():
+        full = train(model, examples, 1, label_smoothing_factor=smoothing)
+        step = train(model, examples, accumulation, label_smoothing_factor=smoothing)
+    assert error(step, full) <= TRAINER_GRADIENT and loss_error(step, full) <= TRAINER_LOSS
+    if accumulation == 1:
+        shift = head not in ("token classes", "sequence class")
+        wanted = smoothed(model, examples, smoothing, shift)
+        assert abs(full.loss - wanted) <= TRAINER_LOSS * wanted
+        assert error(full, whole(head)) > 1e-2
+
+
+def smoothed(model, examples, smoothing, shift):
+    """The smoothed loss of the one batch by PyTorch, in float64."""
+    batch = {key: torch.stack([e[key] for e in examples]) for key in examples[0]}
+    labels = batch.pop("labels")
+    with torch.no_grad():
+        logits = model(**batch).logits.double()
+    if shift:
+        logits, labels = logits[:, :-1], labels[:, 1:]
+    loss = torch.nn.functional.cross_entropy(logits.flatten(0, -2), labels.flatten(), label_smoothing=smoothing)
+    return loss.item()
+
+
+def test_label_smoothing_of_a_loss_in_forward():
+    """T5 computes its loss itself, without smoothing: the kernel then smooths over the logits it returns."""
+    model, examples = t5(), rows()
+    with accumloss.registered():
+        full = train(model, examples, 1, label_smoothing_factor=0.1)
+        step = train(model, examples, 4, label_smoothing_factor=0.1)
+    stock = train(with_decoder_inputs(model), prepared(model, examples), 1, label_smoothing_factor=0.1)
+    assert error(step, full) <= TRAINER_GRADIENT
+    assert error(full, stock) <= TRAINER_GRADIENT and loss_error(full, stock) <= TRAINER_LOSS
+
+
+def t5():
+    sizes = {"d_model": 16, "d_kv": 8, "d_ff": 32, "num_layers": 1, "num_heads": 2, "decoder_start_token_id": 0}
+    return build("T5ForConditionalGeneration", **sizes)
+
+
+def prepared(model, examples):
+    """What DataCollatorForSeq2Seq does for stock, whose smoother takes the labels away from the model."""
+    shifted = model._shift_right(torch.stack([e["labels"] for e in examples]))
+    return [{**e, "decoder_input_ids": ids} for e, ids in zip(examples, shifted, strict=True)]
+
+
+def with_decoder_inputs(model):
+    return model
+
+
+def test_label_smoothing_in_evaluation():
+    """The evaluation loss of the one batch is the smoothed one, with Trainer and with Seq2SeqTrainer."""
+    model, examples = model_and_rows("causal")
+    with accumloss.registered():
+        trainer, _ = make_trainer(model, examples, 1, label_smoothing_factor=0.1, per_device_eval_batch_size=8)
+        loss = trainer.evaluate(examples)["eval_loss"]
+    assert abs(loss - smoothed(model.eval(), examples, 0.1, True)) <= TRAINER_LOSS * loss
+    model.train()
+    assert issubclass(Seq2SeqTrainer, type(trainer)) and Seq2SeqTrainingArguments  # evaluates by the same method
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_low_precision_model(dtype):
+    """The gradients differ by what the dtype rounds, not by a factor."""
+    model, examples = model_and_rows("causal")
+    model = build("LlamaForCausalLM").to(dtype)
+    unit = torch.finfo(dtype).eps
+    with accumloss.registered():
+        full = train(model, examples, 1)
+        step = train(model, examples, 8)
+    assert abs(ratio(step, full) - 1) <= 4 * unit
+    assert loss_error(step, full) <= 2 * unit
+
+
+def test_autocast():
+    model, examples = model_and_rows("token classes")
+    unit = torch.finfo(torch.bfloat16).eps
+    with accumloss.registered():
+        full = train(model, examples, 1, bf16=True)
+        step = train(model, examples, 8, bf16=True)
+    assert abs(ratio(step, full) - 1) <= 4 * unit
+    assert loss_error(step, full) <= 2 * unit
+
+
+def test_gradient_checkpointing():
+    model, examples = model_and_rows("token classes")
+    with accumloss.registered():
+        step = train(model, examples, 4, gradient_checkpointing=True)
+    assert error(step, whole("token classes")) <= TRAINER_GRADIENT
+
+
+@pytest.mark.parametrize("head", ["causal", "token classes"])
+def test_torch_compile(head):
+    """The causal head is handed the count; the other asks the step for it, at the price of a graph break."""
+    torch.compiler.reset()
+    model, examples = model_and_rows(head)
+    with accumloss.registered():
+        step = train(model, examples, 4, torch_compile=True, torch_compile_backend="aot_eager")
+    gradients = {name.removeprefix("_orig_mod."): grad for name, grad in step.gradients.items()}
+    assert error(step._replace(gradients=gradients), whole(head)) <= TRAINER_GRADIENT
+    assert loss_error(step, whole(head)) <= TRAINER_LOSS
+
+
+@pytest.mark.parametrize("head", ["causal", "token classes"])
+def test_lora(head):
+    peft = pytest.importorskip("peft")
+    name, config, targets, _ = HEADS[head]
+    saved = ["lm_head"] if head == "causal" else ["score"]
+    task = peft.TaskType.CAUSAL_LM if head == "causal" else peft.TaskType.TOKEN_CLS
+    examples = rows(targets)
+
+    def adapted():
+        model = build(name, **config)
+        torch.manual_seed(0)
+        lora = peft.LoraConfig(task_type=task, r=4, lora_dropout=0.0, modules_to_save=saved, init_lora_weights=False)
+        return peft.get_peft_model(model, lora)
+
+    with accumloss.registered():
+        full, step = train(adapted(), examples, 1), train(adapted(), examples, 4)
+    assert any("lora_" in name for name in full.gradients) and any(saved[0] in name for name in full.gradients)
+    assert error(step, full) <= TRAINER_GRADIENT and loss_error(step, full) <= TRAINER_LOSS
+
+
+def test_compute_loss_func_without_registering():
+    model, examples = model_and_rows("causal")
+    options = {"trainer_options": {"compute_loss_func": accumloss.compute_loss_func}}
+    full, step = train(model, examples, 1, **options), train(model, examples, 4, **options)
+    assert error(step, full) <= TRAINER_GRADIENT and loss_error(step, full) <= TRAINER_LOSS
+    assert error(full, whole("causal")) <= TRAINER_GRADIENT
+
+
+def test_compute_loss_func_with_options():
+    model, examples = model_and_rows("token classes")
+    hook = functools.partial(accumloss.compute_loss_func, label_smoothing=0.2)
+    full = train(model, examples, 1, trainer_options={"compute_loss_func": hook})
+    step = train(model, examples, 4, trainer_options={"compute_loss_func": hook})
+    assert error(step, full) <= TRAINER_GRADIENT
+    assert abs(full.loss - smoothed(model, examples, 0.2, False)) <= TRAINER_LOSS * full.loss
+
+
+def test_class_weights_divide_by_their_total():
+    """With make_loss(weight=...) the step's loss is PyTorch's weighted mean over all of its labels."""
+    weight = torch.linspace(0.2, 3, LABELS)
+    model, examples = build("LlamaForTokenClassification", **CLASSES), rows("tags")
+    model.loss_function = accumloss.make_loss("token_classification", weight=weight)
+    with accumloss.registered():
+        full, step = train(model, examples, 1), train(model, examples, 8)
+    batch = {key: torch.stack([e[key] for e in examples]) for key in examples[0]}
+    labels = batch.pop("labels")
+    with torch.no_grad():
+        logits = model(**batch).logits
+    wanted = torch.nn.functional.cross_entropy(logits.flatten(0, 1), labels.flatten(), weight).item()
+    assert abs(full.loss - wanted) <= TRAINER_LOSS * wanted
+    assert error(step, full) <= TRAINER_GRADIENT and loss_error(step, full) <= TRAINER_LOSS
