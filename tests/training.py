@@ -56,7 +56,8 @@ def build(name: str, **config: Any) -> Any:
 def rows(targets: str = "tokens", seed: int = 0) -> list[dict[str, torch.Tensor]]:
     """Eight examples whose numbers of labels run from 1 to 12.
 
-    targets: tokens (labels at positions), tags (of LABELS classes), class, value, multi (of LABELS), span, image or pixels.
+    targets: tokens (labels at positions), tags (of LABELS classes), class, value, multi (of LABELS), span, choice
+        (of three), pretraining (tokens and sentence order), image or pixels.
     """
     generator = torch.Generator().manual_seed(seed)
     kept = [1, 12, 2, 11, 1, 3, 12, 1]  # labels of each row
@@ -80,6 +81,10 @@ def rows(targets: str = "tokens", seed: int = 0) -> list[dict[str, torch.Tensor]
             # every third one lies beyond the sequence, and is ignored
             example["start_positions"] = torch.tensor(len(examples) if len(examples) % 3 else 40)
             example["end_positions"] = torch.tensor(min(len(examples) + 2, LENGTH - 1))
+        elif targets == "pretraining":
+            example.update(labels=labels, next_sentence_label=ids[0] % 2)
+        elif targets == "choice":
+            example = {"input_ids": torch.randint(2, VOCAB, (3, LENGTH), generator=generator), "labels": ids[0] % 3}
         elif targets == "image":
             example = {"pixel_values": torch.randn(3, 32, 32, generator=generator), "labels": ids[0] % LABELS}
         elif targets == "pixels":

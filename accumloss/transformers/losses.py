@@ -20,7 +20,7 @@ from .settings import settings
 Loss = Callable[..., Any]
 
 
-def _divisor(labels: torch.Tensor, given: Any, **rule: Any) -> Any:
+def divisor(labels: torch.Tensor, given: Any, **rule: Any) -> Any:
     """num_items_in_batch inside a step; compiled code takes what it was given, so that its graph stays whole."""
     if not steps.is_active or (given is not None and torch.compiler.is_compiling()):
         return given
@@ -33,7 +33,7 @@ def _counted(labels: torch.Tensor, given: Any, **rule: Any) -> Any:
     return given if step is None else step.divisor(labels, given, **rule)
 
 
-def _smoothed(options: dict[str, Any]) -> dict[str, Any]:
+def smoothed(options: dict[str, Any]) -> dict[str, Any]:
     """The options of a cross-entropy, with Trainer's label smoothing where it has one and they have none."""
     if steps.is_active and not torch.compiler.is_compiling():
         step = steps.current()
@@ -67,10 +67,10 @@ def causal_lm_loss(
     **kwargs: Any,
 ) -> torch.Tensor:
     """accumloss.causal_lm_loss in the place of ``ForCausalLMLoss``."""
-    options = _inplace(_smoothed(kwargs))
+    options = _inplace(smoothed(kwargs))
     targets, shift = (labels, 1) if shift_labels is None else (shift_labels, 0)
     if targets is not None:
-        num_items_in_batch = _divisor(
+        num_items_in_batch = divisor(
             targets,
             num_items_in_batch,
             shift=shift,
@@ -93,12 +93,12 @@ def masked_lm_loss(
     **kwargs: Any,
 ) -> torch.Tensor:
     """accumloss.masked_lm_loss in the place of ``ForMaskedLMLoss``."""
-    options = _inplace(_smoothed(kwargs))
-    divisor = _divisor(
+    options = _inplace(smoothed(kwargs))
+    count = divisor(
         labels, num_items_in_batch, ignore_index=ignore_index, weight=options.get("weight"), name="masked_lm_loss"
     )
     logits = _in_shape_of(labels, logits, vocab_size)
-    return functional.masked_lm_loss(logits, labels, vocab_size, divisor, ignore_index, **options)
+    return functional.masked_lm_loss(logits, labels, vocab_size, count, ignore_index, **options)
 
 
 def token_classification_loss(
@@ -110,8 +110,8 @@ def token_classification_loss(
     **kwargs: Any,
 ) -> torch.Tensor:
     """accumloss.token_classification_loss in the place of ``ForTokenClassification``."""
-    options = _inplace(_smoothed(kwargs))
-    divisor = _divisor(
+    options = _inplace(smoothed(kwargs))
+    count = divisor(
         labels,
         num_items_in_batch,
         ignore_index=ignore_index,
@@ -119,7 +119,7 @@ def token_classification_loss(
         name="token_classification_loss",
     )
     return functional.token_classification_loss(
-        logits.view(-1, config.num_labels), labels, config, divisor, ignore_index, **options
+        logits.view(-1, config.num_labels), labels, config, count, ignore_index, **options
     )
 
 
@@ -134,15 +134,15 @@ def sequence_classification_loss(
     """accumloss.sequence_classification_loss in the place of ``ForSequenceClassificationLoss``."""
     functional.set_problem_type(config, labels)
     is_single = config.problem_type == "single_label_classification"
-    options = _smoothed(kwargs) if is_single else kwargs
-    divisor = _divisor(
+    options = smoothed(kwargs) if is_single else kwargs
+    count = divisor(
         labels,
         num_items_in_batch,
         ignore_index=ignore_index if is_single else None,
         weight=options.get("weight") if is_single else None,
         name="sequence_classification_loss",
     )
-    return functional.sequence_classification_loss(labels, pooled_logits, config, divisor, ignore_index, **options)
+    return functional.sequence_classification_loss(labels, pooled_logits, config, count, ignore_index, **options)
 
 
 def question_answering_loss(
@@ -157,7 +157,7 @@ def question_answering_loss(
     if start_positions is None or end_positions is None:
         return None
     counts = tuple(
-        _divisor(positions, num_items_in_batch, length=logits.shape[1], name="question_answering_loss")
+        divisor(positions, num_items_in_batch, length=logits.shape[1], name="question_answering_loss")
         for logits, positions in ((start_logits, start_positions), (end_logits, end_positions))
     )
     return functional.question_answering_loss(start_logits, end_logits, start_positions, end_positions, counts)
@@ -173,8 +173,8 @@ def semantic_segmentation_loss(
     **kwargs: Any,
 ) -> torch.Tensor:
     """accumloss.semantic_segmentation_loss in the place of ``ForSemanticSegmentationLoss``."""
-    options = _smoothed(kwargs)
-    divisor = _divisor(
+    options = smoothed(kwargs)
+    count = divisor(
         labels,
         num_items_in_batch,
         ignore_index=ignore_index,
@@ -182,7 +182,7 @@ def semantic_segmentation_loss(
         name="semantic_segmentation_loss",
     )
     return functional.semantic_segmentation_loss(
-        logits, labels, ignore_index, divisor, auxiliary_logits, auxiliary_loss_weight, **options
+        logits, labels, ignore_index, count, auxiliary_logits, auxiliary_loss_weight, **options
     )
 
 

@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 
+from . import heads
 from . import step as steps
 
 # Means over the tokens that pass through a router, coupled over them: no split of them is exact. Each micro-batch's weighs
@@ -32,12 +33,43 @@ def rebind_modules_of(model: Any) -> None:
         module = sys.modules.get(name)
         if module is None or not name.startswith("transformers."):
             continue
-        for loss in ROUTER_LOSSES:
-            theirs = module.__dict__.get(loss)
-            if callable(theirs):
-                ours = _weighted_by_tokens(theirs)
-                setattr(module, loss, ours)
-                _bound.append((module, loss, theirs, ours))
+        for bound_as, theirs in list(vars(module).items()):
+            ours = _replacement(bound_as, theirs)
+            if ours is not None:
+                setattr(module, bound_as, ours)
+                _bound.append((module, bound_as, theirs, ours))
+
+
+def _replacement(name: str, theirs: Any) -> Any:
+    """What a name of a modeling module is bound to instead; None where it stays."""
+    if name in ROUTER_LOSSES and callable(theirs):
+        return _weighted_by_tokens(theirs)
+    if isinstance(theirs, ModuleType):
+        return _nn() if theirs is torch.nn else _functional() if theirs is torch.nn.functional else None
+    for classes, owner in ((heads.CLASSES, torch.nn), (heads.FUNCTIONS, torch.nn.functional)):
+        for their_name, ours in classes.items():
+            if theirs is getattr(owner, their_name):
+                return ours
+    return None
+
+
+@functools.cache
+def _functional() -> ModuleType:
+    """torch.nn.functional with our losses in it."""
+    return _copy(torch.nn.functional, heads.FUNCTIONS)
+
+
+@functools.cache
+def _nn() -> ModuleType:
+    """torch.nn with our losses in it."""
+    return _copy(torch.nn, {**heads.CLASSES, "functional": _functional()})
+
+
+def _copy(module: ModuleType, changed: dict[str, Any]) -> ModuleType:
+    copy = ModuleType(module.__name__, module.__doc__)
+    vars(copy).update(vars(module))
+    vars(copy).update(changed)
+    return copy
 
 
 def restore_modules() -> None:

@@ -102,7 +102,7 @@ class Step:
         self.calls += 1
         if not self.window or (given is not None and given is not self.num_items_in_batch):
             return given
-        entry = self._entry(labels)
+        entry = self._entry(labels, length)
         length_of = self._entry_of_length(length) if length is not None else None
         if entry is not None and (length is None or length_of is not None):
             key, first = entry
@@ -133,7 +133,7 @@ class Step:
                 return (rule.total(self.inputs) * self.averaged / self.total(rule)).to(torch.float32)
         return 1.0
 
-    def _entry(self, labels: torch.Tensor) -> tuple[str, int] | None:
+    def _entry(self, labels: torch.Tensor, length: int | None = None) -> tuple[str, int] | None:
         """The key of the entry whose elements these labels are, and 1 where the first of each row is left out.
 
         The same memory, or else the same values: a copy, shifted or on another device, whose comparison synchronises.
@@ -146,7 +146,7 @@ class Step:
                 return key, 0
         for key, value in entries.items():
             for first in (0, 1) if value.dim() > 1 else (0,):
-                part = value[..., first:]
+                part = value[..., first:] if length is None else value.clamp(0, length)
                 if part.numel() == labels.numel() and _same_values(part, labels):
                     return key, first
         return None

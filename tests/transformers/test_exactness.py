@@ -1,4 +1,4 @@
-"""A step over micro-batches is the step over the one batch, with the real Trainer, for every head that asks LOSS_MAPPING."""
+"""A step over micro-batches is the step over the one batch, with the real Trainer, head by head."""
 
 import functools
 
@@ -20,6 +20,16 @@ BEIT = {
     "use_auxiliary_head": True,
     "auxiliary_channels": 8,
     "drop_path_rate": 0.0,
+}
+T5 = {"d_model": 16, "d_kv": 8, "d_ff": 32, "num_layers": 1, "num_heads": 2, "decoder_start_token_id": 0}
+BART = {
+    "d_model": 16,
+    "encoder_layers": 1,
+    "decoder_layers": 1,
+    "encoder_attention_heads": 2,
+    "decoder_attention_heads": 2,
+    "encoder_ffn_dim": 32,
+    "decoder_ffn_dim": 32,
 }
 QWEN_VL = {
     "text_config": {
@@ -58,6 +68,22 @@ HEADS = {
         "image",
         True,
     ),
+    # these call PyTorch's losses in their forward
+    "masked, own loss": ("BertForMaskedLM", {}, "tokens", False),
+    "masked and sentence order": ("BertForPreTraining", {}, "pretraining", False),
+    "encoder-decoder, own loss": ("T5ForConditionalGeneration", T5, "tokens", False),
+    "decoder that does not shift": ("BartForCausalLM", BART, "tokens", False),
+    "token classes, own loss": ("BertForTokenClassification", CLASSES, "tags", False),
+    "sequence class, own loss": ("BertForSequenceClassification", CLASSES, "class", False),
+    "regression, own loss": ("BertForSequenceClassification", {"num_labels": 1}, "value", False),
+    "multi label, own loss": (
+        "BertForSequenceClassification",
+        {**CLASSES, "problem_type": "multi_label_classification"},
+        "multi",
+        False,
+    ),
+    "question answering, own loss": ("BertForQuestionAnswering", {}, "span", False),
+    "multiple choice, own loss": ("BertForMultipleChoice", {}, "choice", False),
     "segmentation": ("BeitForSemanticSegmentation", BEIT, "pixels", False),
 }
 
@@ -158,24 +184,19 @@ def test_label_smoothing_of_a_loss_in_forward():
     with accumloss.registered():
         full = train(model, examples, 1, label_smoothing_factor=0.1)
         step = train(model, examples, 4, label_smoothing_factor=0.1)
-    stock = train(with_decoder_inputs(model), prepared(model, examples), 1, label_smoothing_factor=0.1)
+    stock = train(model, prepared(model, examples), 1, label_smoothing_factor=0.1)
     assert error(step, full) <= TRAINER_GRADIENT
     assert error(full, stock) <= TRAINER_GRADIENT and loss_error(full, stock) <= TRAINER_LOSS
 
 
 def t5():
-    sizes = {"d_model": 16, "d_kv": 8, "d_ff": 32, "num_layers": 1, "num_heads": 2, "decoder_start_token_id": 0}
-    return build("T5ForConditionalGeneration", **sizes)
+    return build("T5ForConditionalGeneration", **T5)
 
 
 def prepared(model, examples):
     """What DataCollatorForSeq2Seq does for stock, whose smoother takes the labels away from the model."""
     shifted = model._shift_right(torch.stack([e["labels"] for e in examples]))
     return [{**e, "decoder_input_ids": ids} for e, ids in zip(examples, shifted, strict=True)]
-
-
-def with_decoder_inputs(model):
-    return model
 
 
 def test_label_smoothing_in_evaluation():
@@ -219,9 +240,9 @@ def test_gradient_checkpointing():
     assert error(step, whole("token classes")) <= TRAINER_GRADIENT
 
 
-@pytest.mark.parametrize("head", ["causal", "token classes"])
+@pytest.mark.parametrize("head", ["causal", "token classes", "masked, own loss"])
 def test_torch_compile(head):
-    """The causal head is handed the count; the other asks the step for it, at the price of a graph break."""
+    """The causal head is handed the count; the others ask the step for it, at the price of a graph break."""
     torch.compiler.reset()
     model, examples = model_and_rows(head)
     with accumloss.registered():

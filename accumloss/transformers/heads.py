@@ -1,0 +1,117 @@
+"""The losses of heads that call PyTorch's own in their forward: the same names, which find their divisor in a step.
+
+Outside of a Trainer step they are PyTorch's. Inside, a mean is divided by the items of the whole step (step.py), and the
+cross-entropies of class indices run on our kernels. Sums, and losses without reduction, stay as they are.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from .. import functional
+from . import losses
+from . import step as steps
+
+
+def cross_entropy(
+    input: torch.Tensor,
+    target: torch.Tensor,
+    weight: torch.Tensor | None = None,
+    size_average: bool | None = None,
+    ignore_index: int = -100,
+    reduce: bool | None = None,
+    reduction: str = "mean",
+    label_smoothing: float = 0.0,
+) -> torch.Tensor:
+    """``torch.nn.functional.cross_entropy``: input (N, C) or (N, C, ...), target (N) or (N, ...)."""
+    is_indices = not target.is_floating_point() and input.dim() > 1 and input.dim() == target.dim() + 1
+    if not steps.is_active or reduction != "mean" or size_average is not None or reduce is not None or not is_indices:
+        return F.cross_entropy(
+            input, target, weight, size_average, ignore_index, reduce, reduction, label_smoothing=label_smoothing
+        )
+    logits = input if input.dim() == 2 else input.movedim(1, -1)
+    # question answering: positions are classes, and those beyond the sequence are clamped to its length and ignored
+    length = ignore_index if ignore_index == logits.shape[-1] else None
+    divisor = losses.divisor(
+        target, None, ignore_index=ignore_index, length=length, weight=weight, name="cross_entropy"
+    )
+    options = losses.smoothed({"label_smoothing": label_smoothing} if label_smoothing else {})
+    return functional.masked_lm_loss(logits, target, None, divisor, ignore_index, weight=weight, **options)
+
+
+def mse_loss(
+    input: torch.Tensor,
+    target: torch.Tensor,
+    size_average: bool | None = None,
+    reduce: bool | None = None,
+    reduction: str = "mean",
+    weight: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """``torch.nn.functional.mse_loss``."""
+    extra = {} if weight is None else {"weight": weight}
+    loss = F.mse_loss(input, target, size_average, reduce, reduction, **extra)
+    is_mean = reduction == "mean" and size_average is None and reduce is None and weight is None
+    return _over_step(loss, target) if is_mean else loss
+
+
+def binary_cross_entropy_with_logits(
+    input: torch.Tensor,
+    target: torch.Tensor,
+    weight: torch.Tensor | None = None,
+    size_average: bool | None = None,
+    reduce: bool | None = None,
+    reduction: str = "mean",
+    pos_weight: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """``torch.nn.functional.binary_cross_entropy_with_logits``."""
+    loss = F.binary_cross_entropy_with_logits(input, target, weight, size_average, reduce, reduction, pos_weight)
+    is_mean = reduction == "mean" and size_average is None and reduce is None
+    return _over_step(loss, target) if is_mean else loss
+
+
+def _over_step(mean: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+    """A mean over the elements of target as a part of the step's: times its elements, divided by the step's."""
+    if not steps.is_active:
+        return mean
+    divisor = losses.divisor(target, None, ignore_index=None, name="elementwise")
+    return mean if divisor is None else mean * (target.numel() / divisor.value).to(mean.device, mean.dtype)
+
+
+class CrossEntropyLoss(nn.CrossEntropyLoss):
+    def forward(self, input: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+        return cross_entropy(
+            input,
+            target,
+            self.weight,
+            ignore_index=self.ignore_index,
+            reduction=self.reduction,
+            label_smoothing=self.label_smoothing,
+        )
+
+
+class MSELoss(nn.MSELoss):
+    def forward(self, input: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+        return mse_loss(input, target, reduction=self.reduction)
+
+
+class BCEWithLogitsLoss(nn.BCEWithLogitsLoss):
+    def forward(self, input: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+        return binary_cross_entropy_with_logits(
+            input, target, self.weight, pos_weight=self.pos_weight, reduction=self.reduction
+        )
+
+
+FUNCTIONS: dict[str, Any] = {
+    "cross_entropy": cross_entropy,
+    "mse_loss": mse_loss,
+    "binary_cross_entropy_with_logits": binary_cross_entropy_with_logits,
+}
+CLASSES: dict[str, Any] = {
+    "CrossEntropyLoss": CrossEntropyLoss,
+    "MSELoss": MSELoss,
+    "BCEWithLogitsLoss": BCEWithLogitsLoss,
+}
