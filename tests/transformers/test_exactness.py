@@ -5,93 +5,25 @@ import functools
 import pytest
 import torch
 from tolerances import TRAINER_GRADIENT, TRAINER_LOSS
-from training import LABELS, build, error, loss_error, make_trainer, norm, ratio, rows, train, weight_error
+from training import (
+    CLASSES,
+    HEADS,
+    LABELS,
+    T5,
+    build,
+    error,
+    loss_error,
+    make_trainer,
+    model_and_rows,
+    norm,
+    ratio,
+    rows,
+    train,
+    weight_error,
+)
 from transformers import Seq2SeqTrainer, Seq2SeqTrainingArguments
 
 import accumloss
-
-CLASSES = {"num_labels": LABELS, "pad_token_id": 0}
-VISION = {"image_size": 32, "patch_size": 16, "num_channels": 3, "num_labels": LABELS}
-BEIT = {
-    **VISION,
-    "num_hidden_layers": 4,
-    "out_indices": [1, 2, 3, 4],
-    "pool_scales": [1, 2],
-    "use_auxiliary_head": True,
-    "auxiliary_channels": 8,
-    "drop_path_rate": 0.0,
-}
-T5 = {"d_model": 16, "d_kv": 8, "d_ff": 32, "num_layers": 1, "num_heads": 2, "decoder_start_token_id": 0}
-BART = {
-    "d_model": 16,
-    "encoder_layers": 1,
-    "decoder_layers": 1,
-    "encoder_attention_heads": 2,
-    "decoder_attention_heads": 2,
-    "encoder_ffn_dim": 32,
-    "decoder_ffn_dim": 32,
-}
-QWEN_VL = {
-    "text_config": {
-        "hidden_size": 16,
-        "intermediate_size": 32,
-        "num_hidden_layers": 1,
-        "num_attention_heads": 2,
-        "num_key_value_heads": 2,
-        "vocab_size": 64,
-        "rope_scaling": {"type": "default", "mrope_section": [1, 1, 2], "rope_theta": 10000.0},
-        "rope_parameters": {"rope_type": "default", "mrope_section": [1, 1, 2], "rope_theta": 10000.0},
-    },
-    "vision_config": {"depth": 1, "embed_dim": 16, "num_heads": 2, "hidden_size": 16},
-}
-
-# name: class, configuration, targets, whether stock is exact at 4 x 2
-HEADS = {
-    "causal": ("LlamaForCausalLM", {}, "tokens", True),
-    "causal, no loss_type": ("GPT2LMHeadModel", {}, "tokens", True),  # exact, but divides by the wrong number: trap 3
-    "vision and language": ("Qwen2VLForConditionalGeneration", QWEN_VL, "tokens", True),
-    "masked": ("ModernBertForMaskedLM", {"pad_token_id": 0, "eos_token_id": 1}, "tokens", True),
-    "token classes": ("LlamaForTokenClassification", CLASSES, "tags", False),
-    "sequence class": ("LlamaForSequenceClassification", CLASSES, "class", False),
-    "regression": ("LlamaForSequenceClassification", {**CLASSES, "num_labels": 1}, "value", False),
-    "multi label": (
-        "LlamaForSequenceClassification",
-        {**CLASSES, "problem_type": "multi_label_classification"},
-        "multi",
-        False,
-    ),
-    "question answering": ("LlamaForQuestionAnswering", {}, "span", False),
-    "image class": ("ViTForImageClassification", VISION, "image", True),
-    "image class, no kwargs": (  # accepts_loss_kwargs = False
-        "ConvNextForImageClassification",
-        {"image_size": 32, "hidden_sizes": [8] * 4, "depths": [1] * 4, "num_labels": LABELS},
-        "image",
-        True,
-    ),
-    # these call PyTorch's losses in their forward
-    "masked, own loss": ("BertForMaskedLM", {}, "tokens", False),
-    "masked and sentence order": ("BertForPreTraining", {}, "pretraining", False),
-    "encoder-decoder, own loss": ("T5ForConditionalGeneration", T5, "tokens", False),
-    "decoder that does not shift": ("BartForCausalLM", BART, "tokens", False),
-    "token classes, own loss": ("BertForTokenClassification", CLASSES, "tags", False),
-    "sequence class, own loss": ("BertForSequenceClassification", CLASSES, "class", False),
-    "regression, own loss": ("BertForSequenceClassification", {"num_labels": 1}, "value", False),
-    "multi label, own loss": (
-        "BertForSequenceClassification",
-        {**CLASSES, "problem_type": "multi_label_classification"},
-        "multi",
-        False,
-    ),
-    "question answering, own loss": ("BertForQuestionAnswering", {}, "span", False),
-    "multiple choice, own loss": ("BertForMultipleChoice", {}, "choice", False),
-    "segmentation": ("BeitForSemanticSegmentation", BEIT, "pixels", False),
-}
-
-
-@functools.cache
-def model_and_rows(head):
-    name, config, targets, _ = HEADS[head]
-    return build(name, **config), rows(targets)
 
 
 @functools.cache
