@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import faulthandler
 import json
 import sys
 from pathlib import Path
@@ -14,6 +15,7 @@ import accumloss
 
 
 def main(head: str, register: str, out: str, average: str) -> None:
+    faulthandler.dump_traceback_later(100, exit=True)  # a collective that one rank waits for alone
     transformers.logging.set_verbosity_error()
     if register == "register":
         accumloss.register_with_transformers()
