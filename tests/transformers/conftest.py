@@ -1,8 +1,11 @@
+import os
+
 import pytest
 
 pytest.importorskip("transformers")
 
 import transformers
+from accelerate.state import AcceleratorState
 
 import accumloss
 
@@ -13,3 +16,5 @@ def nothing_registered():
     transformers.logging.set_verbosity_error()
     yield
     accumloss.unregister_from_transformers()
+    os.environ.pop("ACCELERATE_MIXED_PRECISION", None)  # older Trainers leave what they were given to all after them
+    AcceleratorState._reset_state(reset_partial_state=True)

@@ -7,12 +7,15 @@ import torch
 from tolerances import TRAINER_GRADIENT, TRAINER_LOSS
 from training import (
     CLASSES,
+    COUNTS_POSITION_0,
     HEADS,
+    IS_CURRENT,
     LABELS,
     T5,
     build,
     error,
     loss_error,
+    loss_gap,
     make_trainer,
     model_and_rows,
     norm,
@@ -49,8 +52,10 @@ def test_step_is_that_of_the_one_batch(head, split):
 def test_stock_is_exact_only_where_we_say_so(head):
     stock_whole = train(*model_and_rows(head), 1)
     stock = train(*model_and_rows(head), 4)
-    assert (error(stock, stock_whole) <= TRAINER_GRADIENT) == HEADS[head][3]
-    if head != "causal, no loss_type":  # the same loss as stock's own, over one batch
+    if IS_CURRENT:
+        assert (error(stock, stock_whole) <= TRAINER_GRADIENT) == HEADS[head][3]
+    miscounts = COUNTS_POSITION_0 and head in ("causal", "vision and language")
+    if head != "causal, no loss_type" and not miscounts:  # the same loss as stock's own, over one batch
         assert error(whole(head), stock_whole) <= TRAINER_GRADIENT
         assert loss_error(whole(head), stock_whole) <= TRAINER_LOSS
 
@@ -94,7 +99,7 @@ def test_label_smoothing(head, accumulation):
     if accumulation == 1:
         shift = head not in ("token classes", "sequence class")
         wanted = smoothed(model, examples, smoothing, shift)
-        assert abs(full.loss - wanted) <= TRAINER_LOSS * wanted
+        assert loss_gap(full.loss, wanted) <= TRAINER_LOSS
         assert error(full, whole(head)) > 1e-2
 
 
@@ -137,7 +142,7 @@ def test_label_smoothing_in_evaluation():
     with accumloss.registered():
         trainer, _ = make_trainer(model, examples, 1, label_smoothing_factor=0.1, per_device_eval_batch_size=8)
         loss = trainer.evaluate(examples)["eval_loss"]
-    assert abs(loss - smoothed(model.eval(), examples, 0.1, True)) <= TRAINER_LOSS * loss
+    assert loss_gap(loss, smoothed(model.eval(), examples, 0.1, True)) <= TRAINER_LOSS
     model.train()
     assert issubclass(Seq2SeqTrainer, type(trainer)) and Seq2SeqTrainingArguments  # evaluates by the same method
 
@@ -209,7 +214,8 @@ def test_compute_loss_func_without_registering():
     options = {"trainer_options": {"compute_loss_func": accumloss.compute_loss_func}}
     full, step = train(model, examples, 1, **options), train(model, examples, 4, **options)
     assert error(step, full) <= TRAINER_GRADIENT and loss_error(step, full) <= TRAINER_LOSS
-    assert error(full, whole("causal")) <= TRAINER_GRADIENT
+    # unregistered, the count is Trainer's own
+    assert COUNTS_POSITION_0 or error(full, whole("causal")) <= TRAINER_GRADIENT
 
 
 def test_compute_loss_func_with_options():
@@ -218,7 +224,7 @@ def test_compute_loss_func_with_options():
     full = train(model, examples, 1, trainer_options={"compute_loss_func": hook})
     step = train(model, examples, 4, trainer_options={"compute_loss_func": hook})
     assert error(step, full) <= TRAINER_GRADIENT
-    assert abs(full.loss - smoothed(model, examples, 0.2, False)) <= TRAINER_LOSS * full.loss
+    assert loss_gap(full.loss, smoothed(model, examples, 0.2, False)) <= TRAINER_LOSS
 
 
 def test_class_weights_divide_by_their_total():
@@ -233,5 +239,5 @@ def test_class_weights_divide_by_their_total():
     with torch.no_grad():
         logits = model(**batch).logits
     wanted = torch.nn.functional.cross_entropy(logits.flatten(0, 1), labels.flatten(), weight).item()
-    assert abs(full.loss - wanted) <= TRAINER_LOSS * wanted
+    assert loss_gap(full.loss, wanted) <= TRAINER_LOSS
     assert error(step, full) <= TRAINER_GRADIENT and loss_error(step, full) <= TRAINER_LOSS

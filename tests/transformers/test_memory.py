@@ -4,6 +4,7 @@ import subprocess
 import sys
 
 import pytest
+from transformers.loss import loss_utils
 
 SIZE = 64  # MiB of logits
 
@@ -71,6 +72,8 @@ def test_no_buffer_at_all_in_place():
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="peak memory is read from /proc")
 def test_no_permuted_copy_of_segmentation_logits():
     """Enlarged logits and their gradient, both 64 MiB, and the interpolation's; stock's log-softmax and copies on top."""
+    if not hasattr(loss_utils, "ForSemanticSegmentationLoss"):
+        pytest.skip("this transformers has no loss for semantic segmentation")
     _, whole, _, stock = peaks("segmentation")
     assert whole < stock
     assert whole < 2.4 * SIZE

