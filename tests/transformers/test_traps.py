@@ -13,6 +13,7 @@ import torch
 import transformers.trainer
 from tolerances import SUM, TRAINER_GRADIENT, TRAINER_LOSS, UNIT
 from training import (
+    COUNTS_POSITION_0,
     HEADS,
     IS_CURRENT,
     LABELS,
