@@ -13,14 +13,14 @@ import csv
 import sys
 from pathlib import Path
 
-HERE = Path(__file__).resolve().parent
-sys.path.insert(0, str(HERE.parent / "tests"))
-
 import torch
 import transformers
-from training import HEADS, error, loss_error, model_and_rows, ratio, train
 
 import accumloss
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests"))
+
+from training import HEADS, error, loss_error, model_and_rows, ratio, train
 
 FIELDS = (
     "class",
@@ -55,7 +55,7 @@ def measure(head: str, accumulation: int, is_ours: bool) -> dict[str, object]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--accumulation", type=int, default=4)
-    parser.add_argument("--out", type=Path, default=HERE / "results" / "exactness.csv")
+    parser.add_argument("--out", type=Path, default=Path(__file__).resolve().parent / "results" / "exactness.csv")
     options = parser.parse_args()
     transformers.logging.set_verbosity_error()
     lines = []
