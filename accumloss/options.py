@@ -46,7 +46,13 @@ class LossOptions:
 
     def as_kwargs(self) -> dict[str, Any]:
         """The options as the keyword arguments of the ops."""
-        return dict(vars(self))
+        return {  # written out: the compiler of torch 2.10 does not look through vars()
+            "ignore_index": self.ignore_index,
+            "label_smoothing": self.label_smoothing,
+            "z_loss": self.z_loss,
+            "softcap": self.softcap,
+            "logit_scale": self.logit_scale,
+        }
 
 
 _SMALLEST = 5e-324  # > 0
