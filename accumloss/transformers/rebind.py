@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import functools
 import sys
+import weakref
 from collections.abc import Callable
 from types import ModuleType
 from typing import Any
@@ -22,16 +23,22 @@ from . import step as steps
 # as much as its tokens do in the step.
 ROUTER_LOSSES = ("load_balancing_loss_func", "router_z_loss_func")
 
+PREFIXES = ("transformers.", "transformers_modules.")  # the latter: code that comes with a checkpoint
+
+_models: weakref.WeakSet[Any] = weakref.WeakSet()  # whose modules have been seen
 _seen: set[str] = set()  # modules
 _bound: list[tuple[ModuleType, str, Any, Any]] = []  # module, name, theirs, ours
 
 
 def rebind_modules_of(model: Any) -> None:
     """Rebinds the modeling modules that a model's classes come from, those of its parts included."""
+    if model in _models:
+        return
+    _models.add(model)
     for name in {cls.__module__ for part in model.modules() for cls in type(part).__mro__} - _seen:
         _seen.add(name)
         module = sys.modules.get(name)
-        if module is None or not name.startswith("transformers."):
+        if module is None or not name.startswith(PREFIXES):
             continue
         for bound_as, theirs in list(vars(module).items()):
             ours = _replacement(bound_as, theirs)
@@ -79,6 +86,7 @@ def restore_modules() -> None:
             setattr(module, name, theirs)
     _bound.clear()
     _seen.clear()
+    _models.clear()
 
 
 def _weighted_by_tokens(loss: Callable[..., Any]) -> Callable[..., Any]:

@@ -2,10 +2,12 @@
 
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 from transformers.loss import loss_utils
 
+HERE = Path(__file__).parent  # not the root, whose ./accumloss has no _C
 SIZE = 64  # MiB of logits
 
 PROGRAM = """
@@ -51,7 +53,7 @@ print(*(b / 2**20 for b in (*peak(ours), *peak(stock))))
 def peaks(name, inplace=False):
     """MiB above the logits: forward and all of ours, forward and all of stock."""
     command = [sys.executable, "-c", PROGRAM, name, "inplace" if inplace else "own"]
-    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    done = subprocess.run(command, capture_output=True, text=True, check=True, cwd=HERE)
     return map(float, done.stdout.split())
 
 

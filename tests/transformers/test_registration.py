@@ -6,6 +6,7 @@ import pickle
 import subprocess
 import sys
 import warnings
+from pathlib import Path
 
 import pytest
 import torch
@@ -19,6 +20,7 @@ from transformers.loss.loss_utils import LOSS_MAPPING
 import accumloss
 from accumloss.transformers import losses, mapping, trainer
 
+HERE = Path(__file__).parent  # not the root, whose ./accumloss has no _C
 REPLACED = {
     "ForCausalLM": "causal_lm_loss",
     "ForConditionalGeneration": "causal_lm_loss",
@@ -254,12 +256,12 @@ def test_order_of_imports(order):
         "; accumloss.unregister_from_transformers()"
         "; assert current() == {'transformers.loss.loss_utils'}"
     )
-    subprocess.run([sys.executable, "-c", order + check], check=True)
+    subprocess.run([sys.executable, "-c", order + check], check=True, cwd=HERE)
 
 
 def test_the_core_does_not_import_transformers():
     code = "import sys, accumloss; assert 'transformers' not in sys.modules, 'imported'"
-    subprocess.run([sys.executable, "-c", code], check=True)
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=HERE)
 
 
 def test_torch_itself_is_left_alone():
