@@ -199,7 +199,7 @@ def test_trap_10_router_losses_are_no_longer_added_up():
         full, step = train(model, examples, 1), train(model, examples, 4)
     stock_full, stock = train(model, examples, 1), train(model, examples, 4)
     assert COUNTS_POSITION_0 or error(full, stock_full) <= TRAINER_GRADIENT
-    assert abs(ratio(stock, stock_full) - 1) > 0.4 and loss_error(stock, stock_full) > 0.5
+    assert not IS_CURRENT or (abs(ratio(stock, stock_full) - 1) > 0.4 and loss_error(stock, stock_full) > 0.5)
     assert abs(ratio(step, full) - 1) < 0.05 and loss_error(step, full) < 0.05
     without = build("MixtralForCausalLM", router_aux_loss_coef=0.0, **options)
     with accumloss.registered():
