@@ -36,9 +36,7 @@ def cross_entropy(
     logits = input if input.dim() == 2 else input.movedim(1, -1)
     # question answering: positions are classes, and those beyond the sequence are clamped to its length and ignored
     length = ignore_index if ignore_index == logits.shape[-1] else None
-    divisor = losses.divisor(
-        target, None, ignore_index=ignore_index, length=length, weight=weight, name="cross_entropy"
-    )
+    divisor = losses.divisor(target, None, ignore_index=ignore_index, length=length, weight=weight)
     options = losses.smoothed({"label_smoothing": label_smoothing} if label_smoothing else {})
     return functional.masked_lm_loss(logits, target, None, divisor, ignore_index, weight=weight, **options)
 
@@ -77,7 +75,7 @@ def _over_step(mean: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
     """A mean over the elements of target as a part of the step's: times its elements, divided by the step's."""
     if not steps.is_active:
         return mean
-    divisor = losses.divisor(target, None, ignore_index=None, name="elementwise")
+    divisor = losses.divisor(target, None, ignore_index=None)
     return mean if divisor is None else mean * (target.numel() / divisor.value).to(mean.device, mean.dtype)
 
 

@@ -76,7 +76,6 @@ def causal_lm_loss(
             shift=shift,
             ignore_index=ignore_index,
             weight=options.get("weight"),
-            name="causal_lm_loss",
         )
         logits = _in_shape_of(targets, logits, vocab_size)
     return functional.causal_lm_loss(
@@ -94,9 +93,7 @@ def masked_lm_loss(
 ) -> torch.Tensor:
     """accumloss.masked_lm_loss in the place of ``ForMaskedLMLoss``."""
     options = _inplace(smoothed(kwargs))
-    count = divisor(
-        labels, num_items_in_batch, ignore_index=ignore_index, weight=options.get("weight"), name="masked_lm_loss"
-    )
+    count = divisor(labels, num_items_in_batch, ignore_index=ignore_index, weight=options.get("weight"))
     logits = _in_shape_of(labels, logits, vocab_size)
     return functional.masked_lm_loss(logits, labels, vocab_size, count, ignore_index, **options)
 
@@ -116,7 +113,6 @@ def token_classification_loss(
         num_items_in_batch,
         ignore_index=ignore_index,
         weight=options.get("weight"),
-        name="token_classification_loss",
     )
     return functional.token_classification_loss(
         logits.view(-1, config.num_labels), labels, config, count, ignore_index, **options
@@ -140,7 +136,6 @@ def sequence_classification_loss(
         num_items_in_batch,
         ignore_index=ignore_index if is_single else None,
         weight=options.get("weight") if is_single else None,
-        name="sequence_classification_loss",
     )
     return functional.sequence_classification_loss(labels, pooled_logits, config, count, ignore_index, **options)
 
@@ -157,7 +152,7 @@ def question_answering_loss(
     if start_positions is None or end_positions is None:
         return None
     counts = tuple(
-        divisor(positions, num_items_in_batch, length=logits.shape[1], name="question_answering_loss")
+        divisor(positions, num_items_in_batch, length=logits.shape[1])
         for logits, positions in ((start_logits, start_positions), (end_logits, end_positions))
     )
     return functional.question_answering_loss(start_logits, end_logits, start_positions, end_positions, counts)
@@ -179,7 +174,6 @@ def semantic_segmentation_loss(
         num_items_in_batch,
         ignore_index=ignore_index,
         weight=options.get("weight"),
-        name="semantic_segmentation_loss",
     )
     return functional.semantic_segmentation_loss(
         logits, labels, ignore_index, count, auxiliary_logits, auxiliary_loss_weight, **options

@@ -80,7 +80,6 @@ class Step:
         self.label_smoothing = 0.0
         self.calls = 0  # losses of ours
         self.smoothed = 0  # of them, those that label_smoothing applied to
-        self.unrecognised: list[str] = []  # losses whose labels are in no entry of the micro-batch
 
     def divisor(
         self,
@@ -91,7 +90,6 @@ class Step:
         ignore_index: int | None = -100,
         length: int | None = None,
         weight: torch.Tensor | None = None,
-        name: str = "",
     ) -> Any:
         """The num_items_in_batch of a loss over these labels, which may be any reshaped view or copy of an entry.
 
@@ -108,7 +106,6 @@ class Step:
             key, first = entry
             total = self.total(Rule(key, first + shift, ignore_index, length_of, weight))
             return Divisor(total / self.averaged, self.expected_grad)
-        self.unrecognised.append(name)
         if self.main is None or ignore_index is None or length is not None:
             return None
         main = self.main._replace(weight=weight)
