@@ -257,9 +257,10 @@ struct Exponentials {
 
   Exponentials(int64_t V, Dtype dtype) {
     const int64_t size = dtype == Dtype::kFloat64 ? 8 : 4;
-    memory.reset(new char[static_cast<size_t>((V + num_blocks(V)) * size)]);
+    const int64_t room = num_blocks(V) * kBlock;  // whole blocks: the kernels write whole vectors
+    memory.reset(new char[static_cast<size_t>((room + num_blocks(V)) * size)]);
     exps = memory.get();
-    references = memory.get() + V * size;
+    references = memory.get() + room * size;
   }
 };
 

@@ -2,13 +2,14 @@
 // exponentials, kept in a scratch row) the gradient.
 //
 // This file is compiled once for each instruction set, with ACCUMLOSS_ISA naming it. GCC's vector types carry the
-// arithmetic; only the half-precision conversions know the machine. Sums run over kLanes partial sums in an order that
-// does not depend on the vector width, so AVX2 and AVX-512 give the same bits.
+// arithmetic; the half-precision conversions and a few masked instructions know the machine. Sums run over kLanes
+// partial sums in an order that does not depend on the vector width, so AVX2 and AVX-512 give the same bits.
 #include "row_kernels.h"
 
 #include <cstring>
+#include <type_traits>
 
-#if defined(__F16C__)
+#if defined(__F16C__) || defined(__AVX512F__)
 #include <immintrin.h>
 #endif
 
@@ -50,8 +51,9 @@ struct Vectors<float> {
   static constexpr int kWidth = kVectorBytes / 4;
   static constexpr int kMantissaBits = 23;
   static constexpr float kLowest = -87.3365402f;  // log(2^-126): below, exp is zero
-  static constexpr float kMagic = 12582912.f;     // 1.5 * 2^23: adding it rounds to an integer
+  static constexpr float kMagic = 12583039.f;     // 1.5 * 2^23 + 127: adding it rounds to an integer, biased
   static constexpr float kLn2High = 0.693359375f, kLn2Low = -2.12194440e-4f;
+  static constexpr float kLn2 = 0.693147182f;  // 2e-9 off, 0.05 |x| units of exp(x)
 };
 template <>
 struct Vectors<double> {
@@ -61,7 +63,7 @@ struct Vectors<double> {
   static constexpr int kWidth = kVectorBytes / 8;
   static constexpr int kMantissaBits = 52;
   static constexpr double kLowest = -708.396418532264;  // log(2^-1022)
-  static constexpr double kMagic = 6755399441055744.0;  // 1.5 * 2^52
+  static constexpr double kMagic = 6755399441056767.0;  // 1.5 * 2^52 + 1023
   static constexpr double kLn2High = 6.93145751953125e-1, kLn2Low = 1.42860682030941723212e-6;
 };
 
@@ -91,6 +93,44 @@ ACCUMLOSS_INLINE Vectors<double>::Real exp_tail(Vectors<double>::Real r) {  // T
   return p * r + 0.5;
 }
 
+// x - n log(2)
+ACCUMLOSS_INLINE Vectors<double>::Real remainder(Vectors<double>::Real x, Vectors<double>::Real n) {
+  return (x - n * Vectors<double>::kLn2High) - n * Vectors<double>::kLn2Low;
+}
+ACCUMLOSS_INLINE Vectors<float>::Real remainder(Vectors<float>::Real x, Vectors<float>::Real n) {
+#if defined(__FMA__) || defined(__ARM_FEATURE_FMA)
+  return x - n * Vectors<float>::kLn2;  // one rounding
+#else
+  return (x - n * Vectors<float>::kLn2High) - n * Vectors<float>::kLn2Low;
+#endif
+}
+
+// exp(x + low) where zero is not set, for x in [kLowest, 88] and NaN; low (or nothing) is what x was rounded by.
+template <typename Acc, typename... Low>
+ACCUMLOSS_INLINE typename Vectors<Acc>::Real exp_or_zero(typename Vectors<Acc>::Real x, typename Vectors<Acc>::Int zero,
+                                                         Low... low) {
+  using V = Vectors<Acc>;
+  using Real = typename V::Real;
+  using Int = typename V::Int;
+  const Real shifted = x * Acc(1.4426950408889634) + V::kMagic;
+  const Real n = shifted - V::kMagic;
+  const Real r = (remainder(x, n) + ... + low);
+  const Real e = (exp_tail(r) * r + Acc(1)) * r + Acc(1);
+  const Real power = reinterpret_cast<Real>(reinterpret_cast<Int>(shifted) << V::kMantissaBits);  // 2^n
+  return zero ? Real{} : e * power;
+}
+
+// exp(z - reference), d = z - reference; for fp32 logits with what that subtraction rounds away, which is up to 4e-6.
+template <typename T, typename Acc>
+ACCUMLOSS_INLINE typename Vectors<Acc>::Real exp_of_difference(typename Vectors<Acc>::Real z,
+                                                               typename Vectors<Acc>::Real reference,
+                                                               typename Vectors<Acc>::Real d) {
+  const auto zero = d < Vectors<Acc>::kLowest;
+  if (!std::is_same<T, float>::value) return exp_or_zero<Acc>(d, zero);
+  const auto back = d - z;
+  return exp_or_zero<Acc>(d, zero, (z - (d - back)) - (reference + back));
+}
+
 // exp(x) for x <= 0 (to some 80 above it), exactly 0 where it would be subnormal, NaN for NaN. x is left clamped, so
 // that x * exp(x) is 0 at -inf.
 template <typename Acc>
@@ -100,14 +140,7 @@ ACCUMLOSS_INLINE typename Vectors<Acc>::Real exp_clamped(typename Vectors<Acc>::
   using Int = typename V::Int;
   const Int zero = x < V::kLowest;
   x = zero ? broadcast<Acc>(V::kLowest) : x;
-  const Real shifted = x * Acc(1.4426950408889634) + V::kMagic;
-  const Real n = shifted - V::kMagic;
-  Real r = x - n * V::kLn2High;
-  r = r - n * V::kLn2Low;
-  const Real e = exp_tail(r) * (r * r) + r + Acc(1);
-  const Int exponent = reinterpret_cast<Int>(shifted) << V::kMantissaBits;
-  const Int bits = (reinterpret_cast<Int>(e) + exponent) & ~zero;
-  return reinterpret_cast<Real>(bits);
+  return exp_or_zero<Acc>(x, zero);
 }
 
 // log1p(x) for x >= 0, NaN for NaN and infinity: log(1 + x) = k log(2) + 2 atanh(s), and what 1 + x rounded away.
@@ -245,9 +278,64 @@ ACCUMLOSS_INLINE void store(FloatReal v, Float16* x) {
 }
 #endif
 
+// Groups -------------------------------------------------------------------------------------------------------------
+
+// kLanes consecutive elements as vectors, in the order in which they are cheapest to take apart and to put together:
+// that of memory, but for bf16 the elements of even index before those of odd index. Element j lies at lane_of(j).
+template <typename T>
+struct Group {
+  using Acc = typename AccOf<T>::type;
+  using Real = typename Vectors<Acc>::Real;
+  static constexpr int kWidth = Vectors<Acc>::kWidth;
+  static constexpr int kVectors = kLanes / kWidth;
+
+  static ACCUMLOSS_INLINE void load(const T* x, Real* v) {
+    for (int k = 0; k < kVectors; ++k) v[k] = cpu::load(x + k * kWidth);
+  }
+  static ACCUMLOSS_INLINE void store(const Real* v, T* x) {
+    for (int k = 0; k < kVectors; ++k) cpu::store(v[k], x + k * kWidth);
+  }
+};
+
+// A pair of elements is one word: the one of even index its lower half.
+template <>
+struct Group<BFloat16> {
+  using Real = FloatReal;
+  static constexpr int kWidth = Vectors<float>::kWidth;
+  static constexpr int kVectors = kLanes / kWidth;
+  typedef uint32_t UnalignedPairs __attribute__((vector_size(kVectorBytes), aligned(2), may_alias));
+
+  static ACCUMLOSS_INLINE void load(const BFloat16* x, Real* v) {
+    for (int k = 0; k < kVectors / 2; ++k) {
+      const FloatUnsigned pairs = *reinterpret_cast<const UnalignedPairs*>(x + 2 * k * kWidth);
+      v[k] = reinterpret_cast<Real>(pairs << 16);
+      v[k + kVectors / 2] = reinterpret_cast<Real>(pairs & 0xffff0000u);
+    }
+  }
+  // Round to nearest, ties to even. A NaN stays one: those that get here have the bits of a bf16, or of the machine's
+  // own.
+  static ACCUMLOSS_INLINE void store(const Real* v, BFloat16* x) {
+    for (int k = 0; k < kVectors / 2; ++k) {
+      const FloatUnsigned low = rounded(v[k]), high = rounded(v[k + kVectors / 2]);
+      *reinterpret_cast<UnalignedPairs*>(x + 2 * k * kWidth) = (low >> 16) | (high & 0xffff0000u);
+    }
+  }
+  static ACCUMLOSS_INLINE FloatUnsigned rounded(Real v) {
+    const FloatUnsigned bits = reinterpret_cast<FloatUnsigned>(v);
+    return bits + 0x7fffu + ((bits >> 16) & 1u);
+  }
+};
+
 // Blocks -------------------------------------------------------------------------------------------------------------
 
 ACCUMLOSS_INLINE int64_t round_up(int64_t n, int64_t multiple) { return (n + multiple - 1) / multiple * multiple; }
+
+// Of the group that lies kPrefetchBytes ahead.
+template <typename T>
+ACCUMLOSS_INLINE void prefetch(const T* group) {
+  const char* ahead = reinterpret_cast<const char*>(group) + kPrefetchBytes;
+  for (size_t line = 0; line < sizeof(T) * kLanes; line += 64) __builtin_prefetch(ahead + line);
+}
 
 // buffer[i] = x[i], i < n; entries up to the next multiple of kLanes are overwritten with anything finite.
 template <typename T, typename Acc>
@@ -255,8 +343,7 @@ ACCUMLOSS_INLINE void load_block(const T* x, int64_t n, Acc* buffer) {
   constexpr int kWidth = Vectors<Acc>::kWidth;
   int64_t i = 0;
   for (; i + kLanes <= n; i += kLanes) {
-    __builtin_prefetch(reinterpret_cast<const char*>(x + i) + kPrefetchBytes);
-    if (sizeof(T) * kLanes > 64) __builtin_prefetch(reinterpret_cast<const char*>(x + i) + kPrefetchBytes + 64);
+    prefetch(x + i);
     for (int k = 0; k < kLanes; k += kWidth) store(load(x + i + k), buffer + i + k);
   }
   if (i < n) {
@@ -320,6 +407,16 @@ ACCUMLOSS_INLINE Acc sum_lanes(const typename Vectors<Acc>::Real* vectors) {
 }
 
 template <typename Acc>
+ACCUMLOSS_INLINE Acc max_lanes(const typename Vectors<Acc>::Real* vectors) {
+  constexpr int kWidth = Vectors<Acc>::kWidth;
+  Acc lanes[kLanes];
+  for (int k = 0; k < kLanes; k += kWidth) store(vectors[k / kWidth], lanes + k);
+  Acc result = -std::numeric_limits<Acc>::infinity();
+  for (int k = 0; k < kLanes; ++k) result = lanes[k] > result ? lanes[k] : result;
+  return result;
+}
+
+template <typename Acc>
 ACCUMLOSS_INLINE Acc max_block(const Acc* z, int64_t padded) {
   constexpr int kWidth = Vectors<Acc>::kWidth;
   constexpr int kVectors = kLanes / kWidth;
@@ -330,11 +427,7 @@ ACCUMLOSS_INLINE Acc max_block(const Acc* z, int64_t padded) {
       const auto v = load(z + i + k * kWidth);
       max[k] = v > max[k] ? v : max[k];
     }
-  Acc lanes[kLanes];
-  for (int k = 0; k < kVectors; ++k) store(max[k], lanes + k * kWidth);
-  Acc result = -std::numeric_limits<Acc>::infinity();
-  for (int k = 0; k < kLanes; ++k) result = lanes[k] > result ? lanes[k] : result;
-  return result;
+  return max_lanes<Acc>(max);
 }
 
 // sum_j exp(z_j - reference), and sum_j exp(z_j - reference) (z_j - reference) where kWeighted.
@@ -379,6 +472,196 @@ double sum_linear(const Acc* z, const Acc* weight, int64_t n, double reference) 
   return sum;
 }
 
+// Plain rows: no transform and no smoothing. One loop loads, compares, exponentiates and sums; the exponentials stay in
+// the lanes of Group.
+inline bool is_plain(const LossOptions& options) {
+  return options.softcap == 0 && options.logit_scale == 1 && options.label_smoothing == 0;
+}
+
+constexpr BFloat16 negative_infinity(BFloat16) { return {0xff80}; }
+constexpr Float16 negative_infinity(Float16) { return {0xfc00}; }
+template <typename Acc>
+constexpr Acc negative_infinity(Acc) {
+  return -std::numeric_limits<Acc>::infinity();
+}
+
+template <typename Acc>
+ACCUMLOSS_INLINE bool any_above(const typename Vectors<Acc>::Real* v, Acc limit) {
+  typename Vectors<Acc>::Int above = v[0] > limit;
+  for (int k = 1; k < kLanes / Vectors<Acc>::kWidth; ++k) above |= v[k] > limit;
+  uint64_t words[kVectorBytes / 8], any = 0;
+  std::memcpy(words, &above, sizeof words);
+  for (const uint64_t word : words) any |= word;
+  return any != 0;
+}
+
+// copy = the classes [begin, begin + kLanes), with -inf for the label and past the end.
+template <typename T>
+__attribute__((noinline)) void copy_masked(const RowSegment& row, int64_t begin, T* copy) {
+  const int64_t n = row.end - begin < kLanes ? row.end - begin : kLanes;
+  for (int64_t i = n; i < kLanes; ++i) copy[i] = negative_infinity(T{});
+  std::memcpy(copy, static_cast<const T*>(row.x) + begin, static_cast<size_t>(n) * sizeof(T));
+  if (row.target >= begin && row.target < begin + n) copy[row.target - begin] = negative_infinity(T{});
+}
+
+template <bool kWeighted, bool kStore, typename T>
+void push_plain(const RowSegment& row, RowState<double>* state, typename AccOf<T>::type* exps,
+                typename AccOf<T>::type* references) {
+  using Acc = typename AccOf<T>::type;
+  using V = Vectors<Acc>;
+  using Real = typename V::Real;
+  constexpr int kVectors = Group<T>::kVectors;
+  constexpr Acc kInfinity = std::numeric_limits<Acc>::infinity();
+  constexpr Acc kHeadroom = 16;  // a block may exceed its reference by so much: sums stay far from overflow
+  const int64_t target_group = row.begin + (row.target - row.begin) / kLanes * kLanes;
+  // work(group, i) for the groups i of [begin, end)
+  const auto for_each_group = [&](int64_t begin, int64_t end, const auto& work) __attribute__((always_inline)) {
+    alignas(64) T copy[kLanes];
+    for (int64_t i = begin; i < end;) {
+      const T* group = static_cast<const T*>(row.x) + i;
+      int64_t stop = i + kLanes;
+      if (i == target_group || stop > end) {
+        copy_masked(row, i, copy);
+        group = copy;
+      } else {
+        stop = i + (end - i) / kLanes * kLanes;
+        if (i < target_group && target_group < stop) stop = target_group;
+      }
+      for (; i < stop; i += kLanes, group += kLanes) work(group, i);
+    }
+  };
+
+  Real max[kVectors];
+  for (int k = 0; k < kVectors; ++k) max[k] = broadcast<Acc>(-kInfinity);
+  double sum = 0, weighted = 0;  // in units of exp(reference)
+  Acc reference = 0;
+  const auto raise_reference = [&] {
+    const Acc largest = max_lanes<Acc>(max);
+    if (largest == -kInfinity) return;  // any finite reference makes every exponential zero
+    if (sum != 0) {
+      const double change = static_cast<double>(reference) - largest, factor = std::exp(change);
+      weighted = (weighted + sum * change) * factor;
+      sum *= factor;
+    }
+    reference = largest;
+  };
+
+  for (int64_t begin = row.begin; begin < row.end; begin += kBlock) {
+    const int64_t end = row.end - begin < kBlock ? row.end : begin + kBlock;
+    if (begin == row.begin) {
+      for_each_group(begin, end, [&](const T* group, int64_t) __attribute__((always_inline)) {
+        Real v[kVectors];
+        Group<T>::load(group, v);
+        for (int k = 0; k < kVectors; ++k) max[k] = v[k] > max[k] ? v[k] : max[k];
+      });
+      raise_reference();
+    }
+    Real sums[kVectors], products[kVectors];
+    for (bool again = false;; again = true) {
+      for (int k = 0; k < kVectors; ++k) sums[k] = products[k] = Real{};
+      for_each_group(begin, end, [&](const T* group, int64_t i) __attribute__((always_inline)) {
+        prefetch(group);
+        Real v[kVectors];
+        Group<T>::load(group, v);
+        for (int k = 0; k < kVectors; ++k) {
+          max[k] = v[k] > max[k] ? v[k] : max[k];
+          const Real d = v[k] - reference;
+          const Real e = exp_of_difference<T, Acc>(v[k], broadcast(reference), d);
+          sums[k] += e;
+          if (kWeighted) products[k] += e * (d < V::kLowest ? broadcast<Acc>(V::kLowest) : d);  // not 0 * -inf
+          if (kStore) store(e, exps + i + k * V::kWidth);
+        }
+      });
+      if (again || !any_above<Acc>(max, reference + kHeadroom)) break;
+      raise_reference();
+    }
+    if (kStore) references[begin / kBlock] = reference;
+    sum += sum_lanes<Acc>(sums);
+    if (kWeighted) weighted += sum_lanes<Acc>(products);
+  }
+  state->max = max_lanes<Acc>(max);
+  const double factor = state->max == -kInfinity ? 1.0 : std::exp(static_cast<double>(reference) - state->max);
+  state->sum = sum * factor;  // a NaN stays one where every other logit is -inf
+  state->weighted = (weighted + sum * (static_cast<double>(reference) - row.reference)) * factor;
+}
+
+template <typename T>
+ACCUMLOSS_INLINE void set_target(const RowSegment& row, const RowGrad<double>& gradient, T* grad) {
+  using Acc = typename AccOf<T>::type;
+  if (row.target < row.begin || row.target >= row.end) return;
+  alignas(64) Acc value[kLanes] = {static_cast<Acc>(gradient.target)};
+  store_block(value, 1, grad + row.target);
+}
+
+template <typename T>
+void write_grad_plain(const RowSegment& row, const RowGrad<double>& gradient, T* grad) {
+  using Acc = typename AccOf<T>::type;
+  using V = Vectors<Acc>;
+  using Real = typename V::Real;
+  constexpr int kVectors = Group<T>::kVectors;
+  const T* x = static_cast<const T*>(row.x);
+  // exp(z - lse) with lse rounded; what the rounding took away goes into the factor
+  const Acc lse = static_cast<Acc>(gradient.lse_high);
+  const Acc probability =
+      static_cast<Acc>(gradient.probability * std::exp(static_cast<double>(lse) - gradient.lse_high));
+  const auto visit = [&](const T* from, T* to) {
+    Real v[kVectors];
+    Group<T>::load(from, v);
+    for (int k = 0; k < kVectors; ++k) {
+      const Real d = v[k] - lse;
+      v[k] = exp_of_difference<T, Acc>(v[k], broadcast(lse), d) * probability;
+    }
+    Group<T>::store(v, to);
+  };
+  int64_t i = row.begin;
+  for (; i + kLanes <= row.end; i += kLanes) {
+    prefetch(x + i);
+    visit(x + i, grad + i);
+  }
+  if (i < row.end) {
+    T tail[kLanes] = {};
+    const size_t bytes = static_cast<size_t>(row.end - i) * sizeof(T);
+    std::memcpy(tail, x + i, bytes);
+    visit(tail, tail);
+    std::memcpy(grad + i, tail, bytes);
+  }
+  set_target(row, gradient, grad);
+}
+
+template <typename T>
+void write_grad_from_exps_plain(const RowSegment& row, const RowGrad<double>& gradient,
+                                const typename AccOf<T>::type* exps, const typename AccOf<T>::type* references,
+                                T* grad) {
+  using Acc = typename AccOf<T>::type;
+  using V = Vectors<Acc>;
+  using Real = typename V::Real;
+  constexpr int kVectors = Group<T>::kVectors;
+  const auto factor_of = [&](double reference) {
+    return static_cast<Acc>(gradient.probability * std::exp(reference - gradient.lse_high));
+  };
+  Acc reference = references[row.begin / kBlock], factor = factor_of(reference);
+  for (int64_t begin = row.begin; begin < row.end; begin += kBlock) {
+    const int64_t end = row.end - begin < kBlock ? row.end : begin + kBlock;
+    if (references[begin / kBlock] != reference) {
+      reference = references[begin / kBlock];
+      factor = factor_of(reference);
+    }
+    const auto visit = [&](int64_t i, T* to) {
+      Real v[kVectors];
+      for (int k = 0; k < kVectors; ++k) v[k] = load(exps + i + k * V::kWidth) * factor;
+      Group<T>::store(v, to);
+    };
+    int64_t i = begin;
+    for (; i + kLanes <= end; i += kLanes) visit(i, grad + i);
+    if (i < end) {
+      T tail[kLanes];
+      visit(i, tail);
+      std::memcpy(grad + i, tail, static_cast<size_t>(end - i) * sizeof(T));
+    }
+  }
+  set_target(row, gradient, grad);
+}
+
 // Rows ---------------------------------------------------------------------------------------------------------------
 
 template <typename T>
@@ -395,6 +678,15 @@ template <typename T>
 void push(const RowSegment& row, const LossOptions& options, RowState<double>* state, void* exps, void* references) {
   using Acc = typename AccOf<T>::type;
   constexpr Acc kInfinity = std::numeric_limits<Acc>::infinity();
+  if (is_plain(options)) {
+    Acc* e = static_cast<Acc*>(exps);
+    Acc* r = static_cast<Acc*>(references);
+    if (options.metrics)
+      return exps != nullptr ? push_plain<true, true, T>(row, state, e, r)
+                             : push_plain<true, false, T>(row, state, e, r);
+    return exps != nullptr ? push_plain<false, true, T>(row, state, e, r)
+                           : push_plain<false, false, T>(row, state, e, r);
+  }
   const T* x = static_cast<const T*>(row.x);
   const Transform<Acc> transform(options);
   alignas(64) Acc z[kBlock];
@@ -466,6 +758,7 @@ void write_grad(const RowSegment& row, const LossOptions& options, const RowGrad
   using Acc = typename AccOf<T>::type;
   using Real = typename Vectors<Acc>::Real;
   constexpr int kWidth = Vectors<Acc>::kWidth;
+  if (is_plain(options)) return write_grad_plain(row, gradient, static_cast<T*>(grad));
   const T* x = static_cast<const T*>(row.x);
   const Transform<Acc> transform(options);
   // exp(z - lse) with lse rounded; what the rounding took away goes into the factor
@@ -493,6 +786,9 @@ void write_grad_from_exps(const RowSegment& row, const LossOptions& options, con
                           const void* exps, const void* references, void* grad) {
   using Acc = typename AccOf<T>::type;
   constexpr int kWidth = Vectors<Acc>::kWidth;
+  if (is_plain(options))
+    return write_grad_from_exps_plain(row, gradient, static_cast<const Acc*>(exps), static_cast<const Acc*>(references),
+                                      static_cast<T*>(grad));
   const Transform<Acc> transform(options);
   alignas(64) Acc z[kBlock];
   alignas(64) Acc g[kBlock];
@@ -547,6 +843,7 @@ void short_rows(ShortRows& rows, bool metrics, void* grad) {
   using Real = Vectors<float>::Real;
   constexpr int kWidth = Vectors<float>::kWidth;
   constexpr float kInfinity = std::numeric_limits<float>::infinity();
+  constexpr float kLowest = Vectors<float>::kLowest;
   const int64_t V = rows.V, count = rows.count;
   alignas(64) float row_major[kGroup * kShort];
   alignas(64) float z[kShort * kGroup];
@@ -576,10 +873,10 @@ void short_rows(ShortRows& rows, bool metrics, void* grad) {
     const Real reference = max == -kInfinity ? Real{} : max;
     Real products = {};
     for (int64_t j = 0; j < V; ++j) {
-      Real d = load(z + j * kGroup + r) - reference;
-      const Real e = exp_clamped<float>(d);
+      const Real v = load(z + j * kGroup + r), d = v - reference;
+      const Real e = exp_of_difference<T, float>(v, reference, d);
       store(e, z + j * kGroup + r);
-      products += e * d;
+      products += e * (d < kLowest ? broadcast(kLowest) : d);
     }
     store(products, weighted + r);
   }

@@ -40,7 +40,7 @@ struct ShortRows {
 struct RowKernels {
   // z(x[0]), by the very code that transforms a whole row
   double (*transform_one)(const void* x, const LossOptions& options);
-  // Adds the classes of the segment other than the target to state. Where exps is not null, it receives
+  // Sets state to the classes of the segment other than the target. Where exps is not null, it receives
   // exp(z_j - r) (V, of Acc) and references (num_blocks(V), of Acc) the r of each block.
   void (*push)(const RowSegment& row, const LossOptions& options, RowState<double>* state, void* exps,
                void* references);
