@@ -9,7 +9,7 @@ from .functional import (
     sequence_classification_loss,
     token_classification_loss,
 )
-from .ops import build_info, check
+from .ops import build_info, check, empty_cache
 from .options import LossOptions
 from .sums import TokenSums
 from .transformers import (
@@ -31,6 +31,7 @@ __all__ = [
     "check",
     "compute_loss_func",
     "cross_entropy",
+    "empty_cache",
     "make_loss",
     "masked_lm_loss",
     "question_answering_loss",

@@ -25,6 +25,8 @@ import torch
 from peers import COMPILE, STOCK, Peer
 from shapes import Shape
 
+import accumloss
+
 COPY, COPY_TO_NEW = "copy", "copy to new"
 SMALL_SHAPE_SECONDS = 2.0  # a shape that is done sooner than this gets more rounds, at most
 MOST_ROUNDS = 300
@@ -173,6 +175,7 @@ def _status_bytes(key: str) -> int:
 def peak_bytes(work: Callable[[], object]) -> int | None:
     """Peak memory of the process during work() above what it had before; None where the system cannot tell."""
     gc.collect()
+    accumloss.empty_cache()
     try:
         import ctypes
 

@@ -5,6 +5,7 @@
 #include <torch/csrc/stable/ops.h>
 
 #include "cpu/instruction_set.h"
+#include "cpu/kept_memory.h"
 #include "cross_entropy_ops.h"
 #if defined(ACCUMLOSS_WITH_CUDA)
 #include "cuda/bad_labels.h"
@@ -151,5 +152,7 @@ PYBIND11_MODULE(_C, m) {
   m.doc() = "The compiled part of accumloss; importing it registers torch.ops.accumloss.";
   m.def("build_info", &accumloss::build_info,
         "What this build was made from and with, and the CPU instruction set that is in use.");
+  m.def("empty_cache", &accumloss::cpu::release_kept_memory,
+        "Returns the kept memory to the system; the number of its bytes.");
   m.def("check", &accumloss::check, "Raises IndexError if a CUDA kernel has met a label outside [0, V).");
 }

@@ -8,6 +8,12 @@
 
 #include "cross_entropy_ops.h"
 
+// Since torch 2.11: weak, so that the module loads in 2.10 too, where torch's allocator serves all gradients.
+extern "C" __attribute__((weak)) AOTITorchError torch_from_blob(
+    void* data, int64_t ndim, const int64_t* sizes, const int64_t* strides, int64_t storage_offset, int32_t dtype,
+    int32_t device_type, int32_t device_index, AtenTensorHandle* result, int32_t layout, const uint8_t* opaque_metadata,
+    int64_t opaque_metadata_size, void (*deleter)(void* data, void* context), void* deleter_context);
+
 namespace accumloss {
 namespace {
 
@@ -65,6 +71,16 @@ int32_t dtype_code(ScalarType type) {
     default:
       return aoti_torch_dtype_float32();
   }
+}
+
+std::vector<int64_t> contiguous_strides(IntHeaderOnlyArrayRef sizes) {
+  std::vector<int64_t> strides(sizes.size());
+  int64_t stride = 1;
+  for (size_t i = sizes.size(); i-- > 0;) {
+    strides[i] = stride;
+    stride *= sizes[i] > 0 ? sizes[i] : 1;
+  }
+  return strides;
 }
 
 bool same_device(const Tensor& a, const Tensor& b) {
@@ -178,12 +194,7 @@ struct Call {
 
   // Uninitialised memory on the logits' device. Straight from the allocator: the dispatcher would take some 3 us each.
   Tensor empty(IntHeaderOnlyArrayRef sizes, ScalarType dtype) const {
-    std::vector<int64_t> strides(sizes.size());
-    int64_t stride = 1;
-    for (size_t i = sizes.size(); i-- > 0;) {
-      strides[i] = stride;
-      stride *= sizes[i] > 0 ? sizes[i] : 1;
-    }
+    const std::vector<int64_t> strides = contiguous_strides(sizes);
     int32_t device_type = 0;
     TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(logits.get(), &device_type));
     AtenTensorHandle handle = nullptr;
@@ -193,6 +204,25 @@ struct Call {
     return Tensor(handle);
   }
   Tensor scalar(ScalarType dtype) const { return empty({}, dtype); }
+
+  // Uninitialised, of the logits' shape and dtype, contiguous; in the backend's own memory where it has any.
+  Tensor grad_logits(const Backend& backend) const {
+    const IntHeaderOnlyArrayRef sizes = logits.sizes();
+    void* handle = nullptr;
+    void* data = nullptr;
+    if (torch_from_blob != nullptr)
+      data = backend.take_memory(static_cast<size_t>(logits.numel()) * element_size(inputs.logits.dtype), &handle);
+    if (data == nullptr) return empty(sizes, logits.scalar_type());
+    const std::vector<int64_t> strides = contiguous_strides(sizes);
+    AtenTensorHandle tensor = nullptr;
+    const AOTITorchError error =
+        torch_from_blob(data, static_cast<int64_t>(sizes.size()), sizes.data(), strides.data(), 0,
+                        dtype_code(logits.scalar_type()), aoti_torch_device_type_cpu(), logits.get_device_index(),
+                        &tensor, aoti_torch_layout_strided(), nullptr, 0, backend.release_memory, handle);
+    if (error != AOTI_TORCH_SUCCESS) backend.release_memory(data, handle);
+    TORCH_ERROR_CODE_CHECK(error);
+    return Tensor(tensor);
+  }
 
  private:
   void check(const char* function, const optional<Tensor>& given_weight, const LossOptions& options) {
@@ -290,7 +320,7 @@ Tensor cross_entropy_backward(const Backend& backend, const Tensor& grad_loss_su
                               const Tensor& labels, const Tensor& lse, const Tensor& nll,
                               const optional<Tensor>& weight, const LossOptions& options) {
   const Call call("cross_entropy_backward", logits, labels, weight, options);
-  const Tensor grad_logits = call.empty(logits.sizes(), logits.scalar_type());
+  const Tensor grad_logits = call.grad_logits(backend);
   backward_into(backend, "cross_entropy_backward", grad_loss_sum, call, lse, nll, grad_logits);
   return grad_logits;
 }
@@ -309,7 +339,7 @@ WithGradOutputs cross_entropy_with_grad(const Backend& backend, const Tensor& gr
   const Call call("cross_entropy_with_grad", logits, labels, weight, options);
   const SumTensors sums(call);
   const Tensor grad = checked_grad("cross_entropy_with_grad", grad_loss_sum, call);
-  const Tensor grad_logits = call.empty(logits.sizes(), logits.scalar_type());
+  const Tensor grad_logits = call.grad_logits(backend);
   backend.forward_with_grad(call.inputs, sums.pointers(), grad.data_ptr(),
                             logits_view("cross_entropy_with_grad", grad_logits));
   return {sums.loss_sum, sums.num_items, sums.total_weight, sums.num_correct, sums.entropy_sum, grad_logits};

@@ -1,6 +1,7 @@
 // What the device-independent op bodies (cross_entropy.cpp) hand to the kernels of a device.
 #pragma once
 
+#include <cstddef>
 #include <cstdint>
 
 #include "options.h"
@@ -8,6 +9,8 @@
 namespace accumloss {
 
 enum class Dtype { kBFloat16, kFloat16, kFloat32, kFloat64 };
+
+constexpr int64_t element_size(Dtype dtype) { return dtype == Dtype::kFloat64 ? 8 : dtype == Dtype::kFloat32 ? 4 : 2; }
 
 // logits (B, T, V): row (b, t) starts at data + b * stride_b + t * stride_t elements; unit stride along V.
 struct LogitsView {
@@ -56,6 +59,9 @@ struct Backend {
                             const LogitsView& grad_logits);
   // values *= factor, contiguous; returns at once where factor is 1, decided on the device.
   void (*scale)(const LogitsView& values, const void* factor /* () Acc */);
+  // Memory for a gradient, or null where torch's allocator is to serve. release(data, handle) takes it back.
+  void* (*take_memory)(size_t bytes, void** handle);
+  void (*release_memory)(void* data, void* handle);
 };
 
 const Backend& cpu_backend();

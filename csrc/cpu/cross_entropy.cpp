@@ -16,6 +16,7 @@
 
 #include "../row.h"
 #include "instruction_set.h"
+#include "kept_memory.h"
 #include "row_kernels.h"
 
 namespace accumloss {
@@ -86,17 +87,6 @@ struct Nothing {};
 Nothing no_local() { return {}; }
 
 // Views ------------------------------------------------------------------------------------------------------------
-
-int64_t element_size(Dtype dtype) {
-  switch (dtype) {
-    case Dtype::kFloat64:
-      return 8;
-    case Dtype::kFloat32:
-      return 4;
-    default:
-      return 2;
-  }
-}
 
 struct RowIndex {
   int64_t b, t;
@@ -482,7 +472,8 @@ const char* instruction_set_name() { return instruction_set().name; }
 }  // namespace cpu
 
 const Backend& cpu_backend() {
-  static constexpr Backend backend = {cpu::forward, cpu::backward, cpu::forward_with_grad, cpu::scale};
+  static constexpr Backend backend = {cpu::forward, cpu::backward,    cpu::forward_with_grad,
+                                      cpu::scale,   cpu::take_memory, cpu::release_memory};
   return backend;
 }
 

@@ -40,6 +40,8 @@ const Backend& cuda_backend() {
       [](const LogitsView& values, const void* factor) {
         dispatch(values.dtype, [&](auto launchers) { launchers.scale(values, factor); });
       },
+      [](size_t, void**) -> void* { return nullptr; },  // torch keeps what is freed on CUDA
+      nullptr,
   };
   return backend;
 }

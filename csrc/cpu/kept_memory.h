@@ -1,0 +1,23 @@
+// Memory for the large gradients of the CPU ops, kept from one call to the next.
+//
+// malloc maps a large buffer anew for every call and unmaps it after, so that every gradient is page-faulted into
+// existence, which takes several times as long as the loss. Here the block of a gradient that was freed waits for the
+// next one: one block in a process, the largest. While it waits, the system may take its pages where it is short of
+// memory.
+#pragma once
+
+#include <cstddef>
+
+namespace accumloss {
+namespace cpu {
+
+// take_memory and release_memory of Backend. Null where the bytes are few (malloc keeps those by itself), where
+// ACCUMLOSS_KEEP_MEMORY=0, or where the system has none.
+void* take_memory(size_t bytes, void** handle);
+void release_memory(void* data, void* handle);
+
+// Returns the block that waits to the system, and its bytes to the caller.
+size_t release_kept_memory();
+
+}  // namespace cpu
+}  // namespace accumloss
