@@ -254,6 +254,14 @@ struct Exponentials {
   }
 };
 
+// Where push leaves the exponentials of a row: its gradient's own place where they fit into it, else scratch. Metrics
+// may ask for the logits again, whose place that may be.
+void* exps_of(const Rows& rows, const Exponentials& scratch, const LogitsView& grad_logits, int64_t row) {
+  const LossOptions& options = rows.inputs.options;
+  const bool fits = grad_logits.dtype == Dtype::kFloat32 || grad_logits.dtype == Dtype::kFloat64;
+  return fits && is_plain(options) && !options.metrics ? row_data(grad_logits, row) : scratch.exps;
+}
+
 void zero_row(const LogitsView& grad, int64_t row) {
   std::memset(row_data(grad, row), 0, static_cast<size_t>(grad.V * element_size(grad.dtype)));
 }
@@ -412,9 +420,10 @@ void forward_with_grad(const CrossEntropyInputs& inputs, const CrossEntropySums&
         continue;
       }
       const double target_logit = rows.target_logit(row, y);
+      void* exps = exps_of(rows, scratch, grad_logits, row);
       rows.for_each_segment([&](int64_t begin, int64_t end, int64_t i) {
         states[i] = RowState<double>();
-        rows.kernels.push(rows.segment(row, y, begin, end, target_logit), inputs.options, &states[i], scratch.exps,
+        rows.kernels.push(rows.segment(row, y, begin, end, target_logit), inputs.options, &states[i], exps,
                           scratch.references);
       });
       RowState<double> state;
@@ -424,7 +433,7 @@ void forward_with_grad(const CrossEntropyInputs& inputs, const CrossEntropySums&
       const RowGrad<double> gradient = rows.gradient(result.lse, result.nll, y, grad);
       rows.for_each_segment([&](int64_t begin, int64_t end, int64_t) {
         rows.kernels.write_grad_from_exps(rows.segment(row, y, begin, end, target_logit), inputs.options, gradient,
-                                          scratch.exps, scratch.references, row_data(grad_logits, row));
+                                          exps, scratch.references, row_data(grad_logits, row));
       });
     }
     total.write(sums, dtype);
@@ -442,12 +451,13 @@ void forward_with_grad(const CrossEntropyInputs& inputs, const CrossEntropySums&
       }
       const double target_logit = rows.target_logit(row, y);
       const RowSegment segment = rows.segment(row, y, 0, rows.V, target_logit);
+      void* exps = exps_of(rows, scratch, grad_logits, row);
       RowState<double> state;
-      rows.kernels.push(segment, inputs.options, &state, scratch.exps, scratch.references);
+      rows.kernels.push(segment, inputs.options, &state, exps, scratch.references);
       const RowResult result = rows.result(state, y, target_logit);
       parts[i].add(sums_of_row(rows, state, result, row, y, target_logit));
-      rows.kernels.write_grad_from_exps(segment, inputs.options, rows.gradient(result.lse, result.nll, y, grad),
-                                        scratch.exps, scratch.references, row_data(grad_logits, row));
+      rows.kernels.write_grad_from_exps(segment, inputs.options, rows.gradient(result.lse, result.nll, y, grad), exps,
+                                        scratch.references, row_data(grad_logits, row));
     }
   });
   ordered_sum(parts).write(sums, dtype);

@@ -472,11 +472,7 @@ double sum_linear(const Acc* z, const Acc* weight, int64_t n, double reference) 
   return sum;
 }
 
-// Plain rows: no transform and no smoothing. One loop loads, compares, exponentiates and sums; the exponentials stay in
-// the lanes of Group.
-inline bool is_plain(const LossOptions& options) {
-  return options.softcap == 0 && options.logit_scale == 1 && options.label_smoothing == 0;
-}
+// Plain rows: one loop loads, compares, exponentiates and sums; the exponentials stay in the lanes of Group.
 
 constexpr BFloat16 negative_infinity(BFloat16) { return {0xff80}; }
 constexpr Float16 negative_infinity(Float16) { return {0xfc00}; }
@@ -513,21 +509,30 @@ void push_plain(const RowSegment& row, RowState<double>* state, typename AccOf<T
   constexpr int kVectors = Group<T>::kVectors;
   constexpr Acc kInfinity = std::numeric_limits<Acc>::infinity();
   constexpr Acc kHeadroom = 16;  // a block may exceed its reference by so much: sums stay far from overflow
+  // Then they lie in the order of memory and end with the row, and a block is visited once: its logits are gone after.
+  constexpr bool kMayBeLogits = std::is_same<T, Acc>::value;
+  const bool is_over_logits = kStore && static_cast<const void*>(exps) == row.x;
   const int64_t target_group = row.begin + (row.target - row.begin) / kLanes * kLanes;
-  // work(group, i) for the groups i of [begin, end)
-  const auto for_each_group = [&](int64_t begin, int64_t end, const auto& work) __attribute__((always_inline)) {
+  // work(logits, exponentials) for the groups of [begin, end), and whether it stores the latter
+  const auto for_each_group = [&](int64_t begin, int64_t end, bool stores,
+                                  const auto& work) __attribute__((always_inline)) {
     alignas(64) T copy[kLanes];
+    alignas(64) Acc rest[kLanes];
     for (int64_t i = begin; i < end;) {
       const T* group = static_cast<const T*>(row.x) + i;
+      Acc* to = kStore ? exps + i : nullptr;
       int64_t stop = i + kLanes;
       if (i == target_group || stop > end) {
         copy_masked(row, i, copy);
         group = copy;
+        if (kMayBeLogits && stop > end) to = rest;
       } else {
         stop = i + (end - i) / kLanes * kLanes;
         if (i < target_group && target_group < stop) stop = target_group;
       }
-      for (; i < stop; i += kLanes, group += kLanes) work(group, i);
+      for (; i < stop; i += kLanes, group += kLanes, to += kLanes) work(group, to);
+      if (stores && kMayBeLogits && stop > end)
+        std::memcpy(exps + stop - kLanes, rest, static_cast<size_t>(end - stop + kLanes) * sizeof(Acc));
     }
   };
 
@@ -548,18 +553,18 @@ void push_plain(const RowSegment& row, RowState<double>* state, typename AccOf<T
 
   for (int64_t begin = row.begin; begin < row.end; begin += kBlock) {
     const int64_t end = row.end - begin < kBlock ? row.end : begin + kBlock;
-    if (begin == row.begin) {
-      for_each_group(begin, end, [&](const T* group, int64_t) __attribute__((always_inline)) {
+    if (begin == row.begin || is_over_logits) {
+      for_each_group(begin, end, false, [&](const T* group, Acc*) __attribute__((always_inline)) {
         Real v[kVectors];
         Group<T>::load(group, v);
         for (int k = 0; k < kVectors; ++k) max[k] = v[k] > max[k] ? v[k] : max[k];
       });
-      raise_reference();
+      if (begin == row.begin || any_above<Acc>(max, reference + kHeadroom)) raise_reference();
     }
     Real sums[kVectors], products[kVectors];
     for (bool again = false;; again = true) {
       for (int k = 0; k < kVectors; ++k) sums[k] = products[k] = Real{};
-      for_each_group(begin, end, [&](const T* group, int64_t i) __attribute__((always_inline)) {
+      for_each_group(begin, end, kStore, [&](const T* group, Acc* to) __attribute__((always_inline)) {
         prefetch(group);
         Real v[kVectors];
         Group<T>::load(group, v);
@@ -569,7 +574,7 @@ void push_plain(const RowSegment& row, RowState<double>* state, typename AccOf<T
           const Real e = exp_of_difference<T, Acc>(v[k], broadcast(reference), d);
           sums[k] += e;
           if (kWeighted) products[k] += e * (d < V::kLowest ? broadcast<Acc>(V::kLowest) : d);  // not 0 * -inf
-          if (kStore) store(e, exps + i + k * V::kWidth);
+          if (kStore) store(e, to + k * V::kWidth);
         }
       });
       if (again || !any_above<Acc>(max, reference + kHeadroom)) break;
@@ -646,16 +651,19 @@ void write_grad_from_exps_plain(const RowSegment& row, const RowGrad<double>& gr
       reference = references[begin / kBlock];
       factor = factor_of(reference);
     }
-    const auto visit = [&](int64_t i, T* to) {
+    const auto visit = [&](const Acc* from, T* to) {
       Real v[kVectors];
-      for (int k = 0; k < kVectors; ++k) v[k] = load(exps + i + k * V::kWidth) * factor;
+      for (int k = 0; k < kVectors; ++k) v[k] = load(from + k * V::kWidth) * factor;
       Group<T>::store(v, to);
     };
     int64_t i = begin;
-    for (; i + kLanes <= end; i += kLanes) visit(i, grad + i);
+    for (; i + kLanes <= end; i += kLanes) visit(exps + i, grad + i);
     if (i < end) {
+      alignas(64) Acc rest[kLanes] = {};
       T tail[kLanes];
-      visit(i, tail);
+      const bool may_end_here = std::is_same<T, Acc>::value;  // see push_plain
+      std::memcpy(rest, exps + i, static_cast<size_t>(may_end_here ? end - i : kLanes) * sizeof(Acc));
+      visit(rest, tail);
       std::memcpy(grad + i, tail, static_cast<size_t>(end - i) * sizeof(T));
     }
   }

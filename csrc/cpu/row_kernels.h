@@ -16,6 +16,11 @@ constexpr int64_t kGroup = 32;
 
 constexpr int64_t num_blocks(int64_t V) { return (V + kBlock - 1) / kBlock; }
 
+// Whether a logit passes through no transform and is not smoothed: rows then take a shorter way.
+ACCUMLOSS_HD bool is_plain(const LossOptions& options) {
+  return options.softcap == 0 && options.logit_scale == 1 && options.label_smoothing == 0;
+}
+
 // The classes [begin, end) of one row. All kernels take it, so that a row may be split over threads at multiples of
 // kBlock. x, weight, exps and references point at class 0 of the row.
 struct RowSegment {
@@ -41,12 +46,13 @@ struct RowKernels {
   // z(x[0]), by the very code that transforms a whole row
   double (*transform_one)(const void* x, const LossOptions& options);
   // Sets state to the classes of the segment other than the target. Where exps is not null, it receives
-  // exp(z_j - r) (V, of Acc) and references (num_blocks(V), of Acc) the r of each block.
+  // exp(z_j - r) (V, of Acc) and references (num_blocks(V), of Acc) the r of each block. exps may be x where
+  // is_plain() and the logits are of Acc.
   void (*push)(const RowSegment& row, const LossOptions& options, RowState<double>* state, void* exps,
                void* references);
   // Writes dL/dx of the segment to grad, which may be x.
   void (*write_grad)(const RowSegment& row, const LossOptions& options, const RowGrad<double>& gradient, void* grad);
-  // The same from the exponentials that push left behind.
+  // The same from the exponentials that push left behind, which may lie where the gradient goes.
   void (*write_grad_from_exps)(const RowSegment& row, const LossOptions& options, const RowGrad<double>& gradient,
                                const void* exps, const void* references, void* grad);
   // whether x[target] is the first of the largest logits (torch.argmax); asked only where the label ties
