@@ -20,6 +20,7 @@ __all__ = [
     "registered",
     "registered_losses",
     "unregister_from_transformers",
+    "unregistered",
 ]
 
 _is_registered = False
@@ -101,6 +102,20 @@ def registered(model: Any = None, *, inplace_backward: bool = False) -> Iterator
             settings.inplace_backward = options_before
         else:
             unregister_from_transformers(model)
+
+
+@contextmanager
+def unregistered() -> Iterator[None]:
+    """transformers as it is without accumloss, for the length of a with block; afterwards everything is as it was before."""
+    was_registered, models, inplace_backward = _is_registered, list(_models), settings.inplace_backward
+    unregister_from_transformers()
+    try:
+        yield
+    finally:
+        if was_registered:
+            register_with_transformers(inplace_backward=inplace_backward)
+        for model in models:
+            register_with_transformers(model, inplace_backward=inplace_backward)
 
 
 def _restore_model(base: Any) -> None:

@@ -6,6 +6,8 @@ cross-entropies of class indices run on our kernels. Sums, and losses without re
 
 from __future__ import annotations
 
+import functools
+import inspect
 from typing import Any
 
 import torch
@@ -41,6 +43,25 @@ def cross_entropy(
     return functional.masked_lm_loss(logits, target, None, divisor, ignore_index, weight=weight, **options)
 
 
+def nll_loss(
+    input: torch.Tensor,
+    target: torch.Tensor,
+    weight: torch.Tensor | None = None,
+    size_average: bool | None = None,
+    ignore_index: int = -100,
+    reduce: bool | None = None,
+    reduction: str = "mean",
+) -> torch.Tensor:
+    """``torch.nn.functional.nll_loss``: log-probabilities (N, C) or (N, C, ...), target (N) or (N, ...)."""
+    if not steps.is_active or reduction != "mean" or size_average is not None or reduce is not None:
+        return F.nll_loss(input, target, weight, size_average, ignore_index, reduce, reduction)
+    divisor = losses.divisor(target, None, ignore_index=ignore_index, weight=weight)
+    if divisor is None:
+        return F.nll_loss(input, target, weight, ignore_index=ignore_index)
+    total = F.nll_loss(input, target, weight, ignore_index=ignore_index, reduction="sum")
+    return total / divisor.value.to(total.device, total.dtype)
+
+
 def mse_loss(
     input: torch.Tensor,
     target: torch.Tensor,
@@ -56,19 +77,29 @@ def mse_loss(
     return _over_step(loss, target) if is_mean else loss
 
 
-def binary_cross_entropy_with_logits(
-    input: torch.Tensor,
-    target: torch.Tensor,
-    weight: torch.Tensor | None = None,
-    size_average: bool | None = None,
-    reduce: bool | None = None,
-    reduction: str = "mean",
-    pos_weight: torch.Tensor | None = None,
-) -> torch.Tensor:
-    """``torch.nn.functional.binary_cross_entropy_with_logits``."""
-    loss = F.binary_cross_entropy_with_logits(input, target, weight, size_average, reduce, reduction, pos_weight)
-    is_mean = reduction == "mean" and size_average is None and reduce is None
-    return _over_step(loss, target) if is_mean else loss
+def _over_elements(theirs: Any) -> Any:
+    """A loss of PyTorch's whose mean is over the elements of its target: (input, target, ..., reduction="mean")."""
+    signature = inspect.signature(theirs)
+
+    @functools.wraps(theirs)
+    def loss(*args: Any, **kwargs: Any) -> torch.Tensor:
+        value = theirs(*args, **kwargs)
+        if not steps.is_active:
+            return value
+        given = signature.bind(*args, **kwargs).arguments
+        is_mean = given.get("reduction", "mean") == "mean"
+        is_mean = is_mean and given.get("size_average") is None and given.get("reduce") is None
+        return _over_step(value, given["target"]) if is_mean else value
+
+    return loss
+
+
+l1_loss = _over_elements(F.l1_loss)
+smooth_l1_loss = _over_elements(F.smooth_l1_loss)
+huber_loss = _over_elements(F.huber_loss)
+kl_div = _over_elements(F.kl_div)
+binary_cross_entropy = _over_elements(F.binary_cross_entropy)
+binary_cross_entropy_with_logits = _over_elements(F.binary_cross_entropy_with_logits)
 
 
 def _over_step(mean: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
@@ -91,9 +122,39 @@ class CrossEntropyLoss(nn.CrossEntropyLoss):
         )
 
 
+class NLLLoss(nn.NLLLoss):
+    def forward(self, input: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+        return nll_loss(input, target, self.weight, ignore_index=self.ignore_index, reduction=self.reduction)
+
+
 class MSELoss(nn.MSELoss):
     def forward(self, input: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
         return mse_loss(input, target, reduction=self.reduction)
+
+
+class L1Loss(nn.L1Loss):
+    def forward(self, input: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+        return l1_loss(input, target, reduction=self.reduction)
+
+
+class SmoothL1Loss(nn.SmoothL1Loss):
+    def forward(self, input: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+        return smooth_l1_loss(input, target, reduction=self.reduction, beta=self.beta)
+
+
+class HuberLoss(nn.HuberLoss):
+    def forward(self, input: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+        return huber_loss(input, target, reduction=self.reduction, delta=self.delta)
+
+
+class KLDivLoss(nn.KLDivLoss):
+    def forward(self, input: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+        return kl_div(input, target, reduction=self.reduction, log_target=self.log_target)
+
+
+class BCELoss(nn.BCELoss):
+    def forward(self, input: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+        return binary_cross_entropy(input, target, self.weight, reduction=self.reduction)
 
 
 class BCEWithLogitsLoss(nn.BCEWithLogitsLoss):
@@ -103,13 +164,27 @@ class BCEWithLogitsLoss(nn.BCEWithLogitsLoss):
         )
 
 
-FUNCTIONS: dict[str, Any] = {
-    "cross_entropy": cross_entropy,
-    "mse_loss": mse_loss,
-    "binary_cross_entropy_with_logits": binary_cross_entropy_with_logits,
-}
-CLASSES: dict[str, Any] = {
-    "CrossEntropyLoss": CrossEntropyLoss,
-    "MSELoss": MSELoss,
-    "BCEWithLogitsLoss": BCEWithLogitsLoss,
-}
+_FUNCTIONS = (
+    cross_entropy,
+    nll_loss,
+    mse_loss,
+    l1_loss,
+    smooth_l1_loss,
+    huber_loss,
+    kl_div,
+    binary_cross_entropy,
+    binary_cross_entropy_with_logits,
+)
+_CLASSES = (
+    CrossEntropyLoss,
+    NLLLoss,
+    MSELoss,
+    L1Loss,
+    SmoothL1Loss,
+    HuberLoss,
+    KLDivLoss,
+    BCELoss,
+    BCEWithLogitsLoss,
+)
+FUNCTIONS: dict[str, Any] = {ours.__name__: ours for ours in _FUNCTIONS}
+CLASSES: dict[str, Any] = {ours.__name__: ours for ours in _CLASSES}

@@ -28,6 +28,7 @@ PREFIXES = ("transformers.", "transformers_modules.")  # the latter: code that c
 _models: weakref.WeakSet[Any] = weakref.WeakSet()  # whose modules have been seen
 _seen: set[str] = set()  # modules
 _bound: list[tuple[ModuleType, str, Any, Any]] = []  # module, name, theirs, ours
+_loss_modules: weakref.WeakSet[Any] = weakref.WeakSet()  # loss modules that a model made when it was built
 
 
 def rebind_modules_of(model: Any) -> None:
@@ -35,6 +36,11 @@ def rebind_modules_of(model: Any) -> None:
     if model in _models:
         return
     _models.add(model)
+    for part in model.modules():
+        for name, ours in heads.CLASSES.items():
+            if type(part) is getattr(torch.nn, name):
+                part.__class__ = ours
+                _loss_modules.add(part)
     for name in {cls.__module__ for part in model.modules() for cls in type(part).__mro__} - _seen:
         _seen.add(name)
         module = sys.modules.get(name)
@@ -84,6 +90,9 @@ def restore_modules() -> None:
     for module, name, theirs, ours in _bound:
         if module.__dict__.get(name) is ours:
             setattr(module, name, theirs)
+    for loss in _loss_modules:
+        loss.__class__ = getattr(torch.nn, type(loss).__name__)
+    _loss_modules.clear()
     _bound.clear()
     _seen.clear()
     _models.clear()

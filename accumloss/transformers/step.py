@@ -25,27 +25,41 @@ class Rule(NamedTuple):
     ignore_index: int | None = -100  # None: every element is an item
     length_of: str | None = None  # question answering: positions beyond dimension 1 of this entry are no items
     weight: torch.Tensor | None = None  # (V,) class weights: an item counts as much as its class weighs
+    mask: str | None = None  # labels where this entry is not 1 are no items
+    index: int | None = None  # the labels are entry[..., index]: a codebook of several
+    copies: int = 1  # as often the labels are targets: heads that predict several tokens ahead
+
+    def labels(self, batch: Mapping[str, Any]) -> torch.Tensor:
+        """The entry, or its part, before the first labels of each row are left out."""
+        return batch[self.key] if self.index is None else batch[self.key][..., self.index]
 
     def total(self, batch: Mapping[str, Any]) -> torch.Tensor:
         """The items of one micro-batch, or their total weight: () float64 on the device of the entry."""
-        labels = batch[self.key][..., self.shift :]
+        labels = self.labels(batch)[..., self.shift :]
         if self.length_of is not None:
             length = batch[self.length_of].shape[1]
             is_item = labels.clamp(0, length) != length
-        elif self.ignore_index is None:
+        elif self.ignore_index is not None:
+            is_item = labels != self.ignore_index
+        elif self.mask is None:
             return torch.full((), labels.numel(), dtype=torch.float64, device=labels.device)
         else:
-            is_item = labels != self.ignore_index
+            is_item = torch.ones_like(labels, dtype=torch.bool)
+        if self.mask is not None:
+            is_item = is_item & (batch[self.mask][..., self.shift :] == 1)
         if self.weight is None:
-            return is_item.sum().double()
+            return is_item.sum().double() * self.copies
         weight = self.weight.to(labels.device, torch.float64)
-        return weight[torch.where(is_item, labels, 0).long()].masked_fill(~is_item, 0).sum()
+        return weight[torch.where(is_item, labels, 0).long()].masked_fill(~is_item, 0).sum() * self.copies
 
     def __hash__(self) -> int:
-        return hash((self.key, self.shift, self.ignore_index, self.length_of, id(self.weight)))
+        return hash((*self._replace(weight=None)._asdict().values(), id(self.weight)))
 
     def __eq__(self, other: object) -> bool:
-        return isinstance(other, Rule) and self[:4] == other[:4] and self.weight is other.weight
+        if not isinstance(other, Rule):
+            return False
+        mine, theirs = self._replace(weight=None), other._replace(weight=None)
+        return tuple(mine) == tuple(theirs) and self.weight is other.weight
 
 
 class Step:
@@ -95,24 +109,24 @@ class Step:
 
         ``given``, the num_items_in_batch that the loss was called with, wins where it is not what Trainer itself passed.
         Labels that are in no entry count as Trainer's own do if they are as many, decided on the device; else the call is
-        a mean over its items, and the step the mean of its micro-batches. None: the mean, where Trainer counts nothing.
+        a mean over its items, which weighs in the step as its rows do. None: the mean of the call.
         """
         self.calls += 1
         if not self.window or (given is not None and given is not self.num_items_in_batch):
             return given
-        entry = self._entry(labels, length)
-        length_of = self._entry_of_length(length) if length is not None else None
-        if entry is not None and (length is None or length_of is not None):
-            key, first = entry
-            total = self.total(Rule(key, first + shift, ignore_index, length_of, weight))
-            return Divisor(total / self.averaged, self.expected_grad)
-        if self.main is None or ignore_index is None or length is not None:
+        rule = self._rule(labels, shift, ignore_index, length)
+        if rule is not None:
+            return Divisor(self.total(rule._replace(weight=weight)) / self.averaged, self.expected_grad)
+        if length is not None:
             return None
-        main = self.main._replace(weight=weight)
         here = Rule("labels", shift, ignore_index, None, weight).total({"labels": labels})
+        mean = at_least_one(here) / self.share_of_rows()
+        if self.main is None or ignore_index is None:
+            return Divisor(mean, self.expected_grad)
+        main = self.main._replace(weight=weight)
         is_main = here == main.total(self.inputs).to(here.device)
         step = (self.total(main) / self.averaged).to(here.device)
-        return Divisor(torch.where(is_main, step, at_least_one(here)), self.expected_grad)
+        return Divisor(torch.where(is_main, step, mean), self.expected_grad)
 
     def total(self, rule: Rule) -> torch.Tensor:
         """The items of the whole step by a rule, 1 where there are none. Counted at the first call of a window."""
@@ -130,23 +144,85 @@ class Step:
                 return (rule.total(self.inputs) * self.averaged / self.total(rule)).to(torch.float32)
         return 1.0
 
-    def _entry(self, labels: torch.Tensor, length: int | None = None) -> tuple[str, int] | None:
-        """The key of the entry whose elements these labels are, and 1 where the first of each row is left out.
+    def share_of_rows(self) -> float:
+        """What a mean over this micro-batch's rows is multiplied by, for it to weigh as much as they do in the step: 1 where
+        all micro-batches are of one size."""
+        here = _num_rows(self.inputs)
+        sizes = [_num_rows(batch) for batch in self.window]
+        if here == 0 or len(set(sizes)) <= 1:
+            return 1.0
+        return here * len(sizes) / sum(sizes)
+
+    def _rule(self, labels: torch.Tensor, shift: int, ignore_index: int | None, length: int | None) -> Rule | None:
+        """How the items of these labels are counted: by the entry whose elements they are.
 
         The same memory, or else the same values: a copy, shifted or on another device, whose comparison synchronises.
         """
         entries = {key: value for key, value in self.inputs.items() if isinstance(value, torch.Tensor)}
         entries = {key: value for key, value in entries.items() if key in self.window[0]}
         entries = dict(sorted(entries.items(), key=lambda entry: "label" not in entry[0]))  # input_ids may be equal
+        length_of = self._entry_of_length(length) if length is not None else None
+        if length is not None and length_of is None:
+            return None
         for key, value in entries.items():
             if value.numel() == labels.numel() and _same_memory(value, labels):
-                return key, 0
+                return Rule(key, shift, ignore_index, length_of)
         for key, value in entries.items():
+            mask = self._mask_of(value) if length is None and labels.dim() == 1 and value.dim() > 1 else None
+            if mask is not None and labels.numel() == value.numel() and _same_values(value, labels):
+                # flattened into a copy: what attention leaves out was masked or dropped, though nothing is in this one
+                return Rule(key, shift, ignore_index, mask=mask)
             for first in (0, 1) if value.dim() > 1 else (0,):
                 part = value[..., first:] if length is None else value.clamp(0, length)
                 if part.numel() == labels.numel() and _same_values(part, labels):
-                    return key, first
+                    return Rule(key, first + shift, ignore_index, length_of)
+        if length is not None:
+            return None
+        for key, value in entries.items():
+            if "label" not in key:
+                continue
+            rule = self._rule_of_part(key, value, labels, shift, ignore_index)
+            if rule is not None:
+                return rule
         return None
+
+    def _rule_of_part(
+        self, key: str, entry: torch.Tensor, labels: torch.Tensor, shift: int, ignore_index: int | None
+    ) -> Rule | None:
+        """The rule of labels that a head has made from an entry: one codebook of it, without what attention leaves out,
+        or only the rows or elements that are items."""
+        for index in range(entry.shape[-1]) if entry.dim() > 2 else ():
+            part = entry[..., index]
+            if part.numel() == labels.numel() and _same_values(part, labels):
+                return Rule(key, shift, ignore_index, index=index)
+        if ignore_index is not None and labels.numel() > entry.numel() and labels.numel() % max(entry.numel(), 1) == 0:
+            chunks = labels.reshape(-1).split(entry.numel())
+            copies = [chunk for chunk in chunks if not bool((chunk == ignore_index).all())]
+            if copies and all(_same_values(entry, chunk) for chunk in copies):
+                return Rule(key, shift, ignore_index, copies=len(copies))
+        mask = self._mask_of(entry)
+        if mask is not None:
+            is_seen = self.inputs[mask] == 1
+            if ignore_index is not None and entry.numel() == labels.numel():
+                part = torch.where(is_seen, entry, ignore_index)
+            else:
+                part = entry[is_seen]
+            if part.numel() == labels.numel() and _same_values(part, labels):
+                return Rule(key, shift, ignore_index, mask=mask)
+        if ignore_index is not None and labels.numel() < entry.numel():
+            is_item = entry != ignore_index
+            parts = [(entry[is_item], 0)]
+            if entry.dim() > 1 and labels.dim() > 1 and labels.shape[-1] == entry.shape[-1]:
+                parts.append((entry[is_item[..., shift:].any(-1)], shift))
+            for part, first in parts:
+                if part.numel() == labels.numel() and _same_values(part, labels):
+                    return Rule(key, first, ignore_index)
+        return None
+
+    def _mask_of(self, entry: torch.Tensor) -> str | None:
+        """The key of the attention mask over the positions of an entry."""
+        mask = self.inputs.get("attention_mask")
+        return "attention_mask" if isinstance(mask, torch.Tensor) and mask.shape == entry.shape else None
 
     def _entry_of_length(self, length: int) -> str | None:
         """The key of an entry whose dimension 1 is as long as the logits'."""
@@ -160,6 +236,16 @@ def at_least_one(total: torch.Tensor) -> torch.Tensor:
     """A count that may be divided by, float64: 1 where there is nothing, and where every loss is therefore 0."""
     total = total.double()
     return torch.where(total > 0, total, torch.ones_like(total))
+
+
+def _num_rows(batch: Mapping[str, Any]) -> int:
+    """The rows of a micro-batch: the size of its first entry that has any."""
+    for value in batch.values():
+        if isinstance(value, (list, tuple)):
+            return len(value)
+        if isinstance(value, torch.Tensor) and value.dim() > 0:
+            return value.shape[0]
+    return 0
 
 
 def _same_memory(a: torch.Tensor, b: torch.Tensor) -> bool:

@@ -270,9 +270,9 @@ def compute_loss(
         inputs = {**inputs, "num_items_in_batch": given}
     # without num_items_in_batch Trainer passes none, and does not multiply by the ranks
     loss, outputs = _smoothed_loss(self, step, original, model, inputs, **kwargs)
-    share = ctc_share(self, step)
-    if share is not None:
-        loss = loss * share
+    factor = share(self, step)
+    if factor is not None:
+        loss = loss * factor
     if is_taken_as_scaled(self, num_items_in_batch):
         loss = loss / micro_batches
     return (loss, outputs) if return_outputs else loss
@@ -318,18 +318,24 @@ def _smoothed_loss(
     return smoothed, outputs
 
 
-def ctc_share(trainer: Any, step: steps.Step) -> Any:
-    """What a CTC loss is multiplied by: its mean is over examples, its sum over all of the step. None: another loss."""
+def share(trainer: Any, step: steps.Step) -> Any:
+    """What a loss that none of ours computed is multiplied by, for its items to weigh in the step as they are many.
+
+    CTC: its mean is over examples, its sum over all of the step. Masked image modeling: the mean over the masked patches.
+    None: it was ours, or it may have divided by the num_items_in_batch that it was given.
+    """
     model = base_model(trainer)
-    if getattr(model, "loss_type", None) != "ForCTC" and not type(model).__name__.endswith("ForCTC"):
+    if getattr(model, "loss_type", None) == "ForCTC" or type(model).__name__.endswith("ForCTC"):
+        if getattr(model.config, "ctc_loss_reduction", None) == "sum":
+            return trainer.current_gradient_accumulation_steps
+    elif step.calls:
         return None
-    if getattr(model.config, "ctc_loss_reduction", None) == "sum":
-        return trainer.current_gradient_accumulation_steps
-    if not step.window or not isinstance(step.inputs.get("labels"), torch.Tensor):
+    elif isinstance(step.inputs.get("bool_masked_pos"), torch.Tensor) and step.window:
+        rule = steps.Rule("bool_masked_pos", ignore_index=0)
+        return (rule.total(step.inputs) * step.averaged / step.total(rule)).to(torch.float32)
+    elif step.num_items_in_batch is not None:
         return None
-    examples = torch.tensor(float(sum(len(batch["labels"]) for batch in step.window)), dtype=torch.float64)
-    share = len(step.inputs["labels"]) * step.averaged / step.over_ranks(examples)
-    return share.to(torch.float32)
+    return step.share_of_rows()
 
 
 # What goes past us ----------------------------------------------------------------------------------------------------
