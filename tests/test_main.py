@@ -59,7 +59,7 @@ def refused(capsys, *arguments):
     return captured.err
 
 
-@pytest.mark.parametrize("package", ["transformers", "tokenizers", "matplotlib", "rich"])
+@pytest.mark.parametrize("package", ["transformers", "tokenizers", "matplotlib", "rich", "accelerate"])
 def test_demo_names_the_package_to_install(package, monkeypatch, capsys, tmp_path):
     find = importlib.util.find_spec
     monkeypatch.setattr(importlib.util, "find_spec", lambda name, *rest: None if name == package else find(name, *rest))
@@ -68,7 +68,7 @@ def test_demo_names_the_package_to_install(package, monkeypatch, capsys, tmp_pat
 
 @pytest.fixture
 def packages():
-    for package in ("transformers", "tokenizers", "matplotlib", "rich"):
+    for package in ("transformers", "tokenizers", "matplotlib", "rich", "accelerate"):
         pytest.importorskip(package, reason=f"the demo needs {package}")
 
 
