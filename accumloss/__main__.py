@@ -1,4 +1,4 @@
-"""The command line: python -m accumloss demo | env."""
+"""The command line: python -m accumloss audit | demo | env."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ import torch
 import accumloss
 
 from . import demo
+from .audit import command as audit_command
 
 
 def environment() -> dict[str, Any]:
@@ -71,7 +72,8 @@ def make_parser() -> argparse.ArgumentParser:
 
     defaults = demo.Settings()
     show = commands.add_parser(
-        "demo", help="train a small causal LM on real text at several accumulation depths, three ways"
+        "demo",
+        help="train a small BERT and a small Llama on real text at several accumulation depths, with and without accumloss",
     )
     show.add_argument(
         "--out",
@@ -83,7 +85,7 @@ def make_parser() -> argparse.ArgumentParser:
     show.add_argument(
         "--steps", type=int, default=defaults.steps, metavar="N", help="optimizer steps (default: %(default)s)"
     )
-    show.add_argument("--device", default=defaults.device, help="cpu, cuda, cuda:1 (default: %(default)s)")
+    show.add_argument("--device", default=defaults.device, help="cpu or cuda (default: %(default)s)")
     show.add_argument(
         "--seed",
         type=int,
@@ -92,6 +94,7 @@ def make_parser() -> argparse.ArgumentParser:
         help="of the weights and the order of the text (default: %(default)s)",
     )
     show.add_argument("--json", action="store_true", help="print the table as JSON")
+    audit_command.add_parser(commands)
     return parser
 
 
@@ -100,6 +103,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     if options.command == "env":
         return print_environment(options.json)
+    if options.command == "audit":
+        try:
+            return audit_command.run(options)
+        except KeyboardInterrupt:
+            print("audit: interrupted; the census goes on where it stopped", file=sys.stderr)
+            return 130
     if options.command == "demo":
         settings = demo.Settings(out=options.out, steps=options.steps, device=options.device, seed=options.seed)
         try:

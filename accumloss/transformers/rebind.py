@@ -23,11 +23,12 @@ from . import step as steps
 # as much as its tokens do in the step.
 ROUTER_LOSSES = ("load_balancing_loss_func", "router_z_loss_func")
 
+CRITERIA = "transformers.loss.loss_"  # of detection: classes that LOSS_MAPPING's functions make
 PREFIXES = ("transformers.", "transformers_modules.")  # the latter: code that comes with a checkpoint
 
 _models: weakref.WeakSet[Any] = weakref.WeakSet()  # whose modules have been seen
 _seen: set[str] = set()  # modules
-_bound: list[tuple[ModuleType, str, Any, Any]] = []  # module, name, theirs, ours
+_bound: list[tuple[Any, str, Any, Any]] = []  # module or class, name, theirs, ours
 _loss_modules: weakref.WeakSet[Any] = weakref.WeakSet()  # loss modules that a model made when it was built
 
 
@@ -41,7 +42,9 @@ def rebind_modules_of(model: Any) -> None:
             if type(part) is getattr(torch.nn, name):
                 part.__class__ = ours
                 _loss_modules.add(part)
-    for name in {cls.__module__ for part in model.modules() for cls in type(part).__mro__} - _seen:
+    names = {cls.__module__ for part in model.modules() for cls in type(part).__mro__}
+    names |= {name for name in sys.modules if name.startswith(CRITERIA) and not name.endswith(".loss_utils")}
+    for name in names - _seen:
         _seen.add(name)
         module = sys.modules.get(name)
         if module is None or not name.startswith(PREFIXES):
@@ -49,8 +52,17 @@ def rebind_modules_of(model: Any) -> None:
         for bound_as, theirs in list(vars(module).items()):
             ours = _replacement(bound_as, theirs)
             if ours is not None:
-                setattr(module, bound_as, ours)
-                _bound.append((module, bound_as, theirs, ours))
+                _bind(module, bound_as, theirs, ours)
+            elif isinstance(theirs, type) and theirs.__module__ == name:
+                for method, wrap in (("get_loss", _over_boxes), ("get_num_masks", _over_masks)):
+                    function = vars(theirs).get(method)
+                    if function is not None and (method != "get_loss" or "num_boxes" in function.__code__.co_varnames):
+                        _bind(theirs, method, function, wrap(function))
+
+
+def _bind(owner: Any, name: str, theirs: Any, ours: Any) -> None:
+    setattr(owner, name, ours)
+    _bound.append((owner, name, theirs, ours))
 
 
 def _replacement(name: str, theirs: Any) -> Any:
@@ -111,3 +123,28 @@ def _weighted_by_tokens(loss: Callable[..., Any]) -> Callable[..., Any]:
 def _share_of_tokens() -> Any:
     step = steps.current()
     return 1.0 if step is None else step.share_of_tokens()
+
+
+# Detection and instance segmentation: sums over boxes or masks, divided by how many there are in the micro-batch.
+
+
+def _over_boxes(get_loss: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(get_loss)
+    def over_boxes(self: Any, loss: Any, outputs: Any, targets: Any, indices: Any, num_boxes: Any, *more: Any) -> Any:
+        return get_loss(self, loss, outputs, targets, indices, num_boxes * _objects_of_the_step(), *more)
+
+    return over_boxes
+
+
+def _over_masks(get_num_masks: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(get_num_masks)
+    def over_masks(self: Any, *args: Any, **kwargs: Any) -> Any:
+        return get_num_masks(self, *args, **kwargs) * _objects_of_the_step()
+
+    return over_masks
+
+
+@torch.compiler.disable
+def _objects_of_the_step() -> float:
+    step = steps.current()
+    return 1.0 if step is None else step.objects_of_the_step()

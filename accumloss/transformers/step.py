@@ -114,6 +114,9 @@ class Step:
         self.calls += 1
         if not self.window or (given is not None and given is not self.num_items_in_batch):
             return given
+        matched = self._matched(labels, weight) if weight is not None else None
+        if matched is not None:
+            return Divisor(matched, self.expected_grad)
         rule = self._rule(labels, shift, ignore_index, length)
         if rule is not None:
             return Divisor(self.total(rule._replace(weight=weight)) / self.averaged, self.expected_grad)
@@ -152,6 +155,32 @@ class Step:
         if here == 0 or len(set(sizes)) <= 1:
             return 1.0
         return here * len(sizes) / sum(sizes)
+
+    def objects_of_the_step(self) -> float:
+        """What the boxes or masks of this micro-batch are multiplied by to be the step's, averaged over its micro-batches.
+
+        On several ranks these losses are divided by a mean over the ranks; then this is right where ranks are alike.
+        """
+        counts = [num_objects(batch) for batch in self.window]
+        here = num_objects(self.inputs)
+        if not counts or here is None or None in counts:
+            return 1.0
+        self.calls += 1
+        total = sum(sum(count) for count in counts if count is not None)
+        return max(total, 1) / len(counts) / max(sum(here), 1)
+
+    def _matched(self, classes: torch.Tensor, weight: torch.Tensor) -> torch.Tensor | None:
+        """The divisor of the classes (rows, queries) that detection has matched to its queries: an object each, and the last
+        class, of another weight, for all others. None: these are none."""
+        counts = [num_objects(batch) for batch in self.window]
+        if classes.dim() != 2 or classes.shape[0] != _num_rows(self.inputs) or None in counts:
+            return None
+        if not bool((weight[:-1] == 1).all()):
+            return None
+        queries = classes.shape[1]
+        objects = sum(min(n, queries) for count in counts if count is not None for n in count)
+        rows = sum(len(count) for count in counts if count is not None)
+        return (objects + (rows * queries - objects) * weight[-1].double()) / len(counts)
 
     def _rule(self, labels: torch.Tensor, shift: int, ignore_index: int | None, length: int | None) -> Rule | None:
         """How the items of these labels are counted: by the entry whose elements they are.
@@ -236,6 +265,17 @@ def at_least_one(total: torch.Tensor) -> torch.Tensor:
     """A count that may be divided by, float64: 1 where there is nothing, and where every loss is therefore 0."""
     total = total.double()
     return torch.where(total > 0, total, torch.ones_like(total))
+
+
+def num_objects(batch: Mapping[str, Any]) -> list[int] | None:
+    """The boxes or masks of each row: of labels that are a list of {"class_labels": (n,), ...}, or of a list of class_labels."""
+    labels = batch.get("labels")
+    if isinstance(labels, (list, tuple)) and all(isinstance(row, Mapping) and "class_labels" in row for row in labels):
+        return [len(row["class_labels"]) for row in labels]
+    classes = batch.get("class_labels")
+    if isinstance(classes, (list, tuple)):
+        return [len(row) for row in classes]
+    return None
 
 
 def _num_rows(batch: Mapping[str, Any]) -> int:

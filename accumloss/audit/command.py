@@ -1,0 +1,128 @@
+"""`python -m accumloss audit`: one model, or the census of all classes."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import logging
+import os
+import sys
+import time
+import warnings
+from pathlib import Path
+from typing import Any
+
+from . import audit_rows, census, models, report, tiny
+from .measure import WAYS, AuditError
+
+
+def add_parser(commands: Any) -> None:
+    """The audit command's arguments."""
+    parser = commands.add_parser(
+        "audit",
+        help="measure whether gradient accumulation is exact: for one model, or for every class of transformers",
+        description="Takes optimizer steps of the real Trainer over micro-batches, with and without accumloss, and holds them "
+        "against the model's own loss over the one batch. Exit status 1 where accumloss is not exact.",
+    )
+    parser.add_argument(
+        "model",
+        nargs="?",
+        metavar="MODEL",
+        help="a folder, a hub id, a class (BertForMaskedLM), a configuration class or a model_type",
+    )
+    parser.add_argument(
+        "--factory", metavar="PKG.MODULE:FUNCTION", help="a function of yours that returns (model, batches)"
+    )
+    parser.add_argument("--all", action="store_true", help="the census: every class of the installed transformers")
+    parser.add_argument(
+        "--batch-sizes",
+        nargs="+",
+        type=int,
+        default=[1, 2, 3],
+        metavar="N",
+        help="rows of a micro-batch (default: 1 2 3)",
+    )
+    parser.add_argument("--groups", action="store_true", help="also the gradient error of each parameter group")
+    parser.add_argument("--json", action="store_true", help="print JSON")
+    of_all = parser.add_argument_group("the census")
+    of_all.add_argument("--only", nargs="+", metavar="CLASS", help="these classes alone")
+    of_all.add_argument(
+        "--jobs", type=int, default=os.cpu_count() or 1, metavar="N", help="processes (default: %(default)s)"
+    )
+    of_all.add_argument(
+        "--time-limit", type=float, default=60.0, metavar="SECONDS", help="of a class (default: %(default)s)"
+    )
+    of_all.add_argument(
+        "--out",
+        type=Path,
+        default=Path("accumloss-census"),
+        metavar="FOLDER",
+        help="census.csv, census.md, and what is done so far (default: %(default)s)",
+    )
+    of_all.add_argument("--fresh", action="store_true", help="forget what an interrupted census has done")
+
+
+def run(options: argparse.Namespace) -> int:
+    """Exit status: 0 exact, 1 not, 2 not measured."""
+    if (options.model is not None) + (options.factory is not None) + options.all != 1:
+        print("audit: expected one of MODEL, --factory and --all", file=sys.stderr)
+        return 2
+    try:
+        return run_census(options) if options.all else run_one(options)
+    except AuditError as error:
+        print(error, file=sys.stderr)
+        return 2
+
+
+def run_one(options: argparse.Namespace) -> int:
+    _quiet()
+    subject = models.from_factory(options.factory) if options.factory else models.from_name(options.model)
+    steps = 1 + len(WAYS) * len([size for size in options.batch_sizes if 0 < size < len(subject.rows)])
+    with report.progress(steps, "steps") as advance:
+        found = audit_rows(
+            subject.model, subject.rows, batch_sizes=options.batch_sizes, groups=options.groups, progress=advance
+        )
+    if options.json:
+        print(json.dumps({**found.to_dict(), "model": subject.name, "note": subject.note}, indent=2))
+    else:
+        report.show(found, f"{subject.name}: {subject.note}" if subject.note else "")
+    return 0 if found.is_exact() else 1
+
+
+def run_census(options: argparse.Namespace) -> int:
+    _quiet()
+    state = options.out / "census.jsonl"
+    if options.fresh:
+        state.unlink(missing_ok=True)
+    classes = tiny.loss_bearing_classes()
+    if options.only:
+        unknown = set(options.only) - set(classes)
+        if unknown:
+            raise AuditError(
+                f"audit: expected classes of transformers that compute a loss, got {', '.join(sorted(unknown))}"
+            )
+        classes = {name: classes[name] for name in options.only}
+    start = time.perf_counter()
+    done = len({line["name"] for line in census.read(state)} & set(classes))
+    with report.progress(len(classes), "classes") as advance:
+        advance("", by=done)
+        lines = census.run(
+            classes,
+            state,
+            jobs=options.jobs,
+            time_limit=options.time_limit,
+            on_line=lambda line: advance(f"{line['name']}: {census.verdict(line)}"),
+        )
+    minutes = None if done else (time.perf_counter() - start) / 60
+    census.write_csv(lines, options.out / "census.csv")
+    text = census.markdown(lines, minutes)
+    (options.out / "census.md").write_text(text)
+    print(json.dumps([census.row(line) for line in lines], indent=2) if options.json else text)
+    return 1 if census.summary(lines)[census.WRONG] else 0
+
+
+def _quiet() -> None:
+    """Tiny models make transformers warn of much that does not matter here."""
+    warnings.simplefilter("ignore")
+    logging.getLogger("transformers").setLevel(logging.ERROR)
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
