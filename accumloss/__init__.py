@@ -1,5 +1,6 @@
 """accumloss: exact gradient accumulation and cheap cross-entropy for PyTorch."""
 
+from .auditing import audit
 from .functional import (
     causal_lm_loss,
     cross_entropy,
@@ -26,6 +27,7 @@ __version__ = build_info()["version"]
 __all__ = [
     "LossOptions",
     "TokenSums",
+    "audit",
     "build_info",
     "causal_lm_loss",
     "check",

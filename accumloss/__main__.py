@@ -16,7 +16,7 @@ import torch
 import accumloss
 
 from . import demo
-from .audit import command as audit_command
+from .auditing import command as audit_command
 
 
 def environment() -> dict[str, Any]:

@@ -32,11 +32,11 @@ LAYERS = [
     {"ops"},
     {"functional"},
     {"accumulation", "transformers"},
-    {"audit", "demo"},
+    {"auditing", "demo"},
     {"__init__"},
     {"__main__"},
 ]
-KNOWS_TRANSFORMERS = {"transformers", "audit", "demo", "__main__"}
+KNOWS_TRANSFORMERS = {"transformers", "auditing", "demo", "__main__"}
 
 
 def cpp_files():

@@ -38,10 +38,10 @@ def rebind_modules_of(model: Any) -> None:
         return
     _models.add(model)
     for part in model.modules():
-        for name, ours in heads.CLASSES.items():
-            if type(part) is getattr(torch.nn, name):
-                part.__class__ = ours
-                _loss_modules.add(part)
+        _replace_class(part)
+        for value in vars(part).values():
+            for entry in value.values() if isinstance(value, dict) else ():
+                _replace_class(entry)  # losses by name, in a dictionary that is no ModuleDict
     names = {cls.__module__ for part in model.modules() for cls in type(part).__mro__}
     names |= {name for name in sys.modules if name.startswith(CRITERIA) and not name.endswith(".loss_utils")}
     for name in names - _seen:
@@ -54,10 +54,17 @@ def rebind_modules_of(model: Any) -> None:
             if ours is not None:
                 _bind(module, bound_as, theirs, ours)
             elif isinstance(theirs, type) and theirs.__module__ == name:
-                for method, wrap in (("get_loss", _over_boxes), ("get_num_masks", _over_masks)):
+                for method, wrap in METHODS.items():
                     function = vars(theirs).get(method)
                     if function is not None and (method != "get_loss" or "num_boxes" in function.__code__.co_varnames):
                         _bind(theirs, method, function, wrap(function))
+
+
+def _replace_class(loss: Any) -> None:
+    ours = heads.CLASSES.get(type(loss).__name__)
+    if ours is not None and type(loss) is getattr(torch.nn, ours.__name__):
+        loss.__class__ = ours
+        _loss_modules.add(loss)
 
 
 def _bind(owner: Any, name: str, theirs: Any, ours: Any) -> None:
@@ -125,6 +132,23 @@ def _share_of_tokens() -> Any:
     return 1.0 if step is None else step.share_of_tokens()
 
 
+# A loss of its own beside one of PyTorch's: a mean over rows of one size.
+
+
+def _over_rows(loss: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(loss)
+    def over_rows(*args: Any, **kwargs: Any) -> Any:
+        return loss(*args, **kwargs) * _share_of_rows()
+
+    return over_rows
+
+
+@torch.compiler.disable
+def _share_of_rows() -> float:
+    step = steps.current()
+    return 1.0 if step is None else step.share_of_rows()
+
+
 # Detection and instance segmentation: sums over boxes or masks, divided by how many there are in the micro-batch.
 
 
@@ -148,3 +172,10 @@ def _over_masks(get_num_masks: Callable[..., Any]) -> Callable[..., Any]:
 def _objects_of_the_step() -> float:
     step = steps.current()
     return 1.0 if step is None else step.objects_of_the_step()
+
+
+METHODS: dict[str, Callable[..., Any]] = {
+    "get_loss": _over_boxes,
+    "get_num_masks": _over_masks,
+    "_quantile_loss": _over_rows,  # TimesFM
+}

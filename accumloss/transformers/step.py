@@ -8,6 +8,7 @@ was given as labels: what a loss averages over is read from the call, not from t
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, NamedTuple
@@ -24,20 +25,21 @@ class Rule(NamedTuple):
     shift: int = 0  # the first labels of each row are no targets
     ignore_index: int | None = -100  # None: every element is an item
     length_of: str | None = None  # question answering: positions beyond dimension 1 of this entry are no items
+    longer_by: int = 0  # logits have so many more positions than the entry: patches of an image
     weight: torch.Tensor | None = None  # (V,) class weights: an item counts as much as its class weighs
     mask: str | None = None  # labels where this entry is not 1 are no items
-    index: int | None = None  # the labels are entry[..., index]: a codebook of several
+    part: int | None = None  # the labels are entry[..., part]: a codebook of several
     copies: int = 1  # as often the labels are targets: heads that predict several tokens ahead
 
     def labels(self, batch: Mapping[str, Any]) -> torch.Tensor:
         """The entry, or its part, before the first labels of each row are left out."""
-        return batch[self.key] if self.index is None else batch[self.key][..., self.index]
+        return batch[self.key] if self.part is None else batch[self.key][..., self.part]
 
     def total(self, batch: Mapping[str, Any]) -> torch.Tensor:
         """The items of one micro-batch, or their total weight: () float64 on the device of the entry."""
         labels = self.labels(batch)[..., self.shift :]
         if self.length_of is not None:
-            length = batch[self.length_of].shape[1]
+            length = batch[self.length_of].shape[1] + self.longer_by
             is_item = labels.clamp(0, length) != length
         elif self.ignore_index is not None:
             is_item = labels != self.ignore_index
@@ -62,6 +64,76 @@ class Rule(NamedTuple):
         return tuple(mine) == tuple(theirs) and self.weight is other.weight
 
 
+class Origin(NamedTuple):
+    """How a head makes the labels of a call from an entry of the batch."""
+
+    key: str
+    first: int = 0  # the first labels of each row are left out
+    mask: str | None = None  # an entry: only where it is 1
+    part: int | None = None  # of the last dimension
+    kept: str = "all"  # of the entry: all, items (not ignored), rows (with an item), seen (where the mask is 1), copies
+
+    def copies_in(
+        self,
+        labels: torch.Tensor,
+        batch: Mapping[str, Any],
+        shift: int,
+        ignore_index: int | None,
+        length: int | None,
+    ) -> int:
+        """How often a call's labels hold what this makes of a micro-batch; 0 where they are something else."""
+        entry = batch[self.key]
+        if self.part is not None:
+            entry = entry[..., self.part]
+        if self.kept == "copies":  # of the whole entry; a part that is ignored altogether counts nothing
+            chunks = labels.reshape(-1).split(entry.numel())
+            copies = [chunk for chunk in chunks if not bool((chunk == ignore_index).all())]
+            return len(copies) if all(_same_values(entry, chunk) for chunk in copies) else 0
+        entry = entry[..., self.first :] if length is None else entry.clamp(0, length)
+        if self.kept == "items":
+            entry = entry[entry != ignore_index]
+        elif self.kept == "rows":
+            entry = entry[(entry != ignore_index)[..., shift:].any(-1)]
+        elif self.kept == "seen":
+            entry = entry[batch[self.mask] == 1] if self.mask is not None else entry
+        elif self.mask is not None and ignore_index is not None:
+            entry = torch.where(batch[self.mask] == 1, entry, ignore_index)
+        return int(entry.numel() == labels.numel() and _same_values(entry, labels))
+
+
+def _origins(
+    entries: Mapping[str, torch.Tensor], labels: torch.Tensor, ignore_index: int | None, length: int | None
+) -> Iterator[Origin]:
+    """The origins that labels of this size may have; the likeliest first."""
+    masks = {key: value for key, value in entries.items() if "mask" in key}
+    masks = dict(sorted(masks.items(), key=lambda entry: entry[0] == "attention_mask"))  # another is there for the loss
+    size = labels.numel()
+    for key, entry in entries.items():
+        shifted = entry[..., 1:].numel() if entry.dim() > 1 and length is None else -1
+        seen_by = [name for name, mask in masks.items() if mask.shape == entry.shape] if "label" in key else []
+        if entry.numel() == size:
+            if labels.dim() == 1 and entry.dim() > 1 and length is None:
+                # flattened into a copy: something was masked or dropped, though nothing is in this one
+                yield from (Origin(key, mask=mask, kept="seen") for mask in seen_by)
+            yield Origin(key)
+            if ignore_index is not None:
+                yield from (Origin(key, mask=mask) for mask in seen_by)
+        elif shifted == size:
+            yield Origin(key, first=1)
+        if length is not None or "label" not in key:
+            continue
+        if entry.dim() > 2 and entry.numel() == size * entry.shape[-1]:
+            yield from (Origin(key, part=part) for part in range(entry.shape[-1]))
+        if size < entry.numel():
+            yield from (Origin(key, mask=mask, kept="seen") for mask in seen_by)
+            if ignore_index is not None:
+                yield Origin(key, kept="items")
+                if entry.dim() > 1 and labels.dim() > 1 and labels.shape[-1] == entry.shape[-1]:
+                    yield Origin(key, kept="rows")
+        elif ignore_index is not None and 0 < entry.numel() < size and size % entry.numel() == 0:
+            yield Origin(key, kept="copies")
+
+
 class Step:
     """One micro-batch of an optimizer step, while its loss is computed.
 
@@ -72,6 +144,7 @@ class Step:
         expected_grad: what will come back to the loss in backward.
         over_ranks: makes a count of this rank one of all data-parallel ranks.
         totals: counts of this window that are known already.
+        origins: of the labels of earlier calls, where only one was possible.
     """
 
     def __init__(
@@ -82,6 +155,7 @@ class Step:
         expected_grad: float,
         over_ranks: Callable[[torch.Tensor], torch.Tensor],
         totals: dict[Rule, torch.Tensor],
+        origins: dict[Any, Origin] | None = None,
     ):
         self.window = window
         self.inputs = inputs
@@ -89,6 +163,7 @@ class Step:
         self.expected_grad = expected_grad
         self.over_ranks = over_ranks
         self.totals = totals
+        self.origins = {} if origins is None else origins
         self.main: Rule | None = None  # what Trainer counts
         self.num_items_in_batch: torch.Tensor | None = None  # what the model was given under this name
         self.label_smoothing = 0.0
@@ -122,7 +197,11 @@ class Step:
             return Divisor(self.total(rule._replace(weight=weight)) / self.averaged, self.expected_grad)
         if length is not None:
             return None
-        here = Rule("labels", shift, ignore_index, None, weight).total({"labels": labels})
+        if ignore_index is None:
+            rule = self._rule_of_size(labels)
+            if rule is not None:
+                return Divisor(self.total(rule) / self.averaged, self.expected_grad)
+        here = Rule("labels", shift, ignore_index, weight=weight).total({"labels": labels})
         mean = at_least_one(here) / self.share_of_rows()
         if self.main is None or ignore_index is None:
             return Divisor(mean, self.expected_grad)
@@ -185,80 +264,65 @@ class Step:
     def _rule(self, labels: torch.Tensor, shift: int, ignore_index: int | None, length: int | None) -> Rule | None:
         """How the items of these labels are counted: by the entry whose elements they are.
 
-        The same memory, or else the same values: a copy, shifted or on another device, whose comparison synchronises.
+        The same memory, or else the same values, whose comparison synchronises. Where a micro-batch fits several origins (no
+        position of it is masked, say), the one that alone fitted the same call of another is taken.
         """
         entries = {key: value for key, value in self.inputs.items() if isinstance(value, torch.Tensor)}
         entries = {key: value for key, value in entries.items() if key in self.window[0]}
         entries = dict(sorted(entries.items(), key=lambda entry: "label" not in entry[0]))  # input_ids may be equal
-        length_of = self._entry_of_length(length) if length is not None else None
-        if length is not None and length_of is None:
-            return None
+        length_of, longer_by = None, 0
+        if length is not None:
+            found = self._entry_of_length(length)
+            if found is None:
+                return None
+            length_of, longer_by = found
         for key, value in entries.items():
             if value.numel() == labels.numel() and _same_memory(value, labels):
-                return Rule(key, shift, ignore_index, length_of)
-        for key, value in entries.items():
-            mask = self._mask_of(value) if length is None and labels.dim() == 1 and value.dim() > 1 else None
-            if mask is not None and labels.numel() == value.numel() and _same_values(value, labels):
-                # flattened into a copy: what attention leaves out was masked or dropped, though nothing is in this one
-                return Rule(key, shift, ignore_index, mask=mask)
-            for first in (0, 1) if value.dim() > 1 else (0,):
-                part = value[..., first:] if length is None else value.clamp(0, length)
-                if part.numel() == labels.numel() and _same_values(part, labels):
-                    return Rule(key, first + shift, ignore_index, length_of)
-        if length is not None:
+                return Rule(key, shift, ignore_index, length_of, longer_by)
+        call = (self.calls, tuple(entries))
+        known = self.origins.get(call)
+        likeliest = [] if known is None else [known]
+        fitting: list[tuple[Origin, int]] = []
+        for origin in itertools.chain(likeliest, _origins(entries, labels, ignore_index, length)):
+            copies = origin.copies_in(labels, self.inputs, shift, ignore_index, length)
+            if copies:
+                fitting.append((origin, copies))
+                if origin is known or length is not None or "label" not in origin.key:
+                    break
+        if not fitting:
             return None
-        for key, value in entries.items():
-            if "label" not in key:
-                continue
-            rule = self._rule_of_part(key, value, labels, shift, ignore_index)
-            if rule is not None:
-                return rule
+        origin, copies = fitting[0]
+        if len(fitting) == 1:
+            self.origins[call] = origin
+        first = 0 if origin.kept == "items" else origin.first + shift
+        return Rule(
+            origin.key,
+            first,
+            ignore_index,
+            length_of,
+            longer_by,
+            mask=origin.mask,
+            part=origin.part,
+            copies=copies,
+        )
+
+    def _rule_of_size(self, target: torch.Tensor) -> Rule | None:
+        """The rule of a target without ignored elements that has one for each item of an entry of numbers (a spectrogram, -100
+        where it ends), or for each of its frames; its values may be the head's own."""
+        for key, entry in self.inputs.items():
+            if "label" in key and isinstance(entry, torch.Tensor) and entry.is_floating_point() and entry.dim() == 3:
+                for rule in (Rule(key), Rule(key, part=0)):
+                    if int(rule.total(self.inputs)) == target.numel() and key in self.window[0]:
+                        return rule
         return None
 
-    def _rule_of_part(
-        self, key: str, entry: torch.Tensor, labels: torch.Tensor, shift: int, ignore_index: int | None
-    ) -> Rule | None:
-        """The rule of labels that a head has made from an entry: one codebook of it, without what attention leaves out,
-        or only the rows or elements that are items."""
-        for index in range(entry.shape[-1]) if entry.dim() > 2 else ():
-            part = entry[..., index]
-            if part.numel() == labels.numel() and _same_values(part, labels):
-                return Rule(key, shift, ignore_index, index=index)
-        if ignore_index is not None and labels.numel() > entry.numel() and labels.numel() % max(entry.numel(), 1) == 0:
-            chunks = labels.reshape(-1).split(entry.numel())
-            copies = [chunk for chunk in chunks if not bool((chunk == ignore_index).all())]
-            if copies and all(_same_values(entry, chunk) for chunk in copies):
-                return Rule(key, shift, ignore_index, copies=len(copies))
-        mask = self._mask_of(entry)
-        if mask is not None:
-            is_seen = self.inputs[mask] == 1
-            if ignore_index is not None and entry.numel() == labels.numel():
-                part = torch.where(is_seen, entry, ignore_index)
-            else:
-                part = entry[is_seen]
-            if part.numel() == labels.numel() and _same_values(part, labels):
-                return Rule(key, shift, ignore_index, mask=mask)
-        if ignore_index is not None and labels.numel() < entry.numel():
-            is_item = entry != ignore_index
-            parts = [(entry[is_item], 0)]
-            if entry.dim() > 1 and labels.dim() > 1 and labels.shape[-1] == entry.shape[-1]:
-                parts.append((entry[is_item[..., shift:].any(-1)], shift))
-            for part, first in parts:
-                if part.numel() == labels.numel() and _same_values(part, labels):
-                    return Rule(key, first, ignore_index)
-        return None
-
-    def _mask_of(self, entry: torch.Tensor) -> str | None:
-        """The key of the attention mask over the positions of an entry."""
-        mask = self.inputs.get("attention_mask")
-        return "attention_mask" if isinstance(mask, torch.Tensor) and mask.shape == entry.shape else None
-
-    def _entry_of_length(self, length: int) -> str | None:
-        """The key of an entry whose dimension 1 is as long as the logits'."""
+    def _entry_of_length(self, length: int) -> tuple[str, int] | None:
+        """The key of an entry whose dimension 1 is as long as the logits', or of the text and what they are longer by."""
         for key, value in self.inputs.items():
             if isinstance(value, torch.Tensor) and value.dim() > 1 and value.shape[1] == length:
-                return key
-        return None
+                return key, 0
+        text = self.inputs.get("input_ids")
+        return ("input_ids", length - text.shape[1]) if isinstance(text, torch.Tensor) and text.dim() == 2 else None
 
 
 def at_least_one(total: torch.Tensor) -> torch.Tensor:
@@ -273,7 +337,7 @@ def num_objects(batch: Mapping[str, Any]) -> list[int] | None:
     if isinstance(labels, (list, tuple)) and all(isinstance(row, Mapping) and "class_labels" in row for row in labels):
         return [len(row["class_labels"]) for row in labels]
     classes = batch.get("class_labels")
-    if isinstance(classes, (list, tuple)):
+    if isinstance(classes, (list, tuple)) or (isinstance(classes, torch.Tensor) and classes.dim() == 2):
         return [len(row) for row in classes]
     return None
 

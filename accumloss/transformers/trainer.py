@@ -13,6 +13,8 @@ itself divides no loss of a model that takes keyword arguments, whether that has
 
 from __future__ import annotations
 
+import functools
+import inspect
 import warnings
 import weakref
 from collections.abc import Callable, Mapping, Sequence
@@ -28,6 +30,7 @@ METHODS = ("get_batch_samples", "_get_num_items_in_batch", "training_step", "com
 _originals: dict[str, Callable[..., Any]] = {}  # transformers' own methods, while ours are in their place
 _original_loss: Any = None  # transformers.trainer.ForCausalLMLoss
 _covers_all = False  # every model, or only those whose loss_function is ours
+_origins: weakref.WeakKeyDictionary[Any, dict[Any, steps.Origin]] = weakref.WeakKeyDictionary()
 _windows: weakref.WeakKeyDictionary[Any, Window] = weakref.WeakKeyDictionary()
 _warned: weakref.WeakSet[Any] = weakref.WeakSet()
 
@@ -243,6 +246,7 @@ def make_step(trainer: Any, inputs: Mapping[str, Any], num_items_in_batch: Any) 
         expected_grad=1.0 / micro_batches,
         over_ranks=lambda total: over_ranks(trainer, total),
         totals=window.totals,
+        origins=_origins.setdefault(trainer, {}),
     )
     if isinstance(inputs, Mapping) and isinstance(inputs.get("labels"), torch.Tensor):
         step.main = _counted_rule(base_model(trainer), inputs)
@@ -321,11 +325,12 @@ def _smoothed_loss(
 def share(trainer: Any, step: steps.Step) -> Any:
     """What a loss that none of ours computed is multiplied by, for its items to weigh in the step as they are many.
 
-    CTC: its mean is over examples, its sum over all of the step. Masked image modeling: the mean over the masked patches.
+    CTC and transducers: a mean is over examples, a sum over all of the step. Masked image models: the mean over the masked
+    patches.
     None: it was ours, or it may have divided by the num_items_in_batch that it was given.
     """
     model = base_model(trainer)
-    if getattr(model, "loss_type", None) == "ForCTC" or type(model).__name__.endswith("ForCTC"):
+    if getattr(model, "loss_type", None) == "ForCTC" or type(model).__name__.endswith(("ForCTC", "ForTDT", "ForRNNT")):
         if getattr(model.config, "ctc_loss_reduction", None) == "sum":
             return trainer.current_gradient_accumulation_steps
     elif step.calls:
@@ -333,9 +338,19 @@ def share(trainer: Any, step: steps.Step) -> Any:
     elif isinstance(step.inputs.get("bool_masked_pos"), torch.Tensor) and step.window:
         rule = steps.Rule("bool_masked_pos", ignore_index=0)
         return (rule.total(step.inputs) * step.averaged / step.total(rule)).to(torch.float32)
-    elif step.num_items_in_batch is not None:
+    elif step.num_items_in_batch is not None and not computes_its_loss_alone(type(model).forward):
         return None
     return step.share_of_rows()
+
+
+@functools.cache
+def computes_its_loss_alone(forward: Callable[..., Any]) -> bool:
+    """Whether a forward calls no loss function and looks at no num_items_in_batch: its loss is a mean of its own."""
+    try:
+        source = inspect.getsource(inspect.unwrap(forward))
+    except (OSError, TypeError):
+        return False
+    return "loss_function" not in source and "num_items_in_batch" not in source
 
 
 # What goes past us ----------------------------------------------------------------------------------------------------

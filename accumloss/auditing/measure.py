@@ -98,15 +98,13 @@ def _rank(value: float) -> float:
 # Rows -----------------------------------------------------------------------------------------------------------------
 
 
-def collate(rows: Rows) -> dict[str, Any]:
-    """One batch of rows: tensors and numbers stacked, anything else in a list."""
-    batch = {}
-    for key, value in rows[0].items():
+def collate(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """One batch of rows: tensors of one shape are stacked, anything else is a list."""
+    batch: dict[str, Any] = {}
+    for key in rows[0]:
         values = [row[key] for row in rows]
-        if isinstance(value, torch.Tensor):
+        if all(isinstance(value, torch.Tensor) and value.shape == values[0].shape for value in values):
             batch[key] = torch.stack(values)
-        elif isinstance(value, (bool, int, float)):
-            batch[key] = torch.tensor(values)
         else:
             batch[key] = values
     return batch
@@ -185,7 +183,7 @@ def prepared(model: torch.nn.Module) -> Iterator[torch.nn.Module]:
     try:
         yield copied
     finally:
-        del copied.train  # type: ignore[attr-defined]
+        del copied.train
 
 
 def _normalized(norm: torch.nn.modules.batchnorm._BatchNorm, x: torch.Tensor) -> torch.Tensor:
@@ -208,7 +206,7 @@ def plain_loss(model: torch.nn.Module, batch: Mapping[str, Any]) -> tuple[float,
     model.zero_grad(set_to_none=True)
     torch.manual_seed(0)
     outputs = model(**batch)
-    loss = outputs["loss"] if isinstance(outputs, Mapping) else getattr(outputs, "loss", None)
+    loss = outputs.get("loss") if isinstance(outputs, Mapping) else getattr(outputs, "loss", None)
     if loss is None:
         raise AuditError(
             f"audit: expected {type(model).__name__} to return a loss for these entries: {', '.join(batch)}"
@@ -278,7 +276,7 @@ def train_step(model: torch.nn.Module, rows: Rows, batch_size: int, way: str) ->
     """One optimizer step of the real Trainer over all rows: gradient, logged loss, seconds, peak memory (MB)."""
     import transformers
 
-    class Recorder(transformers.TrainerCallback):  # type: ignore[name-defined, misc]
+    class Recorder(transformers.TrainerCallback):
         gradients: Gradients
         loss = math.nan
 
@@ -289,7 +287,7 @@ def train_step(model: torch.nn.Module, rows: Rows, batch_size: int, way: str) ->
             if logs and "loss" in logs:
                 self.loss = float(logs["loss"])
 
-    class SequentialTrainer(transformers.Trainer):  # type: ignore[name-defined, misc]
+    class SequentialTrainer(transformers.Trainer):
         def _get_train_sampler(self, *args: Any, **kwargs: Any) -> Any:
             return torch.utils.data.SequentialSampler(rows)
 
@@ -390,13 +388,20 @@ def group_errors(gradients: Gradients, whole: Gradients) -> dict[str, float]:
     return errors
 
 
+DEPENDS_ON_BATCH = "what the model returns for a row depends on the other rows of its batch"
 COUPLED = 1e-3  # a gradient further than this from the span of the micro-batches' is of no weighting of them
 
 
-def explained(report: Report, whole: Gradients, parts: Mapping[int, Sequence[Gradients]]) -> Report:
+def explained(
+    report: Report, model: torch.nn.Module, rows: Rows, whole: Gradients, parts: Mapping[int, Sequence[Gradients]]
+) -> Report:
     """The report with the reason why accumloss is not exact."""
     distance = max(distance_to_span(whole, gradients) for gradients in parts.values())
-    if distance > COUPLED:
+    with prepared(model) as copied:
+        name, change = largest_change(copied, rows)
+    if change > COUPLED:
+        reason = f"{DEPENDS_ON_BATCH}: {name} of a row alone differs by {change:.2g} of its size"
+    elif distance > COUPLED:
         reason = (
             f"the loss is coupled over the batch, or has terms that count different things: no weighting of the micro-batches "
             f"gives the gradient of the one batch (it is {distance:.2g} of its size away)"
@@ -404,6 +409,36 @@ def explained(report: Report, whole: Gradients, parts: Mapping[int, Sequence[Gra
     else:
         reason = f"what the loss averages over was not recognised: {report.worst('accumloss').cause}"
     return replace(report, reason=reason, distance=distance)
+
+
+def largest_change(model: torch.nn.Module, rows: Rows) -> tuple[str, float]:
+    """The output that changes most where a row is alone in its batch, and by what share of its size."""
+    found = ("", 0.0)
+    with torch.no_grad():
+        torch.manual_seed(0)
+        together = _outputs(model(**collate(rows)))
+        for i, row in enumerate(rows):
+            torch.manual_seed(0)
+            for name, alone in _outputs(model(**collate([row]))).items():
+                whole = together.get(name)
+                if whole is None or whole.shape[:1] != (len(rows),) or whole.shape[1:] != alone.shape[1:]:
+                    continue  # no row of its own in it
+                size = whole[i].abs().max().item()
+                change = (whole[i] - alone[0]).abs().max().item()
+                if size and change / size > found[1]:
+                    found = (name, change / size)
+    return found
+
+
+def _outputs(outputs: Any) -> dict[str, torch.Tensor]:
+    """The floating tensors with a batch dimension that a model returns, by name."""
+    if not isinstance(outputs, Mapping):
+        return {}
+    return {
+        name: value
+        for name, value in outputs.items()
+        if isinstance(value, torch.Tensor) and value.is_floating_point() and value.dim() > 1
+    }
 
 
 @contextlib.contextmanager

@@ -85,4 +85,8 @@ def audit_rows(
             say(f"{way}, {name}")
             steps.append(measure.step_result(model, rows, size, way, name, loss, whole, parts[size], groups))
     report = Report(type(model).__name__, len(rows), loss, noise, steps)
-    return report if report.is_exact() or not report.of("accumloss") else measure.explained(report, whole, parts)
+    return (
+        report
+        if report.is_exact() or not report.of("accumloss")
+        else measure.explained(report, model, rows, whole, parts)
+    )

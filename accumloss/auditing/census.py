@@ -25,7 +25,7 @@ from typing import Any
 import torch
 
 from . import reasons
-from .measure import EXACT
+from .measure import DEPENDS_ON_BATCH, EXACT
 
 Line = dict[str, Any]
 COLUMNS = (
@@ -73,7 +73,7 @@ class Worker:
             }
             with self.log.open("a") as errors:
                 self.process = subprocess.Popen(
-                    [sys.executable, "-m", "accumloss.audit.worker"],
+                    [sys.executable, "-m", "accumloss.auditing.worker"],
                     stdin=subprocess.PIPE,
                     stdout=subprocess.PIPE,
                     stderr=errors,
@@ -163,7 +163,14 @@ def verdict(line: Line) -> str:
         return NOT_RUN
     if line["accumloss"]["exact"]:
         return EXACT_WITH
-    return COUPLED if reasons.why_not_exact(line["name"]) else WRONG
+    return COUPLED if why_not_exact(line) else WRONG
+
+
+def why_not_exact(line: Line) -> str:
+    """Why a class that is not exact cannot be, or nothing."""
+    if line["reason"].startswith(DEPENDS_ON_BATCH):
+        return str(line["reason"])
+    return reasons.why_not_exact(line["name"], line["head"])
 
 
 def row(line: Line) -> dict[str, Any]:
@@ -180,7 +187,7 @@ def row(line: Line) -> dict[str, Any]:
                 if f"{way}_{key}" in found:
                     found[f"{way}_{key}"] = _short(result[key])
         if verdict(line) == COUPLED:
-            found["reason"] = reasons.why_not_exact(line["name"])
+            found["reason"] = why_not_exact(line)
     return found
 
 

@@ -11,6 +11,8 @@ from typing import Any, ClassVar
 
 import torch
 
+from .measure import collate
+
 Row = dict[str, Any]
 
 LENGTH = 12  # of a text
@@ -83,9 +85,9 @@ def head_of(cls: type) -> str:
 
 
 @functools.cache
-def parameters_of(cls: type) -> tuple[str, ...]:
+def parameters_of(cls: Any) -> tuple[str, ...]:
     """What forward takes."""
-    return tuple(inspect.signature(inspect.unwrap(cls.forward)).parameters)[1:]  # type: ignore[attr-defined]
+    return tuple(inspect.signature(inspect.unwrap(cls.forward)).parameters)[1:]
 
 
 LABELS = re.compile(
@@ -113,25 +115,13 @@ def configs_of(config: Any) -> Iterator[Any]:
 # Batches --------------------------------------------------------------------------------------------------------------
 
 
-def batch_of(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """One batch of rows: tensors of one shape stacked, anything else in a list."""
-    batch: dict[str, Any] = {}
-    for key in rows[0]:
-        values = [row[key] for row in rows]
-        if all(isinstance(value, torch.Tensor) and value.shape == values[0].shape for value in values):
-            batch[key] = torch.stack(values)
-        else:
-            batch[key] = values
-    return batch
-
-
 def loss_of(model: torch.nn.Module, rows: Sequence[Mapping[str, Any]]) -> torch.Tensor:
     """What the model gives as the loss of the batch of all rows."""
-    outputs = model(**batch_of(rows))
+    outputs = model(**collate(rows))
     loss = outputs.get("loss") if isinstance(outputs, Mapping) else getattr(outputs, "loss", None)
     if loss is None:
         raise CannotBuild(f"forward of {', '.join(rows[0])} gives no loss")
-    return loss.sum()  # type: ignore[no-any-return]
+    return loss.sum()
 
 
 # Rows -----------------------------------------------------------------------------------------------------------------
@@ -183,10 +173,11 @@ class Maker:
         self.model = model
         self.config = model.config
         self.recipe = recipe
-        self.name = type(model).__name__
-        self.parameters = parameters_of(type(model))
-        self.labels = label_names(type(model))
-        self.head = head_of(type(model))
+        cls: Any = model.__class__
+        self.name = cls.__name__
+        self.parameters = parameters_of(cls)
+        self.labels = label_names(cls)
+        self.head = head_of(cls)
         self.generator = torch.Generator().manual_seed(seed)
         self.text_config = text_config_of(model.config)
         self.special = special_ids(model.config)
@@ -194,6 +185,7 @@ class Maker:
         self.kept = 0  # its labels
         self.row: Row = {}
         self.placeholder = -1  # the token that stands for an image
+        self._objects: tuple[int, dict[str, torch.Tensor]] = (-1, {})  # of a row
 
     def rows(self, count: int) -> list[Row]:
         found = []
@@ -210,18 +202,13 @@ class Maker:
         return found
 
     def order(self, name: str) -> tuple[int, int]:
-        """Texts first, what media add to them next, labels last."""
-        stage = (
-            0
-            if name in ("input_ids", "qformer_input_ids")
-            else 1
-            if MEDIA.fullmatch(name)
-            else 3
-            if name in self.labels
-            else 2
-        )
-        if name == "decoder_input_ids":
-            stage = 4
+        """Texts first, what media add to them next, then labels, and what is made of those."""
+        if name in ("input_ids", "qformer_input_ids"):
+            stage = 0
+        elif MEDIA.fullmatch(name):
+            stage = 1
+        else:
+            stage = 4 if name == "decoder_input_ids" else 3 if name in self.labels else 2
         return stage, self.parameters.index(name)
 
     # Numbers
@@ -289,16 +276,13 @@ class Maker:
     def make_input_ids(self) -> torch.Tensor | None:
         if "TextToUnit" in self.name:
             return None  # it takes inputs_embeds alone
-        if (
-            "GroundingDino" in self.name
-        ):  # phrases, each ended by a full stop, between the tokens that begin and end a text
+        if "GroundingDino" in self.name:
+            # phrases, each ended by a full stop, between the tokens that begin and end a text
             phrases = torch.full((LENGTH - 2,), 1012)
             phrases[0::2] = self.ids(len(phrases[0::2]))
             return torch.cat([torch.tensor([101]), phrases, torch.tensor([102])])
-        codebooks = self.input_codebooks
-        if codebooks:
-            ids = self.ids(*codebooks, below=32)
-            return ids
+        if self.input_codebooks:
+            return self.ids(*self.input_codebooks, below=32)
         ids = self.ids(*self.text_shape)
         pad, eos = self.token_id("pad_token_id"), self.token_id("eos_token_id")
         ids[..., self.end :] = pad if pad is not None and pad < self.vocabulary else 0
@@ -485,12 +469,8 @@ class Maker:
         detects = self.head == "object detection" or re.search("Detr", self.name)
         height = width = 96 if detects else IMAGE  # of the last stage, more than one pixel
         for config in configs_of(self.config):
-            size = (
-                get(config, "image_size")
-                or get(config, "img_size")
-                or get(config, "train_size")
-                or get(config, "max_img_size")
-            )
+            names = ("image_size", "img_size", "train_size", "max_img_size")
+            size = next((get(config, name) for name in names if get(config, name)), None)
             if isinstance(size, (int, list, tuple)):
                 height, width = size if isinstance(size, (list, tuple)) else (size, size)
                 if self.name.startswith("SegGpt"):
@@ -588,9 +568,6 @@ class Maker:
     def make_prompt_masks(self) -> torch.Tensor:
         return self.normal(*self.image_shape())
 
-    def make_conditional_pixel_values(self) -> torch.Tensor | None:
-        return None
-
     # Sound
 
     @functools.cached_property
@@ -612,6 +589,8 @@ class Maker:
 
     def wave(self) -> torch.Tensor:
         samples = 2400 if "moonshine" in type(self.model).__module__ else 640
+        if self.name == "PeAudioFrameLevelModel":
+            samples = 8  # one frame: its loss is of (rows, rows), whatever the number of frames
         return self.normal(1, samples) if self.recipe == "swapped" else self.normal(samples)
 
     def make_input_features(self) -> torch.Tensor | None:
@@ -757,12 +736,10 @@ class Maker:
             return None
         count = self.patch_count
         mask = torch.zeros(count, dtype=torch.bool)
-        masked = count // 2 if "VideoMAE" in self.name else max(1, count * self.kept // 13)  # as many in every row
+        # a VideoMAE needs as many in every row
+        masked = count // 2 if "VideoMAE" in self.name else max(1, count * self.kept // 13)
         mask[torch.randperm(count, generator=self.generator)[:masked]] = True
         return mask
-
-    def make_label_weights(self) -> torch.Tensor | None:
-        return None
 
     def make_class_labels(self) -> torch.Tensor:
         return self.objects["class_labels"]
@@ -777,8 +754,8 @@ class Maker:
         for expression, maker in self.LABELS_OF.items():
             if re.match(expression, self.name):
                 return maker(self)
-        maker = getattr(self, "labels_of_" + self.head.replace(" ", "_").replace("-", "_"), None)
-        return self.labels_of_tokens() if maker is None else maker()
+        by_head = getattr(self, "labels_of_" + self.head.replace(" ", "_"), None)
+        return self.labels_of_tokens() if by_head is None else by_head()
 
     def labels_of_class(self) -> torch.Tensor:
         return self.ints(0, self.classes)
@@ -818,7 +795,7 @@ class Maker:
     @property
     def objects(self) -> dict[str, torch.Tensor]:
         """Boxes and masks in an image, as many as this row has."""
-        if "_objects" not in self.__dict__ or self._objects[0] != self.index:
+        if self._objects[0] != self.index:
             count = (2, 5, 3, 5, 2, 3, 4, 2)[self.index % 8]
             centers, sizes = 0.3 + 0.4 * self.uniform(count, 2), 0.1 + 0.3 * self.uniform(count, 2)
             found = {"class_labels": self.ints(0, self.classes, count), "boxes": torch.cat([centers, sizes], dim=-1)}

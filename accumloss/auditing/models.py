@@ -103,7 +103,7 @@ def _from_checkpoint(path: str) -> Subject:
 
 
 def _class(classes: Mapping[str, str], name: str) -> type:
-    return getattr(importlib.import_module(classes[name]), name)  # type: ignore[no-any-return]
+    return getattr(importlib.import_module(classes[name]), name)
 
 
 def _of_configuration(classes: Mapping[str, str], name: str) -> list[type]:
