@@ -1,4 +1,4 @@
-# make demo | test | lint | bench | clean
+# make demo | test | lint | bench | census | clean
 #
 # All of it happens in .venv, which the first target that needs it makes. A torch 2.10 or newer that PYTHON already has
 # is used from where it is; otherwise, or where TORCH is given (make test TORCH=torch==2.15.0), it is installed.
@@ -11,7 +11,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check
 SOURCES := pyproject.toml setup.py CMakeLists.txt \
            $(shell find accumloss build_tools csrc -name '*.py' -o -name '*.h' -o -name '*.cpp' -o -name '*.cu*')
 
-.PHONY: demo test lint bench clean
+.PHONY: demo test lint bench census clean
 .DELETE_ON_ERROR:
 .SECONDARY:
 
@@ -31,8 +31,12 @@ lint: $(VENV)/.installed-dev
 bench: $(VENV)/.installed-bench
 	$(BIN)/python benchmarks/bench_cross_entropy.py $(ARGS)
 
+# Some 20 minutes on 2 cores; docs/census.md and benchmarks/results/census.csv are what it wrote.
+census: $(VENV)/.installed-test
+	cd $(VENV) && bin/python -m accumloss audit --all --out "$(CURDIR)/accumloss-census" $(ARGS)
+
 clean:
-	rm -rf $(VENV) build dist *.egg-info accumloss-demo accumloss/_C.*.so
+	rm -rf $(VENV) build dist *.egg-info accumloss-demo accumloss-census accumloss/_C.*.so
 	find . -name __pycache__ -prune -exec rm -rf {} +
 
 $(VENV)/.torch:

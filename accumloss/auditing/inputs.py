@@ -732,9 +732,9 @@ class Maker:
         return torch.tensor([1]) if self.head == "pre-training" else None
 
     def make_bool_masked_pos(self) -> torch.Tensor | None:
-        if self.name.startswith("SegGpt"):
-            return None
         count = self.patch_count
+        if self.name.startswith("SegGpt"):  # of the prompt, which is as large again, nothing is masked
+            return torch.arange(2 * count) >= 2 * count - max(1, count * self.kept // 13)
         mask = torch.zeros(count, dtype=torch.bool)
         # a VideoMAE needs as many in every row
         masked = count // 2 if "VideoMAE" in self.name else max(1, count * self.kept // 13)

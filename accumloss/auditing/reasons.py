@@ -12,6 +12,7 @@ REASONS: dict[str, str] = {
     r"(Wav2Vec2|Wav2Vec2Conformer|UniSpeech|UniSpeechSat)ForPreTraining": (
         "contrastive, its negatives drawn from the whole micro-batch, and a diversity term over the micro-batch's codes"
     ),
+    r"PeAudioFrameLevelModel": CONTRASTIVE,
     r"(DFine|Deimv2)ForObjectDetection": (
         "terms of its localisation loss are weighted by how many queries of the micro-batch were matched"
     ),

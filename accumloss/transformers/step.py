@@ -86,6 +86,8 @@ class Origin(NamedTuple):
         if self.part is not None:
             entry = entry[..., self.part]
         if self.kept == "copies":  # of the whole entry; a part that is ignored altogether counts nothing
+            if entry.numel() == 0:
+                return 0
             chunks = labels.reshape(-1).split(entry.numel())
             copies = [chunk for chunk in chunks if not bool((chunk == ignore_index).all())]
             return len(copies) if all(_same_values(entry, chunk) for chunk in copies) else 0
@@ -145,6 +147,7 @@ class Step:
         over_ranks: makes a count of this rank one of all data-parallel ranks.
         totals: counts of this window that are known already.
         origins: of the labels of earlier calls, where only one was possible.
+        gathers: whether over_ranks waits for the other ranks. They must then count equally often, whatever each of them finds.
     """
 
     def __init__(
@@ -154,8 +157,9 @@ class Step:
         averaged: int,
         expected_grad: float,
         over_ranks: Callable[[torch.Tensor], torch.Tensor],
-        totals: dict[Rule, torch.Tensor],
+        totals: dict[Any, Any],
         origins: dict[Any, Origin] | None = None,
+        gathers: bool = False,
     ):
         self.window = window
         self.inputs = inputs
@@ -164,6 +168,7 @@ class Step:
         self.over_ranks = over_ranks
         self.totals = totals
         self.origins = {} if origins is None else origins
+        self.gathers = gathers
         self.main: Rule | None = None  # what Trainer counts
         self.num_items_in_batch: torch.Tensor | None = None  # what the model was given under this name
         self.label_smoothing = 0.0
@@ -193,30 +198,48 @@ class Step:
         if matched is not None:
             return Divisor(matched, self.expected_grad)
         rule = self._rule(labels, shift, ignore_index, length)
-        if rule is not None:
-            return Divisor(self.total(rule._replace(weight=weight)) / self.averaged, self.expected_grad)
+        if rule is None and ignore_index is None and length is None:
+            rule = self._rule_of_size(labels)
+        main = None if self.main is None or ignore_index is None or length is not None else self.main
+        counted = main if rule is None else rule
+        total = self._total_of_call(None if counted is None else counted._replace(weight=weight))
+        if rule is not None and total is not None:
+            return Divisor(total / self.averaged, self.expected_grad)
         if length is not None:
             return None
-        if ignore_index is None:
-            rule = self._rule_of_size(labels)
-            if rule is not None:
-                return Divisor(self.total(rule) / self.averaged, self.expected_grad)
         here = Rule("labels", shift, ignore_index, weight=weight).total({"labels": labels})
         mean = at_least_one(here) / self.share_of_rows()
-        if self.main is None or ignore_index is None:
+        if main is None or total is None:
             return Divisor(mean, self.expected_grad)
-        main = self.main._replace(weight=weight)
-        is_main = here == main.total(self.inputs).to(here.device)
-        step = (self.total(main) / self.averaged).to(here.device)
+        is_main = here == main._replace(weight=weight).total(self.inputs).to(here.device)
+        step = (total / self.averaged).to(here.device)
         return Divisor(torch.where(is_main, step, mean), self.expected_grad)
 
     def total(self, rule: Rule) -> torch.Tensor:
-        """The items of the whole step by a rule, 1 where there are none. Counted at the first call of a window."""
+        """The items of the whole step by a rule, 1 where there are none. Counted when it is first asked for in a window."""
         if rule not in self.totals:
-            total = torch.stack([rule.total(batch) for batch in self.window]).sum()
-            total = self.over_ranks(total)
-            self.totals[rule] = at_least_one(total)
+            self.totals[rule] = at_least_one(self.over_ranks(self._here(rule)))
         return self.totals[rule]
+
+    def _here(self, rule: Rule) -> torch.Tensor:
+        """The items of the step that this rank holds."""
+        return torch.stack([rule.total(batch) for batch in self.window]).sum()
+
+    def _total_of_call(self, rule: Rule | None) -> torch.Tensor | None:
+        """total(rule) for this call of a loss; None without a rule.
+
+        Where ranks wait for each other, each call of the window's first micro-batch counts once, rule or not. A call that
+        finds another rule in a later one scales that count by what this rank holds.
+        """
+        if not self.gathers:
+            return None if rule is None else self.total(rule)
+        if self.calls not in self.totals:
+            held = torch.zeros((), dtype=torch.float64) if rule is None else self._here(rule)
+            self.totals[self.calls] = rule, at_least_one(self.over_ranks(held))
+        counted, total = self.totals[self.calls]
+        if rule is None or counted is None:
+            return None
+        return total if rule == counted else total * self._here(rule) / at_least_one(self._here(counted))
 
     def share_of_tokens(self) -> torch.Tensor | float:
         """What a mean over the tokens of this micro-batch is multiplied by, for it to weigh as much as they do in the step."""

@@ -247,6 +247,7 @@ def make_step(trainer: Any, inputs: Mapping[str, Any], num_items_in_batch: Any) 
         over_ranks=lambda total: over_ranks(trainer, total),
         totals=window.totals,
         origins=_origins.setdefault(trainer, {}),
+        gathers=trainer.args.average_tokens_across_devices and trainer.args.world_size > 1,
     )
     if isinstance(inputs, Mapping) and isinstance(inputs.get("labels"), torch.Tensor):
         step.main = _counted_rule(base_model(trainer), inputs)
@@ -322,11 +323,14 @@ def _smoothed_loss(
     return smoothed, outputs
 
 
+MASKS = ("bool_masked_pos", "future_observed_mask")  # entries whose ones a head averages over by itself
+
+
 def share(trainer: Any, step: steps.Step) -> Any:
     """What a loss that none of ours computed is multiplied by, for its items to weigh in the step as they are many.
 
     CTC and transducers: a mean is over examples, a sum over all of the step. Masked image models: the mean over the masked
-    patches.
+    patches; time series: over the values that were observed.
     None: it was ours, or it may have divided by the num_items_in_batch that it was given.
     """
     model = base_model(trainer)
@@ -335,8 +339,8 @@ def share(trainer: Any, step: steps.Step) -> Any:
             return trainer.current_gradient_accumulation_steps
     elif step.calls:
         return None
-    elif isinstance(step.inputs.get("bool_masked_pos"), torch.Tensor) and step.window:
-        rule = steps.Rule("bool_masked_pos", ignore_index=0)
+    elif step.window and (mask := next((key for key in MASKS if isinstance(step.inputs.get(key), torch.Tensor)), None)):
+        rule = steps.Rule(mask, ignore_index=0)
         return (rule.total(step.inputs) * step.averaged / step.total(rule)).to(torch.float32)
     elif step.num_items_in_batch is not None and not computes_its_loss_alone(type(model).forward):
         return None

@@ -128,7 +128,10 @@ def test_what_fits_twice_is_told_by_another_micro_batch():
 
 
 def test_labels_of_no_entry_weigh_as_their_rows():
-    batches = [{"labels": torch.zeros(3, 2), "x": torch.zeros(3, 2)}, {"labels": torch.zeros(2, 2), "x": torch.zeros(2, 2)}]
+    batches = [
+        {"labels": torch.zeros(3, 2), "x": torch.zeros(3, 2)},
+        {"labels": torch.zeros(2, 2), "x": torch.zeros(2, 2)},
+    ]
     step = step_over(*batches)
     target = torch.arange(3)
     assert step.divisor(target, ignore_index=None).value.item() == pytest.approx(3 / (3 * 2 / 5))
@@ -138,7 +141,10 @@ def test_labels_of_no_entry_weigh_as_their_rows():
 
 def test_objects_of_the_step():
     def rows(*counts: int) -> dict:
-        return {"labels": [{"class_labels": torch.zeros(n)} for n in counts], "pixel_values": torch.zeros(len(counts), 1)}
+        return {
+            "labels": [{"class_labels": torch.zeros(n)} for n in counts],
+            "pixel_values": torch.zeros(len(counts), 1),
+        }
 
     step = step_over(rows(1, 2), rows(5, 0))
     assert step.objects_of_the_step() == pytest.approx(8 / 2 / 3)
@@ -149,3 +155,33 @@ def test_objects_of_the_step():
     assert step._matched(torch.zeros(2, 10).long(), torch.tensor([1.0, 3.0, 0.1])) is None
     assert steps.num_objects({"class_labels": torch.zeros(2, 3)}) == [3, 3]
     assert steps.num_objects({"labels": torch.zeros(2, 3)}) is None
+
+
+def test_ranks_count_equally_often_whatever_they_find():
+    """A rank that waits for the others in a count that they do not make would wait forever."""
+    first, second = {"attention_mask": MASK, "labels": LABELS}, {"attention_mask": ONES, "labels": OTHER}
+    found = {
+        "recognised": [LABELS, OTHER],
+        "by the mask, then as it is": [torch.where(MASK == 1, LABELS, -100), OTHER],
+        "as it is, then not at all": [LABELS, torch.arange(3)],
+        "not at all, then as it is": [torch.arange(3), OTHER],
+        "as many, then not": [LABELS + 1, torch.arange(3)],
+    }
+    for what, made in found.items():
+        counts: list[float] = []
+
+        def over_ranks(total: torch.Tensor, counts: list[float] = counts) -> torch.Tensor:
+            counts.append(total.item())
+            return total * 2  # another rank that holds the same
+
+        totals: dict = {}
+        divisors = []
+        for inputs, labels in zip((first, second), made, strict=True):
+            step = steps.Step([first, second], inputs, 4, 1.0, over_ranks, totals, gathers=True)
+            step.main = steps.Rule("labels")
+            divisors.append(step.divisor(labels).value.item())
+        assert len(counts) == 1, what
+        if what == "recognised":
+            assert divisors == [2 * (5 + 6) / 4] * 2
+        if what == "by the mask, then as it is":
+            assert divisors == [2 * (3 + 6) / 4, 2 * (5 + 6) / 4]
