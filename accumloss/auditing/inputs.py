@@ -103,12 +103,12 @@ def label_names(cls: type) -> list[str]:
 
 def configs_of(config: Any) -> Iterator[Any]:
     """A configuration and all those in it, outermost first."""
-    from transformers import PreTrainedConfig
+    from transformers import PretrainedConfig
 
     yield config
     for value in list(vars(config).values()):
         for child in value.values() if isinstance(value, dict) else [value]:
-            if isinstance(child, PreTrainedConfig):
+            if isinstance(child, PretrainedConfig):
                 yield from configs_of(child)
 
 

@@ -368,7 +368,7 @@ def _special_ids(config: Any) -> dict[int, int]:
 
 
 def _shrunk(original: Any, overrides: dict[str, Any], ids: Mapping[int, int]) -> Any:
-    from transformers import PreTrainedConfig
+    from transformers import PretrainedConfig
 
     cls = type(original)
     overrides = {**FAMILIES.get(cls.__name__, {}), **overrides}
@@ -381,7 +381,7 @@ def _shrunk(original: Any, overrides: dict[str, Any], ids: Mapping[int, int]) ->
     kept = _kept_layers(values)
     changed: dict[str, Any] = {}
     for name, value in values.items():
-        if isinstance(value, PreTrainedConfig):
+        if isinstance(value, PretrainedConfig):
             inner = overrides.pop(name, {})
             if value.model_type == "timm_backbone":  # needs another package; any backbone of four stages will do
                 value, inner = _resnet(value), {}
