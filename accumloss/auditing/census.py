@@ -61,6 +61,7 @@ class Worker:
 
     def __init__(self, log: Path):
         self.log = log
+        self.folder = tempfile.TemporaryDirectory()  # to run in: python -m looks for modules where it runs
         self.process: subprocess.Popen[str] | None = None
 
     def ask(self, module: str, name: str, time_limit: float) -> Line:
@@ -79,7 +80,7 @@ class Worker:
                     stderr=errors,
                     text=True,
                     env=environment,
-                    cwd=tempfile.gettempdir(),
+                    cwd=self.folder.name,
                 )
         assert self.process.stdin is not None and self.process.stdout is not None
         failed: Line = {"module": module, "name": name, "head": "", "status": "not run", "seconds": time_limit}

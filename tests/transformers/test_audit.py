@@ -311,9 +311,9 @@ def test_census_counts(tmp_path):
 @pytest.mark.skipif(sys.platform != "linux", reason="resets the peak of the process through /proc")
 def test_peak_memory_is_of_the_block():
     with measure._measured() as found:
-        block = torch.ones(5_000_000)
+        block = torch.ones(25_000_000)  # malloc maps so much anew
         del block
-    assert found["peak_mb"] > 15
+    assert found["peak_mb"] > 80
 
 
 def test_worker_reports_what_it_cannot_run():
