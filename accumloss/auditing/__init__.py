@@ -85,8 +85,6 @@ def audit_rows(
             say(f"{way}, {name}")
             steps.append(measure.step_result(model, rows, size, way, name, loss, whole, parts[size], groups))
     report = Report(type(model).__name__, len(rows), loss, noise, steps)
-    return (
-        report
-        if report.is_exact() or not report.of("accumloss")
-        else measure.explained(report, model, rows, whole, parts)
-    )
+    if report.is_exact() or "accumloss" not in ways:
+        return report
+    return measure.explained(report, model, rows, whole, parts)

@@ -6,12 +6,12 @@ import functools
 import inspect
 import math
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, ClassVar
 
 import torch
 
-from .measure import collate
+from .measure import AuditError, collate, loss_of, named_line
 
 Row = dict[str, Any]
 
@@ -23,11 +23,6 @@ IMAGE = 32
 
 class CannotBuild(RuntimeError):
     """No tiny model of the class, or no rows for it; the message says why in one line."""
-
-
-def one_line(error: BaseException) -> str:
-    """The kind and the message of an error."""
-    return f"{type(error).__name__}: {' '.join(str(error).split())}"[:300]
 
 
 # What a class is ------------------------------------------------------------------------------------------------------
@@ -112,18 +107,6 @@ def configs_of(config: Any) -> Iterator[Any]:
                 yield from configs_of(child)
 
 
-# Batches --------------------------------------------------------------------------------------------------------------
-
-
-def loss_of(model: torch.nn.Module, rows: Sequence[Mapping[str, Any]]) -> torch.Tensor:
-    """What the model gives as the loss of the batch of all rows."""
-    outputs = model(**collate(rows))
-    loss = outputs.get("loss") if isinstance(outputs, Mapping) else getattr(outputs, "loss", None)
-    if loss is None:
-        raise CannotBuild(f"forward of {', '.join(rows[0])} gives no loss")
-    return loss.sum()
-
-
 # Rows -----------------------------------------------------------------------------------------------------------------
 
 
@@ -142,14 +125,14 @@ def rows(model: torch.nn.Module, count: int = 8, seed: int = 0) -> list[Row]:
             found = Maker(model, recipe, seed).rows(count)
             with torch.no_grad(), torch.random.fork_rng(devices=[]):
                 torch.manual_seed(0)
-                loss = loss_of(model, found[:2])
+                loss = loss_of(model, collate(found[:2]))
             if not math.isfinite(loss.item()):
                 raise CannotBuild(f"the loss of two rows is {loss.item()}")
             return found
         except Exception as error:
             reasons.append(error)
     reason = reasons[0]
-    raise CannotBuild(str(reason) if isinstance(reason, CannotBuild) else one_line(reason)) from reason
+    raise CannotBuild(str(reason) if isinstance(reason, (AuditError, CannotBuild)) else named_line(reason)) from reason
 
 
 MEDIA = re.compile(r"(image_)?pixel_values|flattened_patches|input_features|input_values|audio_input_features")

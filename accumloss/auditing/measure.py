@@ -68,9 +68,8 @@ class Report:
     noise: float  # relative difference of its gradient where the rows come in another order: rounding
     steps: list[StepResult]
     reason: str = ""  # why accumloss is not exact, where it is not
-    distance: float | None = (
-        None  # of the one batch's gradient from every weighting of the micro-batches', where not exact
-    )
+    # of the one batch\'s gradient from every weighting of the micro-batches\', where accumloss is not exact
+    distance: float | None = None
 
     def of(self, way: str) -> list[StepResult]:
         return [step for step in self.steps if step.way == way]
@@ -88,7 +87,13 @@ class Report:
 
 
 def one_line(error: BaseException) -> str:
+    """The message of an error."""
     return " ".join(str(error).split())[:300]
+
+
+def named_line(error: BaseException) -> str:
+    """The kind and the message of an error."""
+    return f"{type(error).__name__}: {one_line(error)}"[:300]
 
 
 def _rank(value: float) -> float:
@@ -201,17 +206,22 @@ def _normalized(norm: torch.nn.modules.batchnorm._BatchNorm, x: torch.Tensor) ->
     return x * scale.view(shape) + shift.view(shape)
 
 
-def plain_loss(model: torch.nn.Module, batch: Mapping[str, Any]) -> tuple[float, Gradients]:
-    """The model's own loss over a batch and its gradient, in plain PyTorch."""
-    model.zero_grad(set_to_none=True)
-    torch.manual_seed(0)
+def loss_of(model: torch.nn.Module, batch: Mapping[str, Any]) -> torch.Tensor:
+    """What the model returns as the loss of a batch: ()."""
     outputs = model(**batch)
     loss = outputs.get("loss") if isinstance(outputs, Mapping) else getattr(outputs, "loss", None)
     if loss is None:
         raise AuditError(
             f"audit: expected {type(model).__name__} to return a loss for these entries: {', '.join(batch)}"
         )
-    loss = loss.sum()
+    return loss.sum()
+
+
+def plain_loss(model: torch.nn.Module, batch: Mapping[str, Any]) -> tuple[float, Gradients]:
+    """The model's own loss over a batch and its gradient, in plain PyTorch."""
+    model.zero_grad(set_to_none=True)
+    torch.manual_seed(0)
+    loss = loss_of(model, batch)
     if not loss.requires_grad:
         raise AuditError(f"audit: expected the loss of {type(model).__name__} to have a gradient, got none")
     loss.backward()
@@ -230,8 +240,7 @@ def is_deterministic(model: torch.nn.Module, batch: Mapping[str, Any]) -> bool:
         losses = []
         for seed in (0, 1):
             torch.manual_seed(seed)
-            outputs = model(**batch)
-            losses.append(outputs["loss"].sum().item())
+            losses.append(loss_of(model, batch).item())
     return losses[0] == losses[1]
 
 

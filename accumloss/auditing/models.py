@@ -35,8 +35,9 @@ def from_name(name: str) -> Subject:
     classes = tiny.loss_bearing_classes()
     if name in classes:
         return _tiny(_class(classes, name))
-    for candidate in _of_configuration(classes, name):
-        return _tiny(candidate, note=f"{name}: the first of its classes that computes a loss")
+    of_configuration = _of_configuration(classes, name)
+    if of_configuration:
+        return _tiny(of_configuration[0], note=f"{name}: the first of its classes that computes a loss")
     if "/" in name:
         return _from_checkpoint(name)
     near = sorted(classes, key=lambda known: _distance(known, name))[:3]

@@ -19,7 +19,8 @@ from typing import Any, NamedTuple
 
 import torch
 
-from .inputs import CannotBuild, configs_of, head_of, label_names, loss_of, one_line, rows
+from .inputs import CannotBuild, configs_of, head_of, label_names, rows
+from .measure import collate, loss_of, named_line
 
 __all__ = ["CannotBuild", "build", "head_of", "loss_bearing_classes", "rows", "tiny_config"]
 
@@ -651,7 +652,7 @@ def _model(cls: Any, initializer_range: float) -> torch.nn.Module:
             model = cls(config)
             _fill_tokens(model, initializer_range)
     except Exception as error:
-        raise CannotBuild(one_line(error)) from error
+        raise CannotBuild(named_line(error)) from error
     for module in model.modules():
         if isinstance(module, torch.nn.Dropout):  # of a rate that is no attribute of the configuration
             module.p = 0.0
@@ -668,7 +669,7 @@ def _fill_tokens(model: torch.nn.Module, std: float) -> None:
 def _is_sound(model: torch.nn.Module) -> bool:
     """Whether rows have a loss and gradients of a size that fp32 can take."""
     try:
-        loss = loss_of(model, rows(model)[:4])
+        loss = loss_of(model, collate(rows(model)[:4]))
         loss.backward()
     except Exception:
         return True  # not a matter of the weights

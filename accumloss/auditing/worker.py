@@ -16,7 +16,7 @@ from typing import Any
 import torch
 
 from . import audit_rows, tiny
-from .measure import EXACT, WAYS, AuditError, Report, one_line
+from .measure import EXACT, WAYS, AuditError, Report, named_line, one_line
 
 
 def audit_class(module: str, name: str) -> dict[str, Any]:
@@ -34,7 +34,7 @@ def audit_class(module: str, name: str) -> dict[str, Any]:
     except (tiny.CannotBuild, AuditError) as error:
         found.update(status="not run", reason=one_line(error))
     except Exception as error:  # a class that raises is a line of the census, and not its end
-        found.update(status="not run", reason=f"{type(error).__name__}: {one_line(error)}")
+        found.update(status="not run", reason=named_line(error))
     else:
         found.update(status_of(report), dtype=dtype)
     found["seconds"] = round(time.perf_counter() - start, 2)

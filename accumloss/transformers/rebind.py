@@ -117,65 +117,37 @@ def restore_modules() -> None:
     _models.clear()
 
 
-def _weighted_by_tokens(loss: Callable[..., Any]) -> Callable[..., Any]:
-    @functools.wraps(loss)
-    def weighted(*args: Any, **kwargs: Any) -> Any:
-        value = loss(*args, **kwargs)
-        return value * _share_of_tokens() if steps.is_active and isinstance(value, torch.Tensor) else value
+def _times(share: Callable[[steps.Step], Any]) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """Wraps a function so that inside of a step its result is multiplied by a share of it."""
 
-    return weighted
+    def wrap(function: Callable[..., Any]) -> Callable[..., Any]:
+        @functools.wraps(function)
+        def multiplied(*args: Any, **kwargs: Any) -> Any:
+            value = function(*args, **kwargs)
+            return value * steps.share(share) if steps.is_active and isinstance(value, torch.Tensor) else value
 
+        return multiplied
 
-@torch.compiler.disable
-def _share_of_tokens() -> Any:
-    step = steps.current()
-    return 1.0 if step is None else step.share_of_tokens()
-
-
-# A loss of its own beside one of PyTorch's: a mean over rows of one size.
+    return wrap
 
 
-def _over_rows(loss: Callable[..., Any]) -> Callable[..., Any]:
-    @functools.wraps(loss)
-    def over_rows(*args: Any, **kwargs: Any) -> Any:
-        return loss(*args, **kwargs) * _share_of_rows()
-
-    return over_rows
-
-
-@torch.compiler.disable
-def _share_of_rows() -> float:
-    step = steps.current()
-    return 1.0 if step is None else step.share_of_rows()
-
-
-# Detection and instance segmentation: sums over boxes or masks, divided by how many there are in the micro-batch.
+_weighted_by_tokens = _times(steps.Step.share_of_tokens)
 
 
 def _over_boxes(get_loss: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(get_loss)
     def over_boxes(self: Any, loss: Any, outputs: Any, targets: Any, indices: Any, num_boxes: Any, *more: Any) -> Any:
-        return get_loss(self, loss, outputs, targets, indices, num_boxes * _objects_of_the_step(), *more)
+        if steps.is_active:
+            num_boxes = num_boxes * steps.share(steps.Step.objects_of_the_step)
+        return get_loss(self, loss, outputs, targets, indices, num_boxes, *more)
 
     return over_boxes
 
 
-def _over_masks(get_num_masks: Callable[..., Any]) -> Callable[..., Any]:
-    @functools.wraps(get_num_masks)
-    def over_masks(self: Any, *args: Any, **kwargs: Any) -> Any:
-        return get_num_masks(self, *args, **kwargs) * _objects_of_the_step()
-
-    return over_masks
-
-
-@torch.compiler.disable
-def _objects_of_the_step() -> float:
-    step = steps.current()
-    return 1.0 if step is None else step.objects_of_the_step()
-
-
 METHODS: dict[str, Callable[..., Any]] = {
+    # detection and instance segmentation: sums over boxes or masks, divided by how many the micro-batch has
     "get_loss": _over_boxes,
-    "get_num_masks": _over_masks,
-    "_quantile_loss": _over_rows,  # TimesFM
+    "get_num_masks": _times(steps.Step.objects_of_the_step),
+    # TimesFM: a mean over rows of one size, beside a loss of PyTorch's
+    "_quantile_loss": _times(steps.Step.share_of_rows),
 }

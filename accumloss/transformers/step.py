@@ -258,6 +258,11 @@ class Step:
             return 1.0
         return here * len(sizes) / sum(sizes)
 
+    def share_of_call(self) -> float:
+        """share_of_rows, of a call of a loss of ours."""
+        self.calls += 1
+        return self.share_of_rows()
+
     def objects_of_the_step(self) -> float:
         """What the boxes or masks of this micro-batch are multiplied by to be the step's, averaged over its micro-batches.
 
@@ -390,6 +395,12 @@ is_active = False  # whether there is one; what compiled code looks at
 
 def current() -> Step | None:
     return _current
+
+
+@torch.compiler.disable
+def share(of: Callable[[Step], Any]) -> Any:
+    """What the current step says that something is multiplied by; 1 where there is none."""
+    return 1.0 if _current is None else of(_current)
 
 
 @contextmanager

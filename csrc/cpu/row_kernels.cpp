@@ -281,7 +281,7 @@ ACCUMLOSS_INLINE void store(FloatReal v, Float16* x) {
 // Groups -------------------------------------------------------------------------------------------------------------
 
 // kLanes consecutive elements as vectors, in the order in which they are cheapest to take apart and to put together:
-// that of memory, but for bf16 the elements of even index before those of odd index. Element j lies at lane_of(j).
+// that of memory, but for bf16 the elements of even index before those of odd index.
 template <typename T>
 struct Group {
   using Acc = typename AccOf<T>::type;
@@ -509,7 +509,8 @@ void push_plain(const RowSegment& row, RowState<double>* state, typename AccOf<T
   constexpr int kVectors = Group<T>::kVectors;
   constexpr Acc kInfinity = std::numeric_limits<Acc>::infinity();
   constexpr Acc kHeadroom = 16;  // a block may exceed its reference by so much: sums stay far from overflow
-  // Then they lie in the order of memory and end with the row, and a block is visited once: its logits are gone after.
+  // Where the exponentials may take the place of the logits, they lie in the order of memory and end with the row;
+  // where they do, a block is visited once: its logits are gone after.
   constexpr bool kMayBeLogits = std::is_same<T, Acc>::value;
   const bool is_over_logits = kStore && static_cast<const void*>(exps) == row.x;
   const int64_t target_group = row.begin + (row.target - row.begin) / kLanes * kLanes;
@@ -590,6 +591,16 @@ void push_plain(const RowSegment& row, RowState<double>* state, typename AccOf<T
   state->weighted = (weighted + sum * (static_cast<double>(reference) - row.reference)) * factor;
 }
 
+// exp(z - lse) with lse rounded; what the rounding took away goes into the factor.
+template <typename Acc>
+struct RoundedLse {
+  Acc lse, probability;
+
+  ACCUMLOSS_INLINE explicit RoundedLse(const RowGrad<double>& gradient)
+      : lse(static_cast<Acc>(gradient.lse_high)),
+        probability(static_cast<Acc>(gradient.probability * std::exp(static_cast<double>(lse) - gradient.lse_high))) {}
+};
+
 template <typename T>
 ACCUMLOSS_INLINE void set_target(const RowSegment& row, const RowGrad<double>& gradient, T* grad) {
   using Acc = typename AccOf<T>::type;
@@ -605,10 +616,8 @@ void write_grad_plain(const RowSegment& row, const RowGrad<double>& gradient, T*
   using Real = typename V::Real;
   constexpr int kVectors = Group<T>::kVectors;
   const T* x = static_cast<const T*>(row.x);
-  // exp(z - lse) with lse rounded; what the rounding took away goes into the factor
-  const Acc lse = static_cast<Acc>(gradient.lse_high);
-  const Acc probability =
-      static_cast<Acc>(gradient.probability * std::exp(static_cast<double>(lse) - gradient.lse_high));
+  const RoundedLse<Acc> rounded(gradient);
+  const Acc lse = rounded.lse, probability = rounded.probability;
   const auto visit = [&](const T* from, T* to) {
     Real v[kVectors];
     Group<T>::load(from, v);
@@ -769,10 +778,8 @@ void write_grad(const RowSegment& row, const LossOptions& options, const RowGrad
   if (is_plain(options)) return write_grad_plain(row, gradient, static_cast<T*>(grad));
   const T* x = static_cast<const T*>(row.x);
   const Transform<Acc> transform(options);
-  // exp(z - lse) with lse rounded; what the rounding took away goes into the factor
-  const Acc lse = static_cast<Acc>(gradient.lse_high);
-  const Acc probability =
-      static_cast<Acc>(gradient.probability * std::exp(static_cast<double>(lse) - gradient.lse_high));
+  const RoundedLse<Acc> rounded(gradient);
+  const Acc lse = rounded.lse, probability = rounded.probability;
   alignas(64) Acc z[kBlock];
   alignas(64) Acc g[kBlock];
   for (int64_t begin = row.begin; begin < row.end; begin += kBlock) {

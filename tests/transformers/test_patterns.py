@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import importlib
+
 import pytest
 import torch
 import transformers
 from training import IS_CURRENT
 
+import accumloss
 from accumloss.auditing import census, tiny, worker
+from accumloss.transformers import heads, rebind
 from accumloss.transformers import step as steps
 
 PATTERNS = {
@@ -62,6 +66,18 @@ def test_coupled_losses_are_named(name):
     line = worker.audit_class(tiny.loss_bearing_classes()[name], name)
     assert not line["accumloss"]["exact"]
     assert census.verdict(line) == census.COUPLED and "scored against the other rows" in census.why_not_exact(line)
+
+
+def test_unregistering_gives_losses_and_criteria_back():
+    from transformers.loss import loss_for_object_detection as detection
+
+    name = "DistilBertForMaskedLM"
+    model = tiny.build(getattr(importlib.import_module(tiny.loss_bearing_classes()[name]), name))
+    get_loss = detection.ImageLoss.get_loss
+    with accumloss.registered():
+        rebind.rebind_modules_of(model)
+        assert type(model.mlm_loss_fct) is heads.CrossEntropyLoss and detection.ImageLoss.get_loss is not get_loss
+    assert type(model.mlm_loss_fct) is torch.nn.CrossEntropyLoss and detection.ImageLoss.get_loss is get_loss
 
 
 # How labels that a head has made are recognised -------------------------------------------------------------------------
