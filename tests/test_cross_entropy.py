@@ -1,5 +1,6 @@
 """The ops on CPU against float64: values, gradients, and the properties that any partition or order must keep."""
 
+import math
 import os
 import subprocess
 import sys
@@ -9,7 +10,14 @@ import pytest
 import torch
 from cases import DTYPES, Case, sample_cases
 from oracle import check_sums, expected
-from tolerances import assert_mostly_correctly_rounded, assert_within, fp32_gradient_limit
+from tolerances import (
+    SUM,
+    assert_mostly_correctly_rounded,
+    assert_within,
+    fp32_gradient_limit,
+    row_loss_bound,
+    ulp,
+)
 
 import accumloss
 from accumloss import LossOptions
@@ -143,6 +151,47 @@ def test_constant_shift_of_the_logits_changes_nothing():
         wanted = expected(Case("shifted", logits + shift, labels))
         two_calls = ops.cross_entropy_backward(one, logits + shift, labels, lse, nll)
         assert_within(two_calls, wanted.grad, wanted.grad_bound, f"shift {shift}")
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("base", [0.0, 20.0, -7.0, 300.0])
+def test_a_maximum_that_comes_late_costs_no_precision(dtype, base):
+    """The exponentials are taken relative to what the first classes hold; a later one may be a little larger."""
+    label = 1500
+    for step in range(-40, 60):
+        late = base + step / 8
+        logits = torch.full((1, 1, 2048), base - 60.0)
+        logits[..., 0], logits[..., 700], logits[..., label] = base, late, max(late, base) + 10
+        logits = logits.to(dtype)
+        z = logits.double().flatten()
+        others = torch.cat([z[:label], z[label + 1 :]])
+        wanted = torch.log1p((others - z[label]).exp().sum())
+        found = accumloss.cross_entropy(logits, torch.tensor([[label]])).loss_sum
+        assert_within(found, wanted, wanted * row_loss_bound(dtype, "cpu"), f"{late} after {base}")
+
+
+@pytest.mark.parametrize("magnitude", [1e4, 2.0**20 - 4096, 2.0**20, 2.0**24, 1e30, 3e38, -3e38])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+def test_equal_logits_of_any_magnitude(dtype, magnitude):
+    logits = torch.full((2, 3000), magnitude).to(dtype)
+    logits[1, 1000:] = -math.inf
+    labels = torch.tensor([5, 7])
+    wanted = torch.tensor(math.log(3000) + math.log(1000), dtype=torch.float64)
+    for metrics in (False, True):
+        found = ops.cross_entropy(logits, labels, metrics=metrics)
+        assert_within(found[0], wanted, wanted * SUM, f"{magnitude}, metrics={metrics}")
+    one = torch.ones(())
+    *sums, grad = ops.cross_entropy_with_grad(one, logits, labels)
+    assert_within(sums[0], wanted, wanted * SUM, f"{magnitude}, with the gradient")
+    if abs(magnitude) > 2.0**40:
+        return  # log(3000) is lost in a float64 lse
+    backward = ops.cross_entropy_backward(one, logits, labels, found[3], found[6])
+    for g in (grad, backward):
+        p = torch.zeros(2, 3000, dtype=torch.float64)
+        p[0], p[1, :1000] = 1 / 3000, 1 / 1000
+        p[0, 5] -= 1
+        p[1, 7] -= 1
+        assert_within(g, p, ulp(p, dtype) + p.abs() * fp32_gradient_limit(), str(magnitude))
 
 
 @pytest.mark.parametrize("poison", [float("nan"), float("inf")])

@@ -4,11 +4,13 @@
 
 #include <torch/csrc/stable/ops.h>
 
+#include <algorithm>
 #include <atomic>
 #include <cstdlib>
 #include <cstring>
 #include <exception>
 #include <memory>
+#include <new>
 #include <sstream>
 #include <stdexcept>
 #include <string>
@@ -23,7 +25,8 @@ namespace accumloss {
 namespace cpu {
 namespace {
 
-constexpr int64_t kTaskElements = 32768;         // of logits in one task
+constexpr int64_t kTaskElements = 32768;         // of logits in one task, at least
+constexpr int64_t kTasks = 256;                  // at most, or one for each row: prefetches run into the next task
 constexpr int64_t kSerialElements = 32768;       // below, the threads cost more than they save
 constexpr int64_t kSplitElements = 16 * kBlock;  // of one row, where rows are split
 constexpr int64_t kSplitRows = 8;                // at most so many rows are split
@@ -170,7 +173,10 @@ struct Rows {
     return RowGrad<double>(lse, nll, weight(y), weight_sum, V, grad, inputs.options);
   }
 
-  int64_t rows_per_task() const { return V >= kTaskElements ? 1 : kTaskElements / V; }
+  int64_t rows_per_task() const {
+    const int64_t elements = std::max(N * V / kTasks, kTaskElements);
+    return std::max(elements / V, int64_t{1});
+  }
   int64_t num_tasks() const { return (N + rows_per_task() - 1) / rows_per_task(); }
   // task(begin, end, index, local) for consecutive ranges of rows
   template <typename MakeLocal, typename Task>
@@ -241,14 +247,18 @@ Sums sums_of_row(const Rows& rows, const RowState<double>& state, const RowResul
 
 // Scratch for the exponentials of one row and the reference of each of its blocks.
 struct Exponentials {
-  std::unique_ptr<char[]> memory;
+  static constexpr std::align_val_t kLine{64};  // a vector that lies across two lines is stored twice
+  struct Delete {
+    void operator()(char* memory) const { ::operator delete(memory, kLine); }
+  };
+  std::unique_ptr<char, Delete> memory;
   void* exps;
   void* references;
 
   Exponentials(int64_t V, Dtype dtype) {
     const int64_t size = dtype == Dtype::kFloat64 ? 8 : 4;
     const int64_t room = num_blocks(V) * kBlock;  // whole blocks: the kernels write whole vectors
-    memory.reset(new char[static_cast<size_t>((room + num_blocks(V)) * size)]);
+    memory.reset(static_cast<char*>(::operator new(static_cast<size_t>((room + num_blocks(V)) * size), kLine)));
     exps = memory.get();
     references = memory.get() + room * size;
   }

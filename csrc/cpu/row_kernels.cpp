@@ -9,7 +9,7 @@
 #include <cstring>
 #include <type_traits>
 
-#if defined(__F16C__) || defined(__AVX512F__)
+#if defined(__F16C__) || defined(__AVX2__)
 #include <immintrin.h>
 #endif
 
@@ -27,7 +27,7 @@ constexpr int kVectorBytes = 32;
 constexpr int kVectorBytes = 16;
 #endif
 constexpr int kLanes = 32;            // partial sums
-constexpr int kPrefetchBytes = 2048;  // how far ahead of the loads
+constexpr int kPrefetchBytes = 8192;  // how far ahead of the loads
 
 struct BFloat16 {
   uint16_t bits;
@@ -120,6 +120,22 @@ ACCUMLOSS_INLINE typename Vectors<Acc>::Real exp_or_zero(typename Vectors<Acc>::
   return zero ? Real{} : e * power;
 }
 
+// a > b ? a : b, which GCC turns into a comparison and a blend
+ACCUMLOSS_INLINE Vectors<float>::Real maximum(Vectors<float>::Real a, Vectors<float>::Real b) {
+#if defined(__AVX512F__)
+  return reinterpret_cast<Vectors<float>::Real>(
+      _mm512_max_ps(reinterpret_cast<__m512>(a), reinterpret_cast<__m512>(b)));
+#elif defined(__AVX2__)
+  return reinterpret_cast<Vectors<float>::Real>(
+      _mm256_max_ps(reinterpret_cast<__m256>(a), reinterpret_cast<__m256>(b)));
+#else
+  return a > b ? a : b;
+#endif
+}
+ACCUMLOSS_INLINE Vectors<double>::Real maximum(Vectors<double>::Real a, Vectors<double>::Real b) {
+  return a > b ? a : b;
+}
+
 // exp(z - reference), d = z - reference; for fp32 logits with what that subtraction rounds away, which is up to 4e-6.
 template <typename T, typename Acc>
 ACCUMLOSS_INLINE typename Vectors<Acc>::Real exp_of_difference(typename Vectors<Acc>::Real z,
@@ -130,6 +146,82 @@ ACCUMLOSS_INLINE typename Vectors<Acc>::Real exp_of_difference(typename Vectors<
   const auto back = d - z;
   return exp_or_zero<Acc>(d, zero, (z - (d - back)) - (reference + back));
 }
+
+// exp(z - origin) of the logits of a row, z at most some 80 above the origin. The origin is what the caller asked for,
+// give or take a rounding.
+template <typename T>
+struct ExpFrom {  // fp32 and fp64
+  using Acc = T;
+  using Real = typename Vectors<Acc>::Real;
+  static constexpr double kUnit = 1;  // of u in z
+  const Acc origin_;
+
+  ACCUMLOSS_INLINE explicit ExpFrom(Acc origin) : origin_(origin) {}
+  ACCUMLOSS_INLINE double origin() const { return origin_; }
+  // u = (z - origin) / kUnit, raised to where the exponential is zero, so that u exp() is 0 at -inf
+  ACCUMLOSS_INLINE Real operator()(Real z, Real* u) const {
+    const Real d = z - origin_;
+    *u = d < Vectors<Acc>::kLowest ? broadcast<Acc>(Vectors<Acc>::kLowest) : d;
+    return exp_of_difference<T, Acc>(z, broadcast(origin_), d);
+  }
+};
+
+// bf16 and fp16 logits: 2^(2u) with u = z log2(e) / 2 + offset in one rounding, where the machine has such. The half
+// keeps the product and the offset of the largest bf16 finite. The exponential is within 1e-7, and 7e-8 |z - origin|.
+struct ExpFromHalf {
+  using Acc = float;
+  using Real = Vectors<float>::Real;
+  using Int = Vectors<float>::Int;
+  static constexpr float kScale = 0.72134752f;
+  static constexpr double kUnit = 1.0 / static_cast<double>(kScale);
+  static constexpr float kLowest = -63.f;      // 2^-126: below, the result is zero
+  static constexpr float kMagic = 6291519.5f;  // 1.5 * 2^22 + 127 / 2: adding it rounds to halves, biased
+  // From here on two bf16 are equal or 2^12 apart, and the rounding of the offset would not be small any more: the
+  // origin is a bf16 then, and a difference from it 0 or large in any unit.
+  static constexpr float kFar = 0x1p20f;
+#if defined(__FMA__) || defined(__ARM_FEATURE_FMA)
+  static constexpr bool kFused = true;
+#else
+  static constexpr bool kFused = false;
+#endif
+  float scale_, offset_;
+
+  ACCUMLOSS_INLINE explicit ExpFromHalf(float origin) : scale_(kScale) {
+    if (!(std::fabs(origin) < kFar)) {
+      scale_ = 1;
+      uint32_t bits;
+      std::memcpy(&bits, &origin, sizeof bits);
+      bits = (bits + 0x8000u) & 0xffff0000u;
+      std::memcpy(&origin, &bits, sizeof bits);
+    }
+    offset_ = kFused ? -origin * scale_ : -origin;
+  }
+  ACCUMLOSS_INLINE double origin() const {
+    return -static_cast<double>(offset_) / (kFused ? static_cast<double>(scale_) : 1.0);
+  }
+  ACCUMLOSS_INLINE Real operator()(Real z, Real* u) const {
+    const Real x = kFused ? z * scale_ + offset_ : (z + offset_) * scale_;
+    const Int zero = x < kLowest;
+    const Real shifted = x + kMagic;
+    const Real f = x - (shifted - kMagic);
+    Real p = f * 0.0424471274018f + 0.154744207859f;  // minimax on [-1/4, 1/4], 9e-8
+    p = p * f + 0.444058686495f;
+    p = p * f + 0.960889697075f;
+    p = p * f + 1.3862940073f;
+    p = p * f + 1.0f;
+    *u = zero ? broadcast<float>(kLowest) : x;
+    return zero ? Real{} : p * reinterpret_cast<Real>(reinterpret_cast<Int>(shifted) << Vectors<float>::kMantissaBits);
+  }
+};
+
+template <>
+struct ExpFrom<BFloat16> : ExpFromHalf {
+  using ExpFromHalf::ExpFromHalf;
+};
+template <>
+struct ExpFrom<Float16> : ExpFromHalf {
+  using ExpFromHalf::ExpFromHalf;
+};
 
 // exp(x) for x <= 0 (to some 80 above it), exactly 0 where it would be subnormal, NaN for NaN. x is left clamped, so
 // that x * exp(x) is 0 at -inf.
@@ -425,7 +517,7 @@ ACCUMLOSS_INLINE Acc max_block(const Acc* z, int64_t padded) {
   for (int64_t i = kLanes; i < padded; i += kLanes)
     for (int k = 0; k < kVectors; ++k) {
       const auto v = load(z + i + k * kWidth);
-      max[k] = v > max[k] ? v : max[k];
+      max[k] = maximum(v, max[k]);
     }
   return max_lanes<Acc>(max);
 }
@@ -508,7 +600,7 @@ void push_plain(const RowSegment& row, RowState<double>* state, typename AccOf<T
   using Real = typename V::Real;
   constexpr int kVectors = Group<T>::kVectors;
   constexpr Acc kInfinity = std::numeric_limits<Acc>::infinity();
-  constexpr Acc kHeadroom = 16;  // a block may exceed its reference by so much: sums stay far from overflow
+  constexpr Acc kHeadroom = 4;  // a block may exceed its reference by so much: sums stay far from overflow
   // Where the exponentials may take the place of the logits, they lie in the order of memory and end with the row;
   // where they do, a block is visited once: its logits are gone after.
   constexpr bool kMayBeLogits = std::is_same<T, Acc>::value;
@@ -539,17 +631,18 @@ void push_plain(const RowSegment& row, RowState<double>* state, typename AccOf<T
 
   Real max[kVectors];
   for (int k = 0; k < kVectors; ++k) max[k] = broadcast<Acc>(-kInfinity);
-  double sum = 0, weighted = 0;  // in units of exp(reference)
+  double sum = 0, weighted = 0;  // in units of exp(origin)
   Acc reference = 0;
+  const auto origin = [&] { return ExpFrom<T>(reference).origin(); };
   const auto raise_reference = [&] {
     const Acc largest = max_lanes<Acc>(max);
     if (largest == -kInfinity) return;  // any finite reference makes every exponential zero
-    if (sum != 0) {
-      const double change = static_cast<double>(reference) - largest, factor = std::exp(change);
-      weighted = (weighted + sum * change) * factor;
-      sum *= factor;
-    }
+    const double before = origin();
     reference = largest;
+    if (sum == 0) return;
+    const double change = before - origin(), factor = std::exp(change);
+    weighted = (weighted + sum * change) * factor;
+    sum *= factor;
   };
 
   for (int64_t begin = row.begin; begin < row.end; begin += kBlock) {
@@ -558,23 +651,24 @@ void push_plain(const RowSegment& row, RowState<double>* state, typename AccOf<T
       for_each_group(begin, end, false, [&](const T* group, Acc*) __attribute__((always_inline)) {
         Real v[kVectors];
         Group<T>::load(group, v);
-        for (int k = 0; k < kVectors; ++k) max[k] = v[k] > max[k] ? v[k] : max[k];
+        for (int k = 0; k < kVectors; ++k) max[k] = maximum(v[k], max[k]);
       });
       if (begin == row.begin || any_above<Acc>(max, reference + kHeadroom)) raise_reference();
     }
     Real sums[kVectors], products[kVectors];
     for (bool again = false;; again = true) {
       for (int k = 0; k < kVectors; ++k) sums[k] = products[k] = Real{};
+      const ExpFrom<T> exp_from(reference);
       for_each_group(begin, end, kStore, [&](const T* group, Acc* to) __attribute__((always_inline)) {
         prefetch(group);
         Real v[kVectors];
         Group<T>::load(group, v);
         for (int k = 0; k < kVectors; ++k) {
-          max[k] = v[k] > max[k] ? v[k] : max[k];
-          const Real d = v[k] - reference;
-          const Real e = exp_of_difference<T, Acc>(v[k], broadcast(reference), d);
+          max[k] = maximum(v[k], max[k]);
+          Real u;
+          const Real e = exp_from(v[k], &u);
           sums[k] += e;
-          if (kWeighted) products[k] += e * (d < V::kLowest ? broadcast<Acc>(V::kLowest) : d);  // not 0 * -inf
+          if (kWeighted) products[k] += e * u;
           if (kStore) store(e, to + k * V::kWidth);
         }
       });
@@ -583,12 +677,12 @@ void push_plain(const RowSegment& row, RowState<double>* state, typename AccOf<T
     }
     if (kStore) references[begin / kBlock] = reference;
     sum += sum_lanes<Acc>(sums);
-    if (kWeighted) weighted += sum_lanes<Acc>(products);
+    if (kWeighted) weighted += sum_lanes<Acc>(products) * ExpFrom<T>::kUnit;
   }
   state->max = max_lanes<Acc>(max);
-  const double factor = state->max == -kInfinity ? 1.0 : std::exp(static_cast<double>(reference) - state->max);
+  const double factor = state->max == -kInfinity ? 1.0 : std::exp(origin() - state->max);
   state->sum = sum * factor;  // a NaN stays one where every other logit is -inf
-  state->weighted = (weighted + sum * (static_cast<double>(reference) - row.reference)) * factor;
+  state->weighted = (weighted + sum * (origin() - row.reference)) * factor;
 }
 
 // exp(z - lse) with lse rounded; what the rounding took away goes into the factor.
@@ -616,14 +710,14 @@ void write_grad_plain(const RowSegment& row, const RowGrad<double>& gradient, T*
   using Real = typename V::Real;
   constexpr int kVectors = Group<T>::kVectors;
   const T* x = static_cast<const T*>(row.x);
-  const RoundedLse<Acc> rounded(gradient);
-  const Acc lse = rounded.lse, probability = rounded.probability;
+  const ExpFrom<T> exp_from(static_cast<Acc>(gradient.lse_high));
+  const Acc probability = static_cast<Acc>(gradient.probability * std::exp(exp_from.origin() - gradient.lse_high));
   const auto visit = [&](const T* from, T* to) {
     Real v[kVectors];
     Group<T>::load(from, v);
     for (int k = 0; k < kVectors; ++k) {
-      const Real d = v[k] - lse;
-      v[k] = exp_of_difference<T, Acc>(v[k], broadcast(lse), d) * probability;
+      Real u;
+      v[k] = exp_from(v[k], &u) * probability;
     }
     Group<T>::store(v, to);
   };
@@ -650,8 +744,8 @@ void write_grad_from_exps_plain(const RowSegment& row, const RowGrad<double>& gr
   using V = Vectors<Acc>;
   using Real = typename V::Real;
   constexpr int kVectors = Group<T>::kVectors;
-  const auto factor_of = [&](double reference) {
-    return static_cast<Acc>(gradient.probability * std::exp(reference - gradient.lse_high));
+  const auto factor_of = [&](Acc reference) {
+    return static_cast<Acc>(gradient.probability * std::exp(ExpFrom<T>(reference).origin() - gradient.lse_high));
   };
   Acc reference = references[row.begin / kBlock], factor = factor_of(reference);
   for (int64_t begin = row.begin; begin < row.end; begin += kBlock) {
@@ -882,7 +976,7 @@ void short_rows(ShortRows& rows, bool metrics, void* grad) {
     Real max = broadcast<float>(-kInfinity);
     for (int64_t j = 0; j < V; ++j) {
       const Real v = load(z + j * kGroup + r);
-      max = v > max ? v : max;
+      max = maximum(v, max);
     }
     store(max, rows.others_max + r);
     const Real reference = max == -kInfinity ? Real{} : max;
