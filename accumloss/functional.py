@@ -8,7 +8,7 @@ A call, or a step, without a single item has loss 0 and gradient 0.
 
 from __future__ import annotations
 
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -16,6 +16,15 @@ import torch.nn.functional as F
 from . import ops
 from .options import LossOptions
 from .sums import TokenSums
+
+
+class Observer(Protocol):
+    """Gets to see each loss that is divided, and what takes its place is what it returns."""
+
+    metrics: bool  # whether to compute the metrics of TokenSums
+
+    def __call__(self, loss: torch.Tensor, sums: TokenSums | None) -> torch.Tensor:
+        """loss (), divided; sums, with metrics, where they are wanted and the loss is a cross-entropy."""
 
 
 class Divisor(NamedTuple):
@@ -27,6 +36,11 @@ class Divisor(NamedTuple):
 
     value: torch.Tensor  # () > 0, on any device
     expected_grad: float = 1.0
+    observer: Observer | None = None  # sees the quotient
+
+    def observed(self, loss: torch.Tensor, sums: TokenSums | None = None) -> torch.Tensor:
+        """The loss, or what the observer puts in its place."""
+        return loss if self.observer is None else self.observer(loss, sums)
 
 
 NumItems = int | float | torch.Tensor | Divisor | None
@@ -261,7 +275,8 @@ def sequence_classification_loss(
             f"multi_label_classification, got {config.problem_type!r}"
         )
     divisor = _divisor(name, num_items_in_batch, loss_sum)
-    return loss_sum / (max(targets.numel(), 1) if divisor is None else divisor)
+    loss = loss_sum / (max(targets.numel(), 1) if divisor is None else divisor)
+    return num_items_in_batch.observed(loss) if isinstance(num_items_in_batch, Divisor) else loss
 
 
 def set_problem_type(config: Any, labels: torch.Tensor) -> None:
@@ -374,19 +389,25 @@ def _mean_loss(
         logits, labels = logits.flatten(0, -2), labels.flatten()  # one of them came flattened
 
     divisor = _divisor(name, num_items_in_batch, logits)
-    expected_grad = num_items_in_batch.expected_grad if isinstance(num_items_in_batch, Divisor) else 1.0
-    kwargs = {"shift": shift, **options.as_kwargs()}
+    given = num_items_in_batch if isinstance(num_items_in_batch, Divisor) else None
+    expected_grad = 1.0 if given is None else given.expected_grad
+    metrics = given is not None and given.observer is not None and given.observer.metrics
+    kwargs = {"shift": shift, "metrics": metrics, **options.as_kwargs()}
     wants_grad = torch.is_grad_enabled() and logits.requires_grad
-    if inplace and wants_grad:
-        return _in_place(name, logits, labels, weight, divisor, expected_grad, kwargs, inplace)
     # The compiler takes the op with its formula; so do second derivatives, which fp64 is for.
-    is_eager = not torch.compiler.is_compiling()
-    if wants_grad and divisor is not None and logits.dtype in _GRAD_IN_FORWARD_DTYPES and is_eager:
-        return ops.GradInForward.apply(logits, labels, weight, divisor, expected_grad, kwargs)
-    loss_sum, num_items, total_weight, *_ = ops.cross_entropy(logits, labels, weight, **kwargs)
-    if divisor is None:
-        divisor = ops.mean_divisor(num_items, total_weight, weight, loss_sum.dtype)
-    return loss_sum / divisor
+    in_forward = wants_grad and divisor is not None and logits.dtype in _GRAD_IN_FORWARD_DTYPES
+    if inplace and wants_grad:
+        loss, *fields = _in_place(name, logits, labels, weight, divisor, expected_grad, kwargs, inplace)
+    elif in_forward and not torch.compiler.is_compiling():
+        loss, *fields = ops.GradInForward.apply(logits, labels, weight, divisor, expected_grad, kwargs)
+    else:
+        loss_sum, num_items, total_weight, _, num_correct, entropy_sum, _ = ops.cross_entropy(
+            logits, labels, weight, **kwargs
+        )
+        if divisor is None:
+            divisor = ops.mean_divisor(num_items, total_weight, weight, loss_sum.dtype)
+        loss, fields = loss_sum / divisor, [loss_sum, num_items, total_weight, num_correct, entropy_sum]
+    return loss if given is None else given.observed(loss, TokenSums(*fields) if metrics else None)
 
 
 def _in_place(
@@ -398,7 +419,7 @@ def _in_place(
     expected_grad: float,
     kwargs: dict[str, Any],
     inplace: InPlace,
-) -> torch.Tensor:
+) -> tuple[torch.Tensor, ...]:
     if torch.compiler.is_compiling():
         raise RuntimeError(f"{name}: expected inplace=False under torch.compile, got {inplace!r}")
     if logits.is_leaf:

@@ -8,6 +8,7 @@ graph: an op that overwrites its input cannot have a registered formula.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -172,10 +173,10 @@ class GradInForward(torch.autograd.Function):
             *sums, ctx.grad = _ops.cross_entropy_with_grad(factor, logits, labels, weight, **options)
         ctx.save_for_backward(logits, labels, weight, divisor)
         ctx.expected_grad, ctx.options = expected_grad, options
-        return sums[0] / divisor
+        return _loss_and_sums(ctx, sums, divisor)
 
     @staticmethod
-    def backward(ctx, grad_loss):
+    def backward(ctx, grad_loss, *_):
         grad, ctx.grad = ctx.grad, None
         if torch.is_grad_enabled():
             logits, labels, weight, divisor = ctx.saved_tensors
@@ -197,12 +198,12 @@ class InPlaceForward(torch.autograd.Function):
         data = logits.detach()
         sums = _ops.cross_entropy_with_grad_(expected_grad / divisor, data, labels, weight, **options)
         torch.autograd.graph.increment_version(logits)  # whoever saved the logits for its own backward must notice
-        ctx.grad, ctx.expected_grad = data, expected_grad
-        return sums[0] / divisor
+        ctx.grad, ctx.expected_grad, ctx.options = data, expected_grad, options
+        return _loss_and_sums(ctx, sums, divisor)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, grad_loss):
+    def backward(ctx, grad_loss, *_):
         grad, ctx.grad = ctx.grad, None
         if grad is None:
             raise RuntimeError(
@@ -211,6 +212,15 @@ class InPlaceForward(torch.autograd.Function):
             )
         _scale_to(grad, grad_loss, ctx.expected_grad)
         return grad, None, None, None, None, None
+
+
+def _loss_and_sums(ctx: Any, sums: Sequence[torch.Tensor], divisor: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    """What the functions here return: the loss, and with metrics the fields of TokenSums, which sums are."""
+    loss = sums[0] / divisor
+    if not ctx.options["metrics"]:
+        return (loss,)
+    ctx.mark_non_differentiable(*sums)
+    return loss, *sums
 
 
 def _scale_to(grad: torch.Tensor, grad_loss: torch.Tensor, expected_grad: float) -> None:
@@ -226,16 +236,16 @@ class InPlaceBackward(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, logits, labels, weight, divisor, options):
-        loss_sum, num_items, total_weight, lse, _, _, nll = _ops.cross_entropy(logits, labels, weight, **options)
+        loss_sum, num_items, total_weight, lse, *metrics, nll = _ops.cross_entropy(logits, labels, weight, **options)
         if divisor is None:
             divisor = mean_divisor(num_items, total_weight, weight, loss_sum.dtype)
         ctx.save_for_backward(logits, labels, lse, nll, weight, divisor)
         ctx.options = options
-        return loss_sum / divisor
+        return _loss_and_sums(ctx, [loss_sum, num_items, total_weight, *metrics], divisor)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, grad_loss):
+    def backward(ctx, grad_loss, *_):
         logits, labels, lse, nll, weight, divisor = ctx.saved_tensors  # raises where the logits changed since
         data = logits.detach()
         _ops.cross_entropy_backward_(grad_loss / divisor, data, labels, lse, nll, weight, **ctx.options)

@@ -28,7 +28,9 @@ _is_registered = False
 _models: weakref.WeakKeyDictionary[Any, Any] = weakref.WeakKeyDictionary()
 
 
-def register_with_transformers(model: Any = None, *, inplace_backward: bool = False) -> None:
+def register_with_transformers(
+    model: Any = None, *, inplace_backward: bool = False, evaluation: bool = True, metrics: bool = False
+) -> None:
     """Makes the losses of transformers exact under gradient accumulation, for every model and every Trainer, or for one model.
 
     The losses in LOSS_MAPPING that are means over items (registered_losses() lists them) are computed by accumloss, and
@@ -39,6 +41,11 @@ def register_with_transformers(model: Any = None, *, inplace_backward: bool = Fa
         model: a transformers model whose loss_function alone is to be replaced; PEFT models are looked into. None: all.
         inplace_backward: write the gradient of the logits over them, which saves a buffer of their size; after backward
             ``outputs.logits`` holds the gradient. Not under torch.compile, which manages its own buffers.
+        evaluation: the losses of Trainer's evaluate and predict are means over the items of the whole set: the same for
+            every batch size, order and number of processes. False: Trainer's own, means of the batches' means.
+        metrics: Trainer logs ``token_accuracy`` and ``token_entropy`` (nats) of the tokens trained on since its last log,
+            and ``eval_token_accuracy`` and ``eval_token_entropy`` of an evaluation set, over all ranks. They come from
+            the pass that computes the loss; of several losses, from the first.
 
     Raises:
         RuntimeError: transformers is missing, or lacks something that has to be replaced. Nothing is changed then.
@@ -65,7 +72,7 @@ def register_with_transformers(model: Any = None, *, inplace_backward: bool = Fa
         if base not in _models:
             _models[base] = getattr(base, "_loss_function", None)
         base.loss_function = replacement
-    settings.inplace_backward = inplace_backward
+    settings.inplace_backward, settings.evaluation, settings.metrics = inplace_backward, evaluation, metrics
 
 
 def unregister_from_transformers(model: Any = None) -> None:
@@ -86,36 +93,36 @@ def unregister_from_transformers(model: Any = None) -> None:
         _is_registered = False
     if not _is_registered and not _models:
         trainer.uninstall()
-        settings.inplace_backward = False
+        settings.reset()
 
 
 @contextmanager
-def registered(model: Any = None, *, inplace_backward: bool = False) -> Iterator[None]:
+def registered(model: Any = None, **options: bool) -> Iterator[None]:
     """register_with_transformers for the length of a with block; afterwards everything is as it was before."""
     before = _is_registered if model is None else _base(model, "registered") in _models
-    options_before = settings.inplace_backward
-    register_with_transformers(model, inplace_backward=inplace_backward)
+    options_before = vars(settings).copy()
+    register_with_transformers(model, **options)
     try:
         yield
     finally:
-        if before:
-            settings.inplace_backward = options_before
-        else:
+        if not before:
             unregister_from_transformers(model)
+        if before or _is_registered or _models:
+            vars(settings).update(options_before)
 
 
 @contextmanager
 def unregistered() -> Iterator[None]:
     """transformers as it is without accumloss, for the length of a with block; afterwards everything is as it was before."""
-    was_registered, models, inplace_backward = _is_registered, list(_models), settings.inplace_backward
+    was_registered, models, options = _is_registered, list(_models), vars(settings).copy()
     unregister_from_transformers()
     try:
         yield
     finally:
         if was_registered:
-            register_with_transformers(inplace_backward=inplace_backward)
+            register_with_transformers(**options)
         for model in models:
-            register_with_transformers(model, inplace_backward=inplace_backward)
+            register_with_transformers(model, **options)
 
 
 def _restore_model(base: Any) -> None:

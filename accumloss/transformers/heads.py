@@ -59,7 +59,7 @@ def nll_loss(
     if divisor is None:
         return F.nll_loss(input, target, weight, ignore_index=ignore_index)
     total = F.nll_loss(input, target, weight, ignore_index=ignore_index, reduction="sum")
-    return total / divisor.value.to(total.device, total.dtype)
+    return divisor.observed(total / divisor.value.to(total.device, total.dtype))
 
 
 def mse_loss(
@@ -89,7 +89,7 @@ def _over_elements(theirs: Any) -> Any:
         given = signature.bind(*args, **kwargs).arguments
         reduction = given.get("reduction", "mean")
         if reduction == "batchmean":  # kl_div: the sum, divided by the rows
-            return value * steps.share(steps.Step.share_of_call)
+            return steps.part(value, lambda step: step.share_of_call())
         is_mean = reduction == "mean" and given.get("size_average") is None and given.get("reduce") is None
         return _over_step(value, given["target"]) if is_mean else value
 
@@ -109,7 +109,9 @@ def _over_step(mean: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
     if not steps.is_active:
         return mean
     divisor = losses.divisor(target, None, ignore_index=None)
-    return mean if divisor is None else mean * (target.numel() / divisor.value).to(mean.device, mean.dtype)
+    if divisor is None:
+        return mean
+    return divisor.observed(mean * (target.numel() / divisor.value).to(mean.device, mean.dtype))
 
 
 class CrossEntropyLoss(nn.CrossEntropyLoss):

@@ -118,36 +118,45 @@ def restore_modules() -> None:
 
 
 def _times(share: Callable[[steps.Step], Any]) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
-    """Wraps a function so that inside of a step its result is multiplied by a share of it."""
+    """Wraps a mean so that inside of a step its result is the part of it that share says."""
 
     def wrap(function: Callable[..., Any]) -> Callable[..., Any]:
         @functools.wraps(function)
-        def multiplied(*args: Any, **kwargs: Any) -> Any:
+        def weighed(*args: Any, **kwargs: Any) -> Any:
             value = function(*args, **kwargs)
-            return value * steps.share(share) if steps.is_active and isinstance(value, torch.Tensor) else value
+            return steps.part(value, share) if steps.is_active and isinstance(value, torch.Tensor) else value
 
-        return multiplied
+        return weighed
 
     return wrap
 
 
-_weighted_by_tokens = _times(steps.Step.share_of_tokens)
+_weighted_by_tokens = _times(lambda step: step.share_of_tokens())
 
 
 def _over_boxes(get_loss: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(get_loss)
     def over_boxes(self: Any, loss: Any, outputs: Any, targets: Any, indices: Any, num_boxes: Any, *more: Any) -> Any:
         if steps.is_active:
-            num_boxes = num_boxes * steps.share(steps.Step.objects_of_the_step)
+            num_boxes = num_boxes * steps.share(lambda step: step.objects_of_the_step())
         return get_loss(self, loss, outputs, targets, indices, num_boxes, *more)
 
     return over_boxes
 
 
+def _masks_of_the_step(get_num_masks: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(get_num_masks)
+    def masks_of_the_step(*args: Any, **kwargs: Any) -> Any:
+        num_masks = get_num_masks(*args, **kwargs)
+        return num_masks * steps.share(lambda step: step.objects_of_the_step()) if steps.is_active else num_masks
+
+    return masks_of_the_step
+
+
 METHODS: dict[str, Callable[..., Any]] = {
     # detection and instance segmentation: sums over boxes or masks, divided by how many the micro-batch has
     "get_loss": _over_boxes,
-    "get_num_masks": _times(steps.Step.objects_of_the_step),
+    "get_num_masks": _masks_of_the_step,
     # TimesFM: a mean over rows of one size, beside a loss of PyTorch's
-    "_quantile_loss": _times(steps.Step.share_of_rows),
+    "_quantile_loss": _times(lambda step: step.share_of_rows()),
 }

@@ -8,6 +8,12 @@ from dataclasses import dataclass
 @dataclass
 class Settings:
     inplace_backward: bool = False  # the losses write their gradient over the logits in backward
+    evaluation: bool = True  # evaluation losses are means over the items of the whole set
+    metrics: bool = False  # token accuracy and entropy go into Trainer's logs
+
+    def reset(self) -> None:
+        """Back to what they are before anything is registered."""
+        vars(self).update(vars(Settings()))
 
 
 settings = Settings()

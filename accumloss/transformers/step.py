@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from ..functional import Divisor
+from ..functional import Divisor, Observer
 
 
 class Rule(NamedTuple):
@@ -32,12 +32,13 @@ class Rule(NamedTuple):
     copies: int = 1  # as often the labels are targets: heads that predict several tokens ahead
 
     def labels(self, batch: Mapping[str, Any]) -> torch.Tensor:
-        """The entry, or its part, before the first labels of each row are left out."""
-        return batch[self.key] if self.part is None else batch[self.key][..., self.part]
+        """The entry, or its part, without the first labels of each row."""
+        labels = batch[self.key] if self.part is None else batch[self.key][..., self.part]
+        return labels[..., self.shift :] if self.shift else labels  # a row that was squeezed has no dimension
 
     def total(self, batch: Mapping[str, Any]) -> torch.Tensor:
         """The items of one micro-batch, or their total weight: () float64 on the device of the entry."""
-        labels = self.labels(batch)[..., self.shift :]
+        labels = self.labels(batch)
         if self.length_of is not None:
             length = batch[self.length_of].shape[1] + self.longer_by
             is_item = labels.clamp(0, length) != length
@@ -48,7 +49,8 @@ class Rule(NamedTuple):
         else:
             is_item = torch.ones_like(labels, dtype=torch.bool)
         if self.mask is not None:
-            is_item = is_item & (batch[self.mask][..., self.shift :] == 1)
+            mask = batch[self.mask]
+            is_item = is_item & ((mask[..., self.shift :] if self.shift else mask) == 1)
         if self.weight is None:
             return is_item.sum().double() * self.copies
         weight = self.weight.to(labels.device, torch.float64)
@@ -172,6 +174,7 @@ class Step:
         self.main: Rule | None = None  # what Trainer counts
         self.num_items_in_batch: torch.Tensor | None = None  # what the model was given under this name
         self.label_smoothing = 0.0
+        self.observer: Observer | None = None  # of the losses that are divided here
         self.calls = 0  # losses of ours
         self.smoothed = 0  # of them, those that label_smoothing applied to
 
@@ -196,7 +199,7 @@ class Step:
             return given
         matched = self._matched(labels, weight) if weight is not None else None
         if matched is not None:
-            return Divisor(matched, self.expected_grad)
+            return Divisor(matched, self.expected_grad, self.observer)
         rule = self._rule(labels, shift, ignore_index, length)
         if rule is None and ignore_index is None and length is None:
             rule = self._rule_of_size(labels)
@@ -204,16 +207,16 @@ class Step:
         counted = main if rule is None else rule
         total = self._total_of_call(None if counted is None else counted._replace(weight=weight))
         if rule is not None and total is not None:
-            return Divisor(total / self.averaged, self.expected_grad)
+            return Divisor(total / self.averaged, self.expected_grad, self.observer)
         if length is not None:
             return None
         here = Rule("labels", shift, ignore_index, weight=weight).total({"labels": labels})
         mean = at_least_one(here) / self.share_of_rows()
         if main is None or total is None:
-            return Divisor(mean, self.expected_grad)
+            return Divisor(mean, self.expected_grad, self.observer)
         is_main = here == main._replace(weight=weight).total(self.inputs).to(here.device)
         step = (total / self.averaged).to(here.device)
-        return Divisor(torch.where(is_main, step, mean), self.expected_grad)
+        return Divisor(torch.where(is_main, step, mean), self.expected_grad, self.observer)
 
     def total(self, rule: Rule) -> torch.Tensor:
         """The items of the whole step by a rule, 1 where there are none. Counted when it is first asked for in a window."""
@@ -246,14 +249,14 @@ class Step:
         rules = (Rule("attention_mask", ignore_index=0), Rule("input_ids", ignore_index=None))
         for rule in rules:
             if self.window and all(isinstance(b.get(rule.key), torch.Tensor) for b in (self.inputs, self.window[0])):
-                return (rule.total(self.inputs) * self.averaged / self.total(rule)).to(torch.float32)
-        return 1.0
+                return self.share_of(rule)
+        return self.share_of_rows()
 
     def share_of_rows(self) -> float:
         """What a mean over this micro-batch's rows is multiplied by, for it to weigh as much as they do in the step: 1 where
         all micro-batches are of one size."""
-        here = _num_rows(self.inputs)
-        sizes = [_num_rows(batch) for batch in self.window]
+        here = num_rows(self.inputs)
+        sizes = [num_rows(batch) for batch in self.window]
         if here == 0 or len(set(sizes)) <= 1:
             return 1.0
         return here * len(sizes) / sum(sizes)
@@ -276,11 +279,19 @@ class Step:
         total = sum(sum(count) for count in counts if count is not None)
         return max(total, 1) / len(counts) / max(sum(here), 1)
 
+    def share_of(self, rule: Rule) -> torch.Tensor | float:
+        """What a mean over the items of this micro-batch is multiplied by, for it to weigh as much as they do in the step."""
+        return (rule.total(self.inputs) * self.averaged / self.total(rule)).to(torch.float32)
+
+    def part(self, value: torch.Tensor, share: Any) -> torch.Tensor:
+        """A mean of this micro-batch as a part of the step's."""
+        return value * share
+
     def _matched(self, classes: torch.Tensor, weight: torch.Tensor) -> torch.Tensor | None:
         """The divisor of the classes (rows, queries) that detection has matched to its queries: an object each, and the last
         class, of another weight, for all others. None: these are none."""
         counts = [num_objects(batch) for batch in self.window]
-        if classes.dim() != 2 or classes.shape[0] != _num_rows(self.inputs) or None in counts:
+        if classes.dim() != 2 or classes.shape[0] != num_rows(self.inputs) or None in counts:
             return None
         if not bool((weight[:-1] == 1).all()):
             return None
@@ -370,7 +381,7 @@ def num_objects(batch: Mapping[str, Any]) -> list[int] | None:
     return None
 
 
-def _num_rows(batch: Mapping[str, Any]) -> int:
+def num_rows(batch: Mapping[str, Any]) -> int:
     """The rows of a micro-batch: the size of its first entry that has any."""
     for value in batch.values():
         if isinstance(value, (list, tuple)):
@@ -401,6 +412,12 @@ def current() -> Step | None:
 def share(of: Callable[[Step], Any]) -> Any:
     """What the current step says that something is multiplied by; 1 where there is none."""
     return 1.0 if _current is None else of(_current)
+
+
+@torch.compiler.disable
+def part(value: torch.Tensor, share: Callable[[Step], Any]) -> torch.Tensor:
+    """A mean of one micro-batch as a part of the current step's, which is as large as share says."""
+    return value if _current is None else _current.part(value, share(_current))
 
 
 @contextmanager

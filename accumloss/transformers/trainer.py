@@ -1,11 +1,14 @@
 """Trainer's bookkeeping: which items it counts, what it passes to the model, what it divides by.
 
-Four methods of the class are wrapped, so that Trainers and subclasses that exist already are covered too:
+Methods of the class are wrapped, so that Trainers and subclasses that exist already are covered too:
 
     get_batch_samples        remembers the window: the micro-batches of the step that comes
     _get_num_items_in_batch  counts the labels that the model's loss uses
     training_step            enters the step, in which every loss of ours finds its divisor (step.py)
     compute_loss             passes the items *per micro-batch* and returns the share of this micro-batch
+    evaluation_loop          takes the loss over the items of the whole set (evaluation.py)
+    _maybe_log_save_evaluate adds the metrics of the tokens since the last log, over all ranks
+    log                      writes them
 
 Whatever calls nothing of ours is then a mean of means at worst: each micro-batch's loss is divided by their number. Trainer
 itself divides no loss of a model that takes keyword arguments, whether that has made use of them or not.
@@ -17,15 +20,27 @@ import functools
 import inspect
 import warnings
 import weakref
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 
-from . import losses, mapping, rebind
+from ..sums import TokenSums
+from . import evaluation as evaluations
+from . import hook, losses, mapping, rebind
 from . import step as steps
+from .settings import settings
 
-METHODS = ("get_batch_samples", "_get_num_items_in_batch", "training_step", "compute_loss")
+METHODS = (
+    "get_batch_samples",
+    "_get_num_items_in_batch",
+    "training_step",
+    "compute_loss",
+    "evaluation_loop",
+    "_maybe_log_save_evaluate",
+    "log",
+)
 
 _originals: dict[str, Callable[..., Any]] = {}  # transformers' own methods, while ours are in their place
 _original_loss: Any = None  # transformers.trainer.ForCausalLMLoss
@@ -33,6 +48,7 @@ _covers_all = False  # every model, or only those whose loss_function is ours
 _origins: weakref.WeakKeyDictionary[Any, dict[Any, steps.Origin]] = weakref.WeakKeyDictionary()
 _windows: weakref.WeakKeyDictionary[Any, Window] = weakref.WeakKeyDictionary()
 _warned: weakref.WeakSet[Any] = weakref.WeakSet()
+_metrics: weakref.WeakKeyDictionary[Any, Metrics] = weakref.WeakKeyDictionary()
 
 
 class Window:
@@ -41,6 +57,39 @@ class Window:
     def __init__(self, batches: Sequence[Mapping[str, Any]]):
         self.batches = batches
         self.totals: dict[steps.Rule, torch.Tensor] = {}
+
+
+class Metrics:
+    """Observes the losses of a Trainer: the metrics of the tokens that were trained on since the last log."""
+
+    metrics = True
+
+    def __init__(self) -> None:
+        self.step: steps.Step | None = None
+        self.sums: Any = None  # items, correct ones, entropy: (3,) float64
+        self.to_log: dict[str, float] = {}
+
+    def __call__(self, loss: torch.Tensor, sums: TokenSums | None) -> torch.Tensor:
+        step = steps.current()
+        if sums is not None and step is not self.step:  # the first cross-entropy of a micro-batch is its main one
+            self.step = step
+            values = (sums.num_items, sums.num_correct, sums.entropy_sum)
+            added = torch.stack([value.double() for value in values if value is not None])
+            self.sums = added if self.sums is None else self.sums + added.to(self.sums.device)
+        return loss
+
+    def collect(self, trainer: Any) -> None:
+        """Adds the sums up over the ranks, for the log that follows. Every rank calls it."""
+        sums = torch.zeros(3, dtype=torch.float64, device=trainer.args.device) if self.sums is None else self.sums
+        items, correct, entropy = _sum_over_ranks(trainer, sums).tolist()
+        self.step, self.sums = None, None
+        self.to_log = {"token_accuracy": correct / items, "token_entropy": entropy / items} if items else {}
+
+
+def _sum_over_ranks(trainer: Any, sums: torch.Tensor) -> torch.Tensor:
+    if trainer.args.world_size == 1:
+        return sums
+    return trainer.accelerator.gather(sums.to(trainer.args.device).reshape(1, -1)).sum(0)
 
 
 # Putting the methods in place ---------------------------------------------------------------------------------------
@@ -225,6 +274,8 @@ def training_step(self: Any, model: Any, inputs: Any, num_items_in_batch: Any = 
         return original(self, model, inputs, num_items_in_batch, *args, **kwargs)
     rebind.rebind_modules_of(base_model(self))
     step = make_step(self, inputs, num_items_in_batch)
+    if settings.metrics:
+        step.observer = _metrics.setdefault(self, Metrics())
     with steps.entered(step):
         loss = original(self, model, inputs, num_items_in_batch, *args, **kwargs)
     warn_of_bypass(self, step)
@@ -259,6 +310,8 @@ def compute_loss(
 ) -> Any:
     original = _original("compute_loss")
     step = steps.current()
+    if is_covered(self) and isinstance(step, evaluations.Evaluation):
+        return _compute_batch_of_set(self, step, model, inputs, return_outputs, num_items_in_batch, **kwargs)
     if not is_covered(self) or self.compute_loss_func is not None:
         return original(self, model, inputs, return_outputs, num_items_in_batch, **kwargs)
     if step is None:
@@ -293,6 +346,33 @@ def _compute_evaluation_loss(
     step = steps.Step([inputs], inputs, ranks(trainer), 1.0, lambda total: over_ranks(trainer, total), {})
     with steps.entered(step):
         loss, outputs = _smoothed_loss(trainer, step, original, model, inputs, **kwargs)
+    return (loss, outputs) if return_outputs else loss
+
+
+def _compute_batch_of_set(
+    trainer: Any,
+    step: evaluations.Evaluation,
+    model: Any,
+    inputs: Any,
+    return_outputs: bool,
+    num_items_in_batch: Any,
+    **kwargs: Any,
+) -> Any:
+    """A batch of an evaluation loop: the mean over its own items, and what Trainer multiplies by the ranks is left out."""
+    original = _original("compute_loss")
+    if trainer.compute_loss_func is not None:
+        is_ours = getattr(trainer.compute_loss_func, "func", trainer.compute_loss_func) is hook.compute_loss_func
+        given = None if is_ours else num_items_in_batch
+        return original(trainer, model, inputs, return_outputs, given, **kwargs)
+    step.inputs = inputs
+    step.main = _counted_rule(base_model(trainer), inputs) if isinstance(inputs.get("labels"), torch.Tensor) else None
+    step.num_items_in_batch = None
+    if (
+        trainer.model_accepts_loss_kwargs and step.main is not None
+    ):  # compiled code makes use of it, and is not observed
+        given = step.num_items_in_batch = steps.at_least_one(step.main.total(inputs)).to(torch.float32)
+        inputs = {**inputs, "num_items_in_batch": given}
+    loss, outputs = _smoothed_loss(trainer, step, original, model, inputs, **kwargs)
     return (loss, outputs) if return_outputs else loss
 
 
@@ -334,17 +414,26 @@ def share(trainer: Any, step: steps.Step) -> Any:
     None: it was ours, or it may have divided by the num_items_in_batch that it was given.
     """
     model = base_model(trainer)
-    if getattr(model, "loss_type", None) == "ForCTC" or type(model).__name__.endswith(("ForCTC", "ForTDT", "ForRNNT")):
-        if getattr(model.config, "ctc_loss_reduction", None) == "sum":
+    if is_transducer(model):
+        if is_sum_over_examples(model):
             return trainer.current_gradient_accumulation_steps
     elif step.calls:
         return None
     elif step.window and (mask := next((key for key in MASKS if isinstance(step.inputs.get(key), torch.Tensor)), None)):
-        rule = steps.Rule(mask, ignore_index=0)
-        return (rule.total(step.inputs) * step.averaged / step.total(rule)).to(torch.float32)
+        return step.share_of(steps.Rule(mask, ignore_index=0))
     elif step.num_items_in_batch is not None and not computes_its_loss_alone(type(model).forward):
         return None
     return step.share_of_rows()
+
+
+def is_transducer(model: Any) -> bool:
+    """Whether the loss is over examples: CTC and its kin."""
+    name = type(model).__name__
+    return getattr(model, "loss_type", None) == "ForCTC" or name.endswith(("ForCTC", "ForTDT", "ForRNNT"))
+
+
+def is_sum_over_examples(model: Any) -> bool:
+    return is_transducer(model) and getattr(model.config, "ctc_loss_reduction", None) == "sum"
 
 
 @functools.cache
@@ -355,6 +444,145 @@ def computes_its_loss_alone(forward: Callable[..., Any]) -> bool:
     except (OSError, TypeError):
         return False
     return "loss_function" not in source and "num_items_in_batch" not in source
+
+
+# Evaluation -----------------------------------------------------------------------------------------------------------
+
+
+def evaluation_loop(self: Any, *args: Any, **kwargs: Any) -> Any:
+    original = _original("evaluation_loop")
+    if not is_covered(self) or not settings.evaluation or self.args.n_gpu > 1:
+        return original(self, *args, **kwargs)
+    rebind.rebind_modules_of(base_model(self))
+    evaluation = evaluations.Evaluation(settings.metrics, self.args.logging_nan_inf_filter)
+    own = vars(self).get("prediction_step")  # of the instance; a subclass may have another than Trainer
+    self.prediction_step = functools.partial(_prediction_step, self, evaluation, self.prediction_step)
+    try:
+        with steps.entered(evaluation):
+            output = original(self, *args, **kwargs)
+    finally:
+        del self.prediction_step
+        if own is not None:
+            self.prediction_step = own
+    given = inspect.signature(original).bind(self, *args, **kwargs).arguments
+    prefix = given.get("metric_key_prefix", "eval")
+    if output.metrics is not None and f"{prefix}_loss" in output.metrics:
+        results = evaluation.results(lambda sums: _sum_over_ranks(self, sums))
+        output.metrics.update({f"{prefix}_{name}": value for name, value in results.items()})
+    return output
+
+
+def _prediction_step(
+    trainer: Any,
+    evaluation: evaluations.Evaluation,
+    predict: Callable[..., Any],
+    model: Any,
+    inputs: Any,
+    prediction_loss_only: bool,
+    *args: Any,
+    **kwargs: Any,
+) -> Any:
+    """Trainer's, of any class, whose loss goes into the evaluation."""
+
+    def loss_of(inputs: Any, probed: int | None = None) -> torch.Tensor:
+        evaluation.begin(inputs, probed)
+        return predict(model, inputs, True, *args, **kwargs)[0]
+
+    evaluation.begin(inputs)
+    with _smoothed_in_kernel(trainer, evaluation, prediction_loss_only):
+        predicted = predict(model, inputs, prediction_loss_only, *args, **kwargs)
+    loss = predicted[0]
+    if loss is None:
+        return predicted
+    real, are_all_real = real_rows(trainer, inputs)
+    terms, token_sums, amount = evaluation.terms, evaluation.token_sums, evaluation.amount
+    if evaluation.coefficients is None:
+        evaluation.find_coefficients(loss, lambda term: loss_of(inputs, term), functools.partial(_largest, trainer))
+    if are_all_real:
+        evaluation.terms, evaluation.token_sums, evaluation.amount = terms, token_sums, amount
+    else:  # rows that fill the last batch up are in the set already
+        inputs = first_rows(inputs, max(real, 1))
+        loss = loss_of(inputs)
+    evaluation.add(loss, evaluation.amount or _amount(trainer, evaluation), is_real=real > 0)
+    return predicted
+
+
+@contextmanager
+def _smoothed_in_kernel(trainer: Any, evaluation: evaluations.Evaluation, prediction_loss_only: bool) -> Iterator[None]:
+    """Seq2SeqTrainer smooths the logits beside a generation itself, as a mean of the batch: here the model's loss does."""
+    smoother = trainer.label_smoother
+    generates = getattr(trainer.args, "predict_with_generate", False) and not prediction_loss_only
+    if smoother is None or not generates:
+        yield
+        return
+    trainer.label_smoother, evaluation.label_smoothing = None, smoother.epsilon
+    try:
+        yield
+    finally:
+        trainer.label_smoother, evaluation.label_smoothing = smoother, 0.0
+
+
+def _largest(trainer: Any, *numbers: int) -> list[int]:
+    """The largest of each over the ranks."""
+    if trainer.args.world_size == 1:
+        return list(numbers)
+    mine = torch.tensor([numbers], device=trainer.args.device)
+    return trainer.accelerator.gather(mine).amax(0).tolist()
+
+
+def real_rows(trainer: Any, inputs: Any) -> tuple[int, bool]:
+    """How many rows of a batch are not there only to make the ranks' last batches equally large; whether all ranks' are not."""
+    rows = steps.num_rows(inputs)
+    state = trainer.accelerator.gradient_state
+    ranks_with_batches = trainer.args.world_size // same_batch(trainer)
+    if ranks_with_batches == 1 or not state.end_of_dataloader or state.remainder <= 0:
+        return rows, True
+    before = trainer.args.process_index // same_batch(trainer) * rows  # as gather_for_metrics takes them
+    return min(max(state.remainder - before, 0), rows), state.remainder >= ranks_with_batches * rows
+
+
+def first_rows(inputs: Mapping[str, Any], n: int) -> dict[str, Any]:
+    """The first rows of a batch; where an entry has none, the labels of the others are ignored instead."""
+    rows = steps.num_rows(inputs)
+    by_row = {
+        k: v for k, v in inputs.items() if isinstance(v, (list, tuple)) or (isinstance(v, torch.Tensor) and v.dim())
+    }
+    if all(len(value) == rows for value in by_row.values()):
+        return {**inputs, **{key: value[:n] for key, value in by_row.items()}}
+    ignored = {}
+    for key in ("labels", "shift_labels"):
+        if isinstance(inputs.get(key), torch.Tensor) and not inputs[key].is_floating_point():
+            ignored[key] = inputs[key].clone()
+            ignored[key][n:] = -100
+    return {**inputs, **ignored}
+
+
+def _amount(trainer: Any, evaluation: evaluations.Evaluation) -> evaluations.Amount:
+    """What a batch weighs in the set, besides its terms: its rows, mostly."""
+    rows = evaluation.share_of_rows()
+    if is_sum_over_examples(base_model(trainer)):
+        return evaluations.Amount(1.0, rows)
+    items = share(trainer, evaluation)
+    if items is None:
+        main = None if evaluation.calls else evaluation.main
+        items = rows if main is None else main.total(evaluation.inputs)
+    return evaluations.Amount(items, items)
+
+
+# Logs -----------------------------------------------------------------------------------------------------------------
+
+
+def _maybe_log_save_evaluate(self: Any, *args: Any, **kwargs: Any) -> Any:
+    if self in _metrics and self.control.should_log and self.state.global_step > self._globalstep_last_logged:
+        _metrics[self].collect(self)
+    return _original("_maybe_log_save_evaluate")(self, *args, **kwargs)
+
+
+def log(self: Any, logs: dict[str, float], *args: Any, **kwargs: Any) -> Any:
+    if self in _metrics and "loss" in logs:
+        logs.update(_metrics[self].to_log)
+        _metrics[self].to_log = {}
+    return _original("log")(self, logs, *args, **kwargs)
 
 
 # What goes past us ----------------------------------------------------------------------------------------------------

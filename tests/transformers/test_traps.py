@@ -260,7 +260,6 @@ def test_trap_13_nothing_to_learn_from(head, empty):
         assert error(step, full) <= TRAINER_GRADIENT and loss_error(step, full) <= TRAINER_LOSS
 
 
-@pytest.mark.xfail(reason="evaluation is still Trainer's: a mean of the batches' means, weighted by rows")
 def test_trap_14_evaluation_loss_depends_on_the_batch_size():
     model, examples = model_and_rows("causal")
     with accumloss.registered():

@@ -1,0 +1,171 @@
+"""The loss of a whole evaluation set: every term a mean over its items of the set, whatever the batches and the ranks.
+
+Trainer averages the means of the batches, weighted by their rows. Here each term of the loss reports its mean and its items,
+batch by batch. The loss of a model may be any sum of multiples of its terms and of a rest: the multiples are found once, by
+what the loss of the first batch changes by when a term does.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+import torch
+
+from ..functional import Divisor
+from ..sums import TokenSums
+from . import step as steps
+
+PROBE = 64.0  # what is added to a term: so much that the rounding of the loss is small beside it
+
+
+class Amount(NamedTuple):
+    """How much a loss that is no sum of terms weighs: times of the set's over."""
+
+    times: torch.Tensor | float
+    over: torch.Tensor | float
+
+
+class _Term:
+    """Observes one call of a loss."""
+
+    def __init__(self, evaluation: Evaluation, items: torch.Tensor):
+        self.evaluation, self.items = evaluation, items
+        self.metrics = evaluation.metrics and not evaluation.terms
+
+    def __call__(self, loss: torch.Tensor, sums: TokenSums | None) -> torch.Tensor:
+        return self.evaluation.observe(loss, self.items, sums)
+
+
+class Evaluation(steps.Step):
+    """The step that an evaluation loop is in; its current micro-batch is the batch at hand.
+
+    Args:
+        metrics: whether the first term of each batch also gives TokenSums.num_correct and entropy_sum.
+        skips_non_finite: whether batches without a finite loss are left out, as Trainer does.
+    """
+
+    def __init__(self, metrics: bool, skips_non_finite: bool):
+        super().__init__([], {}, averaged=1, expected_grad=1.0, over_ranks=lambda total: total, totals={})
+        self.metrics, self.skips_non_finite = metrics, skips_non_finite
+        self.terms: list[tuple[torch.Tensor, torch.Tensor]] = []  # of this batch: mean, items
+        self.token_sums: TokenSums | None = None
+        self.amount: Amount | None = None
+        self.probed: int | None = None
+        self.num_terms: int | None = None  # of a batch
+        self.coefficients: list[float] | None = None  # of the terms in the loss
+        self.totals_of_set: torch.Tensor | None = None  # (2 + 3 terms + 3) float64, see add()
+
+    def begin(self, inputs: Mapping[str, Any], probed: int | None = None) -> None:
+        """Begins a batch; probed: a term that is to be larger than it is."""
+        self.inputs, self.window, self.probed = inputs, [inputs], probed
+        self.terms, self.token_sums, self.amount = [], None, None
+        self.calls = 0
+
+    # What losses ask a step --------------------------------------------------------------------------------------------
+
+    def divisor(
+        self,
+        labels: torch.Tensor,
+        given: Any = None,
+        *,
+        shift: int = 0,
+        ignore_index: int | None = -100,
+        length: int | None = None,
+        weight: torch.Tensor | None = None,
+    ) -> Divisor:
+        """The items of the call, whatever was given."""
+        self.calls += 1
+        if length is not None:
+            items = (labels.clamp(0, length) != length).sum().double()
+        else:
+            items = steps.Rule("labels", shift, ignore_index, weight=weight).total({"labels": labels})
+        return Divisor(steps.at_least_one(items), observer=_Term(self, items))
+
+    def observe(self, loss: torch.Tensor, items: torch.Tensor, sums: TokenSums | None = None) -> torch.Tensor:
+        index = len(self.terms)
+        self.terms.append((loss.detach().double(), items.to(loss.device)))
+        if sums is not None:
+            self.token_sums = sums
+        return loss + PROBE if index == self.probed else loss
+
+    def part(self, value: torch.Tensor, share: Any) -> torch.Tensor:
+        return self.observe(value, torch.as_tensor(share, dtype=torch.float64))
+
+    # Shares are amounts here: what of the set this batch is, is not known before its end.
+
+    def share_of(self, rule: steps.Rule) -> torch.Tensor:
+        return rule.total(self.inputs)
+
+    def share_of_rows(self) -> float:
+        return float(steps.num_rows(self.inputs))
+
+    def objects_of_the_step(self) -> float:
+        """Losses are sums over boxes or masks, divided by how many this batch has, or by 1."""
+        counts = steps.num_objects(self.inputs)
+        if counts is not None:
+            self.calls += 1
+            self.amount = Amount(max(sum(counts), 1), sum(counts))
+        return 1.0
+
+    # Adding up ---------------------------------------------------------------------------------------------------------
+
+    def find_coefficients(self, loss: torch.Tensor, again: Callable[[int], torch.Tensor], agree: Callable) -> None:
+        """Finds how the loss depends on its terms, where that of this batch is finite.
+
+        Args:
+            loss: ().
+            again: the loss of this batch with a term probed.
+            agree: the largest of a pair of numbers over the ranks, all of which must compute the batch equally often.
+        """
+        terms = list(self.terms)
+        is_term = len(terms) == 1 and bool(((loss.double() == terms[0][0]) & (terms[0][0] != 0)).all())
+        is_finite = bool(torch.isfinite(loss).all())
+        num_terms, differs, not_finite = agree(len(terms), int(not is_term), int(not is_finite))
+        if self.num_terms is None:
+            self.num_terms = num_terms
+        if not_finite:
+            return  # another batch will tell
+        changes = [(again(term).double() - loss.double()) / PROBE for term in range(self.num_terms) if differs]
+        self.coefficients = torch.stack(changes).tolist() if changes else [1.0] * self.num_terms
+
+    def add(self, loss: torch.Tensor, amount: Amount, is_real: bool = True) -> None:
+        """Adds this batch to the set. Without a host sync."""
+        assert self.num_terms is not None
+        device = loss.device
+        loss = loss.detach().double().reshape(())
+        empty = torch.zeros((), dtype=torch.float64, device=device)
+        times, over = (torch.as_tensor(value, dtype=torch.float64).to(device) for value in amount)
+        row = [loss * times, over]
+        for index in range(self.num_terms):
+            mean, items = self.terms[index] if index < len(self.terms) else (empty, empty)
+            mean, items = mean.to(device), items.to(device, torch.float64)
+            row += [mean * items, items, mean * times]
+        sums = self.token_sums
+        for value in (None, None, None) if sums is None else (sums.num_items, sums.num_correct, sums.entropy_sum):
+            row.append(empty if value is None else value.to(device, torch.float64))
+        added = torch.stack(row)
+        if not is_real:
+            added = torch.zeros_like(added)
+        elif self.skips_non_finite:
+            added = torch.where(torch.isfinite(loss), added, torch.zeros_like(added))
+        self.totals_of_set = added if self.totals_of_set is None else self.totals_of_set + added
+
+    def results(self, over_ranks: Callable[[torch.Tensor], torch.Tensor]) -> dict[str, float]:
+        """The loss of the set, and where there are metrics the accuracy and entropy of its items; {} where it had none."""
+        if self.totals_of_set is None or self.coefficients is None:
+            return {}
+        total, amount, *rest = over_ranks(self.totals_of_set).tolist()
+        *by_term, items, correct, entropy = rest
+        loss = _ratio(total, amount)
+        for index, coefficient in enumerate(self.coefficients):
+            of_items, term_items, of_batches = by_term[3 * index : 3 * index + 3]
+            loss += coefficient * (_ratio(of_items, term_items) - _ratio(of_batches, amount))
+        results = {"loss": loss}
+        if items:
+            results.update(token_accuracy=_ratio(correct, items), token_entropy=_ratio(entropy, items))
+        return results
+
+
+def _ratio(total: float, items: float) -> float:
+    return total / items if items else 0.0
