@@ -298,8 +298,7 @@ void run_short(const Rows& rows, const CrossEntropySums* sums, double* lse, void
         group.factors[r] = is_item[r] ? grad * rows.weight(y) : 0;
       }
       void* g = grad_logits != nullptr ? row_data(*grad_logits, begin) : nullptr;
-      // with metrics the gradient waits: ties are looked up in the logits, whose place it may take
-      rows.kernels.short_rows(group, metrics, metrics ? nullptr : g);
+      rows.kernels.short_rows(group, metrics, g);
       for (int64_t r = 0; r < group.count; ++r) {
         if (lse != nullptr) lse[begin + r] = is_item[r] ? group.lse[r] : 0;
         if (nll != nullptr) set_element(nll, dtype, begin + r, is_item[r] ? group.nll[r] : 0);
@@ -311,11 +310,10 @@ void run_short(const Rows& rows, const CrossEntropySums* sums, double* lse, void
         row.items = 1;
         if (metrics) {
           row.entropy = group.entropy[r];
-          row.correct = rows.is_correct(group.others_max[r], group.nll[r], begin + r, y, group.target[r]);
+          row.correct = group.is_argmax[r] && group.nll[r] == group.nll[r];
         }
         parts[i].add(row);
       }
-      if (metrics && g != nullptr) rows.kernels.short_rows(group, false, g);
     }
   });
   if (sums != nullptr) ordered_sum(parts).write(*sums, dtype);

@@ -8,6 +8,7 @@
 
 #include <cstring>
 #include <type_traits>
+#include <utility>
 
 #if defined(__F16C__) || defined(__AVX2__)
 #include <immintrin.h>
@@ -158,10 +159,12 @@ struct ExpFrom {  // fp32 and fp64
 
   ACCUMLOSS_INLINE explicit ExpFrom(Acc origin) : origin_(origin) {}
   ACCUMLOSS_INLINE double origin() const { return origin_; }
-  // u = (z - origin) / kUnit, raised to where the exponential is zero, so that u exp() is 0 at -inf
-  ACCUMLOSS_INLINE Real operator()(Real z, Real* u) const {
+  // u = (z - origin) / kUnit; where kClamps, raised to where the exponential is zero, so that u exp() is 0 at -inf
+  template <bool kClamps>
+  ACCUMLOSS_INLINE Real exp(Real z, Real* u) const {
     const Real d = z - origin_;
-    *u = d < Vectors<Acc>::kLowest ? broadcast<Acc>(Vectors<Acc>::kLowest) : d;
+    *u = d;
+    if constexpr (kClamps) *u = d < Vectors<Acc>::kLowest ? broadcast<Acc>(Vectors<Acc>::kLowest) : d;
     return exp_of_difference<T, Acc>(z, broadcast(origin_), d);
   }
 };
@@ -199,7 +202,8 @@ struct ExpFromHalf {
   ACCUMLOSS_INLINE double origin() const {
     return -static_cast<double>(offset_) / (kFused ? static_cast<double>(scale_) : 1.0);
   }
-  ACCUMLOSS_INLINE Real operator()(Real z, Real* u) const {
+  template <bool kClamps>
+  ACCUMLOSS_INLINE Real exp(Real z, Real* u) const {
     const Real x = kFused ? z * scale_ + offset_ : (z + offset_) * scale_;
     const Int zero = x < kLowest;
     const Real shifted = x + kMagic;
@@ -209,7 +213,8 @@ struct ExpFromHalf {
     p = p * f + 0.960889697075f;
     p = p * f + 1.3862940073f;
     p = p * f + 1.0f;
-    *u = zero ? broadcast<float>(kLowest) : x;
+    *u = x;
+    if constexpr (kClamps) *u = zero ? broadcast<float>(kLowest) : x;
     return zero ? Real{} : p * reinterpret_cast<Real>(reinterpret_cast<Int>(shifted) << Vectors<float>::kMantissaBits);
   }
 };
@@ -487,15 +492,32 @@ void multiply_by_slope(const Acc* x, int64_t n, const Transform<Acc>& transform,
   }
 }
 
-// In a fixed order that no vector width changes.
+template <typename Acc, int kSize>
+struct VectorOf {
+  typedef Acc Type __attribute__((vector_size(kSize * sizeof(Acc))));
+};
+
+template <typename Acc, int... kIndex>
+ACCUMLOSS_INLINE Acc fold(typename VectorOf<Acc, 2 * sizeof...(kIndex)>::Type v,
+                          std::integer_sequence<int, kIndex...>) {
+  constexpr int kHalf = sizeof...(kIndex);
+  if constexpr (kHalf == 1) {
+    return v[0] + v[1];
+  } else {
+    const auto sum = __builtin_shufflevector(v, v, kIndex...) + __builtin_shufflevector(v, v, (kIndex + kHalf)...);
+    return fold<Acc>(sum, std::make_integer_sequence<int, kHalf / 2>());
+  }
+}
+
+// The sum of kLanes lanes, halved until one is left: an order that no vector width changes.
 template <typename Acc>
 ACCUMLOSS_INLINE Acc sum_lanes(const typename Vectors<Acc>::Real* vectors) {
   constexpr int kWidth = Vectors<Acc>::kWidth;
-  Acc lanes[kLanes];
-  for (int k = 0; k < kLanes; k += kWidth) store(vectors[k / kWidth], lanes + k);
-  for (int half = kLanes / 2; half > 0; half /= 2)
-    for (int k = 0; k < half; ++k) lanes[k] += lanes[k + half];
-  return lanes[0];
+  typename Vectors<Acc>::Real v[kLanes / kWidth];
+  for (int k = 0; k < kLanes / kWidth; ++k) v[k] = vectors[k];
+  for (int half = kLanes / kWidth / 2; half > 0; half /= 2)
+    for (int k = 0; k < half; ++k) v[k] += v[k + half];
+  return fold<Acc>(v[0], std::make_integer_sequence<int, kWidth / 2>());
 }
 
 template <typename Acc>
@@ -574,13 +596,31 @@ constexpr Acc negative_infinity(Acc) {
 }
 
 template <typename Acc>
+ACCUMLOSS_INLINE bool any_lane(typename Vectors<Acc>::Int mask) {
+#if defined(__AVX512F__)
+  return _mm512_test_epi32_mask(reinterpret_cast<__m512i>(mask), reinterpret_cast<__m512i>(mask)) != 0;
+#elif defined(__AVX2__)
+  return !_mm256_testz_si256(reinterpret_cast<__m256i>(mask), reinterpret_cast<__m256i>(mask));
+#else
+  uint64_t words[kVectorBytes / 8], any = 0;
+  std::memcpy(words, &mask, sizeof words);
+  for (const uint64_t word : words) any |= word;
+  return any != 0;
+#endif
+}
+
+template <typename Acc>
 ACCUMLOSS_INLINE bool any_above(const typename Vectors<Acc>::Real* v, Acc limit) {
   typename Vectors<Acc>::Int above = v[0] > limit;
   for (int k = 1; k < kLanes / Vectors<Acc>::kWidth; ++k) above |= v[k] > limit;
-  uint64_t words[kVectorBytes / 8], any = 0;
-  std::memcpy(words, &above, sizeof words);
-  for (const uint64_t word : words) any |= word;
-  return any != 0;
+  return any_lane<Acc>(above);
+}
+
+template <typename Acc>
+ACCUMLOSS_INLINE bool any_nan(const typename Vectors<Acc>::Real* v) {
+  typename Vectors<Acc>::Int is_nan = v[0] != v[0];
+  for (int k = 1; k < kLanes / Vectors<Acc>::kWidth; ++k) is_nan |= v[k] != v[k];
+  return any_lane<Acc>(is_nan);
 }
 
 // copy = the classes [begin, begin + kLanes), with -inf for the label and past the end.
@@ -606,8 +646,9 @@ void push_plain(const RowSegment& row, RowState<double>* state, typename AccOf<T
   constexpr bool kMayBeLogits = std::is_same<T, Acc>::value;
   const bool is_over_logits = kStore && static_cast<const void*>(exps) == row.x;
   const int64_t target_group = row.begin + (row.target - row.begin) / kLanes * kLanes;
-  // work(logits, exponentials) for the groups of [begin, end), and whether it stores the latter
-  const auto for_each_group = [&](int64_t begin, int64_t end, bool stores,
+  // work(logits, exponentials, clamps) for the groups of [begin, end), and whether it stores the exponentials. A group
+  // that was copied has -inf in it, where exp() is asked to clamp.
+  const auto for_each_group = [&](int64_t begin, int64_t end, bool stores, auto clamps,
                                   const auto& work) __attribute__((always_inline)) {
     alignas(64) T copy[kLanes];
     alignas(64) Acc rest[kLanes];
@@ -617,13 +658,14 @@ void push_plain(const RowSegment& row, RowState<double>* state, typename AccOf<T
       int64_t stop = i + kLanes;
       if (i == target_group || stop > end) {
         copy_masked(row, i, copy);
-        group = copy;
         if (kMayBeLogits && stop > end) to = rest;
+        work(copy, to, std::true_type());
+        i += kLanes;
       } else {
         stop = i + (end - i) / kLanes * kLanes;
         if (i < target_group && target_group < stop) stop = target_group;
+        for (; i < stop; i += kLanes, group += kLanes, to += kLanes) work(group, to, clamps);
       }
-      for (; i < stop; i += kLanes, group += kLanes, to += kLanes) work(group, to);
       if (stores && kMayBeLogits && stop > end)
         std::memcpy(exps + stop - kLanes, rest, static_cast<size_t>(end - stop + kLanes) * sizeof(Acc));
     }
@@ -648,33 +690,40 @@ void push_plain(const RowSegment& row, RowState<double>* state, typename AccOf<T
   for (int64_t begin = row.begin; begin < row.end; begin += kBlock) {
     const int64_t end = row.end - begin < kBlock ? row.end : begin + kBlock;
     if (begin == row.begin || is_over_logits) {
-      for_each_group(begin, end, false, [&](const T* group, Acc*) __attribute__((always_inline)) {
-        Real v[kVectors];
-        Group<T>::load(group, v);
-        for (int k = 0; k < kVectors; ++k) max[k] = maximum(v[k], max[k]);
-      });
+      for_each_group(begin, end, false, std::true_type(),
+                     [&](const T* group, Acc*, auto) __attribute__((always_inline)) {
+                       Real v[kVectors];
+                       Group<T>::load(group, v);
+                       for (int k = 0; k < kVectors; ++k) max[k] = maximum(v[k], max[k]);
+                     });
       if (begin == row.begin || any_above<Acc>(max, reference + kHeadroom)) raise_reference();
     }
     Real sums[kVectors], products[kVectors];
-    for (bool again = false;; again = true) {
+    const auto visit = [&](auto clamps_all) __attribute__((always_inline)) {
       for (int k = 0; k < kVectors; ++k) sums[k] = products[k] = Real{};
       const ExpFrom<T> exp_from(reference);
-      for_each_group(begin, end, kStore, [&](const T* group, Acc* to) __attribute__((always_inline)) {
-        prefetch(group);
-        Real v[kVectors];
-        Group<T>::load(group, v);
-        for (int k = 0; k < kVectors; ++k) {
-          max[k] = maximum(v[k], max[k]);
-          Real u;
-          const Real e = exp_from(v[k], &u);
-          sums[k] += e;
-          if (kWeighted) products[k] += e * u;
-          if (kStore) store(e, to + k * V::kWidth);
-        }
-      });
-      if (again || !any_above<Acc>(max, reference + kHeadroom)) break;
+      for_each_group(begin, end, kStore, clamps_all,
+                     [&](const T* group, Acc* to, auto clamps) __attribute__((always_inline)) {
+                       prefetch(group);
+                       Real v[kVectors];
+                       Group<T>::load(group, v);
+                       for (int k = 0; k < kVectors; ++k) {
+                         max[k] = maximum(v[k], max[k]);
+                         Real u;
+                         const Real e = exp_from.template exp<decltype(clamps)::value>(v[k], &u);
+                         sums[k] += e;
+                         if (kWeighted) products[k] += e * u;
+                         if (kStore) store(e, to + k * V::kWidth);
+                       }
+                     });
+    };
+    visit(std::false_type());
+    if (any_above<Acc>(max, reference + kHeadroom)) {
+      const Acc before = reference;
       raise_reference();
+      if (reference != before) visit(std::false_type());
     }
+    if (kWeighted && any_nan<Acc>(products)) visit(std::true_type());  // 0 * -inf, of a masked class
     if (kStore) references[begin / kBlock] = reference;
     sum += sum_lanes<Acc>(sums);
     if (kWeighted) weighted += sum_lanes<Acc>(products) * ExpFrom<T>::kUnit;
@@ -717,7 +766,7 @@ void write_grad_plain(const RowSegment& row, const RowGrad<double>& gradient, T*
     Group<T>::load(from, v);
     for (int k = 0; k < kVectors; ++k) {
       Real u;
-      v[k] = exp_from(v[k], &u) * probability;
+      v[k] = exp_from.template exp<false>(v[k], &u) * probability;
     }
     Group<T>::store(v, to);
   };
@@ -956,7 +1005,7 @@ void short_rows(ShortRows& rows, bool metrics, void* grad) {
   const int64_t V = rows.V, count = rows.count;
   alignas(64) float row_major[kGroup * kShort];
   alignas(64) float z[kShort * kGroup];
-  alignas(64) float weighted[kGroup];
+  alignas(64) float weighted[kGroup], others_max[kGroup];
   alignas(64) double sums[kGroup] = {};
   load_block(static_cast<const T*>(rows.x), count * V, row_major);
   for (int64_t r = 0; r < count; ++r)
@@ -966,11 +1015,23 @@ void short_rows(ShortRows& rows, bool metrics, void* grad) {
     rows.factors[r] = 0;
     for (int64_t j = 0; j < V; ++j) z[j * kGroup + r] = 0;
   }
-  for (int64_t r = 0; r < kGroup; ++r) {
-    float& label = z[rows.labels[r] * kGroup + r];
-    rows.target[r] = label;
-    label = -kInfinity;
+  for (int64_t r = 0; r < kGroup; ++r) rows.target[r] = z[rows.labels[r] * kGroup + r];
+  if (metrics) {
+    alignas(64) float label[kGroup], beaten[kGroup];
+    for (int64_t r = 0; r < kGroup; ++r) label[r] = static_cast<float>(rows.labels[r]);
+    for (int64_t r = 0; r < kGroup; r += kWidth) {
+      const Real y = load(rows.target + r), at = load(label + r);
+      Real is_beaten = {};
+      for (int64_t j = 0; j < V; ++j) {
+        const Real v = load(z + j * kGroup + r);
+        const auto beats = (v > y) | ((v == y) & (broadcast(static_cast<float>(j)) < at));
+        is_beaten = beats ? broadcast(1.f) : is_beaten;
+      }
+      store(is_beaten, beaten + r);
+    }
+    for (int64_t r = 0; r < kGroup; ++r) rows.is_argmax[r] = beaten[r] == 0;
   }
+  for (int64_t r = 0; r < kGroup; ++r) z[rows.labels[r] * kGroup + r] = -kInfinity;
 
   for (int64_t r = 0; r < kGroup; r += kWidth) {
     Real max = broadcast<float>(-kInfinity);
@@ -978,7 +1039,7 @@ void short_rows(ShortRows& rows, bool metrics, void* grad) {
       const Real v = load(z + j * kGroup + r);
       max = maximum(v, max);
     }
-    store(max, rows.others_max + r);
+    store(max, others_max + r);
     const Real reference = max == -kInfinity ? Real{} : max;
     Real products = {};
     for (int64_t j = 0; j < V; ++j) {
@@ -995,12 +1056,13 @@ void short_rows(ShortRows& rows, bool metrics, void* grad) {
   // row_result and RowGrad of row.h, for a vector of rows at a time, in float: the rounding of the one difference that
   // may be large is recovered, and every other step costs a unit or two
   alignas(64) float sum_of[kGroup], factor_of[kGroup], log_totals[kGroup], other_factor[kGroup], label_grad[kGroup];
+  alignas(64) float others_scale[kGroup];  // exp(others_max - lse)
   for (int64_t r = 0; r < kGroup; ++r) {
     sum_of[r] = static_cast<float>(sums[r]);
     factor_of[r] = static_cast<float>(rows.factors[r]);
   }
   for (int64_t r = 0; r < kGroup; r += kWidth) {
-    const Real y = load(rows.target + r), other = load(rows.others_max + r);
+    const Real y = load(rows.target + r), other = load(others_max + r);
     const Real max = other > y ? other : y, min = other > y ? y : other;
     Real gap = min - max;
     const Real back = gap + max;
@@ -1018,19 +1080,20 @@ void short_rows(ShortRows& rows, bool metrics, void* grad) {
     store(log_total, log_totals + r);
     const Real factor = load(factor_of + r) / total;
     store(label_leads ? factor * smaller : factor, other_factor + r);
+    store((label_leads ? smaller : broadcast(1.f)) / total, others_scale + r);
     store(-(factor * s), label_grad + r);
   }
   for (int64_t r = 0; r < kGroup; ++r) {
-    const double y = rows.target[r], other = rows.others_max[r], max = other > y ? other : y;
+    const double y = rows.target[r], other = others_max[r], max = other > y ? other : y;
     rows.nll[r] = (max - y) + static_cast<double>(log_totals[r]);
     rows.lse[r] = max + static_cast<double>(log_totals[r]);
   }
   if (metrics) {
     for (int64_t r = 0; r < count; ++r) {
       const double reference = row_reference(rows.target[r]);
-      const double block = rows.others_max[r] == -kInfinity ? 0.0 : rows.others_max[r];
+      const double block = others_max[r] == -kInfinity ? 0.0 : others_max[r];
       const double terms = weighted[r] + sums[r] * (block - reference);
-      rows.entropy[r] = (rows.lse[r] - reference) - (sums[r] == 0 ? 0.0 : terms * std::exp(block - rows.lse[r]));
+      rows.entropy[r] = (rows.lse[r] - reference) - (sums[r] == 0 ? 0.0 : terms * others_scale[r]);
     }
   }
 

@@ -39,7 +39,8 @@ struct ShortRows {
   double factors[kGroup];  // of the gradient: grad_loss_sum * w_y; 0: a row of zeros
   // results
   double nll[kGroup], lse[kGroup], entropy[kGroup];
-  float target[kGroup], others_max[kGroup];
+  float target[kGroup];
+  bool is_argmax[kGroup];  // whether the label is the first of the largest logits; with metrics
 };
 
 struct RowKernels {
