@@ -26,8 +26,8 @@ def audit(
     """Measures whether training this model over micro-batches equals training it over the one batch that holds them all.
 
     For each batch size, transformers' Trainer takes one optimizer step over all rows, with and without accumloss; its
-    gradient and the loss that it logs are held against the model's own loss over all rows at once, in plain PyTorch. The
-    model is copied, and copies run in eval mode: dropout is random, and batch normalisation couples the rows.
+    gradient and the loss that it logs are held against the model's own loss over all rows at once, in plain PyTorch. Then
+    it evaluates them in batches of the same sizes and in one. The model is copied, and copies run in eval mode: dropout is random, and batch normalisation couples the rows.
 
     Args:
         model: a transformers model, or any module that returns a loss for the entries of the batches.
@@ -78,13 +78,17 @@ def audit_rows(
             )
         parts = {size: measure.parts_of(copied, rows, size) for size in sizes}
         noise = measure.noise_of(copied, rows, whole)
-    steps = []
+    steps, evaluation = [], {}
     for way in ways:
         for size in sizes:
             name = measure.name_of(measure.sizes_of(len(rows), size))
             say(f"{way}, {name}")
             steps.append(measure.step_result(model, rows, size, way, name, loss, whole, parts[size], groups))
-    report = Report(type(model).__name__, len(rows), loss, noise, steps)
+        say(f"{way}, evaluation")
+        difference = measure.evaluation_difference(model, rows, sizes, way)
+        if difference is not None:
+            evaluation[way] = difference
+    report = Report(type(model).__name__, len(rows), loss, noise, steps, evaluation=evaluation)
     if report.is_exact() or "accumloss" not in ways:
         return report
     return measure.explained(report, model, rows, whole, parts)

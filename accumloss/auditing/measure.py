@@ -27,6 +27,7 @@ Rows = list[dict[str, Any]]
 Gradients = dict[str, torch.Tensor]
 
 EXACT = 1e-4  # relative error of the gradient, fp32
+SAME_LOSS = 1e-5  # relative difference of an evaluation's loss, fp32
 WAYS = ("stock", "accumloss")
 
 
@@ -70,6 +71,8 @@ class Report:
     reason: str = ""  # why accumloss is not exact, where it is not
     # of the one batch\'s gradient from every weighting of the micro-batches\', where accumloss is not exact
     distance: float | None = None
+    # way: relative difference of Trainer's eval_loss between batch sizes; without a way whose Trainer gives none
+    evaluation: dict[str, float] = field(default_factory=dict)
 
     def of(self, way: str) -> list[StepResult]:
         return [step for step in self.steps if step.way == way]
@@ -329,6 +332,37 @@ def train_step(model: torch.nn.Module, rows: Rows, batch_size: int, way: str) ->
         with _measured() as measured:
             trainer.train()
     return recorder.gradients, recorder.loss, measured["seconds"], measured["peak_mb"]
+
+
+def evaluation_difference(model: torch.nn.Module, rows: Rows, batch_sizes: Sequence[int], way: str) -> float | None:
+    """How much Trainer's eval_loss of the rows differs, relatively, from that over one batch; None where there is none."""
+    import transformers
+
+    dataset: Any = rows
+    losses: list[float] = []
+    context = integration.registered() if way == "accumloss" else integration.unregistered()
+    with tempfile.TemporaryDirectory() as folder, context, prepared(model) as copied, warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        for size in (len(rows), *batch_sizes):
+            trainer = transformers.Trainer(
+                model=copied,
+                args=transformers.TrainingArguments(
+                    output_dir=folder,
+                    per_device_eval_batch_size=size,
+                    prediction_loss_only=True,
+                    report_to=[],
+                    disable_tqdm=True,
+                    remove_unused_columns=False,
+                    use_cpu=next(model.parameters()).device.type == "cpu",
+                ),
+                data_collator=collate,
+            )
+            trainer.remove_callback(transformers.PrinterCallback)
+            metrics = trainer.evaluate(dataset)
+            if "eval_loss" not in metrics:
+                return None
+            losses.append(float(metrics["eval_loss"]))
+    return max(abs(loss - losses[0]) for loss in losses) / (abs(losses[0]) or 1.0)
 
 
 def parts_of(model: torch.nn.Module, rows: Rows, batch_size: int) -> list[Gradients]:

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from .measure import EXACT, Report, StepResult
+from .measure import EXACT, SAME_LOSS, Report, StepResult
 
 
 def show(report: Report, note: str = "") -> None:
@@ -51,6 +51,9 @@ def verdict(report: Report) -> str:
             lines.append(f"{way}: exact, within {EXACT:.0e} of the one batch")
         else:
             lines.append(f"{way}: not exact; worst at {worst.split}: {worst.cause}")
+    for way, difference in report.evaluation.items():
+        depends = "depends on the" if difference > SAME_LOSS else "is the same for every"
+        lines.append(f"{way}: eval_loss {depends} batch size ({difference:.0e})")
     if report.reason:
         lines.append(f"why not with accumloss: {report.reason}")
     if report.noise > EXACT / 10:

@@ -66,6 +66,7 @@ def status_of(report: Report) -> dict[str, Any]:
             "gradient_error": worst.gradient_error,
             "loss_error": worst.loss_error,
             "cause": worst.cause,
+            "evaluation_difference": report.evaluation.get(way),
         }
     return found
 

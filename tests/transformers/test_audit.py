@@ -15,6 +15,7 @@ from training import LENGTH, build, rows
 import accumloss
 from accumloss.__main__ import main
 from accumloss.auditing import AuditError, audit_rows, census, measure, worker
+from accumloss.auditing.report import verdict
 
 torch.set_num_threads(1)
 
@@ -36,6 +37,12 @@ def test_audit_finds_stock_wrong_and_accumloss_exact(report):
     assert all(step.gradient_error < 1e-5 and step.loss_error < 1e-6 for step in report.of("accumloss"))
     assert report.reason == ""
     assert report.noise < 1e-6
+
+
+def test_audit_evaluates_in_batches_of_each_size(report):
+    assert report.evaluation["stock"] > 1e-3 and report.evaluation["accumloss"] < measure.SAME_LOSS
+    assert "stock: eval_loss depends on the batch size" in verdict(report)
+    assert "accumloss: eval_loss is the same for every batch size" in verdict(report)
 
 
 def test_audit_reports_the_groups_of_parameters(report):
@@ -272,6 +279,7 @@ def line(name: str, stock: bool, ours: bool, status: str = "run") -> dict:
             "gradient_error": 0.0 if exact else 7.0,
             "loss_error": 0.0,
             "cause": "" if exact else "sum of means",
+            "evaluation_difference": 0.0 if exact else 0.01,
         }
 
     found = {"name": name, "module": "m", "head": "masked LM", "status": status, "reason": "why", "seconds": 1.0}
@@ -297,6 +305,9 @@ def test_census_counts(tmp_path):
         "cannot be exact": 1,
         "wrong": 1,
         "not run": 1,
+        "evaluated": 3,
+        "stock_depends": 2,
+        "accumloss_depends": 1,
     }
     text = census.markdown(lines, 12)
     assert "| **all** | 4 | 1 | 3 | 2 | 1 | 1 | 1 |" in text and "12 minutes" in text
