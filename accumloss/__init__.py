@@ -1,5 +1,6 @@
 """accumloss: exact gradient accumulation and cheap cross-entropy for PyTorch."""
 
+from .accumulation import Accumulator
 from .auditing import audit
 from .functional import (
     causal_lm_loss,
@@ -25,6 +26,7 @@ from .transformers import (
 __version__ = build_info()["version"]
 
 __all__ = [
+    "Accumulator",
     "LossOptions",
     "TokenSums",
     "audit",

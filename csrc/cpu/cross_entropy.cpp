@@ -144,7 +144,23 @@ struct Rows {
   double weight(int64_t label) const {
     return inputs.weight != nullptr ? element(inputs.weight, inputs.logits.dtype, label) : 1.0;
   }
+  // Whether every label is a class or ignored, without a branch or a division per row.
+  template <typename Label>
+  bool labels_fit() const {
+    const LabelsView& labels = inputs.labels;
+    const int64_t ignore_index = inputs.options.ignore_index;
+    bool fit = true;
+    for (int64_t b = 0; b < inputs.logits.B; ++b) {
+      const Label* of_b = static_cast<const Label*>(labels.data) + b * labels.stride_b;
+      for (int64_t t = inputs.options.shift; t < inputs.logits.T; ++t) {
+        const int64_t y = of_b[t * labels.stride_t];
+        fit &= (y == ignore_index) | (static_cast<uint64_t>(y) < static_cast<uint64_t>(V));
+      }
+    }
+    return fit;
+  }
   void check_labels() const {
+    if (inputs.labels.is_int32 ? labels_fit<int32_t>() : labels_fit<int64_t>()) return;
     for (int64_t row = 0; row < N; ++row) {
       const int64_t y = label(row);
       if (ignored(y) || (y >= 0 && y < V)) continue;
@@ -286,6 +302,7 @@ void run_short(const Rows& rows, const CrossEntropySums* sums, double* lse, void
   std::vector<Sums> parts(static_cast<size_t>(num_tasks));
   run_tasks(num_tasks, rows.N * rows.V, no_local, [&](int64_t i, Nothing) {
     ShortRows group;
+    Sums part;
     group.V = rows.V;
     for (int64_t begin = i * kGroups * kGroup; begin < rows.N && begin < (i + 1) * kGroups * kGroup; begin += kGroup) {
       group.count = rows.N - begin < kGroup ? rows.N - begin : kGroup;
@@ -303,18 +320,17 @@ void run_short(const Rows& rows, const CrossEntropySums* sums, double* lse, void
         if (lse != nullptr) lse[begin + r] = is_item[r] ? group.lse[r] : 0;
         if (nll != nullptr) set_element(nll, dtype, begin + r, is_item[r] ? group.nll[r] : 0);
         if (!is_item[r]) continue;
-        const int64_t y = group.labels[r];
-        Sums row;
-        row.weight = rows.weight(y);
-        row.loss = row.weight * group.nll[r];
-        row.items = 1;
+        const double weight = rows.weight(group.labels[r]);
+        part.weight += weight;
+        part.loss += weight * group.nll[r];
+        ++part.items;
         if (metrics) {
-          row.entropy = group.entropy[r];
-          row.correct = group.is_argmax[r] && group.nll[r] == group.nll[r];
+          part.entropy += group.entropy[r];
+          part.correct += group.is_argmax[r] && group.nll[r] == group.nll[r];
         }
-        parts[i].add(row);
       }
     }
+    parts[i] = part;
   });
   if (sums != nullptr) ordered_sum(parts).write(*sums, dtype);
 }
