@@ -1,4 +1,4 @@
-# make demo | test | lint | bench | census | clean
+# make demo | test | lint | bench | bench-step | census | clean
 #
 # All of it happens in .venv, which the first target that needs it makes. A torch 2.10 or newer that PYTHON already has
 # is used from where it is; otherwise, or where TORCH is given (make test TORCH=torch==2.15.0), it is installed.
@@ -11,7 +11,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check
 SOURCES := pyproject.toml setup.py CMakeLists.txt \
            $(shell find accumloss build_tools csrc -name '*.py' -o -name '*.h' -o -name '*.cpp' -o -name '*.cu*')
 
-.PHONY: demo test lint bench census clean
+.PHONY: demo test lint bench bench-step census clean
 .DELETE_ON_ERROR:
 .SECONDARY:
 
@@ -30,6 +30,13 @@ lint: $(VENV)/.installed-dev
 
 bench: $(VENV)/.installed-bench
 	$(BIN)/python benchmarks/bench_cross_entropy.py $(ARGS)
+	$(BIN)/python benchmarks/bench_scaling.py
+	$(BIN)/python benchmarks/plot.py
+
+# A whole training step of three models.
+bench-step: $(VENV)/.installed-bench
+	$(BIN)/python benchmarks/bench_training_step.py $(ARGS)
+	$(BIN)/python benchmarks/plot.py
 
 # Some 20 minutes on 2 cores. An interrupted one goes on where it stopped.
 census: $(VENV)/.installed-test

@@ -238,4 +238,83 @@ def test_plot_draws_the_csv(tmp_path):
     table, _ = bench_cross_entropy.write(lines, {}, tmp_path)
     assert plot.main([str(table)]) == 0
     assert table.with_suffix(".png").read_bytes().startswith(b"\x89PNG")
+    assert "<svg" in table.with_suffix(".svg").read_text()
     assert plot.main([str(tmp_path / "absent.csv")]) == 1
+
+
+def test_scaling_benchmark_and_its_pictures(tmp_path, monkeypatch, capfd):
+    plot = pytest.importorskip("matplotlib", reason="plot.py needs matplotlib") and __import__("plot")
+    import bench_scaling
+
+    few = [s for s in bench_scaling.sweeps(True) if s[2].vocab <= 32000 and s[2].rows * s[2].vocab < 3e6]
+    few = [(sweep, threads, shape, [n for n in names if n != "compile"]) for sweep, threads, shape, names in few]
+    monkeypatch.setattr(bench_scaling, "sweeps", lambda quick: few)
+    assert bench_scaling.main(["--quick", "--rounds", "1", "--out", str(tmp_path)]) == 0
+    printed = capfd.readouterr().out
+    assert "heads of 9 to 1000 classes over stock, bf16 | >= 3×" in printed and "metrics add, on average" in printed
+    with (tmp_path / "scaling_cpu.csv").open() as file:
+        lines = list(csv.DictReader(file))
+    assert {"classes", "rows", "threads", "metrics", "call"} <= {line["sweep"] for line in lines}
+    assert plot.main([str(tmp_path / "scaling_cpu.csv")]) == 0
+    assert (tmp_path / "scaling_cpu_memory_rows_errors.svg").exists()
+
+
+def test_goals_are_read_from_the_measurements():
+    import bench_scaling
+
+    def line(sweep, peer, vocab, ms, ignored=0.0, rows=128, **more):
+        found = dict.fromkeys(bench_scaling.FIELDS)
+        found.update(
+            sweep=sweep, peer=peer, vocab=vocab, ms_median=ms, ignored=ignored, rows=rows, dtype="bf16", missing=""
+        )
+        return {**found, **more}
+
+    lines = [
+        line("classes", "accumloss", 9, 1.0, ratio_to_stock=2.5, ratio_to_compile=1.5),
+        line("classes", "accumloss", 1000, 1.0, ratio_to_stock=4.0, ratio_to_compile=1.5),
+        line("classes", "accumloss", 32000, 10.0), line("classes", "accumloss", 32000, 1.0, ignored=0.9),
+        line("metrics", "metrics", 9, 1.2), line("metrics", "no metrics", 9, 1.0),
+        line("call", "accumloss", 9, 0.05),
+    ]  # fmt: skip
+    found = {what: (got, ok) for what, _, got, ok in bench_scaling.goals(lines)}
+    assert found["heads of 9 to 1000 classes over stock, bf16"] == ("2.50 to 4.00×", False)
+    assert found["heads of 9 to 1000 classes over torch.compile, bf16"][1]
+    assert found["90 % ignored over none ignored, V >= 4096, accumloss"] == ("10.00 to 10.00×", True)
+    assert found["metrics add, on average"] == ("20.0 % (20.0 to 20.0)", False)
+    assert found["smallest call, loss and backward"] == ("50.0 to 50.0 µs", True)
+    intercept, slope, distance = bench_scaling.straight_line([(1, 3.0), (2, 5.0), (4, 9.0)])
+    assert abs(intercept - 1) < 1e-9 and abs(slope - 2) < 1e-9 and distance < 1e-9
+
+
+@pytest.mark.parametrize("model", ["llama", "bert"])
+def test_training_step_benchmark(tmp_path, monkeypatch, capfd, model):
+    plot = pytest.importorskip("matplotlib", reason="plot.py needs matplotlib") and __import__("plot")
+    import bench_training_step
+    from transformers import BertConfig
+
+    llama = bench_training_step.llama(64, 1, 128)
+    bert = BertConfig(vocab_size=128, hidden_size=32, num_hidden_layers=1, num_attention_heads=2, intermediate_size=32)
+    config, build = {
+        "llama": (llama, bench_training_step.LlamaForCausalLM),
+        "bert": (bert, bench_training_step.BertForMaskedLM),
+    }[model]
+    monkeypatch.setattr(bench_training_step, "MODELS", {"tiny": bench_training_step.Model(config, build, 2, 16)})
+    arguments = [
+        "--models",
+        "tiny",
+        "--ignored",
+        "0",
+        "0.5",
+        "--dtype",
+        "float32",
+        "--rounds",
+        "2",
+        "--out",
+        str(tmp_path),
+    ]
+    assert bench_training_step.main(arguments) == 0
+    assert capfd.readouterr().out.count("| tiny float32 |") == 6
+    with (tmp_path / "training_step_cpu.csv").open() as file:
+        lines = list(csv.DictReader(file))
+    assert len(lines) == 6 and all(0 < float(line["loss_ms"]) < float(line["step_ms"]) for line in lines)
+    assert plot.main([str(tmp_path / "training_step_cpu.csv")]) == 0

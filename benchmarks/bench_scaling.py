@@ -1,0 +1,224 @@
+"""How the loss scales on the CPU: with the classes, the rows, the ignored rows, the threads, the metrics; and its smallest call.
+
+    python benchmarks/bench_scaling.py [--quick]
+
+Forward and backward of the causal loss, measured by harness.py as bench_cross_entropy.py does, with the heap as it comes.
+Writes scaling_cpu.csv and .json to --out and prints the goals that belong here beside what was measured.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import datetime
+import json
+import shlex
+import statistics
+import sys
+import time
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+
+import harness
+import peers
+import torch
+from bench_cross_entropy import commit, environment
+from shapes import Shape
+
+import accumloss
+
+HERE = Path(__file__).resolve().parent
+NAME = "scaling_cpu"
+FIELDS = ("sweep", "threads", *harness.COLUMNS)
+ELEMENTS = 2**25  # of the logits, along the classes
+CLASSES = (9, 33, 100, 316, 1000, 4096, 16384, 32000, 50257, 65536, 128256, 262144)
+ROWS = (2, 8, 32, 128, 512, 2048, 4096)
+MOST_ROWS = 65536
+
+
+def with_metrics(is_on: bool) -> peers.Peer:
+    """The sums by accumloss.cross_entropy, forward and backward in two visits, with or without the metrics."""
+
+    def loss(logits: torch.Tensor, labels: torch.Tensor, n: torch.Tensor) -> torch.Tensor:
+        return accumloss.cross_entropy(logits, labels, shift=1, metrics=is_on).loss_sum / n
+
+    return peers.Peer("metrics" if is_on else "no metrics", loss)
+
+
+def sweeps(quick: bool) -> Iterable[tuple[str, int, Shape, list[str]]]:
+    """sweep, threads, shape, peers"""
+    most = torch.get_num_threads()
+    elements = ELEMENTS // 64 if quick else ELEMENTS
+    classes = CLASSES[::4] if quick else CLASSES
+    ours = ["accumloss", "accumloss forward"]
+    for dtype in ("bf16", "fp32"):
+        for vocab in classes:
+            rows = min(max(elements // vocab, 2), MOST_ROWS)
+            for ignored in (0.0, 0.5, 0.9):
+                competitors = [peers.STOCK, peers.COMPILE] if ignored == 0 else []
+                yield "classes", most, Shape(rows, vocab, dtype, ignored), [*competitors, *ours]
+    for rows in ROWS[::3] if quick else ROWS:
+        yield "rows", most, Shape(rows, 32000, "bf16"), [peers.STOCK, *ours]
+    for threads in sorted({1, 2, most}):
+        for dtype in ("bf16", "fp32"):
+            yield "threads", threads, Shape(64 if quick else 1024, 32000, dtype), [peers.STOCK, *ours]
+            yield "one row", threads, Shape(2, 262144, dtype), [peers.STOCK, *ours]
+    for dtype in ("bf16", "fp32"):
+        for vocab in (9, 1000, 32000, 128256):
+            rows = min(max(elements // vocab, 2), MOST_ROWS)
+            yield "metrics", most, Shape(rows, vocab, dtype), ["no metrics", "metrics"]
+
+
+def smallest_call(rounds: int = 2000) -> float:
+    """Median microseconds of loss and backward at one row of nine classes that counts."""
+    logits, labels = torch.randn(1, 2, 9), torch.tensor([[0, 1]])
+
+    def call() -> None:
+        leaf = logits.detach().requires_grad_()
+        accumloss.causal_lm_loss(leaf, labels, num_items_in_batch=1).backward()
+
+    seconds = []
+    for _ in range(rounds):
+        start = time.perf_counter()
+        call()
+        seconds.append(time.perf_counter() - start)
+    return 1e6 * statistics.median(seconds)
+
+
+def straight_line(points: Sequence[tuple[float, float]]) -> tuple[float, float, float]:
+    """Intercept, slope and largest relative distance of points from the line through them that fits relatively best."""
+    x, y = (torch.tensor(values, dtype=torch.float64) for values in zip(*points, strict=True))
+    design = torch.stack([torch.ones_like(x), x], dim=1) / y[:, None]
+    intercept, slope = torch.linalg.lstsq(design, torch.ones_like(y)[:, None]).solution.flatten().tolist()
+    return intercept, slope, float(((intercept + slope * x) / y - 1).abs().max())
+
+
+def goals(lines: Sequence[dict]) -> list[tuple[str, str, str, bool]]:
+    """What is measured, the goal, the measurement, whether it is reached."""
+
+    def of(sweep: str, peer: str, where: Callable[[dict], bool] = lambda line: True) -> list[dict]:
+        found = [line for line in lines if (line["sweep"], line["peer"]) == (sweep, peer) and where(line)]
+        return [line for line in found if not line["missing"]]
+
+    found: list[tuple[str, str, str, bool]] = []
+
+    def at_least(what: str, goal: float, values: list[float], unit: str = "×") -> None:
+        if values:
+            found.append(
+                (what, f">= {goal:g}{unit}", f"{min(values):.2f} to {max(values):.2f}{unit}", min(values) >= goal)
+            )
+
+    def at_most(what: str, goal: float, values: list[float], unit: str) -> None:
+        if values:
+            found.append(
+                (what, f"<= {goal:g}{unit}", f"{min(values):.1f} to {max(values):.1f}{unit}", max(values) <= goal)
+            )
+
+    small = lambda line: line["vocab"] <= 1000 and line["ignored"] == 0  # noqa: E731
+    for dtype in ("bf16", "fp32"):
+        heads = of("classes", "accumloss", lambda line, d=dtype: small(line) and line["dtype"] == d)
+        at_least(f"heads of 9 to 1000 classes over stock, {dtype}", 3, [line["ratio_to_stock"] for line in heads])
+        at_least(
+            f"heads of 9 to 1000 classes over torch.compile, {dtype}",
+            1,
+            [l["ratio_to_compile"] for l in heads if l["ratio_to_compile"]],
+        )
+    pairs: list[float] = []
+    for line in of("metrics", "metrics"):
+        key = (line["rows"], line["vocab"], line["dtype"])
+        without = next(l for l in of("metrics", "no metrics") if (l["rows"], l["vocab"], l["dtype"]) == key)
+        pairs.append(100 * (line["ms_median"] / without["ms_median"] - 1))
+    if pairs:
+        mean = statistics.fmean(pairs)
+        found.append(
+            ("metrics add, on average", "<= 5 %", f"{mean:.1f} % ({min(pairs):.1f} to {max(pairs):.1f})", mean <= 5)
+        )
+    for peer in ("accumloss", "accumloss forward"):
+        faster = []
+        for full in of("classes", peer, lambda line: line["vocab"] >= 4096 and line["ignored"] == 0):
+            ignored = of(
+                "classes",
+                peer,
+                lambda l, f=full: l["ignored"] == 0.9 and (l["vocab"], l["dtype"]) == (f["vocab"], f["dtype"]),
+            )
+            faster += [full["ms_median"] / line["ms_median"] for line in ignored]
+        at_least(f"90 % ignored over none ignored, V >= 4096, {peer}", 5, faster)
+    by_rows = [(line["rows"], line["ms_median"]) for line in of("rows", "accumloss forward") if line["rows"] >= 128]
+    if len(by_rows) > 2:
+        intercept, slope, distance = straight_line(by_rows)
+        text = f"{intercept:.2f} ms + {1e3 * slope:.2f} µs per row, within {distance:.0%}"
+        found.append(("time against rows, V = 32000 bf16", "a straight line", text, distance <= 0.15))
+    memory = [
+        line["peak_extra_over_logits"] for line in of("classes", "accumloss forward", lambda l: l["vocab"] >= 1000)
+    ]
+    memory = [value for value in memory if value is not None]
+    at_most("memory above the logits, in place in forward", 0.05, memory, " of their size")
+    at_most(
+        "smallest call, loss and backward", 60, [line["ms_median"] * 1e3 for line in of("call", "accumloss")], " µs"
+    )
+    return found
+
+
+def markdown(lines: Sequence[dict]) -> str:
+    text = ["| | goal | measured | |", "|---|---|---|---|"]
+    text += [f"| {what} | {goal} | {got} | {'reached' if ok else 'missed'} |" for what, goal, got, ok in goals(lines)]
+    return "\n".join(text)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    arguments = list(sys.argv[1:] if arguments is None else arguments)
+    parser = argparse.ArgumentParser(prog="bench_scaling.py", description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--quick", action="store_true", help="1/64 of the elements, 3 rounds, every fourth size")
+    parser.add_argument("--rounds", type=int, help="default: 7, more where a round is short")
+    parser.add_argument("--out", type=Path, default=HERE / "results", metavar="FOLDER")
+    options = parser.parse_args(arguments)
+    started = datetime.datetime.now(datetime.timezone.utc)
+    facts = environment()
+    rounds = options.rounds or (3 if options.quick else 7)
+    available: dict[str, peers.Peer | str] = {"no metrics": with_metrics(False), "metrics": with_metrics(True)}
+    lines: list[dict] = []
+    most = torch.get_num_threads()
+    for sweep, threads, shape, names in sweeps(options.quick):
+        print(f"{sweep}: {shape}, {threads} threads", file=sys.stderr, flush=True)
+        for name in names:
+            if name not in available:
+                try:
+                    available[name] = peers.PEERS[name]()
+                except peers.PeerMissing as reason:
+                    available[name] = str(reason)
+        torch.compiler.reset()
+        torch.set_num_threads(threads)
+        results = harness.measure(shape, {name: available[name] for name in names}, rounds, adaptive=False)
+        torch.set_num_threads(most)
+        lines += [{"sweep": sweep, "threads": threads, **line} for line in harness.figures("fresh", shape, results)]
+    call = dict.fromkeys(FIELDS)
+    call.update(
+        sweep="call",
+        threads=most,
+        regime="fresh",
+        rows=2,
+        vocab=9,
+        dtype="fp32",
+        ignored=0.0,
+        peer="accumloss",
+        missing="",
+    )
+    call["ms_median"] = smallest_call(100 if options.quick else 2000) / 1e3
+    lines.append(call)
+    facts.update(
+        commit=commit(),
+        command=shlex.join(["python", "benchmarks/bench_scaling.py", *arguments]),
+        started=started.isoformat(timespec="seconds"),
+    )
+    options.out.mkdir(parents=True, exist_ok=True)
+    with (options.out / f"{NAME}.csv").open("w", newline="") as file:
+        writer = csv.DictWriter(file, FIELDS, lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(lines)
+    (options.out / f"{NAME}.json").write_text(json.dumps(facts, indent=2) + "\n")
+    print(markdown(lines))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
