@@ -45,7 +45,7 @@ def register_with_transformers(
             every batch size, order and number of processes. False: Trainer's own, means of the batches' means.
         metrics: Trainer logs ``token_accuracy`` and ``token_entropy`` (nats) of the tokens trained on since its last log,
             and ``eval_token_accuracy`` and ``eval_token_entropy`` of an evaluation set, over all ranks. They come from
-            the pass that computes the loss; of several losses, from the first.
+            the pass that computes the loss; of several losses, from the first. In a compiled model they break the graph.
 
     Raises:
         RuntimeError: transformers is missing, or lacks something that has to be replaced. Nothing is changed then.

@@ -33,6 +33,7 @@ class _Term:
         self.evaluation, self.items = evaluation, items
         self.metrics = evaluation.metrics and not evaluation.terms
 
+    @torch.compiler.disable
     def __call__(self, loss: torch.Tensor, sums: TokenSums | None) -> torch.Tensor:
         return self.evaluation.observe(loss, self.items, sums)
 
@@ -119,8 +120,8 @@ class Evaluation(steps.Step):
             agree: the largest of a pair of numbers over the ranks, all of which must compute the batch equally often.
         """
         terms = list(self.terms)
-        is_term = len(terms) == 1 and bool(((loss.double() == terms[0][0]) & (terms[0][0] != 0)).all())
-        is_finite = bool(torch.isfinite(loss).all())
+        is_term = len(terms) == 1 and bool((loss.double() == terms[0][0]) & (terms[0][0] != 0))
+        is_finite = bool(torch.isfinite(loss))
         num_terms, differs, not_finite = agree(len(terms), int(not is_term), int(not is_finite))
         if self.num_terms is None:
             self.num_terms = num_terms
@@ -133,7 +134,7 @@ class Evaluation(steps.Step):
         """Adds this batch to the set. Without a host sync."""
         assert self.num_terms is not None
         device = loss.device
-        loss = loss.detach().double().reshape(())
+        loss = loss.detach().double()
         empty = torch.zeros((), dtype=torch.float64, device=device)
         times, over = (torch.as_tensor(value, dtype=torch.float64).to(device) for value in amount)
         row = [loss * times, over]

@@ -21,8 +21,9 @@ Loss = Callable[..., Any]
 
 
 def divisor(labels: torch.Tensor, given: Any, **rule: Any) -> Any:
-    """num_items_in_batch inside a step; compiled code takes what it was given, so that its graph stays whole."""
-    if not steps.is_active or (given is not None and torch.compiler.is_compiling()):
+    """num_items_in_batch inside a step; compiled code takes what it was given, so that its graph stays whole, but where it
+    is to show its metrics."""
+    if not steps.is_active or (given is not None and torch.compiler.is_compiling() and not settings.metrics):
         return given
     return _counted(labels, given, **rule)
 

@@ -69,6 +69,7 @@ class Metrics:
         self.sums: Any = None  # items, correct ones, entropy: (3,) float64
         self.to_log: dict[str, float] = {}
 
+    @torch.compiler.disable
     def __call__(self, loss: torch.Tensor, sums: TokenSums | None) -> torch.Tensor:
         step = steps.current()
         if sums is not None and step is not self.step:  # the first cross-entropy of a micro-batch is its main one
@@ -486,14 +487,14 @@ def _prediction_step(
 
     def loss_of(inputs: Any, probed: int | None = None) -> torch.Tensor:
         evaluation.begin(inputs, probed)
-        return predict(model, inputs, True, *args, **kwargs)[0]
+        return predict(model, inputs, True, *args, **kwargs)[0].mean()
 
     evaluation.begin(inputs)
     with _smoothed_in_kernel(trainer, evaluation, prediction_loss_only):
         predicted = predict(model, inputs, prediction_loss_only, *args, **kwargs)
-    loss = predicted[0]
-    if loss is None:
+    if predicted[0] is None:
         return predicted
+    loss = predicted[0].mean()
     real, are_all_real = real_rows(trainer, inputs)
     terms, token_sums, amount = evaluation.terms, evaluation.token_sums, evaluation.amount
     if evaluation.coefficients is None:

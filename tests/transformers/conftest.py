@@ -16,5 +16,6 @@ def nothing_registered():
     transformers.logging.set_verbosity_error()
     yield
     accumloss.unregister_from_transformers()
-    os.environ.pop("ACCELERATE_MIXED_PRECISION", None)  # older Trainers leave what they were given to all after them
+    for name in [name for name in os.environ if name.startswith(("ACCELERATE_MIXED", "ACCELERATE_DYNAMO"))]:
+        del os.environ[name]  # older Trainers leave what they were given to all after them
     AcceleratorState._reset_state(reset_partial_state=True)
