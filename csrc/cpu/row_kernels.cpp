@@ -497,15 +497,17 @@ struct VectorOf {
   typedef Acc Type __attribute__((vector_size(kSize * sizeof(Acc))));
 };
 
-template <typename Acc, int... kIndex>
-ACCUMLOSS_INLINE Acc fold(typename VectorOf<Acc, 2 * sizeof...(kIndex)>::Type v,
+// The lanes of a vector, combined in halves until one is left.
+template <typename Acc, typename Combine, int... kIndex>
+ACCUMLOSS_INLINE Acc fold(typename VectorOf<Acc, 2 * sizeof...(kIndex)>::Type v, const Combine& combine,
                           std::integer_sequence<int, kIndex...>) {
   constexpr int kHalf = sizeof...(kIndex);
   if constexpr (kHalf == 1) {
-    return v[0] + v[1];
+    return combine(v[0], v[1]);
   } else {
-    const auto sum = __builtin_shufflevector(v, v, kIndex...) + __builtin_shufflevector(v, v, (kIndex + kHalf)...);
-    return fold<Acc>(sum, std::make_integer_sequence<int, kHalf / 2>());
+    const auto half =
+        combine(__builtin_shufflevector(v, v, kIndex...), __builtin_shufflevector(v, v, (kIndex + kHalf)...));
+    return fold<Acc>(half, combine, std::make_integer_sequence<int, kHalf / 2>());
   }
 }
 
@@ -517,17 +519,17 @@ ACCUMLOSS_INLINE Acc sum_lanes(const typename Vectors<Acc>::Real* vectors) {
   for (int k = 0; k < kLanes / kWidth; ++k) v[k] = vectors[k];
   for (int half = kLanes / kWidth / 2; half > 0; half /= 2)
     for (int k = 0; k < half; ++k) v[k] += v[k + half];
-  return fold<Acc>(v[0], std::make_integer_sequence<int, kWidth / 2>());
+  const auto add = [](auto a, auto b) __attribute__((always_inline)) { return a + b; };
+  return fold<Acc>(v[0], add, std::make_integer_sequence<int, kWidth / 2>());
 }
 
 template <typename Acc>
 ACCUMLOSS_INLINE Acc max_lanes(const typename Vectors<Acc>::Real* vectors) {
   constexpr int kWidth = Vectors<Acc>::kWidth;
-  Acc lanes[kLanes];
-  for (int k = 0; k < kLanes; k += kWidth) store(vectors[k / kWidth], lanes + k);
-  Acc result = -std::numeric_limits<Acc>::infinity();
-  for (int k = 0; k < kLanes; ++k) result = lanes[k] > result ? lanes[k] : result;
-  return result;
+  typename Vectors<Acc>::Real max = vectors[0];
+  for (int k = 1; k < kLanes / kWidth; ++k) max = maximum(vectors[k], max);
+  const auto larger = [](auto a, auto b) __attribute__((always_inline)) { return a > b ? a : b; };
+  return fold<Acc>(max, larger, std::make_integer_sequence<int, kWidth / 2>());
 }
 
 template <typename Acc>
@@ -995,9 +997,62 @@ void scale(void* values, int64_t n, double factor) {
 
 // Short rows ---------------------------------------------------------------------------------------------------------
 
-// z (V, kGroup): class by class, a lane for each row.
+// What the classes other than the label come to in each row of a group, and what the gradient is made of.
+struct GroupSums {
+  alignas(64) float others_max[kGroup];
+  alignas(64) float sums[kGroup];      // of exp(z - others_max)
+  alignas(64) float weighted[kGroup];  // of exp(z - others_max) (z - others_max); with metrics
+  alignas(64) float other_factor[kGroup], label_grad[kGroup];
+};
+
+// row_result and RowGrad of row.h, for a vector of rows at a time, in float: the rounding of the one difference that
+// may be large is recovered, and every other step costs a unit or two.
+ACCUMLOSS_INLINE void finish_group(ShortRows& rows, bool metrics, GroupSums& group) {
+  using Real = Vectors<float>::Real;
+  constexpr int kWidth = Vectors<float>::kWidth;
+  constexpr float kInfinity = std::numeric_limits<float>::infinity();
+  alignas(64) float factor_of[kGroup], log_totals[kGroup];
+  alignas(64) float others_scale[kGroup];  // exp(others_max - lse)
+  for (int64_t r = 0; r < kGroup; ++r) factor_of[r] = static_cast<float>(rows.factors[r]);
+  for (int64_t r = 0; r < kGroup; r += kWidth) {
+    const Real y = load(rows.target + r), other = load(group.others_max + r);
+    const Real max = other > y ? other : y, min = other > y ? y : other;
+    Real gap = min - max;
+    const Real back = gap + max;
+    Real lost = (min - back) + ((back - gap) - max);  // min - max = gap + lost, exactly
+    lost = min == -kInfinity ? Real{} : lost;
+    const Real e = exp_clamped<float>(gap);
+    const Real smaller = e * lost + e + (max - max);  // exp(min - max); NaN where max is infinite
+    const auto label_leads = !(other > y);
+    const Real sum = load(group.sums + r);
+    const Real s = label_leads ? sum * smaller : sum;
+    const Real e_y = label_leads ? broadcast<float>(1) : smaller;
+    const Real total = s + e_y;
+    const Real above = label_leads ? s : (sum - 1.0f) + smaller;
+    const Real log_total = vector_log1p(above);
+    store(log_total, log_totals + r);
+    const Real factor = load(factor_of + r) / total;
+    store(label_leads ? factor * smaller : factor, group.other_factor + r);
+    store((label_leads ? smaller : broadcast(1.f)) / total, others_scale + r);
+    store(-(factor * s), group.label_grad + r);
+  }
+  for (int64_t r = 0; r < kGroup; ++r) {
+    const double y = rows.target[r], other = group.others_max[r], max = other > y ? other : y;
+    rows.nll[r] = (max - y) + static_cast<double>(log_totals[r]);
+    rows.lse[r] = max + static_cast<double>(log_totals[r]);
+  }
+  if (!metrics) return;
+  for (int64_t r = 0; r < rows.count; ++r) {
+    const double reference = row_reference(rows.target[r]), sum = group.sums[r];
+    const double block = group.others_max[r] == -kInfinity ? 0.0 : group.others_max[r];
+    const double terms = group.weighted[r] + sum * (block - reference);
+    rows.entropy[r] = (rows.lse[r] - reference) - (sum == 0 ? 0.0 : terms * others_scale[r]);
+  }
+}
+
+// At most kShort classes: class by class, a lane for each row. z (V, kGroup).
 template <typename T>
-void short_rows(ShortRows& rows, bool metrics, void* grad) {
+void transposed_rows(ShortRows& rows, bool metrics, void* grad) {
   using Real = Vectors<float>::Real;
   constexpr int kWidth = Vectors<float>::kWidth;
   constexpr float kInfinity = std::numeric_limits<float>::infinity();
@@ -1005,16 +1060,13 @@ void short_rows(ShortRows& rows, bool metrics, void* grad) {
   const int64_t V = rows.V, count = rows.count;
   alignas(64) float row_major[kGroup * kShort];
   alignas(64) float z[kShort * kGroup];
-  alignas(64) float weighted[kGroup], others_max[kGroup];
   alignas(64) double sums[kGroup] = {};
+  GroupSums group;
   load_block(static_cast<const T*>(rows.x), count * V, row_major);
   for (int64_t r = 0; r < count; ++r)
     for (int64_t j = 0; j < V; ++j) z[j * kGroup + r] = row_major[r * V + j];
-  for (int64_t r = count; r < kGroup; ++r) {
-    rows.labels[r] = 0;
-    rows.factors[r] = 0;
+  for (int64_t r = count; r < kGroup; ++r)
     for (int64_t j = 0; j < V; ++j) z[j * kGroup + r] = 0;
-  }
   for (int64_t r = 0; r < kGroup; ++r) rows.target[r] = z[rows.labels[r] * kGroup + r];
   if (metrics) {
     alignas(64) float label[kGroup], beaten[kGroup];
@@ -1039,7 +1091,7 @@ void short_rows(ShortRows& rows, bool metrics, void* grad) {
       const Real v = load(z + j * kGroup + r);
       max = maximum(v, max);
     }
-    store(max, others_max + r);
+    store(max, group.others_max + r);
     const Real reference = max == -kInfinity ? Real{} : max;
     Real products = {};
     for (int64_t j = 0; j < V; ++j) {
@@ -1048,59 +1100,17 @@ void short_rows(ShortRows& rows, bool metrics, void* grad) {
       store(e, z + j * kGroup + r);
       products += e * (d < kLowest ? broadcast(kLowest) : d);
     }
-    store(products, weighted + r);
+    store(products, group.weighted + r);
   }
   for (int64_t j = 0; j < V; ++j)
     for (int64_t r = 0; r < kGroup; ++r) sums[r] += z[j * kGroup + r];
-
-  // row_result and RowGrad of row.h, for a vector of rows at a time, in float: the rounding of the one difference that
-  // may be large is recovered, and every other step costs a unit or two
-  alignas(64) float sum_of[kGroup], factor_of[kGroup], log_totals[kGroup], other_factor[kGroup], label_grad[kGroup];
-  alignas(64) float others_scale[kGroup];  // exp(others_max - lse)
-  for (int64_t r = 0; r < kGroup; ++r) {
-    sum_of[r] = static_cast<float>(sums[r]);
-    factor_of[r] = static_cast<float>(rows.factors[r]);
-  }
-  for (int64_t r = 0; r < kGroup; r += kWidth) {
-    const Real y = load(rows.target + r), other = load(others_max + r);
-    const Real max = other > y ? other : y, min = other > y ? y : other;
-    Real gap = min - max;
-    const Real back = gap + max;
-    Real lost = (min - back) + ((back - gap) - max);  // min - max = gap + lost, exactly
-    lost = min == -kInfinity ? Real{} : lost;
-    const Real e = exp_clamped<float>(gap);
-    const Real smaller = e * lost + e + (max - max);  // exp(min - max); NaN where max is infinite
-    const auto label_leads = !(other > y);
-    const Real sum = load(sum_of + r);
-    const Real s = label_leads ? sum * smaller : sum;
-    const Real e_y = label_leads ? broadcast<float>(1) : smaller;
-    const Real total = s + e_y;
-    const Real above = label_leads ? s : (sum - 1.0f) + smaller;
-    const Real log_total = vector_log1p(above);
-    store(log_total, log_totals + r);
-    const Real factor = load(factor_of + r) / total;
-    store(label_leads ? factor * smaller : factor, other_factor + r);
-    store((label_leads ? smaller : broadcast(1.f)) / total, others_scale + r);
-    store(-(factor * s), label_grad + r);
-  }
-  for (int64_t r = 0; r < kGroup; ++r) {
-    const double y = rows.target[r], other = others_max[r], max = other > y ? other : y;
-    rows.nll[r] = (max - y) + static_cast<double>(log_totals[r]);
-    rows.lse[r] = max + static_cast<double>(log_totals[r]);
-  }
-  if (metrics) {
-    for (int64_t r = 0; r < count; ++r) {
-      const double reference = row_reference(rows.target[r]);
-      const double block = others_max[r] == -kInfinity ? 0.0 : others_max[r];
-      const double terms = weighted[r] + sums[r] * (block - reference);
-      rows.entropy[r] = (rows.lse[r] - reference) - (sums[r] == 0 ? 0.0 : terms * others_scale[r]);
-    }
-  }
+  for (int64_t r = 0; r < kGroup; ++r) group.sums[r] = static_cast<float>(sums[r]);
+  finish_group(rows, metrics, group);
 
   if (grad == nullptr) return;
   for (int64_t j = 0; j < V; ++j)
     for (int64_t r = 0; r < kGroup; r += kWidth)
-      store(load(z + j * kGroup + r) * load(other_factor + r), z + j * kGroup + r);
+      store(load(z + j * kGroup + r) * load(group.other_factor + r), z + j * kGroup + r);
   for (int64_t r = 0; r < count; ++r) {
     float* g = row_major + r * V;
     if (rows.factors[r] == 0) {
@@ -1108,9 +1118,111 @@ void short_rows(ShortRows& rows, bool metrics, void* grad) {
       continue;
     }
     for (int64_t j = 0; j < V; ++j) g[j] = z[j * kGroup + r];
-    g[rows.labels[r]] = label_grad[r];
+    g[rows.labels[r]] = group.label_grad[r];
   }
   store_block(row_major, count * V, static_cast<T*>(grad));
+}
+
+// Whether nothing before `at` reaches z[at] and nothing after exceeds it.
+inline bool is_first_of_largest(const float* z, int64_t V, int64_t at) {
+  for (int64_t j = 0; j < V; ++j)
+    if (z[j] > z[at] || (z[j] == z[at] && j < at)) return false;
+  return true;
+}
+
+// More classes than lanes: row by row, the classes in the lanes; only what is done once for a row is done for all of
+// them together. exps (kGroup, stride), in the order of memory.
+template <typename T>
+void grouped_rows(ShortRows& rows, bool metrics, void* grad) {
+  using Real = Vectors<float>::Real;
+  constexpr int kWidth = Vectors<float>::kWidth;
+  constexpr int kVectors = kLanes / kWidth;
+  constexpr float kInfinity = std::numeric_limits<float>::infinity();
+  constexpr float kLowest = Vectors<float>::kLowest;
+  const int64_t V = rows.V, count = rows.count, stride = round_up(V, 16);
+  const T* const x = static_cast<const T*>(rows.x);
+  alignas(64) float exps[kGroup * kMedium];
+  GroupSums group = {};
+  // work(j, lane) for each vector of a row; what lies in a lane does not depend on the width
+  const auto for_each_vector = [&](const auto& work) __attribute__((always_inline)) {
+    int64_t j = 0;
+    for (; j + kLanes <= stride; j += kLanes)
+      for (int k = 0; k < kVectors; ++k) work(j + k * kWidth, k);
+    for (int k = 0; k < kVectors / 2; ++k)
+      if (j < stride) work(j + k * kWidth, k);
+  };
+  for (int64_t r = 0; r < count; ++r) {
+    float* const e = exps + r * stride;
+    if (r + 1 < count) {  // past its end, a row is followed by the next one, which is longer than what is read of it
+      for (int64_t j = 0; j < stride; j += kWidth) store(load(x + r * V + j), e + j);
+    } else {
+      alignas(64) float last[kMedium];
+      load_block(x + r * V, V, last);
+      std::memcpy(e, last, static_cast<size_t>(V) * sizeof(float));
+    }
+    for (int64_t j = V; j < stride; ++j) e[j] = -kInfinity;
+    float& label = e[rows.labels[r]];
+    rows.target[r] = label;
+    label = -kInfinity;
+  }
+  for (int64_t r = 0; r < count; ++r) {
+    float* const e = exps + r * stride;
+    Real max[kVectors];
+    for (int k = 0; k < kVectors; ++k) max[k] = broadcast(-kInfinity);
+    for_each_vector([&](int64_t j, int k) __attribute__((always_inline)) { max[k] = maximum(load(e + j), max[k]); });
+    const float largest = max_lanes<float>(max);
+    if (metrics) {
+      rows.is_argmax[r] = rows.target[r] > largest;
+      if (rows.target[r] == largest) {
+        float& label = e[rows.labels[r]];
+        label = largest;
+        rows.is_argmax[r] = is_first_of_largest(e, V, rows.labels[r]);
+        label = -kInfinity;
+      }
+    }
+    group.others_max[r] = largest;
+    const Real reference = broadcast(largest == -kInfinity ? 0.f : largest);
+    Real sums[kVectors] = {}, products[kVectors] = {};
+    for_each_vector([&](int64_t j, int k) __attribute__((always_inline)) {
+      const Real v = load(e + j), d = v - reference;
+      const Real exp = exp_of_difference<T, float>(v, reference, d);
+      sums[k] += exp;
+      if (metrics) products[k] += exp * (d < kLowest ? broadcast(kLowest) : d);
+      store(exp, e + j);
+    });
+    group.sums[r] = sum_lanes<float>(sums);
+    if (metrics) group.weighted[r] = sum_lanes<float>(products);
+  }
+  finish_group(rows, metrics, group);
+
+  if (grad == nullptr) return;
+  T* const out = static_cast<T*>(grad);
+  for (int64_t r = 0; r < count; ++r) {
+    float* const e = exps + r * stride;
+    const bool counts = rows.factors[r] != 0;
+    const Real factor = broadcast(group.other_factor[r]);
+    const auto scaled = [&](int64_t j) { return counts ? load(e + j) * factor : Real{}; };  // a NaN is not 0 * NaN
+    if (r + 1 <
+        count) {  // what is written past the end of a row is overwritten by the next, whose logits have been read
+      for (int64_t j = 0; j < stride; j += kWidth) store(scaled(j), out + r * V + j);
+    } else {
+      for (int64_t j = 0; j < stride; j += kWidth) store(scaled(j), e + j);
+      store_block(e, V, out + r * V);
+    }
+    if (!counts) continue;
+    alignas(64) float value[kLanes] = {group.label_grad[r]};
+    store_block(value, 1, out + r * V + rows.labels[r]);
+  }
+}
+
+template <typename T>
+void short_rows(ShortRows& rows, bool metrics, void* grad) {
+  for (int64_t r = rows.count; r < kGroup; ++r) {
+    rows.labels[r] = 0;
+    rows.factors[r] = 0;
+    rows.target[r] = 0;
+  }
+  return rows.V <= kShort ? transposed_rows<T>(rows, metrics, grad) : grouped_rows<T>(rows, metrics, grad);
 }
 
 template <typename T>

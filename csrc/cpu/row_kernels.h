@@ -10,8 +10,10 @@ namespace cpu {
 // Elements that one step widens, transforms and exponentiates while they are in the first-level cache.
 constexpr int64_t kBlock = 512;
 
-// Rows of at most so many classes are processed kGroup at a time, one to a lane, where no option but a weight is set.
+// Rows of at most kMedium classes are processed kGroup at a time where no option but a weight is set; those of at most
+// kShort one to a lane.
 constexpr int64_t kShort = 32;
+constexpr int64_t kMedium = 512;
 constexpr int64_t kGroup = 32;
 
 constexpr int64_t num_blocks(int64_t V) { return (V + kBlock - 1) / kBlock; }
@@ -33,7 +35,7 @@ struct RowSegment {
 
 // Up to kGroup short rows, consecutive in memory.
 struct ShortRows {
-  const void* x;  // (count, V), V <= kShort
+  const void* x;  // (count, V), V <= kMedium
   int64_t V, count;
   int64_t labels[kGroup];  // in [0, V); of a row that is ignored: any
   double factors[kGroup];  // of the gradient: grad_loss_sum * w_y; 0: a row of zeros
