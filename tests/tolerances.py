@@ -20,6 +20,9 @@ ROW_LOSS_FLOAT64 = 1e-12
 # a step of Trainer over micro-batches against the one batch, fp32: relative error of the whole gradient, and of the loss
 TRAINER_GRADIENT = 1e-5
 TRAINER_LOSS = 1e-6
+# a window accumulated in any way against its one batch, relative error of the whole gradient, by the precision of the model: some
+# roundings of each micro-batch's gradient. In fp32 the one batch is computed in fp64.
+ACCUMULATED_GRADIENT = {torch.float32: 1e-6, torch.bfloat16: 4 * 2.0**-8, torch.float16: 4 * 2.0**-11}
 MANTISSA = {torch.bfloat16: 8, torch.float16: 11, torch.float32: 24, torch.float64: 53}
 
 
