@@ -595,6 +595,5 @@ def _has_closure(args: tuple, kwargs: dict) -> bool:
 
 
 def _before_step(optimizer: torch.optim.Optimizer) -> None:
-    if not torch.compiler.is_compiling():  # a compiled step is traced once, and not the place to look at windows
-        for accumulator in list(_watched):
-            accumulator._before_step(optimizer)
+    for accumulator in list(_watched):
+        accumulator._before_step(optimizer)

@@ -103,7 +103,13 @@ def ddp_fused_clip():
 
 @case
 def ddp_own_group():
-    return ddp(process_group=dist.new_group([0, 1]))
+    """Items are counted over the group of DDP: here, a rank by itself."""
+    groups = [dist.new_group([rank]) for rank in range(2)]
+    model = DistributedDataParallel(TinyLM(), process_group=groups[dist.get_rank()])
+    accumulator = accumloss.Accumulator(model)
+    for micro_batch in split(*WINDOW, [3, 5]):
+        accumulator.backward(sums_of(model, *micro_batch))
+    return figures(model, accumulator.finish(), accumulator)
 
 
 @case
@@ -203,6 +209,18 @@ def fsdp_zeroed_in_the_middle():
     accumulator = accumloss.Accumulator(model)
     accumulator.backward(sums_of(model, *WINDOW))
     model.zero_grad(set_to_none=False)
+    try:
+        accumulator.backward(sums_of(model, *WINDOW))
+    except RuntimeError as raised:
+        return {"raised": str(raised)}
+
+
+@case
+def fsdp_backward_of_another_loss():
+    model = sharded()
+    accumulator = accumloss.Accumulator(model)
+    accumulator.backward(sums_of(model, *WINDOW))
+    model(WINDOW[0]).square().mean().backward()
     try:
         accumulator.backward(sums_of(model, *WINDOW))
     except RuntimeError as raised:

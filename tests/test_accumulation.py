@@ -291,6 +291,15 @@ def test_parameters_of_other_dtypes(dtype):
     assert error(gradients(model), wanted) <= ACCUMULATED_GRADIENT.get(dtype, EXACT)
 
 
+def test_norm_of_fp16_sums_is_finite():
+    parameter = torch.nn.Parameter(torch.zeros(4096, dtype=torch.float16))
+    accumulator = Accumulator([parameter])
+    accumulator.backward(parameter.float().sum() * 4096, 4096)  # a norm of 4096 * 64, beyond fp16's 65504
+    accumulator.finish(max_norm=1.0)
+    assert accumulator.grad_norm.item() == 64
+    assert parameter.grad.float().norm().item() == pytest.approx(1, rel=2.0**-11)
+
+
 def test_rescale_of_bf16_has_no_bias():
     """A factor that is rounded to bf16 first moves all gradients the same way, by up to 2**-9."""
     parameter = torch.nn.Parameter(torch.zeros(4096, dtype=torch.bfloat16))
@@ -585,11 +594,19 @@ def test_nothing_keeps_an_accumulator():
 
 def test_compiled_optimizer_step():
     model, accumulator = one_micro_batch()
-    accumulator.finish()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    step = torch.compile(optimizer.step, backend="eager")
     before = model.head.weight.clone()
-    torch.compile(optimizer.step, backend="eager")()
-    assert not torch.equal(model.head.weight, before)
+    for _ in range(2):
+        with pytest.raises(RuntimeError, match=r"expected Accumulator.finish\(\) before it"):
+            step()
+        assert torch.equal(model.head.weight, before)
+        accumulator.finish()
+        step()
+        assert not torch.equal(model.head.weight, before)
+        optimizer.zero_grad()
+        accumulate(accumulator, model, [window()])
+        before = model.head.weight.clone()
 
 
 def test_reset_drops_a_window():
@@ -734,6 +751,7 @@ def test_one_all_reduce_for_everything(ranks):
         ("ddp_wrong_known_total", "expected the known_total 40 over all micro-batches and ranks, got 39"),
         ("ddp_zeroed_in_the_middle", "nothing but backward() has changed in the middle of a window"),
         ("fsdp_zeroed_in_the_middle", "nothing but backward() has changed in the middle of a window"),
+        ("fsdp_backward_of_another_loss", "nothing but backward() has changed in the middle of a window"),
         ("fsdp_not_zeroed", "expected gradients that were zeroed after the last window"),
         ("hand_reduction_not_told", "expected gradient_reduction on 2 ranks, got None"),
         ("hand_made_too_early", "made after init_process_group, got one for 1 of 2 ranks"),
