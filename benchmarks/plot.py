@@ -210,7 +210,7 @@ def draw_scaling(table: Path, lines: Lines) -> list[Path]:
     grid[0, 0].set_ylabel("forward + backward (ns per logit)")
     grid[1, 0].set_ylabel("fraction of the speed of a copy")
     legend(figure, table, entries_of(grid[0, 0]), 3)
-    figure.suptitle("Time along the classes, some 34 million logits, heap as it comes", fontsize=11)
+    figure.suptitle("Time along the classes, up to 34 million logits, heap as it comes", fontsize=11)
     paths += save(figure, table)
 
     figure = Figure(figsize=(9, 6.6), layout="constrained")
