@@ -21,7 +21,7 @@ import torch
 import torch.distributed as dist
 from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 
-from .sums import TokenSums
+from .sums import TokenSums, _at_least_one
 
 Sums = TokenSums | torch.Tensor | tuple[torch.Tensor, int | torch.Tensor]
 Reduction = Literal["mean", "sum"]
@@ -57,8 +57,8 @@ class Accumulator:
         ValueError: several ranks and no gradient_reduction; an argument out of range.
         TypeError: not a module, nor parameters.
 
-    The optimizer refuses to step in the middle of a window. Nothing synchronises with the device, except where
-    ``finish()`` compares with an int known_total.
+    The optimizer refuses to step in the middle of a window. Nothing synchronises with the device but a ``finish()`` that
+    compares with an int known_total, or on a rank that had no micro-batch.
 
     Example:
         >>> weight = torch.nn.Parameter(torch.zeros(2, 2))
@@ -136,7 +136,7 @@ class Accumulator:
     def backward(
         self, sums: Sums, num_items: int | torch.Tensor | None = None, *, known_total: int | torch.Tensor | None = None
     ) -> None:
-        """``loss()``, and its backward; through ``scaler.scale`` where there is a scaler. Arguments and errors: those of ``loss()``."""
+        """Records a micro-batch and back-propagates it, through ``scaler.scale`` where there is a scaler; else as ``loss()``."""
         loss = self._record("Accumulator.backward", sums, num_items, known_total)
         (loss if self._scaler is None else self._scaler.scale(loss)).backward()
         self._mark = _mark(self._parameters())
@@ -299,7 +299,7 @@ class Accumulator:
 
     # ------------------------------------------------------------------------------------------------ an optimizer
 
-    def _before_step(self, optimizer: torch.optim.Optimizer) -> None:
+    def _see_step(self, optimizer: torch.optim.Optimizer) -> None:
         """Called before (with a closure, after) each step of any optimizer."""
         window, mark = self._window, self._mark
         if window is None:
@@ -441,10 +441,6 @@ def _is_count(value: Any) -> bool:
     return isinstance(value, int) and not isinstance(value, bool)
 
 
-def _at_least_one(total: torch.Tensor) -> torch.Tensor:
-    return torch.where(total == 0, torch.ones_like(total), total)  # a window without items: 0 / 1
-
-
 # ----------------------------------------------------------------------------------------------------------- gradients
 
 
@@ -582,18 +578,18 @@ def _watch_optimizers(accumulator: Accumulator) -> None:
 
 def _pre_hook(optimizer: torch.optim.Optimizer, args: tuple, kwargs: dict) -> None:
     if not _has_closure(args, kwargs):
-        _before_step(optimizer)
+        _tell(optimizer)
 
 
 def _post_hook(optimizer: torch.optim.Optimizer, args: tuple, kwargs: dict) -> None:
     if _has_closure(args, kwargs):  # backward and finish() are in the closure
-        _before_step(optimizer)
+        _tell(optimizer)
 
 
 def _has_closure(args: tuple, kwargs: dict) -> bool:
     return any(callable(argument) for argument in (*args[1:], kwargs.get("closure")))
 
 
-def _before_step(optimizer: torch.optim.Optimizer) -> None:
+def _tell(optimizer: torch.optim.Optimizer) -> None:
     for accumulator in list(_watched):
-        accumulator._before_step(optimizer)
+        accumulator._see_step(optimizer)
