@@ -307,19 +307,18 @@ void run_short(const Rows& rows, const CrossEntropySums* sums, double* lse, void
     for (int64_t begin = i * groups * kGroup; begin < rows.N && begin < (i + 1) * groups * kGroup; begin += kGroup) {
       group.count = rows.N - begin < kGroup ? rows.N - begin : kGroup;
       group.x = row_data(rows.inputs.logits, begin);
-      bool is_item[kGroup];
       for (int64_t r = 0; r < group.count; ++r) {
         const int64_t y = rows.label(begin + r);
-        is_item[r] = !rows.ignored(y);
-        group.labels[r] = is_item[r] ? y : 0;
-        group.factors[r] = is_item[r] ? grad * rows.weight(y) : 0;
+        group.is_item[r] = !rows.ignored(y);
+        group.labels[r] = group.is_item[r] ? y : 0;
+        group.factors[r] = group.is_item[r] ? grad * rows.weight(y) : 0;
       }
       void* g = grad_logits != nullptr ? row_data(*grad_logits, begin) : nullptr;
       rows.kernels.short_rows(group, metrics, g);
       for (int64_t r = 0; r < group.count; ++r) {
-        if (lse != nullptr) lse[begin + r] = is_item[r] ? group.lse[r] : 0;
-        if (nll != nullptr) set_element(nll, dtype, begin + r, is_item[r] ? group.nll[r] : 0);
-        if (!is_item[r]) continue;
+        if (lse != nullptr) lse[begin + r] = group.is_item[r] ? group.lse[r] : 0;
+        if (nll != nullptr) set_element(nll, dtype, begin + r, group.is_item[r] ? group.nll[r] : 0);
+        if (!group.is_item[r]) continue;
         const double weight = rows.weight(group.labels[r]);
         part.weight += weight;
         part.loss += weight * group.nll[r];

@@ -1123,13 +1123,6 @@ void transposed_rows(ShortRows& rows, bool metrics, void* grad) {
   store_block(row_major, count * V, static_cast<T*>(grad));
 }
 
-// Whether nothing before `at` reaches z[at] and nothing after exceeds it.
-inline bool is_first_of_largest(const float* z, int64_t V, int64_t at) {
-  for (int64_t j = 0; j < V; ++j)
-    if (z[j] > z[at] || (z[j] == z[at] && j < at)) return false;
-  return true;
-}
-
 // More classes than lanes: row by row, the classes in the lanes; only what is done once for a row is done for all of
 // them together. exps (kGroup, stride), in the order of memory.
 template <typename T>
@@ -1143,6 +1136,7 @@ void grouped_rows(ShortRows& rows, bool metrics, void* grad) {
   const T* const x = static_cast<const T*>(rows.x);
   alignas(64) float exps[kGroup * kMedium];
   GroupSums group = {};
+  for (float& target : rows.target) target = 0;
   // work(j, lane) for each vector of a row; what lies in a lane does not depend on the width
   const auto for_each_vector = [&](const auto& work) __attribute__((always_inline)) {
     int64_t j = 0;
@@ -1152,6 +1146,7 @@ void grouped_rows(ShortRows& rows, bool metrics, void* grad) {
       if (j < stride) work(j + k * kWidth, k);
   };
   for (int64_t r = 0; r < count; ++r) {
+    if (!rows.is_item[r]) continue;  // not read; what is left of its sums is not used
     float* const e = exps + r * stride;
     if (r + 1 < count) {  // past its end, a row is followed by the next one, which is longer than what is read of it
       for (int64_t j = 0; j < stride; j += kWidth) store(load(x + r * V + j), e + j);
@@ -1166,19 +1161,15 @@ void grouped_rows(ShortRows& rows, bool metrics, void* grad) {
     label = -kInfinity;
   }
   for (int64_t r = 0; r < count; ++r) {
+    if (!rows.is_item[r]) continue;
     float* const e = exps + r * stride;
     Real max[kVectors];
     for (int k = 0; k < kVectors; ++k) max[k] = broadcast(-kInfinity);
     for_each_vector([&](int64_t j, int k) __attribute__((always_inline)) { max[k] = maximum(load(e + j), max[k]); });
     const float largest = max_lanes<float>(max);
     if (metrics) {
-      rows.is_argmax[r] = rows.target[r] > largest;
-      if (rows.target[r] == largest) {
-        float& label = e[rows.labels[r]];
-        label = largest;
-        rows.is_argmax[r] = is_first_of_largest(e, V, rows.labels[r]);
-        label = -kInfinity;
-      }
+      rows.is_argmax[r] =
+          rows.target[r] > largest || (rows.target[r] == largest && label_is_argmax<T>(x + r * V, V, rows.labels[r]));
     }
     group.others_max[r] = largest;
     const Real reference = broadcast(largest == -kInfinity ? 0.f : largest);
@@ -1202,8 +1193,8 @@ void grouped_rows(ShortRows& rows, bool metrics, void* grad) {
     const bool counts = rows.factors[r] != 0;
     const Real factor = broadcast(group.other_factor[r]);
     const auto scaled = [&](int64_t j) { return counts ? load(e + j) * factor : Real{}; };  // a NaN is not 0 * NaN
-    if (r + 1 <
-        count) {  // what is written past the end of a row is overwritten by the next, whose logits have been read
+    // what is written past the end of a row is overwritten by the next, whose logits have been read
+    if (r + 1 < count) {
       for (int64_t j = 0; j < stride; j += kWidth) store(scaled(j), out + r * V + j);
     } else {
       for (int64_t j = 0; j < stride; j += kWidth) store(scaled(j), e + j);
@@ -1220,7 +1211,6 @@ void short_rows(ShortRows& rows, bool metrics, void* grad) {
   for (int64_t r = rows.count; r < kGroup; ++r) {
     rows.labels[r] = 0;
     rows.factors[r] = 0;
-    rows.target[r] = 0;
   }
   return rows.V <= kShort ? transposed_rows<T>(rows, metrics, grad) : grouped_rows<T>(rows, metrics, grad);
 }

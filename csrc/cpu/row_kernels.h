@@ -37,6 +37,7 @@ struct RowSegment {
 struct ShortRows {
   const void* x;  // (count, V), V <= kMedium
   int64_t V, count;
+  bool is_item[kGroup];    // not ignored
   int64_t labels[kGroup];  // in [0, V); of a row that is ignored: any
   double factors[kGroup];  // of the gradient: grad_loss_sum * w_y; 0: a row of zeros
   // results
