@@ -111,13 +111,15 @@ class Evaluation(steps.Step):
 
     # Adding up ---------------------------------------------------------------------------------------------------------
 
-    def find_coefficients(self, loss: torch.Tensor, again: Callable[[int], torch.Tensor], agree: Callable) -> None:
+    def find_coefficients(
+        self, loss: torch.Tensor, again: Callable[[int], torch.Tensor], agree: Callable[..., list[int]]
+    ) -> None:
         """Finds how the loss depends on its terms, where that of this batch is finite.
 
         Args:
             loss: ().
             again: the loss of this batch with a term probed.
-            agree: the largest of a pair of numbers over the ranks, all of which must compute the batch equally often.
+            agree: the largest of each number over the ranks, all of which must compute the batch equally often.
         """
         terms = list(self.terms)
         is_term = len(terms) == 1 and bool((loss.double() == terms[0][0]) & (terms[0][0] != 0))

@@ -65,15 +65,14 @@ class Metrics:
     metrics = True
 
     def __init__(self) -> None:
-        self.step: steps.Step | None = None
         self.sums: Any = None  # items, correct ones, entropy: (3,) float64
         self.to_log: dict[str, float] = {}
 
     @torch.compiler.disable
     def __call__(self, loss: torch.Tensor, sums: TokenSums | None) -> torch.Tensor:
         step = steps.current()
-        if sums is not None and step is not self.step:  # the first cross-entropy of a micro-batch is its main one
-            self.step = step
+        if sums is not None and step is not None and step.observer is self:
+            step.observer = None  # the first cross-entropy of a micro-batch is its main one; the others need no metrics
             values = (sums.num_items, sums.num_correct, sums.entropy_sum)
             added = torch.stack([value.double() for value in values if value is not None])
             self.sums = added if self.sums is None else self.sums + added.to(self.sums.device)
@@ -83,7 +82,7 @@ class Metrics:
         """Adds the sums up over the ranks, for the log that follows. Every rank calls it."""
         sums = torch.zeros(3, dtype=torch.float64, device=trainer.args.device) if self.sums is None else self.sums
         items, correct, entropy = _sum_over_ranks(trainer, sums).tolist()
-        self.step, self.sums = None, None
+        self.sums = None
         self.to_log = {"token_accuracy": correct / items, "token_entropy": entropy / items} if items else {}
 
 
@@ -368,9 +367,8 @@ def _compute_batch_of_set(
     step.inputs = inputs
     step.main = _counted_rule(base_model(trainer), inputs) if isinstance(inputs.get("labels"), torch.Tensor) else None
     step.num_items_in_batch = None
-    if (
-        trainer.model_accepts_loss_kwargs and step.main is not None
-    ):  # compiled code makes use of it, and is not observed
+    # compiled code makes use of it, and is not observed
+    if trainer.model_accepts_loss_kwargs and step.main is not None:
         given = step.num_items_in_batch = steps.at_least_one(step.main.total(inputs)).to(torch.float32)
         inputs = {**inputs, "num_items_in_batch": given}
     loss, outputs = _smoothed_loss(trainer, step, original, model, inputs, **kwargs)
