@@ -27,13 +27,7 @@ EXACT = ACCUMULATED_GRADIENT[torch.float32]
 SPLITS = {"whole": [8], "halves": [4, 4], "uneven": [3, 1, 4], "single rows": [1] * 8}
 
 
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    """Tiny tensors: threads would only wait for each other."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def sums_of(model, inputs, labels, **options):

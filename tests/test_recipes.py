@@ -24,20 +24,11 @@ SIZES = ([2, 2, 2, 2], [1, 4, 1, 2])  # of the micro-batches of each window
 LR = 0.1
 
 
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def micro_batches():
     return [split(*window(seed), sizes) for seed, sizes in enumerate(SIZES)]
-
-
-def whole_batches():
-    return [[window(seed)] for seed in range(len(SIZES))]
 
 
 def step_of_one_batch(model, inputs, labels):
@@ -159,10 +150,13 @@ def test_mixture_of_experts(coefficient):
     check(recipe, run(recipe, model), wanted)
 
 
-def loader(batches=None):
-    """Micro-batches of all windows."""
-    flat = [micro_batch for some in (batches or micro_batches()) for micro_batch in some]
-    return torch.utils.data.DataLoader(flat, batch_size=None, shuffle=False)
+def all_micro_batches():
+    """Of all windows."""
+    return [micro_batch for some in micro_batches() for micro_batch in some]
+
+
+def loader():
+    return torch.utils.data.DataLoader(all_micro_batches(), batch_size=None, shuffle=False)
 
 
 def test_accelerate():
@@ -233,7 +227,7 @@ def test_torchrun(recipe, tmp_path):
 
 
 def test_evaluation():
-    model, batches = TinyLM(), [micro_batch for some in micro_batches() for micro_batch in some]
+    model, batches = TinyLM(), all_micro_batches()
     names = {"torch": torch, "accumloss": accumloss, "model": model, "batches": batches}
     exec(BLOCKS["Evaluation"], names)
     inputs, labels = (torch.cat(some) for some in zip(*batches, strict=True))

@@ -198,14 +198,14 @@ def test_seq2seq_trainer_that_generates(epsilon):
     for size in (8, 3, 1):
         options = {"predict_with_generate": True, "generation_max_length": 4, "label_smoothing_factor": epsilon}
         with accumloss.registered():
-            trainer, _ = make_seq2seq(model, size, **options)
+            trainer = make_seq2seq(model, size, **options)
             found = trainer.predict(examples)
         assert found.predictions.shape[0] == 8
         results[size] = found.metrics["test_loss"]
         assert trainer.label_smoother is None or trainer.label_smoother.epsilon == epsilon
     assert close(results[8], results[3]) and close(results[8], results[1])
     with accumloss.registered():
-        trainer, _ = make_seq2seq(model, 8, label_smoothing_factor=epsilon)
+        trainer = make_seq2seq(model, 8, label_smoothing_factor=epsilon)
         assert close(trainer.evaluate(examples)["eval_loss"], results[8])
 
 
@@ -216,7 +216,7 @@ def make_seq2seq(model, size, **options):
     )  # fmt: skip
     trainer = Seq2SeqTrainer(model=copy.deepcopy(model), args=arguments)
     trainer.remove_callback(transformers.PrinterCallback)
-    return trainer, None
+    return trainer
 
 
 class OwnSteps(Trainer):
