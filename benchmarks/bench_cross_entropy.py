@@ -11,18 +11,15 @@ Writes cross_entropy_cpu.csv and cross_entropy_cpu.json (the environment) to --o
 from __future__ import annotations
 
 import argparse
-import contextlib
-import csv
-import datetime
 import json
 import os
-import platform
-import shlex
 import subprocess
 import sys
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
+
+import record
 
 HERE = Path(__file__).resolve().parent
 KEEP = str(1 << 36)  # bytes; more than any buffer here
@@ -88,58 +85,16 @@ def run_regime(regime: str, file: Path, options: argparse.Namespace) -> None:
         torch.compiler.reset()  # each shape and dtype is compiled for itself, and for none before it
         adaptive = not options.quick and options.rounds is None
         lines += harness.figures(regime, shape, harness.measure(shape, competitors, rounds, adaptive=adaptive))
-    file.write_text(json.dumps({"lines": lines, "environment": environment()}))
-
-
-def environment() -> dict[str, object]:
-    """Where the figures come from."""
-    import torch
-
-    import accumloss
-
-    try:
-        import transformers
-
-        transformers_version = transformers.__version__
-    except ImportError:
-        transformers_version = None
-    model = platform.processor()
-    with contextlib.suppress(OSError):
-        info = Path("/proc/cpuinfo").read_text().splitlines()
-        model = next((line.split(":", 1)[1].strip() for line in info if line.startswith("model name")), model)
-    return {
-        "device": "cpu",
-        "cpu": model,
-        "cores": os.cpu_count(),
-        "threads": torch.get_num_threads(),
-        "torch_cpu_capability": torch.backends.cpu.get_cpu_capability(),
-        "memory_gb": round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 1e9, 1),
-        "system": f"{platform.system()} {platform.release()}",
-        "libc": " ".join(platform.libc_ver()),
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "transformers": transformers_version,
-        "accumloss": accumloss.__version__,
-        "build": accumloss.build_info(),
-    }
+    file.write_text(json.dumps({"lines": lines, "environment": record.environment()}))
 
 
 # ------------------------------------------------------------------------------------------------------------ all regimes
 
 
-def commit() -> str | None:
-    """The commit that is checked out, marked where files differ from it; None outside a repository."""
-    command = ["git", "-C", str(HERE), "describe", "--always", "--abbrev=40", "--dirty"]
-    try:
-        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
-    except (OSError, subprocess.CalledProcessError):
-        return None
-
-
 def run_all(arguments: Sequence[str], options: argparse.Namespace) -> tuple[list[dict], dict]:
     lines: list[dict] = []
     facts: dict = {}
-    started = datetime.datetime.now(datetime.timezone.utc)
+    origin = record.origin("bench_cross_entropy.py", arguments)
     load = os.getloadavg()[0]
     for regime in options.regimes:
         inherited = {key: value for key, value in os.environ.items() if not key.startswith("MALLOC_")}
@@ -150,27 +105,14 @@ def run_all(arguments: Sequence[str], options: argparse.Namespace) -> tuple[list
             part = json.loads(file.read_text())
         lines += part["lines"]
         facts = part["environment"]
-    facts.update(
-        commit=commit(),
-        command=shlex.join(["python", "benchmarks/bench_cross_entropy.py", *arguments]),
-        started=started.isoformat(timespec="seconds"),
-        load_before=load,
-        regimes={name: REGIMES[name] for name in options.regimes},
-    )
+    facts.update(origin, load_before=load, regimes={name: REGIMES[name] for name in options.regimes})
     return lines, facts
 
 
 def write(lines: list[dict], facts: dict, folder: Path) -> tuple[Path, Path]:
     from harness import COLUMNS
 
-    folder.mkdir(parents=True, exist_ok=True)
-    table, notes = folder / f"{NAME}.csv", folder / f"{NAME}.json"
-    with table.open("w", newline="") as file:
-        writer = csv.DictWriter(file, COLUMNS)
-        writer.writeheader()
-        writer.writerows(lines)
-    notes.write_text(json.dumps(facts, indent=2) + "\n")
-    return table, notes
+    return record.write(folder, NAME, COLUMNS, lines, facts)
 
 
 def markdown(lines: list[dict], facts: dict) -> str:

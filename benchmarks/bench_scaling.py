@@ -9,10 +9,6 @@ Writes scaling_cpu.csv and .json to --out and prints the goals that belong here 
 from __future__ import annotations
 
 import argparse
-import csv
-import datetime
-import json
-import shlex
 import statistics
 import sys
 import time
@@ -21,13 +17,13 @@ from pathlib import Path
 
 import harness
 import peers
+import record
 import torch
-from bench_cross_entropy import commit, environment
 from shapes import Shape
 
 import accumloss
+from accumloss.functional import Divisor
 
-HERE = Path(__file__).resolve().parent
 NAME = "scaling_cpu"
 FIELDS = ("sweep", "threads", *harness.COLUMNS)
 ELEMENTS = 2**25  # of the logits, along the classes
@@ -36,11 +32,22 @@ ROWS = (2, 8, 32, 128, 512, 2048, 4096)
 MOST_ROWS = 65536
 
 
+class Seen:
+    """Looks at the metrics of a loss, as register_with_transformers(metrics=True) has Trainer do."""
+
+    def __init__(self, metrics: bool):
+        self.metrics = metrics
+
+    def __call__(self, loss: torch.Tensor, sums: accumloss.TokenSums | None) -> torch.Tensor:
+        return loss
+
+
 def with_metrics(is_on: bool) -> peers.Peer:
-    """The sums by accumloss.cross_entropy, forward and backward in two visits, with or without the metrics."""
+    """The loss as Trainer calls it, with or without the metrics."""
+    seen = Seen(is_on)
 
     def loss(logits: torch.Tensor, labels: torch.Tensor, n: torch.Tensor) -> torch.Tensor:
-        return accumloss.cross_entropy(logits, labels, shift=1, metrics=is_on).loss_sum / n
+        return accumloss.causal_lm_loss(logits, labels, num_items_in_batch=Divisor(n, observer=seen))
 
     return peers.Peer("metrics" if is_on else "no metrics", loss)
 
@@ -170,10 +177,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="bench_scaling.py", description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--quick", action="store_true", help="1/64 of the elements, 3 rounds, every fourth size")
     parser.add_argument("--rounds", type=int, help="default: 7, more where a round is short")
-    parser.add_argument("--out", type=Path, default=HERE / "results", metavar="FOLDER")
+    parser.add_argument("--out", type=Path, default=record.RESULTS, metavar="FOLDER")
     options = parser.parse_args(arguments)
-    started = datetime.datetime.now(datetime.timezone.utc)
-    facts = environment()
+    facts = {**record.environment(), **record.origin("bench_scaling.py", arguments)}
     rounds = options.rounds or (3 if options.quick else 7)
     available: dict[str, peers.Peer | str] = {"no metrics": with_metrics(False), "metrics": with_metrics(True)}
     lines: list[dict] = []
@@ -205,17 +211,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     call["ms_median"] = smallest_call(100 if options.quick else 2000) / 1e3
     lines.append(call)
-    facts.update(
-        commit=commit(),
-        command=shlex.join(["python", "benchmarks/bench_scaling.py", *arguments]),
-        started=started.isoformat(timespec="seconds"),
-    )
-    options.out.mkdir(parents=True, exist_ok=True)
-    with (options.out / f"{NAME}.csv").open("w", newline="") as file:
-        writer = csv.DictWriter(file, FIELDS, lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(lines)
-    (options.out / f"{NAME}.json").write_text(json.dumps(facts, indent=2) + "\n")
+    record.write(options.out, NAME, FIELDS, lines, facts)
     print(markdown(lines))
     return 0
 

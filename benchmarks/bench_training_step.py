@@ -13,13 +13,9 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import csv
-import datetime
 import functools
 import gc
-import json
 import random
-import shlex
 import statistics
 import sys
 import time
@@ -28,15 +24,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import record
 import torch
 import transformers
-from bench_cross_entropy import commit, environment
 from harness import peak_bytes
 from transformers import BertConfig, BertForMaskedLM, LlamaConfig, LlamaForCausalLM
 
 import accumloss
 
-HERE = Path(__file__).resolve().parent
 NAME = "training_step_cpu"
 WAYS = ("stock", "accumloss", "accumloss in place")
 FIELDS = (
@@ -221,27 +216,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--ignored", nargs="+", type=float, default=[0.0, 0.5, 0.9], metavar="SHARE")
     parser.add_argument("--dtype", choices=("bfloat16", "float32"), default="bfloat16")
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--out", type=Path, default=HERE / "results", metavar="FOLDER")
+    parser.add_argument("--out", type=Path, default=record.RESULTS, metavar="FOLDER")
     options = parser.parse_args(arguments)
     transformers.logging.set_verbosity_error()
-    started = datetime.datetime.now(datetime.timezone.utc)
+    facts = {**record.environment(), **record.origin("bench_training_step.py", arguments)}
     lines: list[dict[str, object]] = []
     for name in options.models:
         for ignored in options.ignored:
             print(f"{name}, {ignored:.0%} ignored", file=sys.stderr, flush=True)
             lines += measure(name, ignored, options.rounds, getattr(torch, options.dtype))
-    facts = environment()
-    facts.update(
-        commit=commit(),
-        command=shlex.join(["python", "benchmarks/bench_training_step.py", *arguments]),
-        started=started.isoformat(timespec="seconds"),
-    )
-    options.out.mkdir(parents=True, exist_ok=True)
-    with (options.out / f"{NAME}.csv").open("w", newline="") as file:
-        writer = csv.DictWriter(file, FIELDS, lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(lines)
-    (options.out / f"{NAME}.json").write_text(json.dumps(facts, indent=2) + "\n")
+    record.write(options.out, NAME, FIELDS, lines, facts)
     print(markdown(lines))
     return 0
 

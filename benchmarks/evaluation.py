@@ -18,6 +18,7 @@ import sys
 import tempfile
 from pathlib import Path
 
+import record
 import torch
 import transformers
 
@@ -61,24 +62,16 @@ def on_two_processes() -> list[dict[str, object]]:
             return list(csv.DictReader(stream))
 
 
-def write(lines: list[dict[str, object]], file: Path) -> None:
-    file.parent.mkdir(parents=True, exist_ok=True)
-    with file.open("w", newline="") as stream:
-        writer = csv.DictWriter(stream, FIELDS, lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(lines)
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, default=HERE.parent / "results" / "evaluation.csv")
+    parser.add_argument("--out", type=Path, default=record.RESULTS / "evaluation.csv")
     parser.add_argument("--rank-of-two", type=Path, help=argparse.SUPPRESS)
     options = parser.parse_args()
     transformers.logging.set_verbosity_error()
     if options.rank_of_two is not None:
         lines = evaluations(2)
         if torch.distributed.get_rank() == 0:
-            write(lines, options.rank_of_two)
+            record.write_csv(options.rank_of_two, FIELDS, lines)
         torch.distributed.barrier()
         os._exit(0)  # gloo's destructors sometimes wait for each other
     lines = evaluations(1) + on_two_processes()
@@ -92,7 +85,7 @@ def main() -> None:
             }
             cells = " | ".join(f"{float(of[column]['eval_loss']):.6f}" for column in columns)
             print(f"| {HEADS[head][0]} | {way} | {cells} |")
-    write(lines, options.out)
+    record.write_csv(options.out, FIELDS, lines)
 
 
 if __name__ == "__main__":

@@ -9,10 +9,10 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import csv
 import sys
 from pathlib import Path
 
+import record
 import torch
 import transformers
 
@@ -55,7 +55,7 @@ def measure(head: str, accumulation: int, is_ours: bool) -> dict[str, object]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--accumulation", type=int, default=4)
-    parser.add_argument("--out", type=Path, default=Path(__file__).resolve().parent / "results" / "exactness.csv")
+    parser.add_argument("--out", type=Path, default=record.RESULTS / "exactness.csv")
     options = parser.parse_args()
     transformers.logging.set_verbosity_error()
     lines = []
@@ -68,11 +68,7 @@ def main() -> None:
         )
         print(f"| {pair[0]['class']} ({head}) | {' | '.join(cells)} |", flush=True)
         lines += pair
-    options.out.parent.mkdir(parents=True, exist_ok=True)
-    with options.out.open("w", newline="") as file:
-        writer = csv.DictWriter(file, FIELDS)
-        writer.writeheader()
-        writer.writerows(lines)
+    record.write_csv(options.out, FIELDS, lines)
 
 
 if __name__ == "__main__":
