@@ -151,8 +151,8 @@ ACCUMLOSS_INLINE typename Vectors<Acc>::Real exp_of_difference(typename Vectors<
 // exp(z - origin) of the logits of a row, z at most some 80 above the origin. The origin is what the caller asked for,
 // give or take a rounding.
 template <typename T>
-struct ExpFrom {  // fp32 and fp64
-  using Acc = T;
+struct ExpFrom {
+  using Acc = typename std::conditional<std::is_same<T, double>::value, double, float>::type;
   using Real = typename Vectors<Acc>::Real;
   static constexpr double kUnit = 1;  // of u in z
   const Acc origin_;
@@ -169,9 +169,11 @@ struct ExpFrom {  // fp32 and fp64
   }
 };
 
-// bf16 and fp16 logits: 2^(2u) with u = z log2(e) / 2 + offset in one rounding, where the machine has such. The half
-// keeps the product and the offset of the largest bf16 finite. The exponential is within 1e-7, and 7e-8 |z - origin|.
-struct ExpFromHalf {
+// bf16 logits, whose gradient keeps 8 bits: 2^(2u) with u = z log2(e) / 2 + offset in one rounding, where the machine
+// has such. The half keeps the product and the offset of the largest bf16 finite. The exponential is within 1e-7, and
+// 7e-8 |z - origin|.
+template <>
+struct ExpFrom<BFloat16> {
   using Acc = float;
   using Real = Vectors<float>::Real;
   using Int = Vectors<float>::Int;
@@ -189,7 +191,7 @@ struct ExpFromHalf {
 #endif
   float scale_, offset_;
 
-  ACCUMLOSS_INLINE explicit ExpFromHalf(float origin) : scale_(kScale) {
+  ACCUMLOSS_INLINE explicit ExpFrom(float origin) : scale_(kScale) {
     if (!(std::fabs(origin) < kFar)) {
       scale_ = 1;
       uint32_t bits;
@@ -217,15 +219,6 @@ struct ExpFromHalf {
     if constexpr (kClamps) *u = zero ? broadcast<float>(kLowest) : x;
     return zero ? Real{} : p * reinterpret_cast<Real>(reinterpret_cast<Int>(shifted) << Vectors<float>::kMantissaBits);
   }
-};
-
-template <>
-struct ExpFrom<BFloat16> : ExpFromHalf {
-  using ExpFromHalf::ExpFromHalf;
-};
-template <>
-struct ExpFrom<Float16> : ExpFromHalf {
-  using ExpFromHalf::ExpFromHalf;
 };
 
 // exp(x) for x <= 0 (to some 80 above it), exactly 0 where it would be subnormal, NaN for NaN. x is left clamped, so
