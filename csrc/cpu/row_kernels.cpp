@@ -8,7 +8,6 @@
 
 #include <cstring>
 #include <type_traits>
-#include <utility>
 
 #if defined(__F16C__) || defined(__AVX2__)
 #include <immintrin.h>
@@ -226,7 +225,6 @@ struct ExpFrom<BFloat16> {
 template <typename Acc>
 ACCUMLOSS_INLINE typename Vectors<Acc>::Real exp_clamped(typename Vectors<Acc>::Real& x) {
   using V = Vectors<Acc>;
-  using Real = typename V::Real;
   using Int = typename V::Int;
   const Int zero = x < V::kLowest;
   x = zero ? broadcast<Acc>(V::kLowest) : x;
@@ -423,8 +421,9 @@ ACCUMLOSS_INLINE int64_t round_up(int64_t n, int64_t multiple) { return (n + mul
 // Of the group that lies kPrefetchBytes ahead.
 template <typename T>
 ACCUMLOSS_INLINE void prefetch(const T* group) {
-  const char* ahead = reinterpret_cast<const char*>(group) + kPrefetchBytes;
-  for (size_t line = 0; line < sizeof(T) * kLanes; line += 64) __builtin_prefetch(ahead + line);
+  const auto ahead = reinterpret_cast<uintptr_t>(group) + kPrefetchBytes;  // no pointer may say so
+  for (size_t line = 0; line < sizeof(T) * kLanes; line += 64)
+    __builtin_prefetch(reinterpret_cast<const void*>(ahead + line));
 }
 
 // buffer[i] = x[i], i < n; entries up to the next multiple of kLanes are overwritten with anything finite.
@@ -491,16 +490,15 @@ struct VectorOf {
 };
 
 // The lanes of a vector, combined in halves until one is left.
-template <typename Acc, typename Combine, int... kIndex>
-ACCUMLOSS_INLINE Acc fold(typename VectorOf<Acc, 2 * sizeof...(kIndex)>::Type v, const Combine& combine,
-                          std::integer_sequence<int, kIndex...>) {
-  constexpr int kHalf = sizeof...(kIndex);
-  if constexpr (kHalf == 1) {
+template <typename Acc, int kSize, typename Combine>
+ACCUMLOSS_INLINE Acc fold(const typename VectorOf<Acc, kSize>::Type& v, const Combine& combine) {
+  if constexpr (kSize == 2) {
     return combine(v[0], v[1]);
   } else {
-    const auto half =
-        combine(__builtin_shufflevector(v, v, kIndex...), __builtin_shufflevector(v, v, (kIndex + kHalf)...));
-    return fold<Acc>(half, combine, std::make_integer_sequence<int, kHalf / 2>());
+    typename VectorOf<Acc, kSize / 2>::Type low, high;
+    std::memcpy(&low, &v, sizeof low);
+    std::memcpy(&high, reinterpret_cast<const char*>(&v) + sizeof low, sizeof high);
+    return fold<Acc, kSize / 2>(combine(low, high), combine);
   }
 }
 
@@ -513,7 +511,7 @@ ACCUMLOSS_INLINE Acc sum_lanes(const typename Vectors<Acc>::Real* vectors) {
   for (int half = kLanes / kWidth / 2; half > 0; half /= 2)
     for (int k = 0; k < half; ++k) v[k] += v[k + half];
   const auto add = [](auto a, auto b) __attribute__((always_inline)) { return a + b; };
-  return fold<Acc>(v[0], add, std::make_integer_sequence<int, kWidth / 2>());
+  return fold<Acc, kWidth>(v[0], add);
 }
 
 template <typename Acc>
@@ -522,7 +520,7 @@ ACCUMLOSS_INLINE Acc max_lanes(const typename Vectors<Acc>::Real* vectors) {
   typename Vectors<Acc>::Real max = vectors[0];
   for (int k = 1; k < kLanes / kWidth; ++k) max = maximum(vectors[k], max);
   const auto larger = [](auto a, auto b) __attribute__((always_inline)) { return a > b ? a : b; };
-  return fold<Acc>(max, larger, std::make_integer_sequence<int, kWidth / 2>());
+  return fold<Acc, kWidth>(max, larger);
 }
 
 template <typename Acc>
