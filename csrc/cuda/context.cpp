@@ -7,6 +7,7 @@
 
 #include <optional>
 #include <stdexcept>
+#include <string>
 
 // Lives in libtorch_cuda, which a CPU-only PyTorch lacks: weak, so that the module loads there too.
 extern "C" __attribute__((weak)) AOTITorchError aoti_torch_get_current_cuda_stream(int32_t device_index,
@@ -40,6 +41,19 @@ Context::Context(int32_t device_index) {
 Context::~Context() = default;
 
 cudaStream_t Context::stream() const { return state_->stream; }
+
+Device Context::device() const {
+  const auto attribute = [this](cudaDeviceAttr which) {
+    int value = 0;
+    const cudaError_t error = cudaDeviceGetAttribute(&value, which, state_->device_index);
+    if (error != cudaSuccess) {
+      throw std::runtime_error(std::string("accumloss: attributes of the CUDA device: ") + cudaGetErrorString(error));
+    }
+    return value;
+  };
+  return {10 * attribute(cudaDevAttrComputeCapabilityMajor) + attribute(cudaDevAttrComputeCapabilityMinor),
+          attribute(cudaDevAttrMultiProcessorCount)};
+}
 
 void* Context::scratch(size_t bytes) {
   state_->scratch = torch::stable::empty(

@@ -10,6 +10,11 @@
 
 namespace accumloss::cuda {
 
+struct Device {
+  int capability;  // 10 * major + minor
+  int multiprocessors;
+};
+
 class Context {
  public:
   explicit Context(int32_t device_index);  // makes the device current until the destructor
@@ -18,6 +23,7 @@ class Context {
   Context& operator=(const Context&) = delete;
 
   cudaStream_t stream() const;
+  Device device() const;
   // Memory of PyTorch's allocator, in the order of the current stream, until the destructor. One per context.
   void* scratch(size_t bytes);
 

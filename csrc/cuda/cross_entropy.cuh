@@ -56,24 +56,34 @@ struct BackwardArgs {
 
 __device__ __forceinline__ int64_t row_count(const LogitsView& view) { return view.B * view.T; }
 
-template <typename T>
-__device__ __forceinline__ T* row_start(const LogitsView& view, int64_t row) {
+struct RowAt {
+  int64_t b, t;
+};
+
+__device__ __forceinline__ RowAt row_at(const LogitsView& view, int64_t row) {
   const int64_t b = row / view.T;
-  return static_cast<T*>(view.data) + b * view.stride_b + (row - b * view.T) * view.stride_t;
+  return {b, row - b * view.T};
+}
+
+template <typename T>
+__device__ __forceinline__ T* row_start(const LogitsView& view, const RowAt& at) {
+  return static_cast<T*>(view.data) + at.b * view.stride_b + at.t * view.stride_t;
 }
 
 // The label of a row; ignore_index where the row has none.
-__device__ __forceinline__ int64_t row_label(const CrossEntropyInputs& inputs, int64_t row) {
+__device__ __forceinline__ int64_t row_label(const CrossEntropyInputs& inputs, const RowAt& at) {
   const LabelsView& labels = inputs.labels;
-  const int64_t b = row / inputs.logits.T;
-  const int64_t t = row - b * inputs.logits.T + inputs.options.shift;
+  const int64_t t = at.t + inputs.options.shift;
   if (t >= inputs.logits.T) return inputs.options.ignore_index;
-  const int64_t offset = b * labels.stride_b + t * labels.stride_t;
+  const int64_t offset = at.b * labels.stride_b + t * labels.stride_t;
   return labels.is_int32 ? static_cast<const int32_t*>(labels.data)[offset]
                          : static_cast<const int64_t*>(labels.data)[offset];
 }
 
-__device__ __forceinline__ bool is_class(int64_t label, int64_t V) { return label >= 0 && label < V; }
+// Whether a row with this label is read. Others are ignored, or the label is bad.
+__device__ __forceinline__ bool is_item(const CrossEntropyInputs& inputs, int64_t label) {
+  return label != inputs.options.ignore_index && label >= 0 && label < inputs.logits.V;
+}
 
 // kCount a power of two. A recursion of templates: the compiler unrolls the equivalent loops only in part.
 template <int kCount, typename Acc>
@@ -137,8 +147,9 @@ struct RowView {
     if (kGeneral) state.weighted = state.weighted * scale + weighted;
   }
 
+  // held: where the vectors also go, or null.
   template <typename T, int kVectors>
-  __device__ __forceinline__ void push_vectors(const T* x, const RowSpan<T>& span, int64_t v, int stride,
+  __device__ __forceinline__ void push_vectors(const T* x, const RowSpan<T>& span, int64_t v, int stride, T* held,
                                                RowState<Acc>& state) const {
     constexpr int kWidth = RowSpan<T>::kWidth;
     typename Element<T>::Raw raw[kVectors];
@@ -147,6 +158,7 @@ struct RowView {
     Acc z[kVectors * kWidth];
 #pragma unroll
     for (int k = 0; k < kVectors; ++k) {
+      if (held != nullptr) store_vector(held + (v + k * stride) * kWidth, raw[k]);
       const int64_t j = span.vector_index(v + k * stride);
       Acc part[kWidth];
       Element<T>::unpack(raw[k], part);
@@ -158,24 +170,30 @@ struct RowView {
   }
 };
 
-// The sums of a row over the classes other than the label, the same in every thread.
-template <bool kGeneral, typename T, typename Group, typename Acc>
+// The sums of a row over the classes other than the label, the same in every thread. kHeld: the row also goes to
+// `held` in shared memory, its vectors first, then the scalars. write_gradient finds it there: every thread what it
+// has stored itself, so that no barrier is needed.
+template <bool kGeneral, bool kHeld, typename T, typename Group, typename Acc>
 __device__ __forceinline__ RowState<Acc> reduce_row(const Group& group, const T* x, int64_t V,
-                                                    const RowView<Acc, kGeneral>& row) {
+                                                    const RowView<Acc, kGeneral>& row, T* held) {
   const RowSpan<T> span(x, x, V);
   constexpr int kVectors = kVectorsInFlight<T, kGeneral>;
   RowState<Acc> state;
   const int size = group.size();
   int64_t v = group.rank();
   for (; v + (kVectors - 1) * size < span.vectors; v += kVectors * size) {
-    row.template push_vectors<T, kVectors>(x, span, v, size, state);
+    row.template push_vectors<T, kVectors>(x, span, v, size, kHeld ? held : nullptr, state);
   }
   if (kVectors > 1) {
-    for (; v < span.vectors; v += size) row.template push_vectors<T, 1>(x, span, v, size, state);
+    for (; v < span.vectors; v += size) {
+      row.template push_vectors<T, 1>(x, span, v, size, kHeld ? held : nullptr, state);
+    }
   }
   for (int64_t s = group.rank(); s < span.scalars(); s += size) {
     const int64_t j = span.scalar_index(s);
-    Acc z[1] = {Element<T>::widen(x[j])};
+    const T element = x[j];
+    if (kHeld) held[span.vectors * RowSpan<T>::kWidth + s] = element;
+    Acc z[1] = {Element<T>::widen(element)};
     row.template prepare<1>(z, j, j == row.label ? 0 : -1, state);
     row.push(z, state);
   }
@@ -238,10 +256,11 @@ __device__ __forceinline__ void gradient(Acc* x, int64_t j, int label_at, const 
   }
 }
 
-// Every thread reads an element before it writes it, and no other thread's: out may be x.
-template <bool kGeneral, typename T, typename Group, typename Acc>
+// Every thread reads an element before it writes it, and no other thread's: out may be x. kHeld: x is read from `held`.
+template <bool kGeneral, bool kHeld, typename T, typename Group, typename Acc>
 __device__ __forceinline__ void write_gradient(const Group& group, const T* x, T* out, int64_t label,
-                                               const RowGrad<Acc>& grad, const CrossEntropyInputs& inputs) {
+                                               const RowGrad<Acc>& grad, const CrossEntropyInputs& inputs,
+                                               const T* held) {
   const RowSpan<T> span(x, out, inputs.logits.V);
   constexpr int kWidth = RowSpan<T>::kWidth;
   constexpr int kVectors = kVectorsInFlight<T, kGeneral>;
@@ -249,6 +268,7 @@ __device__ __forceinline__ void write_gradient(const Group& group, const T* x, T
   const Acc* const weight = static_cast<const Acc*>(inputs.weight);
   const bool smoothing = inputs.options.label_smoothing > 0;
   const int size = group.size();
+  const auto load = [&](int64_t v) { return load_vector(kHeld ? held + v * kWidth : x + span.vector_index(v)); };
   const auto write = [&](const typename Element<T>::Raw& raw, int64_t j) {
     Acc part[kWidth];
     Element<T>::unpack(raw, part);
@@ -259,16 +279,16 @@ __device__ __forceinline__ void write_gradient(const Group& group, const T* x, T
   for (; v + (kVectors - 1) * size < span.vectors; v += kVectors * size) {
     typename Element<T>::Raw raw[kVectors];
 #pragma unroll
-    for (int k = 0; k < kVectors; ++k) raw[k] = load_vector(x + span.vector_index(v + k * size));
+    for (int k = 0; k < kVectors; ++k) raw[k] = load(v + k * size);
 #pragma unroll
     for (int k = 0; k < kVectors; ++k) write(raw[k], span.vector_index(v + k * size));
   }
   if (kVectors > 1) {
-    for (; v < span.vectors; v += size) write(load_vector(x + span.vector_index(v)), span.vector_index(v));
+    for (; v < span.vectors; v += size) write(load(v), span.vector_index(v));
   }
   for (int64_t s = group.rank(); s < span.scalars(); s += size) {
     const int64_t j = span.scalar_index(s);
-    Acc part[1] = {Element<T>::widen(x[j])};
+    Acc part[1] = {Element<T>::widen(kHeld ? held[span.vectors * kWidth + s] : x[j])};
     gradient<T, kGeneral, 1>(part, j, j == label ? 0 : -1, grad, transform, weight, smoothing);
     out[j] = Element<T>::narrow(part[0]);
   }
@@ -288,16 +308,17 @@ __device__ __forceinline__ void write_zeros(const Group& group, T* out, int64_t 
 }
 
 // One row of forward (kGrad false) or forward_with_grad. The group's first thread adds it to *total.
-template <typename T, bool kGeneral, bool kGrad, typename Group>
+template <typename T, bool kGeneral, bool kGrad, bool kHeld, typename Group>
 __device__ __forceinline__ void forward_row(const Group& group, const ForwardArgs<typename Element<T>::Acc>& args,
-                                            int64_t row, Partial* total) {
+                                            int64_t row, Partial* total, T* held = nullptr) {
   using Acc = typename Element<T>::Acc;
   const CrossEntropyInputs& inputs = args.inputs;
   const int64_t V = inputs.logits.V;
-  const int64_t label = row_label(inputs, row);
+  const RowAt at = row_at(inputs.logits, row);
+  const int64_t label = row_label(inputs, at);
   const bool first = group.rank() == 0;
-  T* const out = kGrad ? row_start<T>(args.grad_logits, row) : nullptr;
-  if (label == inputs.options.ignore_index || !is_class(label, V)) {
+  T* const out = kGrad ? row_start<T>(args.grad_logits, at) : nullptr;
+  if (!is_item(inputs, label)) {
     double value = 0;
     if (label != inputs.options.ignore_index) {
       value = kNaN;
@@ -314,11 +335,12 @@ __device__ __forceinline__ void forward_row(const Group& group, const ForwardArg
     return;
   }
 
-  const T* const x = row_start<T>(inputs.logits, row);
+  const T* const x = row_start<T>(inputs.logits, at);
   const Transform<Acc> transform(inputs.options);
   const Acc x_label = Element<T>::widen(x[label]);  // read here, before anything is written over it
   const Acc z_label = kGeneral ? transform.value(x_label) : x_label;
-  const RowState<Acc> state = reduce_row<kGeneral>(group, x, V, RowView<Acc, kGeneral>(inputs, label, z_label));
+  const RowView<Acc, kGeneral> view(inputs, label, z_label);
+  const RowState<Acc> state = reduce_row<kGeneral, kHeld>(group, x, V, view, held);
   bool wins = z_label > state.max;
   if (kGeneral && inputs.options.metrics && z_label == state.max) wins = wins_tie(group, x, V, label);
 
@@ -339,7 +361,7 @@ __device__ __forceinline__ void forward_row(const Group& group, const ForwardArg
       return make_grad<Element<T>::kExactExponent>(result.lse, result.nll, RowWeights::read(inputs, label, Acc()),
                                                    *args.grad_loss_sum, inputs);
     });
-    write_gradient<kGeneral>(group, x, out, label, grad, inputs);
+    write_gradient<kGeneral, kHeld>(group, x, out, label, grad, inputs, held);
   } else if (first) {
     finish();
   }
@@ -350,63 +372,63 @@ __device__ __forceinline__ void backward_row(const Group& group, const BackwardA
                                              int64_t row) {
   using Acc = typename Element<T>::Acc;
   const CrossEntropyInputs& inputs = args.inputs;
-  const int64_t V = inputs.logits.V;
-  const int64_t label = row_label(inputs, row);
-  T* const out = row_start<T>(args.grad_logits, row);
-  if (label == inputs.options.ignore_index || !is_class(label, V)) {
-    write_zeros(group, out, V);
+  const RowAt at = row_at(inputs.logits, row);
+  const int64_t label = row_label(inputs, at);
+  T* const out = row_start<T>(args.grad_logits, at);
+  if (!is_item(inputs, label)) {
+    write_zeros(group, out, inputs.logits.V);
     return;
   }
-  const T* const x = row_start<T>(inputs.logits, row);
+  const T* const x = row_start<T>(inputs.logits, at);
   const RowGrad<Acc> grad = group.template once<RowGrad<Acc>>([&] {
     return make_grad<Element<T>::kExactExponent>(args.lse[row], static_cast<double>(args.nll[row]),
                                                  RowWeights::read(inputs, label, Acc()), *args.grad_loss_sum, inputs);
   });
-  write_gradient<kGeneral>(group, x, out, label, grad, inputs);
+  write_gradient<kGeneral, false>(group, x, out, label, grad, inputs, static_cast<const T*>(nullptr));
 }
 
-template <typename T, bool kGeneral, bool kGrad>
-__global__ void __launch_bounds__(BlockGroup::kMaxThreads, kGeneral ? 1 : 2)
+template <typename T, bool kGeneral, bool kGrad, bool kHeld>
+__global__ void __launch_bounds__(kMaxThreads, kGeneral ? 1 : 2)
     forward_block_kernel(const __grid_constant__ ForwardArgs<typename Element<T>::Acc> args) {
   Partial* const total = args.partials + blockIdx.x;
   if (threadIdx.x == 0) *total = Partial{};
-  forward_row<T, kGeneral, kGrad>(BlockGroup(), args, blockIdx.x, total);
+  T* const held = kHeld ? reinterpret_cast<T*>(dynamic_shared() + BlockGroup::kSharedBytes) : nullptr;
+  forward_row<T, kGeneral, kGrad, kHeld>(BlockGroup(), args, blockIdx.x, total, held);
 }
 
-template <typename T, bool kGeneral, bool kGrad>
-__global__ void __launch_bounds__(WarpGroup::kThreads, 1)
-    forward_warp_kernel(const __grid_constant__ ForwardArgs<typename Element<T>::Acc> args) {
-  const int warp = threadIdx.x / kWarp;
-  const int64_t first = blockIdx.x * static_cast<int64_t>(WarpGroup::kRowsPerBlock) + warp * WarpGroup::kRowsPerWarp;
+template <typename T, bool kGrad, typename Group>
+__global__ void __launch_bounds__(kTileThreads, 1)
+    forward_tile_kernel(const __grid_constant__ ForwardArgs<typename Element<T>::Acc> args) {
+  const Group group;
+  Partial* const shared = reinterpret_cast<Partial*>(dynamic_shared());  // (groups,)
+  Partial* const total = shared + group.index();
+  if (group.rank() == 0) *total = Partial{};
   const int64_t rows = row_count(args.inputs.logits);
-  Partial* const shared = reinterpret_cast<Partial*>(dynamic_shared());  // (warps,)
-  if (threadIdx.x % kWarp == 0) shared[warp] = Partial{};
-  for (int64_t row = first; row < first + WarpGroup::kRowsPerWarp && row < rows; ++row) {
-    forward_row<T, kGeneral, kGrad>(WarpGroup(), args, row, shared + warp);
+  int64_t row = blockIdx.x * static_cast<int64_t>(Group::kRowsPerBlock) + group.index() * Group::kRows;
+  for (const int64_t end = row + Group::kRows; row < end && row < rows; ++row) {
+    forward_row<T, true, kGrad, false>(group, args, row, total);
   }
   __syncthreads();
   if (threadIdx.x == 0) {
     Partial sums = shared[0];
-    for (int other = 1; other < WarpGroup::kThreads / kWarp; ++other) sums.add(shared[other]);
+    for (int other = 1; other < Group::kGroups; ++other) sums.add(shared[other]);
     args.partials[blockIdx.x] = sums;
   }
 }
 
 template <typename T, bool kGeneral>
-__global__ void __launch_bounds__(BlockGroup::kMaxThreads, kGeneral ? 1 : 2)
+__global__ void __launch_bounds__(kMaxThreads, kGeneral ? 1 : 2)
     backward_block_kernel(const __grid_constant__ BackwardArgs<typename Element<T>::Acc> args) {
   backward_row<T, kGeneral>(BlockGroup(), args, blockIdx.x);
 }
 
-template <typename T, bool kGeneral>
-__global__ void __launch_bounds__(WarpGroup::kThreads, 1)
-    backward_warp_kernel(const __grid_constant__ BackwardArgs<typename Element<T>::Acc> args) {
-  const int warp = threadIdx.x / kWarp;
-  const int64_t first = blockIdx.x * static_cast<int64_t>(WarpGroup::kRowsPerBlock) + warp * WarpGroup::kRowsPerWarp;
+template <typename T, typename Group>
+__global__ void __launch_bounds__(kTileThreads, 1)
+    backward_tile_kernel(const __grid_constant__ BackwardArgs<typename Element<T>::Acc> args) {
+  const Group group;
   const int64_t rows = row_count(args.inputs.logits);
-  for (int64_t row = first; row < first + WarpGroup::kRowsPerWarp && row < rows; ++row) {
-    backward_row<T, kGeneral>(WarpGroup(), args, row);
-  }
+  int64_t row = blockIdx.x * static_cast<int64_t>(Group::kRowsPerBlock) + group.index() * Group::kRows;
+  for (const int64_t end = row + Group::kRows; row < end && row < rows; ++row) backward_row<T, true>(group, args, row);
 }
 
 constexpr int kSumThreads = 1024;
@@ -450,14 +472,14 @@ __global__ void __launch_bounds__(kScaleThreads)
   using Acc = typename Element<T>::Acc;
   const Acc factor = *factor_pointer;
   if (factor == 1) return;
-  const WarpGroup group;
+  const Warp group;
   const int64_t chunks = (values.V + kScaleChunk - 1) / kScaleChunk;  // of a row
   const int64_t warps = gridDim.x * static_cast<int64_t>(kScaleThreads / kWarp);
   for (int64_t task = (blockIdx.x * static_cast<int64_t>(kScaleThreads) + threadIdx.x) / kWarp;
        task < row_count(values) * chunks; task += warps) {
     const int64_t row = task / chunks;
     const int64_t start = (task - row * chunks) * kScaleChunk;
-    T* const x = row_start<T>(values, row) + start;
+    T* const x = row_start<T>(values, row_at(values, row)) + start;
     const RowSpan<T> span(x, x, values.V - start < kScaleChunk ? values.V - start : kScaleChunk);
     for (int64_t v = group.rank(); v < span.vectors; v += group.size()) {
       Acc part[RowSpan<T>::kWidth];

@@ -5,10 +5,12 @@ docs/testing-cuda.md says what this can and cannot find.
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import hashlib
 import os
 import pathlib
+import re
 import shutil
 import subprocess
 import tempfile
@@ -71,6 +73,9 @@ def build(cache: pathlib.Path, patches: tuple[tuple[str, str, str], ...] = ()) -
         text = (work / "csrc" / name).read_text()
         assert text.count(old) == 1, f"the fault's text occurs {text.count(old)} times in csrc/{name}: {old!r}"
         (work / "csrc" / name).write_text(text.replace(old, new))
+    if patches:
+        staged = work / "csrc" / "cuda" / "staged.cu"
+        staged.write_text(re.sub(r"^ACCUMLOSS_INSTANTIATE\(__.*\n", "", staged.read_text(), flags=re.MULTILINE))
     paths = ["-Iemulator", "-Icsrc/cuda", "-Icsrc", "-isystem", str(include)]
 
     def compiled(source: str, directory: pathlib.Path, suffix: str, *flags: str) -> pathlib.Path:
@@ -87,8 +92,8 @@ def build(cache: pathlib.Path, patches: tuple[tuple[str, str, str], ...] = ()) -
     header = compiled("emulator/cuda_runtime.h", common, ".gch", "-x", "c++-header").with_suffix("")
     flags = ["-include", str(header), "-x", "c++", "-c"]  # compiled once, as it takes longer than the kernels
     objects = [str(compiled(source, common, ".o", *flags)) for source in COMMON]
-    backend = "emulator/float_backend.cpp" if patches else "csrc/cuda/cross_entropy.cu"
-    objects.append(str(compiled(backend, work, ".o", *flags)))
+    backends = ["emulator/float_backend.cpp"] if patches else ["csrc/cuda/cross_entropy.cu", "csrc/cuda/staged.cu"]
+    objects += [str(compiled(backend, work, ".o", *flags)) for backend in backends]
     # Linked without -fsanitize: the emulator itself answers the sanitizer's calls.
     subprocess.run(["g++", "-shared", *objects, "-o", "libemulated.so"], cwd=work, check=True)
     library.parent.mkdir(parents=True, exist_ok=True)
@@ -173,10 +178,33 @@ class Backend:
         self.library = ctypes.CDLL(str(library))
         for name in ("forward", "backward", "forward_with_grad", "scale"):
             getattr(self.library, f"emulated_{name}").restype = ctypes.c_char_p
+        self.library.emulated_bulk_copies.restype = ctypes.c_int64
+        self.library.emulated_inputs_size.restype = ctypes.c_int64
         assert self.library.emulated_inputs_size() == ctypes.sizeof(_Inputs)
 
     def seed(self, value: int) -> None:
         self.library.emulated_seed(ctypes.c_uint64(value))
+
+    def device(self, capability: int, multiprocessors: int) -> None:
+        self.library.emulated_device(capability, multiprocessors)
+
+    def bulk_copies(self) -> int:
+        """Since the last call."""
+        return self.library.emulated_bulk_copies()
+
+    @contextlib.contextmanager
+    def plan(self, plan: str, capability: int = 90, multiprocessors: int = 2):
+        """Kernels forced as ACCUMLOSS_CUDA_PLAN does it, on such a device."""
+        before = os.environ.get("ACCUMLOSS_CUDA_PLAN")
+        os.environ["ACCUMLOSS_CUDA_PLAN"] = plan
+        self.device(capability, multiprocessors)
+        try:
+            yield
+        finally:
+            del os.environ["ACCUMLOSS_CUDA_PLAN"]
+            if before is not None:
+                os.environ["ACCUMLOSS_CUDA_PLAN"] = before
+            self.device(90, 2)
 
     def _call(self, name: str, *arguments) -> None:
         error = getattr(self.library, f"emulated_{name}")(*arguments)

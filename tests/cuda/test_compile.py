@@ -54,30 +54,39 @@ ptxas info    : Used 64 registers, used 1 barriers, 16 bytes cumulative stack si
     assert resources(log) == {("_Zk", "90"): {"registers": 64, "stack": 16, "spills": 12}}
 
 
+SOURCES = {"cross_entropy.cu": ARCHITECTURES, "staged.cu": ["90", "100"]}
+
+
+def compile_all(compiler: str, folder: pathlib.Path) -> dict[tuple[str, str], dict[str, int]]:
+    """resources() of every kernel for every architecture that the compiler knows; fails at a warning."""
+    known = subprocess.run([compiler, "--list-gpu-arch"], capture_output=True, text=True, check=True).stdout.split()
+    table = {}
+    for source, wanted in SOURCES.items():
+        architectures = [a for a in wanted if f"compute_{a}" in known]
+        for missing in sorted(set(wanted) - set(architectures)):
+            print(f"{compiler} does not know sm_{missing}")
+        command = [compiler, "-std=c++17", "-O3", "--threads", "2", "--ptxas-options=-v", "-Xcompiler=-Wall,-Wextra"]
+        command += [f"-gencode=arch=compute_{a},code=sm_{a}" for a in architectures]
+        command += ["-c", str(CUDA / source), "-o", str(folder / "kernels.o")]
+        result = subprocess.run(command, capture_output=True, text=True, check=False)
+        assert result.returncode == 0, result.stderr
+        log = result.stdout + result.stderr
+        assert "warning" not in log, log
+        found = resources(log)
+        kernels = {kernel for kernel, _ in found}
+        assert len(found) == len(kernels) * len(architectures) > 0
+        table.update(found)
+    names = sorted({kernel for kernel, _ in table})
+    short = dict(zip(names, demangle(names), strict=True))
+    return {(short[kernel], a): row for (kernel, a), row in table.items()}
+
+
 def test_kernels_compile_without_spills(tmp_path):
     compiler = nvcc()
     if compiler is None:
         pytest.skip("no nvcc")
-    known = subprocess.run([compiler, "--list-gpu-arch"], capture_output=True, text=True, check=True).stdout.split()
-    architectures = [a for a in ARCHITECTURES if f"compute_{a}" in known]
-    for missing in sorted(set(ARCHITECTURES) - set(architectures)):
-        print(f"{compiler} does not know sm_{missing}")
-    command = [compiler, "-std=c++17", "-O3", "--threads", "2", "--ptxas-options=-v", "-Xcompiler=-Wall,-Wextra"]
-    command += [f"-gencode=arch=compute_{a},code=sm_{a}" for a in architectures]
-    result = subprocess.run(
-        [*command, "-c", CUDA / "cross_entropy.cu", "-o", tmp_path / "cross_entropy.o"],
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert result.returncode == 0, result.stderr
-    log = result.stdout + result.stderr
-    assert "warning" not in log, log
-    table = resources(log)
-    names = dict(zip(sorted({k for k, _ in table}), demangle(sorted({k for k, _ in table})), strict=True))
-    print(f"\n{'registers of':46}" + "".join(f"{'sm_' + a:>8}" for a in architectures))
-    for kernel, name in sorted(names.items(), key=lambda item: item[1]):
-        print(f"{name:46}" + "".join(f"{table[kernel, a]['registers']:8}" for a in architectures))
-    assert len(table) == len(names) * len(architectures) > 0
-    spilled = {(names[kernel], a): row for (kernel, a), row in table.items() if row["spills"]}
+    table = compile_all(compiler, tmp_path)
+    assert all("staged" not in name for name, a in table if a == "80")
+    assert any("staged" in name for name, _ in table)
+    spilled = {kernel: row for kernel, row in table.items() if row["spills"]}
     assert not spilled, spilled

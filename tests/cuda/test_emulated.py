@@ -90,16 +90,20 @@ def check_case(backend: emulated.Backend, case: dict, dtype: torch.dtype) -> Non
     got = backend.forward(logits, labels, weight, **options)
     assert_within("nll", got["nll"], want.nll, want.nll_bound + u * want.nll)
     assert_within("lse", got["lse"], want.lse, want.nll_bound + u * (16 + want.lse.abs()))
-    assert_within("loss_sum", got["loss_sum"], want.loss.sum(), want.loss_bound.sum() + 2 * u * want.loss.sum())
-    assert_within("total_weight", got["total_weight"], want.weight.sum(), 2 * u * want.weight.sum())
-    assert got["num_items"] == want.items.sum()
-    if options.get("metrics"):
-        assert got["num_correct"] == want.correct.sum()
-        bound = (32 * u * (1 + want.lse.abs() + want.entropy) * want.items).sum()
-        assert_within("entropy_sum", got["entropy_sum"], want.entropy.sum(), bound)
-    else:
-        assert got["num_correct"] == 0
-        assert got["entropy_sum"] == 0
+
+    def check_sums(sums: dict[str, torch.Tensor]) -> None:
+        assert_within("loss_sum", sums["loss_sum"], want.loss.sum(), want.loss_bound.sum() + 2 * u * want.loss.sum())
+        assert_within("total_weight", sums["total_weight"], want.weight.sum(), 2 * u * want.weight.sum())
+        assert sums["num_items"] == want.items.sum()
+        if options.get("metrics"):
+            assert sums["num_correct"] == want.correct.sum()
+            bound = (32 * u * (1 + want.lse.abs() + want.entropy) * want.items).sum()
+            assert_within("entropy_sum", sums["entropy_sum"], want.entropy.sum(), bound)
+        else:
+            assert sums["num_correct"] == 0
+            assert sums["entropy_sum"] == 0
+
+    check_sums(got)
 
     def fresh() -> torch.Tensor:
         return emulated.guarded(logits, case.get("offset", 0))
@@ -116,12 +120,14 @@ def check_case(backend: emulated.Backend, case: dict, dtype: torch.dtype) -> Non
     check_gradient("backward in place", backend.backward(over, *arguments, out=over, **options))
     both = backend.forward_with_grad(logits, labels, grad, weight, **options)
     check_gradient("forward_with_grad", both["grad_logits"])
+    same = emulated.guarded(torch.full_like(logits, 7.0).contiguous(), case.get("offset", 0))
+    backend.forward_with_grad(logits, labels, grad, weight, out=same, **options)
+    check_gradient("forward_with_grad, aligned as the logits", same)
     over = fresh()
     in_place = backend.forward_with_grad(over, labels, grad, weight, out=over, **options)
     check_gradient("forward_with_grad in place", over)
-    for name in ("loss_sum", "num_items", "total_weight", "num_correct", "entropy_sum"):
-        assert torch.equal(both[name], got[name]), name
-        assert torch.equal(in_place[name], got[name]), name
+    check_sums(both)
+    check_sums(in_place)
 
 
 @pytest.mark.parametrize("dtype", FLOATS, ids=str)
@@ -129,6 +135,66 @@ def check_case(backend: emulated.Backend, case: dict, dtype: torch.dtype) -> Non
 def test_emulated_matches_float64(backend, name, dtype):
     backend.seed(1)
     check_case(backend, CASES[name], dtype)
+
+
+# Each plan by force, on rows that it need not be meant for: more of them than it has stages, rows without a vector,
+# vectors that do not reach all blocks, other rows between.
+PLAN_CASES = {
+    "ring": {"shape": (3, 9, 1037), "offset": 1, "spread": 3.0},
+    "ring_all_options": {"shape": (2, 12, 1100), "shift": 1, "weight": True, "int32": True, **ALL},
+    "ring_metrics_ignored": {"shape": (1, 30, 600), "metrics": True, "ignored": 0.6, "offset": 3},
+    "few_vectors": {"shape": (2, 5, 61), "confident": True, "metrics": True},
+    "no_vector": {"shape": (1, 4, 3), "offset": 1, "metrics": True},
+}
+PLANS = ["packed", "warp", "block", "held", "staged:1", "staged:2", "staged:4", "staged:8"]
+
+
+def plan_cases(plan: str):
+    limit = {"packed": 64, "warp": 1024}.get(plan, 1 << 30)
+    return [name for name, case in PLAN_CASES.items() if case["shape"][2] <= limit]
+
+
+@pytest.mark.parametrize("dtype", FLOATS[:3], ids=str)
+@pytest.mark.parametrize("plan, name", [(plan, name) for plan in PLANS for name in plan_cases(plan)])
+def test_emulated_plan_matches_float64(backend, plan, name, dtype):
+    for seed in (21, 22):
+        backend.seed(seed)
+        backend.bulk_copies()
+        with backend.plan(plan, multiprocessors=1 + seed % 2):
+            check_case(backend, PLAN_CASES[name], dtype)
+        assert (backend.bulk_copies() > 0) == (plan.startswith("staged") and name != "no_vector")
+
+
+def test_emulated_held_rows_of_sm_80(backend):
+    backend.seed(23)
+    backend.device(80, 2)
+    try:
+        for dtype in FLOATS:
+            check_case(backend, CASES["block_all_options"], dtype)
+            check_case(backend, {"shape": (1, 2, 20011), "metrics": True}, dtype)
+        assert backend.bulk_copies() == 0
+    finally:
+        backend.device(90, 2)
+
+
+def test_emulated_sums_of_staged_rows_do_not_depend_on_the_device(backend):
+    logits, labels, weight, grad, options = inputs(PLAN_CASES["ring_all_options"], torch.float32)
+    results = []
+    for seed, multiprocessors in ((24, 1), (25, 3), (26, 40)):
+        backend.seed(seed)
+        with backend.plan("staged:2", multiprocessors=multiprocessors):
+            results.append([*backend.forward_with_grad(logits, labels, grad, weight, **options).values()])
+    for other in results[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
+
+
+def test_emulated_plan_that_does_not_fit_is_an_error(backend):
+    logits, labels = torch.zeros(1, 2, 2000), torch.zeros(1, 2, dtype=torch.int64)
+    for plan in ("packed", "warp", "staged:3", "held:2", "fast"):
+        with backend.plan(plan), pytest.raises(RuntimeError, match="ACCUMLOSS_CUDA_PLAN: expected"):
+            backend.forward(logits, labels)
+    with backend.plan("staged", capability=80), pytest.raises(RuntimeError, match="V = 2000"):
+        backend.forward(logits, labels)
 
 
 @pytest.mark.parametrize("name", ["warp_all_options", "block_metrics", "block_confident"])
@@ -154,7 +220,7 @@ def test_emulated_rounding_of_half_types(backend):
 
 
 # Softcap makes equal z of different x; equal x decide by the index. The winner is torch.argmax of the raw logits.
-@pytest.mark.parametrize("V", [40, 1500], ids=["warp", "block"])
+@pytest.mark.parametrize("V", [40, 500, 1500, 5000], ids=["packed", "warp", "held", "staged"])
 def test_emulated_num_correct_ties(backend, V):
     backend.seed(6)
     rows = []
@@ -172,7 +238,7 @@ def test_emulated_num_correct_ties(backend, V):
         assert backend.forward_with_grad(over, labels, out=over, **options)["num_correct"] == expected
 
 
-@pytest.mark.parametrize("V", [40, 1500], ids=["warp", "block"])
+@pytest.mark.parametrize("V", [40, 500, 1500, 5000], ids=["packed", "warp", "held", "staged"])
 @pytest.mark.parametrize("dtype", FLOATS, ids=str)
 def test_emulated_infinities_and_nan(backend, V, dtype):
     backend.seed(7)
@@ -206,7 +272,7 @@ def test_emulated_infinities_and_nan(backend, V, dtype):
     assert torch.equal(both.nan_to_num(9.0), gradient.nan_to_num(9.0))
 
 
-@pytest.mark.parametrize("V", [40, 1500], ids=["warp", "block"])
+@pytest.mark.parametrize("V", [40, 500, 1500, 5000], ids=["packed", "warp", "held", "staged"])
 def test_emulated_strides(backend, V):
     backend.seed(9)
     generator = torch.Generator().manual_seed(10)
@@ -222,7 +288,7 @@ def test_emulated_strides(backend, V):
         assert_within("lse", got["lse"], want["lse"], 16 * U[torch.float32] * want["lse"].abs())
 
 
-@pytest.mark.parametrize("V", [40, 1500], ids=["warp", "block"])
+@pytest.mark.parametrize("V", [40, 500, 1500, 5000], ids=["packed", "warp", "held", "staged"])
 def test_emulated_bad_labels(backend, V):
     backend.seed(11)
     logits = torch.randn(1, 6, V, generator=torch.Generator().manual_seed(12))
@@ -270,13 +336,17 @@ FAULTS = {
         ("cuda/group.cuh", "kSharedBytes = kOnceOffset + 128", "kSharedBytes = 4 * kWarp * sizeof(double) + 128"),
     ],
     "shared_memory_too_small": [
-        ("cuda/launchers.cuh", "block_threads(logits.V), BlockGroup::kSharedBytes", "block_threads(logits.V), 16")
+        (
+            "cuda/plan.h",
+            "plan.threads = block_threads(request.V);\n    plan.shared_bytes = kHeldHeader;",
+            "plan.threads = block_threads(request.V);\n    plan.shared_bytes = 16;",
+        )
     ],
     "warp_sum_skips_a_step": [
         (
             "cuda/group.cuh",
-            "for (int lane = kWarp / 2; lane > 0; lane /= 2) value +=",
-            "for (int lane = kWarp / 4; lane > 0; lane /= 2) value +=",
+            "for (int lane = kLanes / 2; lane > 0; lane /= 2) value +=",
+            "for (int lane = kLanes / 4; lane > 0; lane /= 2) value +=",
         )
     ],
     "shuffle_mask_without_a_lane": [("cuda/group.cuh", "kAllLanes = 0xffffffffu", "kAllLanes = 0x7fffffffu")],
@@ -297,62 +367,153 @@ FAULTS = {
         ),
         (
             "cuda/cross_entropy.cuh",
-            "    write_gradient<kGeneral>(group, x, out, label, grad, inputs);\n  } else if",
-            "    write_gradient<kGeneral>(group, x, out, label, grad, inputs);\n"
+            "    write_gradient<kGeneral, kHeld>(group, x, out, label, grad, inputs, held);\n  } else if",
+            "    write_gradient<kGeneral, kHeld>(group, x, out, label, grad, inputs, held);\n"
             "    if (z_label == state.max && wins_tie(group, x, V, label) && first) ++total->correct;\n  } else if",
         ),
     ],
-    "last_warp_not_added": [
-        ("cuda/cross_entropy.cuh", "other < WarpGroup::kThreads / kWarp;", "other < WarpGroup::kThreads / kWarp - 1;")
-    ],
+    "last_warp_not_added": [("cuda/cross_entropy.cuh", "other < Group::kGroups;", "other < Group::kGroups - 1;")],
     "int32_labels_read_as_int64": [("cuda/cross_entropy.cuh", "return labels.is_int32 ?", "return false ?")],
     "ignored_rows_read": [
         (
             "cuda/cross_entropy.cuh",
-            "  if (label == inputs.options.ignore_index || !is_class(label, V)) {\n    double",
-            "  if (!is_class(label, V)) {\n    double",
+            "  return label != inputs.options.ignore_index && label >= 0",
+            "  return label >= 0",
         )
     ],
 }
 
 
-def check_faulty(library) -> None:
+# Of the staged kernels and the plans around them: the check that runs, and what is changed.
+MERGE = "    barrier_of(blocks);\n    state = RowState<Acc>();"
+STAGED_FAULTS = {
+    "wait_missing": [
+        ("cuda/staged.cuh", "    mbarrier_wait(&shared.full[item % shape.stages], (item / shape.stages) & 1);\n", "")
+    ],
+    "parity_of_the_phase_before": [("cuda/staged.cuh", "(item / shape.stages) & 1", "(item / shape.stages + 1) & 1")],
+    "parity_by_row": [("cuda/staged.cuh", "(item / shape.stages) & 1", "item & 1")],
+    "stage_refilled_before_the_gradient": [("cuda/staged.cuh", "kGrad ? item : item + 1", "item + 1")],
+    "stage_refilled_before_the_barrier": [
+        ("cuda/staged.cuh", MERGE, "    if (first) ring.refill(inputs, item + 1);\n" + MERGE)
+    ],
+    "stage_of_another_row": [("cuda/staged.cuh", "ring.stage(item)", "ring.stage(item + 1)")],
+    "copy_not_of_16_bytes": [("cuda/staged.cuh", "(slice.count) * kVectorBytes;", "(slice.count) * kVectorBytes - 4;")],
+    "copy_not_aligned": [("cuda/staged.cuh", "x + slice.index(0), bytes", "x + slice.index(0) + 1, bytes")],
+    "copy_of_the_ends": [("cuda/staged.cuh", "x + slice.index(0), bytes", "x, bytes")],
+    "expects_too_little": [
+        ("cuda/staged.cuh", "mbarrier_expect(barrier, bytes)", "mbarrier_expect(barrier, bytes / 2)")
+    ],
+    "expects_too_much": [
+        ("cuda/staged.cuh", "mbarrier_expect(barrier, bytes)", "mbarrier_expect(barrier, bytes + 16)")
+    ],
+    "expects_nothing": [("cuda/staged.cuh", "      mbarrier_expect(barrier, bytes);\n", "")],
+    "mbarrier_for_two_arrivals": [
+        ("cuda/staged.cuh", "mbarrier_init(&shared.full[s], 1)", "mbarrier_init(&shared.full[s], 2)")
+    ],
+    "mbarriers_not_fenced": [("cuda/staged.cuh", "    mbarrier_init_fence();\n", "")],
+    "no_barrier_after_the_start": [("cuda/staged.cuh", "  barrier_of(blocks);  // from here", "  // from here")],
+    "cluster_waits_as_blocks": [("cuda/staged.cuh", "    cluster_barrier();\n", "    __syncthreads();\n")],
+    "cluster_barrier_in_a_branch": [("cuda/staged.cuh", MERGE, "    if (lane < 16)" + MERGE)],
+    "rank_outside_the_cluster": [
+        ("cuda/staged.cuh", "if (lane < blocks) cluster_store", "if (lane <= blocks) cluster_store")
+    ],
+    "sums_to_the_own_block_alone": [("cuda/staged.cuh", "kWarp], lane, state);", "kWarp], rank, state);")],
+    "sums_of_two_rows_in_one_place": [("cuda/staged.cuh", "shared.states[item % 2]", "shared.states[0]")],
+    "ties_without_a_barrier": [
+        ("cuda/staged.cuh", "static_cast<int>(beaten));\n      barrier_of(blocks);", "static_cast<int>(beaten));")
+    ],
+    "ties_of_one_block": [("cuda/staged.cuh", "wins &= shared.beaten[block] == 0", "wins &= shared.beaten[0] == 0")],
+    "gradient_without_a_barrier": [
+        (
+            "cuda/staged.cuh",
+            "      __syncthreads();\n      const RowGrad<Acc> grad =",
+            "      const RowGrad<Acc> grad =",
+        )
+    ],
+    "slices_rounded_down": [("cuda/staged.cuh", "(vectors + blocks - 1) / blocks", "vectors / blocks")],
+    "ends_in_every_block": [("cuda/staged.cuh", "scalars = rank == blocks - 1 ?", "scalars = true ?")],
+    "walk_without_carry": [("cuda/staged.cuh", "if (at.t >= T)", "if (at.t > T)")],
+    "ignored_rows_copied": [
+        ("cuda/staged.cuh", "      if (!is_item(inputs, row_label(inputs, next.at))) continue;\n", "")
+    ],
+    "stages_overlap": [
+        (
+            "cuda/staged.cuh",
+            "(item % shape.stages) * shape.stage_bytes",
+            "(item % shape.stages) * (shape.stage_bytes / 2)",
+        )
+    ],
+    "stages_over_the_mbarriers": [("cuda/staged.cuh", "dynamic_shared() + kStagedHeader", "dynamic_shared()")],
+    "stages_past_the_end": [
+        ("cuda/plan.h", "kStagedHeader + plan.stages * plan.stage_bytes", "plan.stages * plan.stage_bytes")
+    ],
+    "shared_memory_not_asked_for": [("cuda/launch.cuh", "if (grid.shared_bytes > kUnaskedSharedBytes)", "if (false)")],
+    "store_to_a_block_that_left": [
+        (
+            "cuda/staged.cuh",
+            "    ++item;\n  }\n",
+            "    ++item;\n  }\n  if (first) cluster_store(&shared.beaten[0], blocks - 1 - rank, 0);\n",
+        )
+    ],
+    "held_ends_over_the_vectors": [
+        ("cuda/cross_entropy.cuh", "held[span.vectors * RowSpan<T>::kWidth + s] = element", "held[s] = element")
+    ],
+    "held_row_past_the_end": [
+        ("cuda/plan.h", "kHeldHeader + round_up(request.V * size, 16)", "round_up(request.V * size, 16)")
+    ],
+    "packed_mask_of_the_first_group": [("cuda/group.cuh", " << (index() % (kWarp / kLanes) * kLanes)", "")],
+    "packed_merges_the_whole_warp": [("cuda/group.cuh", "warp_merge<kGeneral, kLanes>", "warp_merge<kGeneral, kWarp>")],
+}
+
+
+def check_faulty(library, staged: bool = True) -> None:
     backend = emulated.Backend(library)
+    cases = {**CASES, **PLAN_CASES, "ignored_class": {"shape": (2, 3, 1030), "ignore_index": 7}}
     for seed in (1, 2):
         backend.seed(seed)
-        for name in (
-            "warp",
-            "warp_all_options",
-            "block_smallest",
-            "block_metrics",
-            "block_all_options",
-            "ignored_class",
-        ):
-            check_case(
-                backend, {**CASES, "ignored_class": {"shape": (2, 3, 1030), "ignore_index": 7}}[name], torch.float32
-            )
-        test_emulated_strides(backend, 1500)
-        test_emulated_num_correct_ties(backend, 1500)
+        if staged:
+            for plan, name in (
+                ("staged:1", "ring"),
+                ("staged:2", "ring_all_options"),
+                ("staged:4", "ring"),
+                ("held", "ring"),
+                ("packed", "few_vectors"),
+            ):
+                with backend.plan(plan, multiprocessors=1):
+                    check_case(backend, cases[name], torch.float32)
+            with backend.plan("staged:2", multiprocessors=1):
+                test_emulated_num_correct_ties(backend, 1500)
+                check_case(backend, {"shape": (1, 2, 12003)}, torch.float32)
+            continue
+        with backend.plan("block"):
+            for name in ("block_smallest", "block_metrics", "block_all_options", "ignored_class"):
+                check_case(backend, cases[name], torch.float32)
+            test_emulated_strides(backend, 1500)
+            test_emulated_num_correct_ties(backend, 1500)
+        for name in ("warp", "warp_all_options"):
+            check_case(backend, cases[name], torch.float32)
 
 
 @pytest.fixture(scope="session")
 def faulty(cache) -> dict[str, object]:
     """The libraries of all faults, compiled two at a time."""
     emulated.build(cache, (NO_FAULT,))  # first, as it compiles what all share
+    faults = {**FAULTS, **STAGED_FAULTS}
     with concurrent.futures.ThreadPoolExecutor(2) as pool:
-        built = pool.map(lambda patches: emulated.build(cache, tuple(patches)), FAULTS.values())
-        return dict(zip(FAULTS, built, strict=True))
+        built = pool.map(lambda patches: emulated.build(cache, tuple(patches)), faults.values())
+        return dict(zip(faults, built, strict=True))
 
 
 NO_FAULT = ("cuda/group.cuh", "constexpr int kWarp = 32;", "constexpr int kWarp = 16 + 16;")
 
 
-def test_emulated_accepts_no_fault(cache, faulty):
-    check_faulty(emulated.build(cache, (NO_FAULT,)))
+@pytest.mark.parametrize("staged", [False, True])
+def test_emulated_accepts_no_fault(cache, faulty, staged):
+    check_faulty(emulated.build(cache, (NO_FAULT,)), staged)
 
 
-@pytest.mark.parametrize("fault", FAULTS)
+@pytest.mark.parametrize("fault", [*FAULTS, *STAGED_FAULTS])
 def test_emulated_catches_planted_fault(faulty, fault):
     with pytest.raises((AssertionError, RuntimeError, pytest.fail.Exception)) as caught:
-        check_faulty(faulty[fault])
+        check_faulty(faulty[fault], fault in STAGED_FAULTS)
     print(f"{fault}: {str(caught.value).splitlines()[0]}")

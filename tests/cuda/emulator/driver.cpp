@@ -11,12 +11,15 @@
 
 namespace accumloss::cuda {
 
+static Device emulated = {90, 2};
+
 struct Context::State {
   void* memory = nullptr;
 };
 
 Context::Context(int32_t) : state_(std::make_unique<State>()) {}
 Context::~Context() { std::free(state_->memory); }
+Device Context::device() const { return emulated; }
 cudaStream_t Context::stream() const { return nullptr; }
 void* Context::scratch(size_t bytes) {
   state_->memory = std::aligned_alloc(512, (bytes + 511) / 512 * 512);
@@ -68,6 +71,8 @@ const char* emulated_scale(const LogitsView* values, const void* factor) {
 
 int emulated_take_bad_label(int64_t* row, int64_t* label) { return take_bad_label(row, label); }
 void emulated_seed(uint64_t value) { emulator::seed(value); }
+void emulated_device(int capability, int multiprocessors) { cuda::emulated = {capability, multiprocessors}; }
+int64_t emulated_bulk_copies() { return emulator::bulk_copies(); }
 int64_t emulated_inputs_size() { return sizeof(CrossEntropyInputs); }
 
 }  // extern "C"

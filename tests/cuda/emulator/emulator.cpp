@@ -1,11 +1,6 @@
+#include "../csrc/cuda/async.cuh"
 #include "cuda_runtime.h"
 #include "fiber.h"
-
-namespace accumloss {
-constexpr size_t kSharedBytes = 232448;  // the most that a block of any device gets
-constexpr size_t kGuardBytes = 4096;
-alignas(128) unsigned char smem[kSharedBytes + kGuardBytes];
-}  // namespace accumloss
 
 uint3 threadIdx, blockIdx;
 dim3 blockDim, gridDim;
@@ -14,15 +9,23 @@ namespace emulator {
 namespace {
 
 constexpr size_t kStackBytes = 128 * 1024;
+constexpr size_t kMaxShared = 232448;  // the most that a block of any device gets
+constexpr size_t kUnaskedShared = 48 * 1024;
+constexpr size_t kGuardBytes = 4096;
 constexpr unsigned char kPoison = 0xff;  // NaN as float, double, half and bfloat16
 constexpr unsigned char kGuard = 0xa5;
 
-enum class State { kReady, kAtBarrier, kAtCollective, kDone };
+enum class State { kReady, kAtBarrier, kAtClusterBarrier, kAtCollective, kAtMbarrier, kDone };
+
+struct Block;
 
 struct Fiber {
   Stack stack;
   std::unique_ptr<char[]> memory;
+  Block* block;
   uint3 index;
+  int barriers;  // of the block or the cluster, passed so far
+  uint64_t* mbarrier;
   State state;
   Site site;
   int predicate;
@@ -33,17 +36,54 @@ struct Fiber {
   unsigned char value[8];
 };
 
+// A copy that is on its way.
+struct Copy {
+  Site site;
+  unsigned char* shared;
+  const void* global;
+  unsigned bytes;
+  uint64_t* barrier;
+};
+
+struct MbarrierState {
+  unsigned count, pending;
+  int64_t bytes = 0;   // expected and not landed
+  int64_t phases = 0;  // ended
+  int initialiser, initialised_at;
+  bool fenced = false;
+  std::vector<int64_t> seen;  // of each thread: phases it has waited for,
+  std::vector<int> seen_at;   // and its barriers then
+};
+
+struct Block {
+  unsigned number;
+  int rank;
+  std::unique_ptr<unsigned char[]> memory;
+  unsigned char* shared;
+  std::vector<Fiber*> ready[32];  // of each warp
+  std::vector<int> warp_order;
+  int at_barrier, done;
+  std::map<uint64_t*, MbarrierState> mbarriers;
+  std::vector<Copy> copies;
+  std::vector<Fiber*> threads;
+};
+
 std::mt19937_64 order(0);
 std::vector<std::unique_ptr<Fiber>> fibers;
-std::vector<Fiber*> ready[32];  // of each warp
-std::vector<int> warps;         // those with a ready fiber. The next one is drawn, or,
-bool by_warp;                   // in half of the blocks, the first in
-std::vector<int> warp_order;    // this order: some warps then run far ahead of the others
+std::vector<std::unique_ptr<Block>> blocks;  // of the running cluster
+std::vector<Block*> block_order;
+std::vector<std::pair<Block*, int>> warps;  // those with a ready fiber. The next one is drawn, or,
+bool by_warp;                               // in half of the clusters, the first in an order: some run far ahead
+bool late;                                  // copies land when nothing else can go on; else at any time
+size_t shared_bytes;
+int at_cluster_barrier;
+int64_t copies_landed;
+std::map<const void*, size_t> asked_shared;  // by kernel
 Fiber* running = nullptr;
 const std::function<void()>* body = nullptr;
 Stack scheduler;
 std::string error;
-int threads, at_barrier, barrier_result;
+int threads, barrier_result;
 
 std::string describe(const Site& site) {
   const char* const slash = std::strrchr(site.file, '/');
@@ -59,19 +99,20 @@ void fail(const std::string& message) {
 }
 
 std::string where(const Fiber& fiber) {
-  return describe(fiber.site) + " (block " + std::to_string(blockIdx.x) + ", thread " + std::to_string(fiber.index.x) +
-         ")";
+  return describe(fiber.site) + " (block " + std::to_string(fiber.block->number) + ", thread " +
+         std::to_string(fiber.index.x) + ")";
 }
 
 void entry() {
   (*body)();
   running->state = State::kDone;
+  ++running->block->done;
   leave();
 }
 
 void release(Fiber& fiber) {
   fiber.state = State::kReady;
-  ready[fiber.index.x / 32].push_back(&fiber);
+  fiber.block->ready[fiber.index.x / 32].push_back(&fiber);
 }
 
 void start(Fiber& fiber) {
@@ -83,7 +124,7 @@ void complete_collective(int warp) {
   const Fiber& here = *running;
   Fiber* lanes[32] = {};
   for (int i = 0; i < 32 && warp * 32 + i < threads; ++i) {
-    Fiber* const fiber = fibers[warp * 32 + i].get();
+    Fiber* const fiber = here.block->threads[warp * 32 + i];
     if (!(here.mask >> i & 1)) continue;
     if (fiber->state != State::kAtCollective || fiber->mask != here.mask) return;  // not all there yet
     if (fiber->kind != here.kind || fiber->bytes != here.bytes || fiber->site.line != here.site.line) {
@@ -122,88 +163,313 @@ void complete_collective(int warp) {
   }
 }
 
-// Of a warp with ready fibers: any, or the first of warp_order. Null: none is ready.
+// Of a warp with ready fibers: any, or the first in the drawn orders. Null: none is ready.
 Fiber* next_fiber() {
   warps.clear();
-  for (const int warp : warp_order) {
-    if (!ready[warp].empty()) warps.push_back(warp);
+  for (Block* const block : block_order) {
+    for (const int warp : block->warp_order) {
+      if (!block->ready[warp].empty()) warps.push_back({block, warp});
+    }
   }
   if (warps.empty()) return nullptr;
-  std::vector<Fiber*>& from = ready[by_warp ? warps[0] : warps[order() % warps.size()]];
+  const auto& [block, warp] = warps[by_warp ? 0 : order() % warps.size()];
+  std::vector<Fiber*>& from = block->ready[warp];
   std::swap(from[order() % from.size()], from.back());
   Fiber* const fiber = from.back();
   from.pop_back();
   return fiber;
 }
 
-void run_block(unsigned block_number, size_t shared_bytes) {
-  blockIdx = {block_number, 0, 0};
-  at_barrier = 0;
-  std::memset(accumloss::smem, kPoison, shared_bytes);
-  std::memset(accumloss::smem + shared_bytes, kGuard, accumloss::kGuardBytes);
-  by_warp = order() % 2;
-  warp_order.resize((threads + 31) / 32);
-  std::iota(warp_order.begin(), warp_order.end(), 0);
-  std::shuffle(warp_order.begin(), warp_order.end(), order);
-  for (auto& fibers_of_warp : ready) fibers_of_warp.clear();
+// Ends the phase of a barrier that waits for nothing more.
+void end_phase(Block& block, uint64_t* address, MbarrierState& barrier) {
+  if (barrier.pending > 0 || barrier.bytes > 0) return;
+  ++barrier.phases;
+  barrier.pending = barrier.count;
+  for (Fiber* const fiber : block.threads) {
+    if (fiber->state == State::kAtMbarrier && fiber->mbarrier == address) release(*fiber);
+  }
+}
+
+// One of the copies on their way arrives. False: there is none.
+bool land() {
+  std::vector<Block*> candidates;
+  for (const auto& block : blocks) {
+    if (!block->copies.empty()) candidates.push_back(block.get());
+  }
+  if (candidates.empty()) return false;
+  Block& block = *candidates[order() % candidates.size()];
+  std::swap(block.copies[order() % block.copies.size()], block.copies.back());
+  const Copy copy = block.copies.back();
+  block.copies.pop_back();
+  std::memcpy(copy.shared, copy.global, copy.bytes);
+  ++copies_landed;
+  MbarrierState& barrier = block.mbarriers[copy.barrier];
+  barrier.bytes -= copy.bytes;
+  if (barrier.bytes < 0) {
+    fail(describe(copy.site) + ": more bytes arrived than the barrier expects (block " + std::to_string(block.number) +
+         ")");
+    return true;
+  }
+  end_phase(block, copy.barrier, barrier);
+  return true;
+}
+
+void start_block(Block& block, unsigned number, int rank) {
+  block.number = number;
+  block.rank = rank;
+  block.at_barrier = block.done = 0;
+  block.mbarriers.clear();
+  block.copies.clear();
+  block.threads.clear();
+  block.memory.reset(new unsigned char[shared_bytes + kGuardBytes + 128]);
+  block.shared = block.memory.get() + (128 - reinterpret_cast<uintptr_t>(block.memory.get()) % 128);
+  std::memset(block.shared, kPoison, shared_bytes);
+  std::memset(block.shared + shared_bytes, kGuard, kGuardBytes - 128);
+  block.warp_order.resize((threads + 31) / 32);
+  std::iota(block.warp_order.begin(), block.warp_order.end(), 0);
+  std::shuffle(block.warp_order.begin(), block.warp_order.end(), order);
+  for (auto& fibers_of_warp : block.ready) fibers_of_warp.clear();
   for (int i = 0; i < threads; ++i) {
-    Fiber& fiber = *fibers[i];
+    Fiber& fiber = *fibers[rank * threads + i];
+    fiber.block = &block;
     fiber.index = {static_cast<unsigned>(i), 0, 0};
     fiber.site = {"", 0, "start"};
+    fiber.barriers = 0;
+    block.threads.push_back(&fiber);
     start(fiber);
   }
-  while ((running = next_fiber())) {
+}
+
+void describe_deadlock() {
+  std::map<std::string, std::vector<Fiber*>> waiting;
+  int done = 0;
+  for (const auto& block : blocks) {
+    for (Fiber* const fiber : block->threads) {
+      if (fiber->state == State::kDone)
+        ++done;
+      else
+        waiting[describe(fiber->site)].push_back(fiber);
+    }
+  }
+  if (waiting.empty()) return;
+  error = "deadlock in block " + std::to_string(blocks[0]->number) + (blocks.size() > 1 ? " and its cluster: " : ": ") +
+          std::to_string(done) + " threads have left";
+  for (const auto& [site, who] : waiting) {
+    error += "; " + std::to_string(who.size()) + " wait at " + site + " (block " +
+             std::to_string(who[0]->block->number) + ", thread " + std::to_string(who[0]->index.x) + ", ...)";
+  }
+}
+
+void run_cluster(unsigned first_block, unsigned size) {
+  by_warp = order() % 2;
+  late = order() % 2;
+  at_cluster_barrier = 0;
+  blocks.resize(size);
+  block_order.clear();
+  for (unsigned i = 0; i < size; ++i) {
+    if (!blocks[i]) blocks[i] = std::make_unique<Block>();
+    start_block(*blocks[i], first_block + i, static_cast<int>(i));
+    block_order.push_back(blocks[i].get());
+  }
+  std::shuffle(block_order.begin(), block_order.end(), order);
+  for (;;) {
+    if (!late && order() % 8 == 0) land();
+    if (!error.empty()) return;
+    running = next_fiber();
+    if (!running) {
+      if (!land()) break;
+      continue;
+    }
     threadIdx = running->index;
+    blockIdx = {running->block->number, 0, 0};
     switch_stack(scheduler, running->stack);
     running = nullptr;
     if (!error.empty()) return;
   }
-  std::map<std::string, std::vector<unsigned>> waiting;
-  int done = 0;
-  for (int i = 0; i < threads; ++i) {
-    if (fibers[i]->state == State::kDone)
-      ++done;
-    else
-      waiting[describe(fibers[i]->site)].push_back(fibers[i]->index.x);
-  }
-  if (!waiting.empty()) {
-    error = "deadlock in block " + std::to_string(block_number) + ": " + std::to_string(done) + " threads have left";
-    for (const auto& [site, who] : waiting) {
-      error += "; " + std::to_string(who.size()) + " wait at " + site + " (thread " + std::to_string(who[0]) + ", ...)";
-    }
-    return;
-  }
-  for (size_t i = 0; i < accumloss::kGuardBytes; ++i) {
-    if (accumloss::smem[shared_bytes + i] != kGuard) {
-      error = "block " + std::to_string(block_number) + " wrote past its " + std::to_string(shared_bytes) +
-              " bytes of shared memory";
-      return;
+  describe_deadlock();
+  if (!error.empty()) return;
+  for (const auto& block : blocks) {
+    for (size_t i = 0; i < kGuardBytes - 128; ++i) {
+      if (block->shared[shared_bytes + i] != kGuard) {
+        error = "block " + std::to_string(block->number) + " wrote past its " + std::to_string(shared_bytes) +
+                " bytes of shared memory";
+        return;
+      }
     }
   }
+}
+
+MbarrierState& mbarrier_at(uint64_t* address) {
+  Block& block = *running->block;
+  const auto found = block.mbarriers.find(address);
+  if (found == block.mbarriers.end()) fail(where(*running) + ": no mbarrier was initialised there");
+  MbarrierState& barrier = found->second;
+  if (static_cast<int>(running->index.x) != barrier.initialiser && running->barriers <= barrier.initialised_at) {
+    fail(where(*running) + ": no barrier of the block since the mbarrier was initialised");
+  }
+  return barrier;
+}
+
+bool in_shared(const Block& block, const void* address, size_t bytes) {
+  const auto* const start = static_cast<const unsigned char*>(address);
+  return start >= block.shared && start + bytes <= block.shared + shared_bytes;
 }
 
 }  // namespace
 
 int lane() { return static_cast<int>(running->index.x % 32); }
 void seed(uint64_t value) { order.seed(value); }
+unsigned char* dynamic_shared() { return running->block->shared; }
+int64_t bulk_copies() { return std::exchange(copies_landed, 0); }
+int cluster_rank() { return running->block->rank; }
+int cluster_size() { return static_cast<int>(blocks.size()); }
+void ask_shared(const void* kernel, size_t bytes) { asked_shared[kernel] = bytes; }
+
+void cluster_barrier(Site site) {
+  Fiber& self = *running;
+  self.site = site;
+  self.state = State::kAtClusterBarrier;
+  if (++at_cluster_barrier == threads * static_cast<int>(blocks.size())) {
+    at_cluster_barrier = 0;
+    for (const auto& block : blocks) {
+      for (Fiber* const fiber : block->threads) {
+        if (fiber->site.line != site.line) {
+          fail("threads of one cluster wait at different barriers: " + where(self) + " and " + where(*fiber));
+        }
+      }
+    }
+    for (const auto& block : blocks) {
+      for (Fiber* const fiber : block->threads) {
+        ++fiber->barriers;
+        release(*fiber);
+      }
+    }
+  }
+  leave();
+}
+
+void* remote(Site site, void* address, size_t bytes, size_t alignment, int rank) {
+  Fiber& self = *running;
+  self.site = site;
+  const Block& here = *self.block;
+  if (rank < 0 || rank >= static_cast<int>(blocks.size())) {
+    fail(where(self) + ": block " + std::to_string(rank) + " of a cluster of " + std::to_string(blocks.size()));
+  }
+  if (!in_shared(here, address, bytes)) fail(where(self) + ": the address is not in the block's shared memory");
+  if (reinterpret_cast<uintptr_t>(address) % alignment != 0) fail(where(self) + ": misaligned access");
+  Block& other = *blocks[rank];
+  if (&other != &here && self.barriers == 0)
+    fail(where(self) + ": the other block may not have started: no barrier yet");
+  if (&other != &here && other.done > 0) fail(where(self) + ": threads of the other block have left");
+  return other.shared + (static_cast<unsigned char*>(address) - here.shared);
+}
+
+void mbarrier_init(Site site, uint64_t* address, unsigned arrivals) {
+  Fiber& self = *running;
+  self.site = site;
+  Block& block = *self.block;
+  if (!in_shared(block, address, 8) || reinterpret_cast<uintptr_t>(address) % 8 != 0) {
+    fail(where(self) + ": an mbarrier is 8 aligned bytes of the block's shared memory");
+  }
+  if (block.mbarriers.count(address)) fail(where(self) + ": the mbarrier was initialised before");
+  MbarrierState barrier;
+  barrier.count = barrier.pending = arrivals;
+  barrier.initialiser = static_cast<int>(self.index.x);
+  barrier.initialised_at = self.barriers;
+  barrier.seen.assign(threads, 0);
+  barrier.seen_at.assign(threads, -1);
+  block.mbarriers[address] = barrier;
+}
+
+void mbarrier_init_fence() {
+  for (auto& [address, barrier] : running->block->mbarriers) {
+    if (barrier.initialiser == static_cast<int>(running->index.x)) barrier.fenced = true;
+  }
+}
+
+void mbarrier_expect(Site site, uint64_t* address, unsigned bytes) {
+  Fiber& self = *running;
+  self.site = site;
+  MbarrierState& barrier = mbarrier_at(address);
+  if (barrier.pending == 0) fail(where(self) + ": more arrivals than the mbarrier was initialised for");
+  if (bytes >= 1u << 20) fail(where(self) + ": an mbarrier counts less than 1 MiB");
+  --barrier.pending;
+  barrier.bytes += bytes;
+  end_phase(*self.block, address, barrier);
+}
+
+void mbarrier_wait(Site site, uint64_t* address, unsigned parity) {
+  Fiber& self = *running;
+  self.site = site;
+  MbarrierState& barrier = mbarrier_at(address);
+  const auto thread = self.index.x;
+  if (parity > 1) fail(where(self) + ": a parity is 0 or 1, got " + std::to_string(parity));
+  const auto check = [&] {
+    if (barrier.phases <= barrier.seen[thread]) {
+      fail(where(self) + ": wrong parity: it names a phase that this thread has waited for, or none");
+    }
+    if (barrier.phases > barrier.seen[thread] + 1)
+      fail(where(self) + ": a phase went by that this thread did not wait for");
+  };
+  if ((barrier.phases & 1) == parity) {  // of the phase that runs
+    self.state = State::kAtMbarrier;
+    self.mbarrier = address;
+    leave();
+  }
+  check();
+  barrier.seen[thread] = barrier.phases;
+  barrier.seen_at[thread] = self.barriers;
+}
+
+void bulk_load(Site site, void* shared, const void* global, unsigned bytes, uint64_t* address) {
+  Fiber& self = *running;
+  self.site = site;
+  Block& block = *self.block;
+  MbarrierState& barrier = mbarrier_at(address);
+  auto* const to = static_cast<unsigned char*>(shared);
+  if (!barrier.fenced) fail(where(self) + ": the mbarrier's initialisation was not fenced");
+  if (bytes == 0 || bytes % 16 != 0) fail(where(self) + ": " + std::to_string(bytes) + " bytes, not a multiple of 16");
+  if (reinterpret_cast<uintptr_t>(shared) % 16 != 0 || reinterpret_cast<uintptr_t>(global) % 16 != 0) {
+    fail(where(self) + ": an address is no multiple of 16");
+  }
+  if (!in_shared(block, shared, bytes)) fail(where(self) + ": the copy leaves the block's shared memory");
+  for (const auto& [other, state] : block.mbarriers) {
+    const auto* const start = reinterpret_cast<const unsigned char*>(other);
+    if (start < to + bytes && to < start + 8) fail(where(self) + ": the copy goes over an mbarrier");
+  }
+  for (const Copy& copy : block.copies) {
+    if (copy.shared < to + bytes && to < copy.shared + copy.bytes) {
+      fail(where(self) + ": another copy to the same bytes is on its way, from " + describe(copy.site));
+    }
+  }
+  for (int thread = 0; thread < threads && barrier.phases > 0; ++thread) {
+    const bool waited = barrier.seen[thread] == barrier.phases;
+    if (waited && (thread == static_cast<int>(self.index.x) || barrier.seen_at[thread] < self.barriers)) continue;
+    fail(where(self) + ": the stage is used again before thread " + std::to_string(thread) +
+         (waited ? " has passed a barrier behind it" : " has waited for it"));
+  }
+  block.copies.push_back({site, to, global, bytes, address});
+}
 
 int barrier(Site site, int predicate) {
   Fiber& self = *running;
   self.site = site;
   self.predicate = predicate;
   self.state = State::kAtBarrier;
-  if (++at_barrier == threads) {
-    at_barrier = 0;
+  Block& block = *self.block;
+  if (++block.at_barrier == threads) {
+    block.at_barrier = 0;
     barrier_result = 0;
-    for (int i = 0; i < threads; ++i) {
-      if (fibers[i]->site.line != site.line || std::strcmp(fibers[i]->site.file, site.file) != 0) {
-        fail("threads of one block wait at different barriers: " + where(self) + " and " + where(*fibers[i]));
+    for (Fiber* const fiber : block.threads) {
+      if (fiber->site.line != site.line || std::strcmp(fiber->site.file, site.file) != 0) {
+        fail("threads of one block wait at different barriers: " + where(self) + " and " + where(*fiber));
       }
-      barrier_result |= fibers[i]->predicate != 0;
+      barrier_result |= fiber->predicate != 0;
     }
-    for (int i = 0; i < threads; ++i) {
-      fibers[i]->predicate = barrier_result;
-      release(*fibers[i]);
+    for (Fiber* const fiber : block.threads) {
+      fiber->predicate = barrier_result;
+      ++fiber->barriers;
+      release(*fiber);
     }
   }
   leave();
@@ -226,25 +492,32 @@ void collective(Site site, Collective kind, unsigned mask, void* value, int byte
   std::memcpy(value, self.value, bytes);
 }
 
-cudaError_t run(const cudaLaunchConfig_t& config, const std::function<void()>& thread) {
+cudaError_t run(const cudaLaunchConfig_t& config, const void* kernel, const std::function<void()>& thread) {
   gridDim = config.gridDim;
   blockDim = config.blockDim;
   threads = static_cast<int>(blockDim.x);
+  shared_bytes = config.dynamicSmemBytes;
   error.clear();
+  unsigned cluster = 1;
+  for (unsigned i = 0; i < config.numAttrs; ++i) {
+    if (config.attrs[i].id == cudaLaunchAttributeClusterDimension) cluster = config.attrs[i].val.clusterDim.x;
+  }
+  const size_t allowed = asked_shared.count(kernel) ? asked_shared[kernel] : kUnaskedShared;
   if (blockDim.y != 1 || blockDim.z != 1 || gridDim.y != 1 || gridDim.z != 1 || threads < 1 || threads > 1024 ||
-      gridDim.x < 1 || config.dynamicSmemBytes > 48 * 1024) {
+      gridDim.x < 1 || shared_bytes > allowed || allowed > kMaxShared || cluster < 1 || cluster > 8 ||
+      gridDim.x % cluster != 0) {
     return cudaErrorInvalidConfiguration;
   }
   body = &thread;
-  while (static_cast<int>(fibers.size()) < threads) {
+  while (fibers.size() < threads * static_cast<size_t>(cluster)) {
     fibers.push_back(std::make_unique<Fiber>());
     fibers.back()->memory.reset(new char[kStackBytes]);
   }
-  std::vector<unsigned> blocks(gridDim.x);
-  for (unsigned i = 0; i < gridDim.x; ++i) blocks[i] = i;
-  std::shuffle(blocks.begin(), blocks.end(), order);
-  for (const unsigned number : blocks) {
-    run_block(number, config.dynamicSmemBytes);
+  std::vector<unsigned> clusters(gridDim.x / cluster);
+  std::iota(clusters.begin(), clusters.end(), 0);
+  std::shuffle(clusters.begin(), clusters.end(), order);
+  for (const unsigned number : clusters) {
+    run_cluster(number * cluster, cluster);
     if (!error.empty()) throw std::runtime_error("emulator: " + error);
   }
   return cudaSuccess;

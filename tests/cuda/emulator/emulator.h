@@ -36,7 +36,7 @@
 #define __host__
 #define __device__
 #define __global__
-#define __shared__  // only `extern __shared__`: the one array of dynamic shared memory, defined in emulator.cpp
+#define __shared__
 #define __grid_constant__
 #define __launch_bounds__(...)
 #define __noinline__ __attribute__((noinline))
@@ -63,7 +63,12 @@ void collective(Site site, Collective kind, unsigned mask, void* value, int byte
 int lane();
 void seed(uint64_t value);
 
-cudaError_t run(const cudaLaunchConfig_t& config, const std::function<void()>& thread);
+cudaError_t run(const cudaLaunchConfig_t& config, const void* kernel, const std::function<void()>& thread);
+void ask_shared(const void* kernel, size_t bytes);
+unsigned char* dynamic_shared();  // of the running block
+int cluster_rank();
+int cluster_size();
+int64_t bulk_copies();  // since the last call
 
 template <typename T>
 T shuffle(Site site, unsigned mask, T value, int source_lane) {
@@ -98,8 +103,7 @@ T atomic_max(T* address, T value) {
 #define EMULATOR_SITE(what) (::emulator::Site{__FILE__, __LINE__, what})
 #define __syncthreads() ((void)::emulator::barrier(EMULATOR_SITE("__syncthreads"), 0))
 #define __syncthreads_or(predicate) ::emulator::barrier(EMULATOR_SITE("__syncthreads_or"), predicate)
-#define __syncwarp() \
-  ((void)::emulator::vote(EMULATOR_SITE("__syncwarp"), ::emulator::Collective::kSync, 0xffffffffu, 0))
+#define __syncwarp(mask) ((void)::emulator::vote(EMULATOR_SITE("__syncwarp"), ::emulator::Collective::kSync, mask, 0))
 #define __any_sync(mask, predicate) \
   ((int)::emulator::vote(EMULATOR_SITE("__any_sync"), ::emulator::Collective::kAny, mask, predicate))
 #define __all_sync(mask, predicate) \
@@ -120,8 +124,18 @@ T atomic_max(T* address, T value) {
 template <typename... Parameters, typename... Arguments>
 cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* config, void (*kernel)(Parameters...),
                                Arguments&&... arguments) {
-  return emulator::run(*config, [&] { kernel(arguments...); });
+  return emulator::run(*config, reinterpret_cast<const void*>(kernel), [&] { kernel(arguments...); });
 }
+template <typename Kernel>
+cudaError_t cudaFuncSetAttribute(Kernel* kernel, cudaFuncAttribute, int bytes) {
+  emulator::ask_shared(reinterpret_cast<const void*>(kernel), bytes);
+  return cudaSuccess;
+}
+template <typename Kernel>
+cudaError_t cudaFuncGetAttributes(cudaFuncAttributes*, Kernel*) {
+  return cudaSuccess;
+}
+inline cudaError_t cudaGetLastError() { return cudaSuccess; }
 extern "C" {
 const char* cudaGetErrorString(cudaError_t error);
 cudaError_t cudaHostAlloc(void** pointer, size_t bytes, unsigned flags);

@@ -1,0 +1,193 @@
+// Which kernel serves a call: the one table. No CUDA header: accumloss.plan() shows the table on any machine.
+#pragma once
+
+#include <algorithm>
+#include <cstdint>
+#include <cstdlib>
+#include <stdexcept>
+#include <string>
+
+#include "../cross_entropy.h"
+
+namespace accumloss::cuda {
+
+enum class Pass { kForward, kBackward, kForwardWithGrad };
+
+enum class Kernel {
+  kPacked,  // 8 lanes a row
+  kWarp,    // a warp a row
+  kHeld,    // a block a row, which waits in shared memory for its gradient
+  kStaged,  // persistent clusters of blocks; bulk copies bring the next rows while one is reduced
+  kBlock,   // a block a row, visited twice: for any row
+};
+constexpr const char* kKernelNames[] = {"packed", "warp", "held", "staged", "block"};
+
+struct Plan {
+  Kernel kernel;
+  int threads;               // of a block
+  int cluster;               // blocks that share a row
+  int stages;                // rows on chip or on their way, per cluster; staged only
+  int64_t stage_bytes;       // of one block
+  int64_t shared_bytes;      // of one block
+  double bytes_per_element;  // of device memory, read and written
+};
+
+// What the plan depends on.
+struct PlanRequest {
+  int64_t V;
+  Dtype dtype;
+  Pass pass;
+  int capability;  // 10 * major + minor
+  bool aligned;    // each row of the gradient lies against 16 bytes as its logits do
+  bool staged;     // the kernels for sm_90 and newer are built in, and run on the device
+};
+
+// What one block may have at most. The CUDA C++ Programming Guide, "Technical Specifications per Compute Capability".
+constexpr int64_t max_shared_bytes(int capability) {
+  constexpr int64_t kKiB = 1024;
+  switch (capability) {
+    case 75:
+      return 64 * kKiB;
+    case 80:
+    case 87:
+      return 163 * kKiB;
+    case 86:
+    case 89:
+    case 120:
+    case 121:
+      return 99 * kKiB;
+    default:
+      return capability >= 90 ? 227 * kKiB : 48 * kKiB;
+  }
+}
+
+constexpr int64_t kPackedClasses = 64;
+constexpr int64_t kWarpClasses = 1024;
+// Held rows of this size are so many on a multiprocessor that one's loads hide behind another's arithmetic.
+constexpr int64_t kHeldBytes = 8192;
+constexpr int kTileThreads = 256;
+constexpr int kMaxThreads = 512;
+constexpr int kMaxCluster = 8;
+constexpr int kMinStages = 3;  // one whose gradient is written, one on chip, one on its way
+constexpr int kMaxStages = 8;
+constexpr int64_t kStagedTarget = 65536;  // bytes in flight for which rows get more than kMinStages
+constexpr int64_t kHeldHeader = 1152;     // BlockGroup::kSharedBytes
+constexpr int64_t kStagedHeader = 4608;   // StagedShared
+constexpr int64_t kStageAlignment = 128;
+
+constexpr int64_t round_up(int64_t value, int64_t unit) { return (value + unit - 1) / unit * unit; }
+
+// Enough threads for one round of 16 elements each, and for a second row to fill the waits.
+inline int block_threads(int64_t elements) {
+  int threads = 128;
+  while (threads < kMaxThreads && elements >= 2 * threads * 16) threads *= 2;
+  return threads;
+}
+
+// The staged plan with that many blocks in a cluster; shared_bytes says whether it fits.
+inline Plan staged_plan(const PlanRequest& request, int cluster) {
+  const int64_t size = element_size(request.dtype);
+  const int64_t slice = (request.V * size / 16 + cluster - 1) / cluster * 16;
+  Plan plan = {Kernel::kStaged, block_threads(slice / size), cluster, 0, 0, 0, 0};
+  plan.stage_bytes = round_up(std::max<int64_t>(slice, 16), kStageAlignment);
+  plan.stages =
+      static_cast<int>(std::min<int64_t>(kMaxStages, std::max<int64_t>(kMinStages, kStagedTarget / plan.stage_bytes)));
+  plan.shared_bytes = kStagedHeader + plan.stages * plan.stage_bytes;
+  return plan;
+}
+
+inline bool fits(const PlanRequest& request, const Plan& plan) {
+  const bool is_double = request.dtype == Dtype::kFloat64;
+  const bool room = plan.shared_bytes <= max_shared_bytes(request.capability);
+  switch (plan.kernel) {
+    case Kernel::kPacked:
+      return request.V <= kPackedClasses;
+    case Kernel::kWarp:
+      return request.V <= kWarpClasses;
+    case Kernel::kHeld:
+      return request.pass == Pass::kForwardWithGrad && !is_double && request.aligned && room;
+    case Kernel::kStaged:
+      return request.pass != Pass::kBackward && !is_double && request.aligned && room && request.staged &&
+             request.capability >= 90 && max_shared_bytes(request.capability) >= 227 * 1024;
+    case Kernel::kBlock:
+      return true;
+  }
+  return false;
+}
+
+// The plan of a kernel for a call; cluster 0: the smallest that fits.
+inline Plan plan_of(const PlanRequest& request, Kernel kernel, int cluster = 0) {
+  const int64_t size = element_size(request.dtype);
+  Plan plan = {kernel, kTileThreads, 1, 0, 0, 0, 0};
+  if (kernel == Kernel::kStaged) {
+    plan = staged_plan(request, cluster > 0 ? cluster : 1);
+    while (cluster == 0 && !fits(request, plan) && plan.cluster < kMaxCluster) {
+      plan = staged_plan(request, 2 * plan.cluster);
+    }
+  } else if (kernel == Kernel::kHeld) {
+    plan.threads = block_threads(request.V);
+    plan.shared_bytes = kHeldHeader + round_up(request.V * size, 16);
+  } else if (kernel == Kernel::kBlock) {
+    plan.threads = block_threads(request.V);
+    plan.shared_bytes = kHeldHeader;
+  } else {
+    plan.shared_bytes = kTileThreads / (kernel == Kernel::kWarp ? 32 : 8) * 40;  // a Partial for each row in work
+  }
+  const int visits = request.pass == Pass::kForward ? 1 : request.pass == Pass::kBackward ? 2 : 2;
+  // A row of the block kernel is too long to be found in a cache at its second visit; those of a warp are not.
+  const bool again = kernel == Kernel::kBlock && request.pass == Pass::kForwardWithGrad;
+  plan.bytes_per_element = static_cast<double>(size * (visits + (again ? 1 : 0)));
+  return plan;
+}
+
+// | row                     | sm_80, sm_86, sm_120  | sm_90, sm_100      |
+// |-------------------------|-----------------------|--------------------|
+// | V <= 64                 | packed                | packed             |
+// | V <= 1024               | warp                  | warp               |
+// | <= 8 KiB, with gradient | held                  | held               |
+// | on chip                 | held, with gradient   | staged, cluster 1, 2, 4 or 8 |
+// | else                    | block                 | block              |
+// float64, and a gradient that lies differently against 16 bytes: block above V = 1024.
+inline Plan table(const PlanRequest& request) {
+  if (request.V <= kPackedClasses) return plan_of(request, Kernel::kPacked);
+  if (request.V <= kWarpClasses) return plan_of(request, Kernel::kWarp);
+  const Plan held = plan_of(request, Kernel::kHeld);
+  if (request.V * element_size(request.dtype) <= kHeldBytes) {
+    return fits(request, held) ? held : plan_of(request, Kernel::kBlock);
+  }
+  const Plan staged = plan_of(request, Kernel::kStaged);
+  if (fits(request, staged)) return staged;
+  return fits(request, held) ? held : plan_of(request, Kernel::kBlock);
+}
+
+// table(), or what ACCUMLOSS_CUDA_PLAN asks for: a kernel's name, for staged with ":cluster" after it. A pass without
+// such a kernel (backward has neither held nor staged) and a gradient that is not aligned take the block kernel; a row
+// that does not fit is an error.
+inline Plan choose_plan(const PlanRequest& request) {
+  const char* const forced = std::getenv("ACCUMLOSS_CUDA_PLAN");
+  if (forced == nullptr || *forced == 0) return table(request);
+  const std::string text = forced;
+  const std::string name = text.substr(0, text.find(':'));
+  const std::string cluster = name.size() < text.size() ? text.substr(name.size() + 1) : "";
+  for (int i = 0; i < 5; ++i) {
+    const Kernel kernel = static_cast<Kernel>(i);
+    if (name != kKernelNames[i]) continue;
+    if (!cluster.empty() &&
+        (kernel != Kernel::kStaged || (cluster != "1" && cluster != "2" && cluster != "4" && cluster != "8"))) {
+      break;
+    }
+    PlanRequest in_gradient = request;
+    in_gradient.pass = Pass::kForwardWithGrad;
+    in_gradient.aligned = true;
+    const int blocks = cluster.empty() ? 0 : cluster[0] - '0';
+    const Plan plan = plan_of(request, kernel, blocks);
+    if (fits(request, plan)) return plan;
+    if (fits(in_gradient, plan_of(in_gradient, kernel, blocks))) return plan_of(request, Kernel::kBlock);
+    throw std::runtime_error("ACCUMLOSS_CUDA_PLAN: expected a kernel that can serve V = " + std::to_string(request.V) +
+                             " in this dtype on this device, got " + text);
+  }
+  throw std::runtime_error(
+      "ACCUMLOSS_CUDA_PLAN: expected packed, warp, held, block, staged or staged:1, :2, :4, :8, got " + text);
+}
+
+}  // namespace accumloss::cuda

@@ -1,0 +1,42 @@
+// csrc/cuda/async.cuh as the emulator runs it. Default arguments take the file and line of the caller.
+#pragma once
+
+#include "emulator.h"
+
+#define EMULATOR_CALLER const char *file = __builtin_FILE(), int line = __builtin_LINE()
+
+namespace emulator {
+void cluster_barrier(Site site);
+void* remote(Site site, void* address, size_t bytes, size_t alignment, int rank);
+void mbarrier_init(Site site, uint64_t* barrier, unsigned arrivals);
+void mbarrier_init_fence();
+void mbarrier_expect(Site site, uint64_t* barrier, unsigned bytes);
+void mbarrier_wait(Site site, uint64_t* barrier, unsigned parity);
+void bulk_load(Site site, void* shared, const void* global, unsigned bytes, uint64_t* barrier);
+}  // namespace emulator
+
+namespace accumloss::cuda {
+
+inline int cluster_rank() { return emulator::cluster_rank(); }
+inline int cluster_size() { return emulator::cluster_size(); }
+inline void cluster_barrier(EMULATOR_CALLER) { emulator::cluster_barrier({file, line, "cluster_barrier"}); }
+template <typename T>
+void cluster_store(T* address, int rank, const T& value, EMULATOR_CALLER) {
+  std::memcpy(emulator::remote({file, line, "cluster_store"}, address, sizeof(T), alignof(T), rank), &value, sizeof(T));
+}
+inline void mbarrier_init(Mbarrier* barrier, unsigned arrivals, EMULATOR_CALLER) {
+  emulator::mbarrier_init({file, line, "mbarrier_init"}, barrier, arrivals);
+}
+inline void mbarrier_init_fence() { emulator::mbarrier_init_fence(); }
+inline void mbarrier_expect(Mbarrier* barrier, unsigned bytes, EMULATOR_CALLER) {
+  emulator::mbarrier_expect({file, line, "mbarrier_expect"}, barrier, bytes);
+}
+inline void mbarrier_wait(Mbarrier* barrier, unsigned parity, EMULATOR_CALLER) {
+  emulator::mbarrier_wait({file, line, "mbarrier_wait"}, barrier, parity);
+}
+inline void bulk_load(void* shared, const void* global, unsigned bytes, Mbarrier* barrier, EMULATOR_CALLER) {
+  emulator::bulk_load({file, line, "bulk_load"}, shared, global, bytes, barrier);
+}
+inline void bulk_load_fence() {}
+
+}  // namespace accumloss::cuda
