@@ -11,7 +11,7 @@ from .functional import (
     sequence_classification_loss,
     token_classification_loss,
 )
-from .ops import build_info, check, empty_cache
+from .ops import CudaPlan, build_info, check, empty_cache, plan
 from .options import LossOptions
 from .sums import TokenSums
 from .transformers import (
@@ -27,6 +27,7 @@ __version__ = build_info()["version"]
 
 __all__ = [
     "Accumulator",
+    "CudaPlan",
     "LossOptions",
     "TokenSums",
     "audit",
@@ -38,6 +39,7 @@ __all__ = [
     "empty_cache",
     "make_loss",
     "masked_lm_loss",
+    "plan",
     "question_answering_loss",
     "register_with_transformers",
     "registered",

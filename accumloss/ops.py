@@ -9,7 +9,7 @@ graph: an op that overwrites its input cannot have a registered formula.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch.autograd.function import once_differentiable
@@ -293,3 +293,69 @@ def empty_cache() -> int:
     ``ACCUMLOSS_KEEP_MEMORY=0`` in the environment turns that off. torch 2.10 has no way to keep it.
     """
     return _C.empty_cache()
+
+
+class CudaPlan(NamedTuple):
+    """How a call runs on CUDA; ``accumloss.plan`` tells."""
+
+    kernel: str  # packed, warp, held, staged or block
+    threads: int  # of a block
+    cluster: int  # blocks that share a row
+    stages: int  # rows on chip or on their way to it; staged only
+    shared_bytes: int  # of a block
+    bytes_per_element: float  # of device memory, read and written, where nothing is ignored
+
+
+_DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
+_CALLS = ("forward", "backward", "with_grad")
+
+
+def plan(
+    logits: torch.Tensor | int,  # (..., V), or V
+    dtype: torch.dtype = torch.bfloat16,
+    *,
+    arch: str | None = None,
+    call: str = "with_grad",
+    aligned: bool = True,
+) -> CudaPlan:
+    """The CUDA kernel that serves a call, as chosen by its shape and the architecture. Needs no GPU where arch is given.
+
+    Args:
+        logits: logits (..., V), which also give dtype, alignment and architecture; or V alone.
+        dtype: of the logits, where V alone is given.
+        arch: ``"sm_80"``, ``"sm_90"``, ...; default: that of the logits' device, or of the current one.
+        call: ``"forward"``, ``"backward"``, or ``"with_grad"`` for both in one.
+        aligned: whether each row of the gradient lies against 16 bytes as its logits do. It does in place, and for
+            contiguous logits that start at 16 bytes.
+
+    Returns:
+        CudaPlan. ``packed``: 8 lanes a row; ``warp``: a warp a row; ``held``: a block a row, which stays in shared memory
+        for its gradient; ``staged``: a cluster of blocks a row, the next rows on their way (sm_90 and newer); ``block``:
+        a block a row, visited twice.
+
+    >>> plan(32000, arch="sm_90").kernel, plan(128256, arch="sm_90").cluster, plan(32000, arch="sm_80").kernel
+    ('staged', 4, 'held')
+    """
+    if call not in _CALLS:
+        raise ValueError(f"plan: expected call to be one of {', '.join(_CALLS)}, got {call!r}")
+    device: torch.device | None = None
+    if isinstance(logits, torch.Tensor):
+        V, dtype = logits.shape[-1], logits.dtype
+        row_bytes = [stride * logits.element_size() for stride in logits.stride()[:-1]]
+        starts_alike = logits.is_contiguous() or all(step % 16 == 0 for step in [*row_bytes, V * logits.element_size()])
+        aligned = aligned and logits.data_ptr() % 16 == 0 and starts_alike
+        device = logits.device if logits.is_cuda else None
+    else:
+        V = logits
+    if V < 1 or dtype not in _DTYPES:
+        raise ValueError(f"plan: expected V >= 1 and a floating dtype of logits, got V = {V} and {dtype}")
+    if arch is None:
+        if not torch.cuda.is_available():
+            raise ValueError('plan: expected arch, such as "sm_90", where there is no GPU, got None')
+        major, minor = torch.cuda.get_device_capability(device)
+        capability = 10 * major + minor
+    elif arch.startswith("sm_") and arch[3:].isdigit():
+        capability = int(arch[3:])
+    else:
+        raise ValueError(f'plan: expected arch such as "sm_90", got {arch!r}')
+    return CudaPlan(*_C.plan(V, _DTYPES.index(dtype), _CALLS.index(call), capability, aligned))

@@ -7,6 +7,7 @@
 #include "cpu/instruction_set.h"
 #include "cpu/kept_memory.h"
 #include "cross_entropy_ops.h"
+#include "cuda/plan.h"
 #if defined(ACCUMLOSS_WITH_CUDA)
 #include "cuda/bad_labels.h"
 #endif
@@ -129,6 +130,15 @@ STABLE_TORCH_LIBRARY_IMPL(accumloss, CPU, m) { register_ops<ready_cpu>(m); }
 #if defined(ACCUMLOSS_WITH_CUDA)
 STABLE_TORCH_LIBRARY_IMPL(accumloss, CUDA, m) { register_ops<ready_cuda>(m); }
 #endif
+
+// The fields of accumloss.CudaPlan. dtype and pass are the enumerations' numbers.
+pybind11::tuple plan(int64_t V, int dtype, int pass, int capability, bool aligned) {
+  const cuda::Plan plan = cuda::choose_plan(
+      {V, static_cast<Dtype>(dtype), static_cast<cuda::Pass>(pass), capability, aligned, /*staged=*/true});
+  return pybind11::make_tuple(cuda::kKernelNames[static_cast<int>(plan.kernel)], plan.threads, plan.cluster,
+                              plan.stages, plan.shared_bytes, plan.bytes_per_element);
+}
+
 pybind11::dict build_info() {
   pybind11::dict info;
   info["version"] = ACCUMLOSS_VERSION;
@@ -154,5 +164,6 @@ PYBIND11_MODULE(_C, m) {
         "What this build was made from and with, and the CPU instruction set that is in use.");
   m.def("empty_cache", &accumloss::cpu::release_kept_memory,
         "Returns the kept memory to the system; the number of its bytes.");
+  m.def("plan", &accumloss::plan, "The CUDA kernel that serves a call.");
   m.def("check", &accumloss::check, "Raises IndexError if a CUDA kernel has met a label outside [0, V).");
 }

@@ -72,7 +72,7 @@ constexpr int kMinStages = 3;  // one whose gradient is written, one on chip, on
 constexpr int kMaxStages = 8;
 constexpr int64_t kStagedTarget = 65536;  // bytes in flight for which rows get more than kMinStages
 constexpr int64_t kHeldHeader = 1152;     // BlockGroup::kSharedBytes
-constexpr int64_t kStagedHeader = 4608;   // StagedShared
+constexpr int64_t kStagedHeader = 4352;   // StagedShared
 constexpr int64_t kStageAlignment = 128;
 
 constexpr int64_t round_up(int64_t value, int64_t unit) { return (value + unit - 1) / unit * unit; }
@@ -133,7 +133,7 @@ inline Plan plan_of(const PlanRequest& request, Kernel kernel, int cluster = 0) 
   } else {
     plan.shared_bytes = kTileThreads / (kernel == Kernel::kWarp ? 32 : 8) * 40;  // a Partial for each row in work
   }
-  const int visits = request.pass == Pass::kForward ? 1 : request.pass == Pass::kBackward ? 2 : 2;
+  const int visits = request.pass == Pass::kForward ? 1 : 2;
   // A row of the block kernel is too long to be found in a cache at its second visit; those of a warp are not.
   const bool again = kernel == Kernel::kBlock && request.pass == Pass::kForwardWithGrad;
   plan.bytes_per_element = static_cast<double>(size * (visits + (again ? 1 : 0)));
