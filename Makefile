@@ -1,4 +1,4 @@
-# make demo | test | lint | bench | bench-step | census | clean
+# make demo | test | lint | bench | bench-step | census | cuda-report | clean
 #
 # All of it happens in .venv, which the first target that needs it makes. A torch 2.10 or newer that PYTHON already has
 # is used from where it is; otherwise, or where TORCH is given (make test TORCH=torch==2.15.0), it is installed.
@@ -11,7 +11,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check
 SOURCES := pyproject.toml setup.py CMakeLists.txt \
            $(shell find accumloss build_tools csrc -name '*.py' -o -name '*.h' -o -name '*.cpp' -o -name '*.cu*')
 
-.PHONY: demo test lint bench bench-step census clean
+.PHONY: demo test lint bench bench-step census cuda-report clean
 .DELETE_ON_ERROR:
 .SECONDARY:
 
@@ -43,6 +43,10 @@ census: $(VENV)/.installed-test
 	cd $(VENV) && bin/python -m accumloss audit --all --out "$(CURDIR)/accumloss-census" $(ARGS)
 	cp accumloss-census/census.md docs/
 	cp accumloss-census/census.csv benchmarks/results/
+
+# Registers, shared memory and spills of every CUDA kernel, into docs/performance.md. Needs nvcc, no GPU.
+cuda-report: $(VENV)/.installed-test
+	$(BIN)/python tests/cuda/kernel_resources.py
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info accumloss-demo accumloss-census accumloss/_C.*.so

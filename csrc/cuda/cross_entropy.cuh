@@ -411,6 +411,7 @@ __global__ void __launch_bounds__(kTileThreads, 1)
   __syncthreads();
   if (threadIdx.x == 0) {
     Partial sums = shared[0];
+#pragma unroll 1  // once a block: not worth registers
     for (int other = 1; other < Group::kGroups; ++other) sums.add(shared[other]);
     args.partials[blockIdx.x] = sums;
   }
