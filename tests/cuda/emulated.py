@@ -49,6 +49,19 @@ def why_not() -> str | None:
     return None
 
 
+def copy_sources(work: pathlib.Path, patches: tuple) -> None:
+    """csrc and the emulator, with a fault; for float alone where there are patches."""
+    shutil.copytree(KERNELS, work / "csrc", ignore=shutil.ignore_patterns("cpu"))
+    shutil.copytree(EMULATOR, work / "emulator")
+    for name, old, new in filter(None, patches):
+        text = (work / "csrc" / name).read_text()
+        assert text.count(old) == 1, f"the fault's text occurs {text.count(old)} times in csrc/{name}: {old!r}"
+        (work / "csrc" / name).write_text(text.replace(old, new))
+    if patches:
+        staged = work / "csrc" / "cuda" / "staged.cu"
+        staged.write_text(re.sub(r"^ACCUMLOSS_INSTANTIATE\(__.*\n", "", staged.read_text(), flags=re.MULTILINE))
+
+
 def build(cache: pathlib.Path, patches: tuple[tuple[str, str, str], ...] = ()) -> pathlib.Path:
     """Compile the backend into a shared library.
 
@@ -67,15 +80,7 @@ def build(cache: pathlib.Path, patches: tuple[tuple[str, str, str], ...] = ()) -
     if library.exists():
         return library
     work = pathlib.Path(tempfile.mkdtemp(dir=cache))
-    shutil.copytree(KERNELS, work / "csrc", ignore=shutil.ignore_patterns("cpu"))
-    shutil.copytree(EMULATOR, work / "emulator")
-    for name, old, new in patches:
-        text = (work / "csrc" / name).read_text()
-        assert text.count(old) == 1, f"the fault's text occurs {text.count(old)} times in csrc/{name}: {old!r}"
-        (work / "csrc" / name).write_text(text.replace(old, new))
-    if patches:
-        staged = work / "csrc" / "cuda" / "staged.cu"
-        staged.write_text(re.sub(r"^ACCUMLOSS_INSTANTIATE\(__.*\n", "", staged.read_text(), flags=re.MULTILINE))
+    copy_sources(work, patches)
     paths = ["-Iemulator", "-Icsrc/cuda", "-Icsrc", "-isystem", str(include)]
 
     def compiled(source: str, directory: pathlib.Path, suffix: str, *flags: str) -> pathlib.Path:
@@ -100,6 +105,38 @@ def build(cache: pathlib.Path, patches: tuple[tuple[str, str, str], ...] = ()) -
     (work / "libemulated.so").rename(library)
     shutil.rmtree(work)
     return library
+
+
+# ThreadSanitizer sees the kernels alone; the emulator tells it of fibers and barriers.
+SANITIZERS = {
+    "thread": ("-fsanitize=thread", "-DEMULATOR_TSAN"),
+    "address": ("-fsanitize=address,undefined -fno-sanitize=vptr -fno-sanitize-recover=all", ""),
+}
+
+
+def run_sanitized(
+    sanitizer: str, folder: pathlib.Path, patches: tuple[tuple[str, str, str], ...] = ()
+) -> subprocess.CompletedProcess:
+    """The program emulator/sanitized.cpp, built with a sanitizer, perhaps with a fault, and run."""
+    flags, defined = SANITIZERS[sanitizer]
+    work = pathlib.Path(tempfile.mkdtemp(dir=folder))
+    copy_sources(work, patches or ((),))
+    base = ["g++", "-std=c++17", "-O1", "-g1", "-ffp-contract=off", "-Wno-unknown-pragmas", "-Wno-tsan"]
+    base += ["-DACCUMLOSS_EMULATE_CUDA", "-DEMULATOR_SANITIZED", *defined.split()]
+    base += ["-Iemulator", "-Icsrc/cuda", "-Icsrc", "-isystem", str(cuda_include())]
+    instrumented = ["emulator/float_backend.cpp", "emulator/sanitized.cpp"]
+    objects = []
+    for source in [*instrumented, "emulator/driver.cpp", "csrc/cuda/bad_labels.cpp", "emulator/emulator.cpp"]:
+        objects.append(pathlib.Path(source).name + ".o")
+        own = flags.split() if source in instrumented else []
+        subprocess.run([*base, *own, "-c", source, "-o", objects[-1]], cwd=work, check=True)
+    subprocess.run(["g++", *flags.split(), *objects, "-o", "sanitized"], cwd=work, check=True)
+    # The fibers' stacks are not the thread's: their use after return is not looked for.
+    settings = {"ASAN_OPTIONS": "detect_stack_use_after_return=0:detect_leaks=0", "TSAN_OPTIONS": "halt_on_error=1"}
+    command = [shutil.which("setarch"), "-R", "./sanitized"] if shutil.which("setarch") else ["./sanitized"]
+    return subprocess.run(
+        command, cwd=work, env={**os.environ, **settings}, capture_output=True, text=True, check=False
+    )
 
 
 class _Options(ctypes.Structure):

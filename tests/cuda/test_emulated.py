@@ -137,7 +137,8 @@ def test_emulated_matches_float64(backend, name, dtype):
     check_case(backend, CASES[name], dtype)
 
 
-# Each plan by force, on rows that it need not be meant for: more of them than it has stages, rows without a vector,
+# Each plan by force, on rows that it need not be meant for: more of them than it has stages (one cluster walks over
+# all of them on a device of 0 multiprocessors), rows without a vector,
 # vectors that do not reach all blocks, other rows between.
 PLAN_CASES = {
     "ring": {"shape": (3, 9, 1037), "offset": 1, "spread": 3.0},
@@ -160,7 +161,7 @@ def test_emulated_plan_matches_float64(backend, plan, name, dtype):
     for seed in (21, 22):
         backend.seed(seed)
         backend.bulk_copies()
-        with backend.plan(plan, multiprocessors=1 + seed % 2):
+        with backend.plan(plan, multiprocessors=seed % 2):
             check_case(backend, PLAN_CASES[name], dtype)
         assert (backend.bulk_copies() > 0) == (plan.startswith("staged") and name != "no_vector")
 
@@ -479,9 +480,9 @@ def check_faulty(library, staged: bool = True) -> None:
                 ("held", "ring"),
                 ("packed", "few_vectors"),
             ):
-                with backend.plan(plan, multiprocessors=1):
+                with backend.plan(plan, multiprocessors=0):
                     check_case(backend, cases[name], torch.float32)
-            with backend.plan("staged:2", multiprocessors=1):
+            with backend.plan("staged:2", multiprocessors=0):
                 test_emulated_num_correct_ties(backend, 1500)
                 check_case(backend, {"shape": (1, 2, 12003)}, torch.float32)
             continue
@@ -517,3 +518,24 @@ def test_emulated_catches_planted_fault(faulty, fault):
     with pytest.raises((AssertionError, RuntimeError, pytest.fail.Exception)) as caught:
         check_faulty(faulty[fault], fault in STAGED_FAULTS)
     print(f"{fault}: {str(caught.value).splitlines()[0]}")
+
+
+@pytest.mark.parametrize("sanitizer", emulated.SANITIZERS)
+def test_emulated_sanitizer_finds_nothing(cache, tmp_path, sanitizer):
+    result = emulated.run_sanitized(sanitizer, tmp_path)
+    assert result.returncode == 0, result.stdout + result.stderr
+
+
+# What the values can miss: whether a race shows in them is chance.
+@pytest.mark.parametrize(
+    "sanitizer, fault, message",
+    [
+        ("thread", "sums_of_two_rows_in_one_place", "data race"),
+        ("thread", "stage_refilled_before_the_gradient", "data race"),
+        ("address", "tail_one_long", "heap-buffer-overflow"),
+    ],
+)
+def test_emulated_sanitizer_catches_planted_fault(cache, tmp_path, sanitizer, fault, message):
+    result = emulated.run_sanitized(sanitizer, tmp_path, tuple({**FAULTS, **STAGED_FAULTS}[fault]))
+    assert result.returncode != 0
+    assert message in result.stderr

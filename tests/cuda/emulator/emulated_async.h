@@ -1,7 +1,7 @@
 // csrc/cuda/async.cuh as the emulator runs it. Default arguments take the file and line of the caller.
 #pragma once
 
-#include "emulator.h"
+#include "cuda_runtime.h"
 
 #define EMULATOR_CALLER const char *file = __builtin_FILE(), int line = __builtin_LINE()
 

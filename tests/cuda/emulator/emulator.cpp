@@ -1,6 +1,7 @@
 #include "../csrc/cuda/async.cuh"
 #include "cuda_runtime.h"
 #include "fiber.h"
+#include "thread_sanitizer.h"
 
 uint3 threadIdx, blockIdx;
 dim3 blockDim, gridDim;
@@ -22,6 +23,7 @@ struct Block;
 struct Fiber {
   Stack stack;
   std::unique_ptr<char[]> memory;
+  void* tsan = nullptr;
   Block* block;
   uint3 index;
   int barriers;  // of the block or the cluster, passed so far
@@ -43,6 +45,7 @@ struct Copy {
   const void* global;
   unsigned bytes;
   uint64_t* barrier;
+  char* token;  // what the issuing thread did before is done before the copy
 };
 
 struct MbarrierState {
@@ -66,6 +69,7 @@ struct Block {
   std::map<uint64_t*, MbarrierState> mbarriers;
   std::vector<Copy> copies;
   std::vector<Fiber*> threads;
+  char barrier_tokens[2], warp_tokens[32];  // of even and odd barriers: a thread is one ahead of another at most
 };
 
 std::mt19937_64 order(0);
@@ -75,8 +79,13 @@ std::vector<Block*> block_order;
 std::vector<std::pair<Block*, int>> warps;  // those with a ready fiber. The next one is drawn, or,
 bool by_warp;                               // in half of the clusters, the first in an order: some run far ahead
 bool late;                                  // copies land when nothing else can go on; else at any time
+// ThreadSanitizer: shared memory and stacks of what ran, kept to the end of the launch. Reused, they would be races.
+std::vector<std::unique_ptr<unsigned char[]>> retired;
+std::vector<std::unique_ptr<char[]>> retired_stacks;
 size_t shared_bytes;
 int at_cluster_barrier;
+char start_token, end_token, cluster_tokens[2];  // for ThreadSanitizer
+void *scheduler_fiber, *copy_fiber;
 int64_t copies_landed;
 std::map<const void*, size_t> asked_shared;  // by kernel
 Fiber* running = nullptr;
@@ -85,12 +94,22 @@ Stack scheduler;
 std::string error;
 int threads, barrier_result;
 
+// In a function of the emulator that a kernel calls: what it allocates is not the CUDA thread's. leave() ends it.
+struct Outside {
+  Fiber* self = running;
+  Outside() { tsan::go_to(scheduler_fiber); }
+  ~Outside() { tsan::go_to(self->tsan); }
+};
+
 std::string describe(const Site& site) {
   const char* const slash = std::strrchr(site.file, '/');
   return std::string(slash ? slash + 1 : site.file) + ":" + std::to_string(site.line) + " " + site.what;
 }
 
-void leave() { switch_stack(running->stack, scheduler); }
+void leave() {
+  tsan::go_to(scheduler_fiber);
+  switch_stack(running->stack, scheduler);
+}
 
 // Ends the launch: the scheduler does not come back to a fiber after an error.
 void fail(const std::string& message) {
@@ -104,10 +123,17 @@ std::string where(const Fiber& fiber) {
 }
 
 void entry() {
+  tsan::acquire(&start_token);
   (*body)();
+  tsan::release(&end_token);
   running->state = State::kDone;
   ++running->block->done;
   leave();
+}
+
+// Not memcpy, which ThreadSanitizer would take for an access of the thread.
+void copy_value(void* to, const void* from, int bytes) {
+  for (int i = 0; i < bytes; ++i) static_cast<volatile char*>(to)[i] = static_cast<const volatile char*>(from)[i];
 }
 
 void release(Fiber& fiber) {
@@ -201,7 +227,11 @@ bool land() {
   std::swap(block.copies[order() % block.copies.size()], block.copies.back());
   const Copy copy = block.copies.back();
   block.copies.pop_back();
+  tsan::go_to(copy_fiber);
+  tsan::acquire(copy.token);
   std::memcpy(copy.shared, copy.global, copy.bytes);
+  tsan::release(copy.barrier);
+  tsan::go_to(scheduler_fiber);
   ++copies_landed;
   MbarrierState& barrier = block.mbarriers[copy.barrier];
   barrier.bytes -= copy.bytes;
@@ -221,6 +251,7 @@ void start_block(Block& block, unsigned number, int rank) {
   block.mbarriers.clear();
   block.copies.clear();
   block.threads.clear();
+  if (tsan::kEnabled) retired.push_back(std::move(block.memory));
   block.memory.reset(new unsigned char[shared_bytes + kGuardBytes + 128]);
   block.shared = block.memory.get() + (128 - reinterpret_cast<uintptr_t>(block.memory.get()) % 128);
   std::memset(block.shared, kPoison, shared_bytes);
@@ -235,6 +266,11 @@ void start_block(Block& block, unsigned number, int rank) {
     fiber.index = {static_cast<unsigned>(i), 0, 0};
     fiber.site = {"", 0, "start"};
     fiber.barriers = 0;
+    fiber.tsan = tsan::create();
+    if (tsan::kEnabled) {
+      retired_stacks.push_back(std::move(fiber.memory));
+      fiber.memory.reset(new char[kStackBytes]);
+    }
     block.threads.push_back(&fiber);
     start(fiber);
   }
@@ -282,9 +318,13 @@ void run_cluster(unsigned first_block, unsigned size) {
     }
     threadIdx = running->index;
     blockIdx = {running->block->number, 0, 0};
+    tsan::go_to(running->tsan);
     switch_stack(scheduler, running->stack);
     running = nullptr;
     if (!error.empty()) return;
+  }
+  for (const auto& block : blocks) {
+    for (Fiber* const fiber : block->threads) tsan::destroy(fiber->tsan);
   }
   describe_deadlock();
   if (!error.empty()) return;
@@ -327,6 +367,9 @@ void ask_shared(const void* kernel, size_t bytes) { asked_shared[kernel] = bytes
 
 void cluster_barrier(Site site) {
   Fiber& self = *running;
+  char* const token = &cluster_tokens[self.barriers % 2];
+  tsan::release(token);
+  const Outside outside;
   self.site = site;
   self.state = State::kAtClusterBarrier;
   if (++at_cluster_barrier == threads * static_cast<int>(blocks.size())) {
@@ -346,6 +389,7 @@ void cluster_barrier(Site site) {
     }
   }
   leave();
+  tsan::acquire(token);
 }
 
 void* remote(Site site, void* address, size_t bytes, size_t alignment, int rank) {
@@ -365,6 +409,7 @@ void* remote(Site site, void* address, size_t bytes, size_t alignment, int rank)
 }
 
 void mbarrier_init(Site site, uint64_t* address, unsigned arrivals) {
+  const Outside outside;
   Fiber& self = *running;
   self.site = site;
   Block& block = *self.block;
@@ -388,6 +433,8 @@ void mbarrier_init_fence() {
 }
 
 void mbarrier_expect(Site site, uint64_t* address, unsigned bytes) {
+  tsan::release(address);
+  const Outside outside;
   Fiber& self = *running;
   self.site = site;
   MbarrierState& barrier = mbarrier_at(address);
@@ -417,11 +464,15 @@ void mbarrier_wait(Site site, uint64_t* address, unsigned parity) {
     leave();
   }
   check();
+  tsan::acquire(address);
   barrier.seen[thread] = barrier.phases;
   barrier.seen_at[thread] = self.barriers;
 }
 
 void bulk_load(Site site, void* shared, const void* global, unsigned bytes, uint64_t* address) {
+  char* const token = reinterpret_cast<char*>(address) + 1;
+  tsan::release(token);
+  const Outside outside;
   Fiber& self = *running;
   self.site = site;
   Block& block = *self.block;
@@ -448,7 +499,7 @@ void bulk_load(Site site, void* shared, const void* global, unsigned bytes, uint
     fail(where(self) + ": the stage is used again before thread " + std::to_string(thread) +
          (waited ? " has passed a barrier behind it" : " has waited for it"));
   }
-  block.copies.push_back({site, to, global, bytes, address});
+  block.copies.push_back({site, to, global, bytes, address, token});
 }
 
 int barrier(Site site, int predicate) {
@@ -457,6 +508,9 @@ int barrier(Site site, int predicate) {
   self.predicate = predicate;
   self.state = State::kAtBarrier;
   Block& block = *self.block;
+  char* const token = &block.barrier_tokens[self.barriers % 2];
+  tsan::release(token);
+  const Outside outside;
   if (++block.at_barrier == threads) {
     block.at_barrier = 0;
     barrier_result = 0;
@@ -473,6 +527,7 @@ int barrier(Site site, int predicate) {
     }
   }
   leave();
+  tsan::acquire(token);
   return self.predicate;
 }
 
@@ -483,13 +538,16 @@ void collective(Site site, Collective kind, unsigned mask, void* value, int byte
   self.mask = mask;
   self.bytes = bytes;
   self.source_lane = source_lane;
-  std::memset(self.value, 0, sizeof(self.value));
-  std::memcpy(self.value, value, bytes);
+  copy_value(self.value, value, bytes);
   if (!(mask >> lane() & 1)) fail(where(self) + ": the mask leaves out the calling lane");
+  char* const token = &self.block->warp_tokens[self.index.x / 32];
+  if (kind == Collective::kSync) tsan::release(token);
+  const Outside outside;
   self.state = State::kAtCollective;
   complete_collective(static_cast<int>(self.index.x / 32));
   leave();
-  std::memcpy(value, self.value, bytes);
+  if (kind == Collective::kSync) tsan::acquire(token);
+  copy_value(value, self.value, bytes);
 }
 
 cudaError_t run(const cudaLaunchConfig_t& config, const void* kernel, const std::function<void()>& thread) {
@@ -516,10 +574,20 @@ cudaError_t run(const cudaLaunchConfig_t& config, const void* kernel, const std:
   std::vector<unsigned> clusters(gridDim.x / cluster);
   std::iota(clusters.begin(), clusters.end(), 0);
   std::shuffle(clusters.begin(), clusters.end(), order);
+  scheduler_fiber = tsan::current();
+  copy_fiber = tsan::create();
+  tsan::release(&start_token);
+  tsan::go_to(copy_fiber);
+  tsan::acquire(&start_token);
+  tsan::go_to(scheduler_fiber);
   for (const unsigned number : clusters) {
     run_cluster(number * cluster, cluster);
     if (!error.empty()) throw std::runtime_error("emulator: " + error);
   }
+  tsan::acquire(&end_token);
+  retired.clear();
+  retired_stacks.clear();
+  tsan::destroy(copy_fiber);
   return cudaSuccess;
 }
 
@@ -538,6 +606,7 @@ cudaError_t cudaHostAlloc(void** pointer, size_t bytes, unsigned) {
 
 cudaError_t cudaThreadExchangeStreamCaptureMode(cudaStreamCaptureMode*) { return cudaSuccess; }
 
+#if !defined(EMULATOR_SANITIZED)
 // What -fsanitize=alignment calls: a load or store at an address that the type does not allow.
 struct AlignmentSite {
   const char* file;
@@ -546,5 +615,6 @@ struct AlignmentSite {
 void __ubsan_handle_type_mismatch_v1(const AlignmentSite* site, uintptr_t) {
   emulator::fail(emulator::describe({site->file, static_cast<int>(site->line), "misaligned access"}));
 }
+#endif
 
 }  // extern "C"

@@ -1,0 +1,72 @@
+// Every plan on a small case, as a program: under -fsanitize=thread or address,undefined it reports races and accesses
+// outside of what was allocated. It looks at no value; the tests in Python do.
+#include <cmath>
+#include <cstdio>
+#include <cstdlib>
+#include <memory>
+#include <vector>
+
+#include "cross_entropy.h"
+#include "cuda_runtime.h"
+
+using namespace accumloss;
+
+extern "C" {
+const char* emulated_forward(const CrossEntropyInputs*, const CrossEntropySums*, double*, void*);
+const char* emulated_backward(const CrossEntropyInputs*, const double*, const void*, const void*, const LogitsView*);
+const char* emulated_forward_with_grad(const CrossEntropyInputs*, const CrossEntropySums*, const void*,
+                                       const LogitsView*);
+const char* emulated_scale(const LogitsView*, const void*);
+void emulated_device(int capability, int multiprocessors);
+}
+
+namespace {
+
+int failures = 0;
+
+void report(const char* plan, int64_t V, const char* error) {
+  if (error == nullptr) return;
+  std::printf("%s, V = %d: %s\n", plan, static_cast<int>(V), error);
+  ++failures;
+}
+
+// offset: floats before the first logit; the allocation ends with the last one.
+void run(const char* plan, int64_t B, int64_t T, int64_t V, int64_t offset, bool metrics) {
+  setenv("ACCUMLOSS_CUDA_PLAN", plan, 1);
+  const int64_t count = B * T * V;
+  const std::unique_ptr<float[]> logits(new float[count + offset]), gradient(new float[count + offset]);
+  for (int64_t i = 0; i < count; ++i) logits[offset + i] = static_cast<float>(std::sin(0.37 * static_cast<double>(i)));
+  std::vector<int64_t> labels(B * T);
+  for (int64_t i = 0; i < B * T; ++i) labels[i] = i % 4 == 3 ? -100 : i * 7 % V;
+  float loss_sum = 0, total_weight = 0, entropy_sum = 0, grad = 1, factor = 0.5f;
+  int64_t num_items = 0, num_correct = 0;
+  std::vector<double> lse(B * T);
+  std::vector<float> nll(B * T);
+  CrossEntropyInputs inputs = {};
+  inputs.logits = {logits.get() + offset, Dtype::kFloat32, B, T, V, T * V, V};
+  inputs.labels = {labels.data(), false, T, 1};
+  inputs.options.metrics = metrics;
+  const CrossEntropySums sums = {&loss_sum, &num_items, &total_weight, &num_correct, &entropy_sum};
+  LogitsView out = inputs.logits;
+  out.data = gradient.get() + offset;
+  report(plan, V, emulated_forward(&inputs, &sums, lse.data(), nll.data()));
+  report(plan, V, emulated_backward(&inputs, lse.data(), nll.data(), &grad, &out));
+  report(plan, V, emulated_forward_with_grad(&inputs, &sums, &grad, &out));
+  report(plan, V, emulated_scale(&out, &factor));
+  report(plan, V, emulated_forward_with_grad(&inputs, &sums, &grad, &inputs.logits));
+}
+
+}  // namespace
+
+int main() {
+  emulated_device(90, 0);  // one cluster, so that its stages are used again
+  emulator::seed(1);
+  run("staged:1", 1, 12, 1101, 1, false);
+  run("staged:2", 2, 7, 603, 3, true);
+  run("staged:4", 1, 5, 1101, 0, false);
+  run("held", 1, 2, 1101, 1, false);
+  run("block", 1, 2, 1101, 1, true);
+  run("warp", 1, 5, 515, 1, false);
+  run("packed", 1, 9, 61, 1, true);
+  return failures == 0 ? 0 : 1;
+}
