@@ -11,7 +11,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check
 SOURCES := pyproject.toml setup.py CMakeLists.txt \
            $(shell find accumloss build_tools csrc -name '*.py' -o -name '*.h' -o -name '*.cpp' -o -name '*.cu*')
 
-.PHONY: demo test lint bench bench-step census cuda-report clean
+.PHONY: demo test lint bench bench-step bench-gpu census cuda-report clean
 .DELETE_ON_ERROR:
 .SECONDARY:
 
@@ -37,6 +37,10 @@ bench: $(VENV)/.installed-bench
 bench-step: $(VENV)/.installed-bench
 	$(BIN)/python benchmarks/bench_training_step.py $(ARGS)
 	$(BIN)/python benchmarks/plot.py
+
+# On a machine with a GPU, whose python3 has torch with CUDA: build, tests, compute-sanitizer, benchmark; no network.
+bench-gpu:
+	benchmarks/gpu.sh $(ARGS)
 
 # Some 20 minutes on 2 cores. An interrupted one goes on where it stopped.
 census: $(VENV)/.installed-test

@@ -72,12 +72,7 @@ def run_regime(regime: str, file: Path, options: argparse.Namespace) -> None:
 
     if options.threads:
         torch.set_num_threads(options.threads)
-    competitors: dict[str, peers.Peer | str] = {}
-    for name in options.peers:
-        try:
-            competitors[name] = peers.PEERS[name]()
-        except peers.PeerMissing as reason:
-            competitors[name] = str(reason)
+    competitors = peers.available(options.peers, peers.PEERS)
     lines = []
     rounds = options.rounds or (3 if options.quick else 11)
     for shape in options.parsed:

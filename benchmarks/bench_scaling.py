@@ -186,12 +186,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     most = torch.get_num_threads()
     for sweep, threads, shape, names in sweeps(options.quick):
         print(f"{sweep}: {shape}, {threads} threads", file=sys.stderr, flush=True)
-        for name in names:
-            if name not in available:
-                try:
-                    available[name] = peers.PEERS[name]()
-                except peers.PeerMissing as reason:
-                    available[name] = str(reason)
+        available.update(peers.available((name for name in names if name not in available), peers.PEERS))
         torch.compiler.reset()
         torch.set_num_threads(threads)
         results = harness.measure(shape, {name: available[name] for name in names}, rounds, adaptive=False)

@@ -27,7 +27,7 @@ from typing import Any
 import record
 import torch
 import transformers
-from harness import peak_bytes
+from devices import Cpu
 from transformers import BertConfig, BertForMaskedLM, LlamaConfig, LlamaForCausalLM
 
 import accumloss
@@ -162,7 +162,7 @@ def measure(name: str, ignored: float, rounds: int, dtype: torch.dtype) -> list[
     for way in WAYS:
         with way_of(way, model, Clock(), num_items):
             losses[way] = float(step(model, optimizer, batch))
-            peaks[way] = peak_bytes(lambda: step(model, optimizer, batch))
+            peaks[way] = Cpu().peak_bytes(lambda: step(model, optimizer, batch))
     for way in WAYS:
         if abs(losses[way] - losses["stock"]) > 1e-5 * abs(losses["stock"]):
             raise SystemExit(f"{name}, {way}: expected the loss of stock, {losses['stock']}, got {losses[way]}")

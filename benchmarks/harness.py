@@ -4,7 +4,7 @@
 - The competitors take turns, in another order every round; a figure is a median over the rounds, with quartiles, and a
   ratio is the median of the ratios within the rounds.
 - The ceilings take their turns too: `copy` copies the logits to a buffer that exists (the floor's bytes: one read, one
-  write), `copy to new` to one that is allocated for it.
+  write); devices.py has the others.
 - The logits are written anew before every call, outside the timed region, so that in-place competitors read the same
   values and all find the caches in the same state. The time ends when the gradient is there.
 - Peak memory is taken in a pass of its own, above what was in use before the call; the logits are not counted.
@@ -14,20 +14,16 @@ from __future__ import annotations
 
 import gc
 import random
-import resource
 import statistics
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from pathlib import Path
 
 import torch
+from devices import COPY, Cpu, Device
 from peers import COMPILE, STOCK, Peer
 from shapes import Shape
 
-import accumloss
-
-COPY, COPY_TO_NEW = "copy", "copy to new"
 SMALL_SHAPE_SECONDS = 2.0  # a shape that is done sooner than this gets more rounds, at most
 MOST_ROUNDS = 300
 
@@ -78,16 +74,21 @@ class Case:
     labels: torch.Tensor  # (1, N)
     num_items: torch.Tensor  # ()
     anchor: torch.Tensor  # makes the head's output require a gradient
+    grad_output: float = 1.0  # what comes back to the loss
 
     @classmethod
-    def make(cls, shape: Shape, seed: int = 0) -> Case:
-        generator = torch.Generator().manual_seed(seed)
-        source = torch.randn(1, shape.rows, shape.vocab, generator=generator, dtype=torch.float32).mul_(2)
-        source = source.to(shape.torch_dtype)
-        labels = torch.randint(shape.vocab, (1, shape.rows), generator=generator)
-        labels[torch.rand(1, shape.rows, generator=generator) < shape.ignored] = -100
+    def make(cls, shape: Shape, seed: int = 0, device: str = "cpu", grad_output: float = 1.0) -> Case:
+        generator = torch.Generator(device).manual_seed(seed)
+        size, factory = (1, shape.rows, shape.vocab), {"generator": generator, "device": device}
+        source = torch.empty(size, dtype=shape.torch_dtype, device=device)
+        for begin in range(0, shape.rows, 1024):  # the whole in fp32 would not fit beside the largest logits
+            part = source[:, begin : begin + 1024]
+            part.copy_(torch.randn(part.shape, dtype=torch.float32, **factory).mul_(2))
+        labels = torch.randint(shape.vocab, (1, shape.rows), **factory)
+        labels[torch.rand(1, shape.rows, **factory) < shape.ignored] = -100
         num_items = (labels[:, 1:] != -100).sum()
-        return cls(shape, source, source.clone(), labels, num_items, torch.zeros((), requires_grad=True))
+        anchor = torch.zeros((), requires_grad=True, device=device)
+        return cls(shape, source, source.clone(), labels, num_items, anchor, grad_output)
 
     def refresh(self) -> None:
         self.logits.copy_(self.source)
@@ -96,10 +97,15 @@ class Case:
         """The loss () and the gradient (1, N, V)."""
         received: list[torch.Tensor] = []
         loss = peer.loss(Head.apply(self.anchor, self.logits, received), self.labels, self.num_items)
-        loss.backward()
+        loss.backward(None if self.grad_output == 1 else torch.full_like(loss, self.grad_output))
         if not received:
             raise WrongResult(f"{peer.name} at {self.shape}: expected a gradient of the logits, got none")
         return loss.detach(), received[0]
+
+    @torch.no_grad()
+    def forward(self, peer: Peer) -> torch.Tensor:
+        """The loss () alone."""
+        return peer.loss(self.logits, self.labels, self.num_items)
 
 
 # ---------------------------------------------------------------------------------------------------------- correctness
@@ -113,8 +119,9 @@ def errors(case: Case, loss: torch.Tensor, grad: torch.Tensor) -> tuple[float, f
     """
     rows, vocab = case.shape.rows, case.shape.vocab
     source, grad = case.source.view(rows, vocab), grad.reshape(rows, vocab)
-    labels = torch.cat([case.labels.view(-1)[1:], torch.tensor([-100])])
+    labels = torch.nn.functional.pad(case.labels.view(-1)[1:], (0, 1), value=-100)
     scale = 1.0 / max(int(case.num_items), 1)
+    grad_scale = scale * case.grad_output
     half_tiny = torch.finfo(grad.dtype).smallest_normal * torch.finfo(grad.dtype).eps / 2
     total, worst, confidence = 0.0, 0.0, 0.0
     step = max(1, 2**24 // vocab)
@@ -129,8 +136,8 @@ def errors(case: Case, loss: torch.Tensor, grad: torch.Tensor) -> tuple[float, f
         log_p = torch.log_softmax(source[part][kept].double(), dim=-1)
         total -= float(log_p.gather(1, y).sum())
         confidence = max(confidence, float(-log_p.min()))
-        size = log_p.exp_().mul_(scale)
-        expected = size.clone().scatter_add_(1, y, torch.full_like(y, -scale, dtype=torch.float64))
+        size = log_p.exp_().mul_(grad_scale)
+        expected = size.clone().scatter_add_(1, y, torch.full_like(y, -grad_scale, dtype=torch.float64))
         size.scatter_add_(1, y, expected.gather(1, y).abs())
         error = (grad[part][kept].double() - expected).abs_().sub_(half_tiny).clamp_(min=0).div_(size)
         worst = max(worst, float(error.max())) if not error.isnan().any() else float("inf")
@@ -162,51 +169,25 @@ def check(case: Case, peer: Peer) -> tuple[float, float]:
     return loss_error, grad_error
 
 
-# --------------------------------------------------------------------------------------------------------------- memory
-
-
-def _status_bytes(key: str) -> int:
-    for line in Path("/proc/self/status").read_text().splitlines():
-        if line.startswith(key + ":"):
-            return int(line.split()[1]) * 1024
-    raise OSError(key)
-
-
-def peak_bytes(work: Callable[[], object]) -> int | None:
-    """Peak memory of the process during work() above what it had before; None where the system cannot tell."""
-    gc.collect()
-    accumloss.empty_cache()
-    try:
-        import ctypes
-
-        ctypes.CDLL(None).malloc_trim(0)  # memory that was freed but kept must not serve this call unseen
-        Path("/proc/self/clear_refs").write_text("5")  # resets VmHWM
-        before = _status_bytes("VmRSS")
-        work()
-        return max(0, _status_bytes("VmHWM") - before)
-    except (OSError, AttributeError, TypeError):
-        return None
-
-
 # ----------------------------------------------------------------------------------------------------------------- time
 
 
-def timed(work: Callable[[], object]) -> tuple[float, int]:
-    """Milliseconds and minor page faults of work(); what it returns is freed after the clock has stopped."""
-    faults = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
-    start = time.perf_counter_ns()
-    result = work()
-    end = time.perf_counter_ns()
-    faults = resource.getrusage(resource.RUSAGE_SELF).ru_minflt - faults
-    del result
-    return (end - start) / 1e6, faults
-
-
 def measure(
-    shape: Shape, peers: Mapping[str, Peer | str], rounds: int, seed: int = 0, adaptive: bool = True
+    shape: Shape,
+    peers: Mapping[str, Peer | str],
+    rounds: int,
+    seed: int = 0,
+    adaptive: bool = True,
+    device: Device | None = None,
+    grad_output: float = 1.0,
+    is_forward_only: bool = False,
 ) -> list[Result]:
-    """Results of all peers and of the two copies. A peer given as a string is missing, for that reason."""
-    case = Case.make(shape, seed)
+    """Results of all peers and of the ceilings. A peer given as a string is missing, for that reason.
+
+    Correctness is that of forward and backward also where the forward alone is timed.
+    """
+    device = device or Cpu()
+    case = Case.make(shape, seed, device.name, grad_output)
     results = {name: Result(name) for name in peers}
     works: dict[str, Callable[[], object]] = {}
     for name, peer in peers.items():
@@ -218,17 +199,19 @@ def measure(
         except WrongResult as error:
             results[name].missing = f"wrong result: {error}"
             continue
+        except torch.OutOfMemoryError:
+            results[name].missing = "out of memory"
+            continue
         except (ValueError, NotImplementedError) as error:
             results[name].missing = f"refused: {error}"
             continue
-        works[name] = lambda peer=peer: case.call(peer)
-    target = torch.empty_like(case.source).copy_(case.source)
-    for name, work in ((COPY, lambda: target.copy_(case.logits)), (COPY_TO_NEW, case.logits.clone)):
+        works[name] = (lambda peer=peer: case.forward(peer)) if is_forward_only else lambda peer=peer: case.call(peer)
+    for name, work in device.ceilings(case.source, case.logits).items():
         works[name], results[name] = work, Result(name)
 
     for name, work in works.items():
         case.refresh()
-        results[name].peak_bytes = peak_bytes(work)
+        results[name].peak_bytes = device.peak_bytes(work)
 
     order = random.Random(seed)
     gc.collect()
@@ -238,14 +221,14 @@ def measure(
             start = time.perf_counter()
             for work in works.values():
                 case.refresh()
-                timed(work)
+                device.timed(work)
             seconds = time.perf_counter() - start
         if adaptive:
             rounds = max(rounds, min(MOST_ROUNDS, int(SMALL_SHAPE_SECONDS / seconds)))
         for _ in range(rounds):
             for name in order.sample(list(works), len(works)):
                 case.refresh()
-                ms, faults = timed(works[name])
+                ms, faults = device.timed(works[name])
                 results[name].ms.append(ms)
                 results[name].page_faults.append(faults)
     finally:
@@ -279,7 +262,7 @@ COLUMNS = (
 )
 
 
-def _ratio(of: Result | None, to: Result) -> float | None:
+def ratio(of: Result | None, to: Result) -> float | None:
     """Median over the rounds of the time of `of` over the time of `to`."""
     if of is None or not of.ms or not to.ms:
         return None
@@ -302,8 +285,8 @@ def figures(regime: str, shape: Shape, results: list[Result]) -> list[dict[str, 
             quartiles = statistics.quantiles(result.ms, n=4, method="inclusive") if len(result.ms) > 1 else [median] * 3
             line.update(ms_median=median, ms_q1=quartiles[0], ms_q3=quartiles[2])
             line.update(gb_per_s=shape.floor_bytes / median / 1e6, page_faults=statistics.median(result.page_faults))
-            line["ratio_to_stock"] = _ratio(by_name.get(STOCK), result)
-            line["ratio_to_compile"] = _ratio(by_name.get(COMPILE), result)
-            line["fraction_of_copy"] = _ratio(by_name.get(COPY), result)
+            line["ratio_to_stock"] = ratio(by_name.get(STOCK), result)
+            line["ratio_to_compile"] = ratio(by_name.get(COMPILE), result)
+            line["fraction_of_copy"] = ratio(by_name.get(COPY), result)
         lines.append(line)
     return lines

@@ -5,7 +5,7 @@ All compute the causal loss with the shift inside, as a sum divided by num_items
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from functools import partial
 
@@ -23,7 +23,7 @@ class PeerMissing(RuntimeError):
 class Peer:
     name: str
     loss: Loss
-    # False: softmax and sums are rounded to the logits' dtype, and its result is held to that precision only
+    # False: something before the last rounding has the logits' dtype already, and its result is held to that only
     computes_in_fp32: bool = True
 
 
@@ -41,12 +41,15 @@ def stock() -> Peer:
     return Peer("stock", lambda logits, labels, n: loss(logits, labels, logits.shape[-1], num_items_in_batch=n))
 
 
+def _shifted(labels: torch.Tensor) -> torch.Tensor:
+    return F.pad(labels, (0, 1), value=-100)[..., 1:].flatten()
+
+
 def cross_entropy() -> Peer:
     """F.cross_entropy on the logits as they are, without the copy in fp32."""
 
     def loss(logits: torch.Tensor, labels: torch.Tensor, n: torch.Tensor) -> torch.Tensor:
-        shifted = F.pad(labels, (0, 1), value=-100)[..., 1:]
-        return F.cross_entropy(logits.flatten(0, -2), shifted.flatten(), reduction="sum") / n
+        return F.cross_entropy(logits.flatten(0, -2), _shifted(labels), reduction="sum") / n
 
     return Peer("F.cross_entropy", loss, computes_in_fp32=False)
 
@@ -75,6 +78,52 @@ def accumloss(inplace: bool | str = False) -> Peer:
     return Peer("accumloss" + (f" {inplace}" if inplace else ""), loss)
 
 
+def accumloss_mean() -> Peer:
+    """accumloss.causal_lm_loss without num_items_in_batch: the divisor is known after the forward only, so two visits."""
+    import accumloss as package
+
+    return Peer("accumloss mean", lambda logits, labels, n: package.causal_lm_loss(logits, labels))
+
+
+def liger(reduction: str) -> Peer:
+    """Liger's cross-entropy, which writes the gradient over the logits in forward.
+
+    As a mean over the call nothing is left for its backward; as a sum that is divided, the way of exact accumulation,
+    the gradient is visited again.
+    """
+    _needs_gpu("Liger")
+    try:
+        from liger_kernel.transformers.functional import liger_cross_entropy
+    except ImportError as error:
+        raise PeerMissing(f"needs liger-kernel ({error})") from None
+
+    def loss(logits: torch.Tensor, labels: torch.Tensor, n: torch.Tensor) -> torch.Tensor:
+        value = liger_cross_entropy(logits.flatten(0, -2), _shifted(labels), reduction=reduction)
+        return value / n if reduction == "sum" else value
+
+    return Peer(f"liger {reduction}", loss, computes_in_fp32=False)
+
+
+def quack() -> Peer:
+    """quack's cross-entropy, its gradient over the logits in backward."""
+    _needs_gpu("quack")
+    try:
+        from quack.cross_entropy import cross_entropy as quack_cross_entropy
+    except ImportError as error:
+        raise PeerMissing(f"needs quack-kernels ({error})") from None
+
+    def loss(logits: torch.Tensor, labels: torch.Tensor, n: torch.Tensor) -> torch.Tensor:
+        rows = logits.flatten(0, -2)
+        return quack_cross_entropy(rows, _shifted(labels), reduction="sum", inplace_backward=True) / n
+
+    return Peer("quack", loss, computes_in_fp32=False)
+
+
+def _needs_gpu(name: str) -> None:
+    if not torch.cuda.is_available():
+        raise PeerMissing(f"{name} needs a GPU, and none is here")
+
+
 STOCK, COMPILE = "stock", "compile"  # what the ratios are taken to
 
 PEERS: dict[str, Callable[[], Peer]] = {
@@ -85,3 +134,22 @@ PEERS: dict[str, Callable[[], Peer]] = {
     "accumloss backward": partial(accumloss, "backward"),
     "accumloss forward": partial(accumloss, "forward"),
 }
+
+GPU_PEERS: dict[str, Callable[[], Peer]] = {
+    **PEERS,
+    "accumloss mean": accumloss_mean,
+    "liger mean": partial(liger, "mean"),
+    "liger sum": partial(liger, "sum"),
+    "quack": quack,
+}
+
+
+def available(names: Iterable[str], peers: Mapping[str, Callable[[], Peer]]) -> dict[str, Peer | str]:
+    """The competitors of these names, or why one is missing."""
+    found: dict[str, Peer | str] = {}
+    for name in names:
+        try:
+            found[name] = peers[name]()
+        except PeerMissing as reason:
+            found[name] = str(reason)
+    return found

@@ -30,8 +30,13 @@ STYLES: dict[str, tuple[str, str, str] | None] = {
     "accumloss": ("#56B4E9", "", "o"),
     "accumloss backward": ("#0072B2", "\\\\", "v"),
     "accumloss forward": ("#004A75", "", "D"),
+    "accumloss mean": ("#009E73", "", "P"),
+    "liger mean": ("#999999", "", "<"),
+    "liger sum": ("#555555", "", ">"),
+    "quack": ("#F0E442", "", "p"),
     "copy": ("#DDDDDD", "..", ""),
     "copy to new": None,
+    "read": None,
 }
 STOCK = ("#D55E00", "", "x")
 NAMES = {
@@ -41,9 +46,13 @@ NAMES = {
     "accumloss backward": "accumloss, in place in backward",
     "accumloss forward": "accumloss, in place in forward",
     "accumloss in place": "accumloss, in place in forward",
+    "accumloss mean": "accumloss, two visits",
+    "liger mean": "Liger, mean",
+    "liger sum": "Liger, sum / n",
     "copy": "copy of the same bytes (ceiling)",
 }
 WAYS = {"stock": STOCK, "accumloss": STYLES["accumloss"], "accumloss in place": STYLES["accumloss forward"]}
+CEILINGS = ("copy", "copy to new", "read")
 IGNORED = {0.0: "-", 0.5: "--", 0.9: ":"}
 
 Lines = list[dict[str, str]]
@@ -61,6 +70,11 @@ def caption(table: Path) -> str:
     facts = json.loads(notes.read_text())
     if "cpu" not in facts:
         return ""
+    if "capability" in facts:
+        return (
+            f"{facts['device']}, driver {facts['driver']}, CUDA {facts['cuda']}, torch {facts['torch']}, "
+            f"accumloss {facts['accumloss']} at {str(facts.get('commit'))[:9]}"
+        )
     return (
         f"{facts['cpu']}, {facts['threads']} threads ({facts['build'].get('cpu_capability')}), torch {facts['torch']}, "
         f"transformers {facts['transformers']}, accumloss {facts['accumloss']} at {str(facts.get('commit'))[:9]}"
@@ -302,7 +316,62 @@ def draw_training(table: Path, lines: Lines) -> list[Path]:
     return save(figure, table)
 
 
+# GPU ------------------------------------------------------------------------------------------------------------------
+
+
+def draw_gpu(table: Path, lines: Lines) -> list[Path]:
+    """Fraction of the ceiling along V, of all and of the forward alone; peak memory; ignored rows."""
+    plain_lines = [l for l in lines if l["dtype"] == "bf16" and float(l["grad_output"]) == 1 and l["ms_median"]]
+    rows = plain_lines[0]["rows"]
+    full = [l for l in plain_lines if l["rows"] == rows]
+    figure = Figure(figsize=(9, 7), layout="constrained")
+    (all_axis, forward_axis), (memory_axis, ignored_axis) = figure.subplots(2, 2)
+
+    def curves(axis: Axes, mode: str, name: str) -> None:
+        of = [l for l in full if l["mode"] == mode and float(l["ignored"]) == 0 and l["peer"] not in CEILINGS]
+        for peer in dict.fromkeys(l["peer"] for l in of):
+            points = sorted((int(l["vocab"]), float(l[name])) for l in of if l["peer"] == peer and l[name])
+            if points:
+                colour, _, mark = style(peer)
+                label = NAMES.get(peer, peer)
+                axis.plot(
+                    *zip(*points, strict=True), "-", color=colour, marker=mark, markersize=4, label=label, linewidth=1.3
+                )
+        axis.set_xscale("log")
+        axis.set_xlabel("classes V")
+        plain(axis)
+
+    curves(all_axis, "forward + backward", "fraction_of_copy")
+    all_axis.set_ylabel("fraction of the speed of a copy")
+    all_axis.set_title("forward + backward", fontsize=10)
+    curves(forward_axis, "forward", "fraction_of_read")
+    forward_axis.set_ylabel("fraction of the speed of a read")
+    forward_axis.set_title("forward alone", fontsize=10)
+    for axis in (all_axis, forward_axis):
+        axis.axhline(1, color="#888888", linewidth=0.8)
+        axis.set_ylim(0, None)
+    curves(memory_axis, "forward + backward", "peak_extra_over_logits")
+    memory_axis.set_ylabel("peak memory above the logits (× their size)")
+    memory_axis.set_title("memory", fontsize=10)
+    shares = [l for l in full if l["mode"] == "forward + backward" and l["peer"] == "accumloss forward"]
+    for vocab in dict.fromkeys(l["vocab"] for l in shares if float(l["ignored"]) > 0):
+        points = sorted((100 * float(l["ignored"]), float(l["ms_median"])) for l in shares if l["vocab"] == vocab)
+        line = "-" if vocab == "32000" else "--"
+        colour, _, mark = style("accumloss forward")
+        ignored_axis.plot(*zip(*points, strict=True), line, color=colour, marker=mark, markersize=4)
+        ignored_axis.annotate(f"V = {vocab}", points[0], xytext=(4, 4), textcoords="offset points", fontsize=8)
+    ignored_axis.set_ylim(0, None)
+    ignored_axis.set_xlabel("labels ignored (%)")
+    ignored_axis.set_ylabel("forward + backward (ms)")
+    ignored_axis.set_title("ignored rows, accumloss in place in forward", fontsize=10)
+    plain(ignored_axis)
+    legend(figure, table, entries_of(all_axis), 3)
+    figure.suptitle(f"Causal cross-entropy on a GPU, {rows} rows, bf16", fontsize=11)
+    return save(figure, table)
+
+
 KINDS: dict[str, Callable[[Path, Lines], list[Path]]] = {  # by a column that only this kind of table has
+    "grad_output": draw_gpu,
     "sweep": draw_scaling,
     "loss_share": draw_training,
     "ratio_to_stock": draw_speedups,
@@ -316,7 +385,7 @@ def draw(table: Path) -> list[Path]:
         if lines and column in lines[0]:
             return kind(table, lines)
     raise ValueError(
-        f"{table}: expected a table of bench_cross_entropy, bench_scaling or bench_training_step, got another"
+        f"{table}: expected a table of bench_cross_entropy, bench_scaling, bench_training_step or bench_gpu, got another"
     )
 
 
@@ -325,7 +394,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="plot.py", description=(__doc__ or "").splitlines()[0])
     parser.add_argument("tables", type=Path, nargs="*", metavar="TABLE")
     options = parser.parse_args(arguments)
-    known = [results / f"{name}_cpu.csv" for name in ("cross_entropy", "scaling", "training_step")]
+    known = [results / f"{name}.csv" for name in ("cross_entropy_cpu", "scaling_cpu", "training_step_cpu", "gpu")]
     try:
         for table in options.tables or [table for table in known if table.exists()]:
             for path in draw(table):

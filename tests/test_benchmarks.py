@@ -3,7 +3,10 @@
 # ruff: noqa: E402 - the benchmarks are no package and are put on sys.path first
 import csv
 import json
+import os
+import re
 import statistics
+import subprocess
 import sys
 from pathlib import Path
 
@@ -19,6 +22,7 @@ if not BENCHMARKS.is_dir():
 sys.path.insert(0, str(BENCHMARKS))
 
 import bench_cross_entropy
+import devices
 import harness
 import peers
 import shapes
@@ -171,7 +175,7 @@ def test_figures_are_medians_of_ratios_within_rounds():
 
 
 def test_memory_of_a_call_is_seen():
-    peak = harness.peak_bytes(lambda: torch.ones(10_000_000))
+    peak = devices.Cpu().peak_bytes(lambda: torch.ones(10_000_000))
     if peak is None:
         pytest.skip("this system does not tell the peak memory of a process")
     assert 39e6 <= peak < 60e6  # the kernel counts pages in batches
@@ -318,3 +322,106 @@ def test_training_step_benchmark(tmp_path, monkeypatch, capfd, model):
         lines = list(csv.DictReader(file))
     assert len(lines) == 6 and all(0 < float(line["loss_ms"]) < float(line["step_ms"]) for line in lines)
     assert plot.main([str(tmp_path / "training_step_cpu.csv")]) == 0
+
+
+# The benchmark of a GPU, as far as a machine without one can tell ------------------------------------------------------
+
+
+def test_gpu_goals_are_read_from_the_measurements():
+    import bench_gpu
+
+    def line(peer, ms, vocab=32000, **more):
+        found = dict.fromkeys(bench_gpu.FIELDS)
+        found.update(peer=peer, ms_median=ms, vocab=vocab, rows=8192, dtype="bf16", ignored=0.0, missing="")
+        found.update(mode=bench_gpu.BOTH, grad_output=1.0)
+        return {**found, **more}
+
+    lines = [
+        line("accumloss forward", 1.0, fraction_of_copy=0.95, peak_extra_over_logits=0.0),
+        line("accumloss forward", 2.0, 128256, fraction_of_copy=0.92, peak_extra_over_logits=0.0),
+        line("accumloss forward", 0.7, ignored=0.5),
+        line("accumloss forward", 0.1, grad_output=0.5, fraction_of_copy=9.0),
+        line("accumloss forward", 0.1, dtype="fp32", fraction_of_copy=9.0),
+        line("accumloss", 1.0, mode=bench_gpu.FORWARD, fraction_of_read=0.96),
+        line("accumloss mean", 1.5, fraction_of_copy=0.64),
+        line("stock", 12.0),
+        line("liger mean", 1.5),
+        line("quack", None, missing="needs a GPU"),
+    ]
+    found = {what: (got, ok) for what, _, got, ok in bench_gpu.goals(lines)}
+    assert found["in place, of the copy, V >= 32000"] == ("0.92 to 0.95", False)
+    assert found["forward alone, of the read, V >= 32000"] == ("0.96 to 0.96", True)
+    assert found["two visits, of a copy of their bytes, V >= 32000"] == ("0.96 to 0.96", True)
+    assert found["in place over stock, V >= 32000"] == ("12.00 to 12.00", True)
+    assert found["in place over liger mean, V >= 32000"] == ("1.50 to 1.50", True)
+    assert found["50 % ignored over none ignored, in place"] == ("0.700 to 0.700", True)
+    assert found["memory above the logits, in place, of their size"][1]
+    assert not any("quack" in what for what in found)
+
+
+def test_gpu_cases_cover_what_is_promised():
+    import bench_gpu
+
+    cases = bench_gpu.cases()
+    assert {case.shape.rows for case in cases} == {4096, 8192, 32768}
+    assert {2, 1000, 32000, 50257, 128256, 151936, 262144} <= {case.shape.vocab for case in cases}
+    assert {case.shape.ignored for case in cases} == {0.0, 0.5, 0.9}
+    assert {case.shape.dtype for case in cases} == {"bf16", "fp16", "fp32"}
+    assert {case.grad_output for case in cases} == {1.0, 0.5}
+    assert any(case.shape.rows * case.shape.vocab > 2**31 for case in cases)
+
+
+def test_harness_knows_other_gradients_of_the_loss_and_forward_alone():
+    competitor = peers.Peer("stock", lambda logits, labels, n: losses(logits, labels).sum() / n)
+    shape = Shape(32, 50, "fp32")
+    right = harness.measure(shape, {"stock": competitor}, rounds=2, adaptive=False, grad_output=0.5)
+    assert right[0].missing == "" and len(right[0].ms) == 2
+    wrong = peers.Peer("wrong", lambda logits, labels, n: losses(logits, labels).sum() / n + 0 * n)
+    case = harness.Case.make(shape, grad_output=0.5)
+    loss, grad = case.call(wrong)
+    assert harness.errors(case, loss, grad)[1] < 1e-5 < harness.errors(case, loss, 2 * grad)[1]
+    alone = harness.measure(shape, {"stock": competitor}, rounds=2, adaptive=False, is_forward_only=True)
+    assert alone[0].missing == "" and len(alone[0].ms) == 2
+    assert not case.forward(competitor).requires_grad
+
+
+def test_gpu_script_runs_dry(tmp_path):
+    environment = {**os.environ, "PYTHON": sys.executable, "BENCH_SECONDS": "0.1"}
+    environment["PYTHONPATH"] = str(Path(accumloss.__file__).parents[1])
+    command = ["bash", str(BENCHMARKS / "gpu.sh"), "--dry-run", str(tmp_path)]
+    ran = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert ran.returncode == 0, ran.stdout + ran.stderr
+    for name in ("modules", "tests on CUDA", "calls of the sanitizer", "benchmark", "picture"):
+        assert re.search(rf"^{name} +\d+ s  ok$", ran.stdout, re.MULTILINE), ran.stdout
+    with (tmp_path / "gpu.csv").open(newline="") as file:
+        lines = list(csv.DictReader(file))
+    by_peer = {line["peer"]: line for line in lines if line["mode"] == "forward + backward"}
+    assert float(by_peer["accumloss forward"]["ms_median"]) > 0
+    assert "needs a GPU" in by_peer["quack"]["missing"] or torch.cuda.is_available()
+    page = (tmp_path / "gpu.md").read_text()
+    assert page.startswith("# Dry run") and "the time was used up" in page
+    assert (tmp_path / "gpu.png").exists() and json.loads((tmp_path / "gpu.json").read_text())["not_measured"]
+
+
+def test_gpu_benchmark_refuses_to_write_figures_that_mean_nothing(capsys):
+    import bench_gpu
+
+    with pytest.raises(SystemExit):
+        bench_gpu.main(["--dry-run"])
+    assert "--dry-run: expected --out" in capsys.readouterr().err
+    if not torch.cuda.is_available():
+        with pytest.raises(SystemExit):
+            bench_gpu.main([])
+        assert "no GPU is here" in capsys.readouterr().err
+
+
+def test_sanitizer_is_shown_every_kernel():
+    """Each kernel in each pass and dtype that the table can choose it for."""
+    sys.path.insert(0, str(BENCHMARKS.parent / "tests" / "cuda"))
+    import every_kernel
+
+    found = {(kernel, call, dtype) for _, dtype, _, call, kernel in every_kernel.calls("sm_90")}
+    for V in (2, 64, 65, 1024, 1025, 5003, 50257, 128256, 400000):
+        for dtype in every_kernel.DTYPES:
+            for call in every_kernel.CALLS:
+                assert (accumloss.plan(V, dtype, arch="sm_90", call=call).kernel, call, dtype) in found

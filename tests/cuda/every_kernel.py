@@ -1,0 +1,86 @@
+"""Calls every CUDA kernel once on small inputs, for compute-sanitizer, which is too slow for the whole suite.
+
+    compute-sanitizer --tool racecheck python tests/cuda/every_kernel.py
+
+With --list it names the calls and their kernels on sm_90, and needs no GPU.
+"""
+
+import os
+import sys
+from collections.abc import Iterator
+
+import torch
+
+import accumloss
+
+PLANS = ("packed", "warp", "block", "held", "staged:1", "staged:2", "staged:8")
+SIZES = {
+    "packed": 61,
+    "warp": 1000,
+    "block": 5003,
+    "held": 5003,
+    "staged:1": 5003,
+    "staged:2": 20000,
+    "staged:8": 70001,
+}
+DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
+OPTIONS = {"plain": {}, "general": {"label_smoothing": 0.1, "softcap": 30.0, "metrics": True}}
+CALLS = ("forward", "backward", "with_grad")
+
+
+def kernel_of(plan: str, dtype: torch.dtype, call: str, arch: str | None = None) -> str | None:
+    """The kernel that serves a call where the plan is forced, None where it cannot be."""
+    os.environ["ACCUMLOSS_CUDA_PLAN"] = plan
+    try:
+        return accumloss.plan(SIZES[plan], dtype, call=call, arch=arch).kernel
+    except RuntimeError:
+        return None
+    finally:
+        del os.environ["ACCUMLOSS_CUDA_PLAN"]
+
+
+def calls(arch: str | None = None) -> Iterator[tuple[str, torch.dtype, str, str, str]]:
+    """plan, dtype, options, call, kernel"""
+    for plan in PLANS:
+        for dtype in DTYPES:
+            for options in OPTIONS:
+                for call in CALLS:
+                    kernel = kernel_of(plan, dtype, call, arch)
+                    if kernel is not None:
+                        yield plan, dtype, options, call, kernel
+
+
+def run() -> int:
+    ops = torch.ops.accumloss
+    one = torch.ones((), device="cuda")
+    done = 0
+    for plan, dtype, options, call, _ in calls():
+        V = SIZES[plan]
+        logits = torch.randn(1, 7, V, device="cuda").to(dtype)
+        labels = torch.tensor([[0, V - 1, -100, 3, 5, -100, 1]], device="cuda")
+        factor = one.double() if dtype == torch.float64 else one
+        os.environ["ACCUMLOSS_CUDA_PLAN"] = plan
+        if call == "with_grad":
+            sums = ops.cross_entropy_with_grad(factor, logits, labels, **OPTIONS[options])
+            grad = sums[-1]
+        else:
+            sums = ops.cross_entropy(logits, labels, **OPTIONS[options])
+            grad = None
+            if call == "backward":
+                grad = ops.cross_entropy_backward(factor, logits, labels, sums[3], sums[6], **OPTIONS[options])
+        if grad is not None:
+            ops.scale_(grad, factor / 2)
+            assert torch.isfinite(grad).all() and (grad[0, 0] != 0).any(), (plan, dtype, options, call)
+        assert sums[1].item() == 5 and torch.isfinite(sums[0]), (plan, dtype, options, call)
+        done += 1
+    torch.cuda.synchronize()
+    print(f"{done} calls")
+    return 0
+
+
+if __name__ == "__main__":
+    if "--list" in sys.argv:
+        for found in calls("sm_90"):
+            print(*found)
+    else:
+        sys.exit(run())
