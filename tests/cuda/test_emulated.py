@@ -6,6 +6,7 @@ import concurrent.futures
 import itertools
 import math
 
+import cases
 import emulated
 import pytest
 import row_oracle
@@ -82,8 +83,12 @@ def assert_within(name: str, got: torch.Tensor, want: torch.Tensor, bound: torch
 
 
 def check_case(backend: emulated.Backend, case: dict, dtype: torch.dtype) -> None:
+    check(backend, *inputs(case, dtype), offset=case.get("offset", 0))
+
+
+def check(backend: emulated.Backend, logits, labels, weight, grad: float, options: dict, offset: int = 0) -> None:
     """Forward, backward and both in one, out of place and in place, against float64."""
-    logits, labels, weight, grad, options = inputs(case, dtype)
+    dtype = logits.dtype
     pristine = logits.clone()
     want = row_oracle.rows(logits.nan_to_num(0.0), labels, weight, grad, **options)
     u = U[dtype]
@@ -106,7 +111,7 @@ def check_case(backend: emulated.Backend, case: dict, dtype: torch.dtype) -> Non
     check_sums(got)
 
     def fresh() -> torch.Tensor:
-        return emulated.guarded(logits, case.get("offset", 0))
+        return emulated.guarded(logits, offset)
 
     def check_gradient(name: str, gradient: torch.Tensor) -> None:
         assert_within(name, gradient, want.grad, want.grad_bound)
@@ -120,7 +125,7 @@ def check_case(backend: emulated.Backend, case: dict, dtype: torch.dtype) -> Non
     check_gradient("backward in place", backend.backward(over, *arguments, out=over, **options))
     both = backend.forward_with_grad(logits, labels, grad, weight, **options)
     check_gradient("forward_with_grad", both["grad_logits"])
-    same = emulated.guarded(torch.full_like(logits, 7.0).contiguous(), case.get("offset", 0))
+    same = emulated.guarded(torch.full_like(logits, 7.0).contiguous(), offset)
     backend.forward_with_grad(logits, labels, grad, weight, out=same, **options)
     check_gradient("forward_with_grad, aligned as the logits", same)
     over = fresh()
@@ -135,6 +140,35 @@ def check_case(backend: emulated.Backend, case: dict, dtype: torch.dtype) -> Non
 def test_emulated_matches_float64(backend, name, dtype):
     backend.seed(1)
     check_case(backend, CASES[name], dtype)
+
+
+def rows_of(case: cases.Case):
+    """What the op hands to a kernel: logits (B, T, V) with V contiguous, labels (B, T), weight, grad, options."""
+    logits, labels = case.logits, case.labels
+    while logits.dim() < 3:
+        logits, labels = logits[None], labels[None]
+    logits, labels = logits.flatten(0, -3), labels.flatten(0, -2)
+    if logits.stride(-1) != 1 and logits.shape[-1] > 1:
+        logits = logits.contiguous()
+    return logits, labels, case.weight, -0.5, {**case.kwargs, "metrics": True}
+
+
+@pytest.mark.parametrize("dtype", FLOATS, ids=str)
+def test_emulated_sample_cases(backend, dtype):
+    backend.seed(31)
+    for case in cases.sample_cases(dtype):
+        check(backend, *rows_of(case))
+
+
+@pytest.mark.parametrize("plan", ["packed", "warp", "block", "held", "staged:1", "staged:2", "staged:4", "staged:8"])
+def test_emulated_sample_cases_by_every_plan(backend, plan):
+    limit = {"packed": 64, "warp": 1024}.get(plan, 1 << 30)
+    for seed, dtype in ((32, torch.bfloat16), (33, torch.float32)):
+        backend.seed(seed)
+        with backend.plan(plan, multiprocessors=seed % 2):
+            for case in cases.sample_cases(dtype, large=False):
+                if case.logits.shape[-1] <= limit:
+                    check(backend, *rows_of(case))
 
 
 # Each plan by force, on rows that it need not be meant for: more of them than it has stages (one cluster walks over
