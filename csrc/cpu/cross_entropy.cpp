@@ -281,11 +281,13 @@ struct Exponentials {
 };
 
 // Where push leaves the exponentials of a row: its gradient's own place where they fit into it, else scratch. Metrics
-// may ask for the logits again, whose place that may be.
+// may ask for the logits again, so that their place will not do.
 void* exps_of(const Rows& rows, const Exponentials& scratch, const LogitsView& grad_logits, int64_t row) {
   const LossOptions& options = rows.inputs.options;
   const bool fits = grad_logits.dtype == Dtype::kFloat32 || grad_logits.dtype == Dtype::kFloat64;
-  return fits && is_plain(options) && !options.metrics ? row_data(grad_logits, row) : scratch.exps;
+  char* const grad = row_data(grad_logits, row);
+  const bool logits_stay = !options.metrics || grad != row_data(rows.inputs.logits, row);
+  return fits && is_plain(options) && logits_stay ? grad : scratch.exps;
 }
 
 void zero_row(const LogitsView& grad, int64_t row) {
@@ -323,10 +325,10 @@ void run_short(const Rows& rows, const CrossEntropySums* sums, double* lse, void
         part.weight += weight;
         part.loss += weight * group.nll[r];
         ++part.items;
-        if (metrics) {
-          part.entropy += group.entropy[r];
-          part.correct += group.is_argmax[r] && group.nll[r] == group.nll[r];
-        }
+      }
+      for (int64_t r = 0; metrics && r < group.count; ++r) {
+        part.entropy += group.is_item[r] ? group.entropy[r] : 0;
+        part.correct += group.is_item[r] & group.is_argmax[r] & (group.nll[r] == group.nll[r]);
       }
     }
     parts[i] = part;

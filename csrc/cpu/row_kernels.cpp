@@ -153,7 +153,8 @@ template <typename T>
 struct ExpFrom {
   using Acc = typename std::conditional<std::is_same<T, double>::value, double, float>::type;
   using Real = typename Vectors<Acc>::Real;
-  static constexpr double kUnit = 1;  // of u in z
+  static constexpr double kUnit = 1;            // of u in z
+  static constexpr bool kClampsAlways = false;  // whether u exp() is 0 at -inf also where exp() is not asked to clamp
   const Acc origin_;
 
   ACCUMLOSS_INLINE explicit ExpFrom(Acc origin) : origin_(origin) {}
@@ -165,6 +166,10 @@ struct ExpFrom {
     *u = d;
     if constexpr (kClamps) *u = d < Vectors<Acc>::kLowest ? broadcast<Acc>(Vectors<Acc>::kLowest) : d;
     return exp_of_difference<T, Acc>(z, broadcast(origin_), d);
+  }
+  template <bool kClamps, int kCount>
+  ACCUMLOSS_INLINE void exps(const Real* z, Real* u, Real* e) const {
+    for (int k = 0; k < kCount; ++k) e[k] = exp<kClamps>(z[k], u + k);
   }
 };
 
@@ -178,7 +183,8 @@ struct ExpFrom<BFloat16> {
   using Int = Vectors<float>::Int;
   static constexpr float kScale = 0.72134752f;
   static constexpr double kUnit = 1.0 / static_cast<double>(kScale);
-  static constexpr float kLowest = -63.f;      // 2^-126: below, the result is zero
+  static constexpr bool kClampsAlways = true;
+  static constexpr float kLowest = -63.5f;     // the exponent field of 2^-127 is that of zero: u is raised to it
   static constexpr float kMagic = 6291519.5f;  // 1.5 * 2^22 + 127 / 2: adding it rounds to halves, biased
   // From here on two bf16 are equal or 2^12 apart, and the rounding of the offset would not be small any more: the
   // origin is a bf16 then, and a difference from it 0 or large in any unit.
@@ -205,18 +211,26 @@ struct ExpFrom<BFloat16> {
   }
   template <bool kClamps>
   ACCUMLOSS_INLINE Real exp(Real z, Real* u) const {
-    const Real x = kFused ? z * scale_ + offset_ : (z + offset_) * scale_;
-    const Int zero = x < kLowest;
-    const Real shifted = x + kMagic;
-    const Real f = x - (shifted - kMagic);
-    Real p = f * 0.0424471274018f + 0.154744207859f;  // minimax on [-1/4, 1/4], 9e-8
-    p = p * f + 0.444058686495f;
-    p = p * f + 0.960889697075f;
-    p = p * f + 1.3862940073f;
-    p = p * f + 1.0f;
-    *u = x;
-    if constexpr (kClamps) *u = zero ? broadcast<float>(kLowest) : x;
-    return zero ? Real{} : p * reinterpret_cast<Real>(reinterpret_cast<Int>(shifted) << Vectors<float>::kMantissaBits);
+    Real e;
+    exps<kClamps, 1>(&z, u, &e);
+    return e;
+  }
+  // kCount of them, side by side in each step: what waits for a result waits outside of the core's schedulers.
+  template <bool kClamps, int kCount>
+  ACCUMLOSS_INLINE void exps(const Real* z, Real* u, Real* e) const {
+    Real shifted[kCount], f[kCount], p[kCount];
+    for (int k = 0; k < kCount; ++k) u[k] = kFused ? z[k] * scale_ + offset_ : (z[k] + offset_) * scale_;
+    for (int k = 0; k < kCount; ++k) u[k] = maximum(broadcast<float>(kLowest), u[k]);  // a NaN stays
+    for (int k = 0; k < kCount; ++k) shifted[k] = u[k] + kMagic;
+    for (int k = 0; k < kCount; ++k) f[k] = shifted[k] - kMagic;
+    for (int k = 0; k < kCount; ++k) f[k] = u[k] - f[k];
+    for (int k = 0; k < kCount; ++k) p[k] = f[k] * 0.0424471274018f + 0.154744207859f;  // minimax on [-1/4, 1/4], 9e-8
+    for (int k = 0; k < kCount; ++k) p[k] = p[k] * f[k] + 0.444058686495f;
+    for (int k = 0; k < kCount; ++k) p[k] = p[k] * f[k] + 0.960889697075f;
+    for (int k = 0; k < kCount; ++k) p[k] = p[k] * f[k] + 1.3862940073f;
+    for (int k = 0; k < kCount; ++k) p[k] = p[k] * f[k] + 1.0f;
+    for (int k = 0; k < kCount; ++k)
+      e[k] = p[k] * reinterpret_cast<Real>(reinterpret_cast<Int>(shifted[k]) << Vectors<float>::kMantissaBits);
   }
 };
 
@@ -588,33 +602,39 @@ constexpr Acc negative_infinity(Acc) {
   return -std::numeric_limits<Acc>::infinity();
 }
 
-template <typename Acc>
-ACCUMLOSS_INLINE bool any_lane(typename Vectors<Acc>::Int mask) {
+// Whether any lane of a is above b.
+ACCUMLOSS_INLINE bool any_greater(Vectors<float>::Real a, Vectors<float>::Real b) {
 #if defined(__AVX512F__)
-  return _mm512_test_epi32_mask(reinterpret_cast<__m512i>(mask), reinterpret_cast<__m512i>(mask)) != 0;
+  return _mm512_cmp_ps_mask(reinterpret_cast<__m512>(a), reinterpret_cast<__m512>(b), _CMP_GT_OQ) != 0;
 #elif defined(__AVX2__)
-  return !_mm256_testz_si256(reinterpret_cast<__m256i>(mask), reinterpret_cast<__m256i>(mask));
+  return _mm256_movemask_ps(_mm256_cmp_ps(reinterpret_cast<__m256>(a), reinterpret_cast<__m256>(b), _CMP_GT_OQ)) != 0;
 #else
-  uint64_t words[kVectorBytes / 8], any = 0;
-  std::memcpy(words, &mask, sizeof words);
-  for (const uint64_t word : words) any |= word;
-  return any != 0;
+  bool any = false;
+  for (int i = 0; i < Vectors<float>::kWidth; ++i) any |= a[i] > b[i];
+  return any;
 #endif
+}
+ACCUMLOSS_INLINE bool any_greater(Vectors<double>::Real a, Vectors<double>::Real b) {
+  bool any = false;
+  for (int i = 0; i < Vectors<double>::kWidth; ++i) any |= a[i] > b[i];
+  return any;
 }
 
 template <typename Acc>
 ACCUMLOSS_INLINE bool any_above(const typename Vectors<Acc>::Real* v, Acc limit) {
-  typename Vectors<Acc>::Int above = v[0] > limit;
-  for (int k = 1; k < kLanes / Vectors<Acc>::kWidth; ++k) above |= v[k] > limit;
-  return any_lane<Acc>(above);
+  typename Vectors<Acc>::Real max = v[0];
+  for (int k = 1; k < kLanes / Vectors<Acc>::kWidth; ++k) max = maximum(v[k], max);
+  return any_greater(max, broadcast(limit));
 }
 
-template <typename Acc>
-ACCUMLOSS_INLINE bool any_nan(const typename Vectors<Acc>::Real* v) {
-  typename Vectors<Acc>::Int is_nan = v[0] != v[0];
-  for (int k = 1; k < kLanes / Vectors<Acc>::kWidth; ++k) is_nan |= v[k] != v[k];
-  return any_lane<Acc>(is_nan);
-}
+// How many groups go through a loop at once: their chains of dependent instructions side by side, in 32 registers.
+template <typename T>
+constexpr int kGroupsAtOnce = kVectorBytes == 64 && std::is_same<T, BFloat16>::value ? 2 : 1;
+// Logits whose exponentials are summed up in float, and have one reference. bf16 keeps 8 bits: two blocks.
+template <typename T>
+constexpr int64_t kSpan = std::is_same<T, BFloat16>::value ? 2 * kBlock : kBlock;
+template <int kCount>
+using Groups = std::integral_constant<int, kCount>;
 
 // copy = the classes [begin, begin + kLanes), with -inf for the label and past the end.
 template <typename T>
@@ -633,14 +653,15 @@ void push_plain(const RowSegment& row, RowState<double>* state, typename AccOf<T
   using Real = typename V::Real;
   constexpr int kVectors = Group<T>::kVectors;
   constexpr Acc kInfinity = std::numeric_limits<Acc>::infinity();
+  constexpr int kStep = kGroupsAtOnce<T>;
   constexpr Acc kHeadroom = 4;  // a block may exceed its reference by so much: sums stay far from overflow
   // Where the exponentials may take the place of the logits, they lie in the order of memory and end with the row;
   // where they do, a block is visited once: its logits are gone after.
   constexpr bool kMayBeLogits = std::is_same<T, Acc>::value;
   const bool is_over_logits = kStore && static_cast<const void*>(exps) == row.x;
   const int64_t target_group = row.begin + (row.target - row.begin) / kLanes * kLanes;
-  // work(logits, exponentials, clamps) for the groups of [begin, end), and whether it stores the exponentials. A group
-  // that was copied has -inf in it, where exp() is asked to clamp.
+  // work(logits, exponentials, clamps, groups) for the groups of [begin, end), one or kStep at a time, and whether it
+  // stores the exponentials. A group that was copied has -inf in it, where exp() is asked to clamp.
   const auto for_each_group = [&](int64_t begin, int64_t end, bool stores, auto clamps,
                                   const auto& work) __attribute__((always_inline)) {
     alignas(64) T copy[kLanes];
@@ -652,12 +673,14 @@ void push_plain(const RowSegment& row, RowState<double>* state, typename AccOf<T
       if (i == target_group || stop > end) {
         copy_masked(row, i, copy);
         if (kMayBeLogits && stop > end) to = rest;
-        work(copy, to, std::true_type());
+        work(copy, to, std::true_type(), Groups<1>());
         i += kLanes;
       } else {
         stop = i + (end - i) / kLanes * kLanes;
         if (i < target_group && target_group < stop) stop = target_group;
-        for (; i < stop; i += kLanes, group += kLanes, to += kLanes) work(group, to, clamps);
+        for (; i + kStep * kLanes <= stop; i += kStep * kLanes, group += kStep * kLanes, to += kStep * kLanes)
+          work(group, to, clamps, Groups<kStep>());
+        for (; i < stop; i += kLanes, group += kLanes, to += kLanes) work(group, to, clamps, Groups<1>());
       }
       if (stores && kMayBeLogits && stop > end)
         std::memcpy(exps + stop - kLanes, rest, static_cast<size_t>(end - stop + kLanes) * sizeof(Acc));
@@ -680,14 +703,16 @@ void push_plain(const RowSegment& row, RowState<double>* state, typename AccOf<T
     sum *= factor;
   };
 
-  for (int64_t begin = row.begin; begin < row.end; begin += kBlock) {
-    const int64_t end = row.end - begin < kBlock ? row.end : begin + kBlock;
+  for (int64_t begin = row.begin; begin < row.end; begin += kSpan<T>) {
+    const int64_t end = row.end - begin < kSpan<T> ? row.end : begin + kSpan<T>;
     if (begin == row.begin || is_over_logits) {
       for_each_group(begin, end, false, std::true_type(),
-                     [&](const T* group, Acc*, auto) __attribute__((always_inline)) {
-                       Real v[kVectors];
-                       Group<T>::load(group, v);
-                       for (int k = 0; k < kVectors; ++k) max[k] = maximum(v[k], max[k]);
+                     [&](const T* group, Acc*, auto, auto groups) __attribute__((always_inline)) {
+                       for (int g = 0; g < decltype(groups)::value; ++g) {
+                         Real v[kVectors];
+                         Group<T>::load(group + g * kLanes, v);
+                         for (int k = 0; k < kVectors; ++k) max[k] = maximum(v[k], max[k]);
+                       }
                      });
       if (begin == row.begin || any_above<Acc>(max, reference + kHeadroom)) raise_reference();
     }
@@ -696,17 +721,19 @@ void push_plain(const RowSegment& row, RowState<double>* state, typename AccOf<T
       for (int k = 0; k < kVectors; ++k) sums[k] = products[k] = Real{};
       const ExpFrom<T> exp_from(reference);
       for_each_group(begin, end, kStore, clamps_all,
-                     [&](const T* group, Acc* to, auto clamps) __attribute__((always_inline)) {
-                       prefetch(group);
-                       Real v[kVectors];
-                       Group<T>::load(group, v);
-                       for (int k = 0; k < kVectors; ++k) {
-                         max[k] = maximum(v[k], max[k]);
-                         Real u;
-                         const Real e = exp_from.template exp<decltype(clamps)::value>(v[k], &u);
-                         sums[k] += e;
-                         if (kWeighted) products[k] += e * u;
-                         if (kStore) store(e, to + k * V::kWidth);
+                     [&](const T* group, Acc* to, auto clamps, auto groups) __attribute__((always_inline)) {
+                       constexpr int kCount = decltype(groups)::value * kVectors;
+                       Real v[kCount], u[kCount], e[kCount];
+                       for (int g = 0; g < kCount / kVectors; ++g) {
+                         prefetch(group + g * kLanes);
+                         Group<T>::load(group + g * kLanes, v + g * kVectors);
+                       }
+                       for (int k = 0; k < kCount; ++k) max[k % kVectors] = maximum(v[k], max[k % kVectors]);
+                       exp_from.template exps<decltype(clamps)::value, kCount>(v, u, e);
+                       for (int k = 0; k < kCount; ++k) {
+                         sums[k % kVectors] += e[k];
+                         if (kWeighted) products[k % kVectors] += e[k] * u[k];
+                         if (kStore) store(e[k], to + k * V::kWidth);
                        }
                      });
     };
@@ -716,10 +743,16 @@ void push_plain(const RowSegment& row, RowState<double>* state, typename AccOf<T
       raise_reference();
       if (reference != before) visit(std::false_type());
     }
-    if (kWeighted && any_nan<Acc>(products)) visit(std::true_type());  // 0 * -inf, of a masked class
+    if (kWeighted) {
+      Acc products_sum = sum_lanes<Acc>(products);
+      if (!ExpFrom<T>::kClampsAlways && products_sum != products_sum) {  // 0 * -inf, of a masked class
+        visit(std::true_type());
+        products_sum = sum_lanes<Acc>(products);
+      }
+      weighted += products_sum * ExpFrom<T>::kUnit;
+    }
     if (kStore) references[begin / kBlock] = reference;
     sum += sum_lanes<Acc>(sums);
-    if (kWeighted) weighted += sum_lanes<Acc>(products) * ExpFrom<T>::kUnit;
   }
   state->max = max_lanes<Acc>(max);
   const double factor = state->max == -kInfinity ? 1.0 : std::exp(origin() - state->max);
@@ -790,8 +823,8 @@ void write_grad_from_exps_plain(const RowSegment& row, const RowGrad<double>& gr
     return static_cast<Acc>(gradient.probability * std::exp(ExpFrom<T>(reference).origin() - gradient.lse_high));
   };
   Acc reference = references[row.begin / kBlock], factor = factor_of(reference);
-  for (int64_t begin = row.begin; begin < row.end; begin += kBlock) {
-    const int64_t end = row.end - begin < kBlock ? row.end : begin + kBlock;
+  for (int64_t begin = row.begin; begin < row.end; begin += kSpan<T>) {
+    const int64_t end = row.end - begin < kSpan<T> ? row.end : begin + kSpan<T>;
     if (references[begin / kBlock] != reference) {
       reference = references[begin / kBlock];
       factor = factor_of(reference);
@@ -1002,8 +1035,9 @@ ACCUMLOSS_INLINE void finish_group(ShortRows& rows, bool metrics, GroupSums& gro
   using Real = Vectors<float>::Real;
   constexpr int kWidth = Vectors<float>::kWidth;
   constexpr float kInfinity = std::numeric_limits<float>::infinity();
-  alignas(64) float factor_of[kGroup], log_totals[kGroup];
-  alignas(64) float others_scale[kGroup];  // exp(others_max - lse)
+  alignas(64) float factor_of[kGroup], log_totals[kGroup], largest[kGroup];
+  alignas(64) float others_scale[kGroup];                    // exp(others_max - lse)
+  alignas(64) float references[kGroup], terms_base[kGroup];  // row_reference; what the weighted sums are relative to
   for (int64_t r = 0; r < kGroup; ++r) factor_of[r] = static_cast<float>(rows.factors[r]);
   for (int64_t r = 0; r < kGroup; r += kWidth) {
     const Real y = load(rows.target + r), other = load(group.others_max + r);
@@ -1026,24 +1060,26 @@ ACCUMLOSS_INLINE void finish_group(ShortRows& rows, bool metrics, GroupSums& gro
     store(label_leads ? factor * smaller : factor, group.other_factor + r);
     store((label_leads ? smaller : broadcast(1.f)) / total, others_scale + r);
     store(-(factor * s), group.label_grad + r);
+    store(max, largest + r);
+    store(y - y == 0 ? y : Real{}, references + r);
+    store(other == -kInfinity ? Real{} : other, terms_base + r);
   }
-  for (int64_t r = 0; r < kGroup; ++r) {
-    const double y = rows.target[r], other = group.others_max[r], max = other > y ? other : y;
-    rows.nll[r] = (max - y) + static_cast<double>(log_totals[r]);
-    rows.lse[r] = max + static_cast<double>(log_totals[r]);
+  for (int64_t r = 0; r < kGroup; ++r) {  // no branches here and below: vectors of doubles
+    const double log_total = log_totals[r], max = largest[r];
+    rows.nll[r] = (max - static_cast<double>(rows.target[r])) + log_total;
+    rows.lse[r] = max + log_total;
   }
   if (!metrics) return;
-  for (int64_t r = 0; r < rows.count; ++r) {
-    const double reference = row_reference(rows.target[r]), sum = group.sums[r];
-    const double block = group.others_max[r] == -kInfinity ? 0.0 : group.others_max[r];
-    const double terms = group.weighted[r] + sum * (block - reference);
-    rows.entropy[r] = (rows.lse[r] - reference) - (sum == 0 ? 0.0 : terms * others_scale[r]);
+  for (int64_t r = 0; r < kGroup; ++r) {
+    const double reference = references[r], sum = group.sums[r];
+    const double terms = group.weighted[r] + sum * (terms_base[r] - reference);
+    rows.entropy[r] = (rows.lse[r] - reference) - terms * others_scale[r];
   }
 }
 
 // At most kShort classes: class by class, a lane for each row. z (V, kGroup).
-template <typename T>
-void transposed_rows(ShortRows& rows, bool metrics, void* grad) {
+template <typename T, bool kMetrics>
+void transposed_rows(ShortRows& rows, void* grad) {
   using Real = Vectors<float>::Real;
   constexpr int kWidth = Vectors<float>::kWidth;
   constexpr float kInfinity = std::numeric_limits<float>::infinity();
@@ -1059,44 +1095,41 @@ void transposed_rows(ShortRows& rows, bool metrics, void* grad) {
   for (int64_t r = count; r < kGroup; ++r)
     for (int64_t j = 0; j < V; ++j) z[j * kGroup + r] = 0;
   for (int64_t r = 0; r < kGroup; ++r) rows.target[r] = z[rows.labels[r] * kGroup + r];
-  if (metrics) {
-    alignas(64) float label[kGroup], beaten[kGroup];
-    for (int64_t r = 0; r < kGroup; ++r) label[r] = static_cast<float>(rows.labels[r]);
-    for (int64_t r = 0; r < kGroup; r += kWidth) {
-      const Real y = load(rows.target + r), at = load(label + r);
-      Real is_beaten = {};
-      for (int64_t j = 0; j < V; ++j) {
-        const Real v = load(z + j * kGroup + r);
-        const auto beats = (v > y) | ((v == y) & (broadcast(static_cast<float>(j)) < at));
-        is_beaten = beats ? broadcast(1.f) : is_beaten;
-      }
-      store(is_beaten, beaten + r);
-    }
-    for (int64_t r = 0; r < kGroup; ++r) rows.is_argmax[r] = beaten[r] == 0;
-  }
   for (int64_t r = 0; r < kGroup; ++r) z[rows.labels[r] * kGroup + r] = -kInfinity;
 
   for (int64_t r = 0; r < kGroup; r += kWidth) {
     Real max = broadcast<float>(-kInfinity);
-    for (int64_t j = 0; j < V; ++j) {
-      const Real v = load(z + j * kGroup + r);
-      max = maximum(v, max);
-    }
+    for (int64_t j = 0; j < V; ++j) max = maximum(load(z + j * kGroup + r), max);
     store(max, group.others_max + r);
-    const Real reference = max == -kInfinity ? Real{} : max;
+  }
+  if (kMetrics) {
+    int ties = 0;
+    for (int64_t r = 0; r < kGroup; ++r) {
+      rows.is_argmax[r] = rows.target[r] > group.others_max[r];
+      ties |= rows.target[r] == group.others_max[r];
+    }
+    for (int64_t r = 0; ties != 0 && r < count; ++r) {  // the label leads where it comes first
+      if (rows.target[r] != group.others_max[r]) continue;
+      int64_t j = 0;
+      while (j < rows.labels[r] && z[j * kGroup + r] != rows.target[r]) ++j;
+      rows.is_argmax[r] = j == rows.labels[r];
+    }
+  }
+  for (int64_t r = 0; r < kGroup; r += kWidth) {
+    const Real max = load(group.others_max + r), reference = max == -kInfinity ? Real{} : max;
     Real products = {};
     for (int64_t j = 0; j < V; ++j) {
       const Real v = load(z + j * kGroup + r), d = v - reference;
       const Real e = exp_of_difference<T, float>(v, reference, d);
       store(e, z + j * kGroup + r);
-      products += e * (d < kLowest ? broadcast(kLowest) : d);
+      if (kMetrics) products += e * maximum(broadcast(kLowest), d);
     }
-    store(products, group.weighted + r);
+    if (kMetrics) store(products, group.weighted + r);
   }
   for (int64_t j = 0; j < V; ++j)
     for (int64_t r = 0; r < kGroup; ++r) sums[r] += z[j * kGroup + r];
   for (int64_t r = 0; r < kGroup; ++r) group.sums[r] = static_cast<float>(sums[r]);
-  finish_group(rows, metrics, group);
+  finish_group(rows, kMetrics, group);
 
   if (grad == nullptr) return;
   for (int64_t j = 0; j < V; ++j)
@@ -1203,7 +1236,8 @@ void short_rows(ShortRows& rows, bool metrics, void* grad) {
     rows.labels[r] = 0;
     rows.factors[r] = 0;
   }
-  return rows.V <= kShort ? transposed_rows<T>(rows, metrics, grad) : grouped_rows<T>(rows, metrics, grad);
+  if (rows.V > kShort) return grouped_rows<T>(rows, metrics, grad);
+  return metrics ? transposed_rows<T, true>(rows, grad) : transposed_rows<T, false>(rows, grad);
 }
 
 template <typename T>
