@@ -224,6 +224,22 @@ def test_bench_summary_says_what_is_missing():
     assert "missing: no compiler" in bench_cross_entropy.markdown(lines, facts)
 
 
+def test_bench_goals_are_read_from_the_measurements():
+    def line(regime, peer, dtype, vocab=32000, **more):
+        found = dict.fromkeys(harness.COLUMNS)
+        return {**found, "regime": regime, "peer": peer, "dtype": dtype, "vocab": vocab, "ignored": 0, **more}
+
+    lines = [
+        line("fresh", "accumloss forward", "bf16", ratio_to_stock=20.0, fraction_of_copy=0.7),
+        line("fresh", "accumloss forward", "bf16", 128256, ratio_to_stock=17.0, fraction_of_copy=0.8),
+        line("fresh", "accumloss forward", "bf16", 9, ratio_to_stock=1.0),
+        line("warmed", "accumloss forward", "bf16", ratio_to_stock=19.0),
+    ]
+    found = bench_cross_entropy.goals(lines).splitlines()
+    assert "| accumloss forward, bf16, over stock | >= 18 | 17.00 to 20.00, missed | 19.00 to 19.00, reached |" in found
+    assert "| accumloss forward, bf16, of the copy | >= 0.6 | 0.70 to 0.80, reached | not measured |" in found
+
+
 @pytest.mark.parametrize("arguments", [["--shapes", "wrong"], ["--rounds", "0"], ["--ignored", "1"], ["--peers", "x"]])
 def test_bench_refuses_bad_options(arguments, capsys):
     with pytest.raises(SystemExit) as exit:
