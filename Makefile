@@ -11,7 +11,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check
 SOURCES := pyproject.toml setup.py CMakeLists.txt \
            $(shell find accumloss build_tools csrc -name '*.py' -o -name '*.h' -o -name '*.cpp' -o -name '*.cu*')
 
-.PHONY: demo test lint bench bench-step bench-gpu census cuda-report clean
+.PHONY: demo test lint bench bench-linear bench-step bench-gpu census cuda-report clean
 .DELETE_ON_ERROR:
 .SECONDARY:
 
@@ -32,6 +32,10 @@ bench: $(VENV)/.installed-bench
 	$(BIN)/python benchmarks/bench_cross_entropy.py $(ARGS)
 	$(BIN)/python benchmarks/bench_scaling.py
 	$(BIN)/python benchmarks/plot.py
+
+# Head and loss together, some 8 minutes.
+bench-linear: $(VENV)/.installed-bench
+	$(BIN)/python benchmarks/bench_linear.py $(ARGS)
 
 # A whole training step of three models.
 bench-step: $(VENV)/.installed-bench

@@ -5,12 +5,15 @@ from .auditing import audit
 from .functional import (
     causal_lm_loss,
     cross_entropy,
+    linear_causal_lm_loss,
+    linear_cross_entropy,
     masked_lm_loss,
     question_answering_loss,
     semantic_segmentation_loss,
     sequence_classification_loss,
     token_classification_loss,
 )
+from .linear import LinearPlan, linear_plan
 from .ops import CudaPlan, build_info, check, empty_cache, plan
 from .options import LossOptions
 from .sums import TokenSums
@@ -28,6 +31,7 @@ __version__ = build_info()["version"]
 __all__ = [
     "Accumulator",
     "CudaPlan",
+    "LinearPlan",
     "LossOptions",
     "TokenSums",
     "audit",
@@ -37,6 +41,9 @@ __all__ = [
     "compute_loss_func",
     "cross_entropy",
     "empty_cache",
+    "linear_causal_lm_loss",
+    "linear_cross_entropy",
+    "linear_plan",
     "make_loss",
     "masked_lm_loss",
     "plan",

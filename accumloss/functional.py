@@ -8,12 +8,13 @@ A call, or a step, without a single item has loss 0 and gradient 0.
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any, Literal, NamedTuple, Protocol
 
 import torch
 import torch.nn.functional as F
 
-from . import ops
+from . import linear, ops
 from .options import LossOptions
 from .sums import TokenSums
 
@@ -149,6 +150,113 @@ def causal_lm_loss(
     if labels is None:
         raise ValueError("causal_lm_loss: expected labels (B, T) or shift_labels (B, T), got neither")
     return _mean_loss("causal_lm_loss", logits, labels, weight, options, 1, num_items_in_batch, inplace)
+
+
+def linear_cross_entropy(
+    hidden: torch.Tensor,
+    weight: torch.Tensor,
+    labels: torch.Tensor,
+    *,
+    bias: torch.Tensor | None = None,
+    class_weight: torch.Tensor | None = None,
+    shift: int = 0,
+    metrics: bool = False,
+    num_valid: int | None = None,
+    max_scratch_bytes: int = linear.MAX_SCRATCH_BYTES,
+    ignore_index: int = -100,
+    label_smoothing: float = 0.0,
+    z_loss: float = 0.0,
+    softcap: float = 0.0,
+    logit_scale: float = 1.0,
+) -> TokenSums:
+    """cross_entropy of ``F.linear(hidden, weight, bias)``, chunk by chunk: the logits never exist as a whole.
+
+    The gradients are made in forward, each matrix product once; ``linear_plan`` shows the chunks. Hidden states of rows
+    that count nothing take no part in the products. A weight, bias or hidden that needs no gradient costs none. Under
+    autocast the inputs are cast as F.linear casts them.
+
+    Args:
+        hidden: (..., H) bf16, fp16, fp32 or fp64.
+        weight: (V, H) of hidden's dtype: the head's, tied to the embedding or not.
+        labels: (...) int64 or int32, class indices or ignore_index.
+        bias: (V,) of hidden's dtype, or None.
+        class_weight: (V,) class weights of any floating dtype, or None.
+        shift: row (..., t) reads label (..., t + shift).
+        metrics: also count the correct top-1 predictions and sum the entropies.
+        num_valid: how many labels count, after the shift, or more: on CUDA, where they are not counted since that would
+            wait for the GPU, rows that do not count are then dropped too. Fewer than there are: an error, on CUDA a loss
+            of NaN.
+        max_scratch_bytes: memory beside inputs and gradients; default 256 MiB.
+        ignore_index, label_smoothing, z_loss, softcap, logit_scale: see LossOptions.
+
+    Returns:
+        TokenSums; ``loss_sum`` carries the gradient.
+
+    Raises:
+        ValueError, RuntimeError, IndexError: as cross_entropy.
+
+    Example:
+        >>> hidden, head = torch.eye(3), torch.tensor([[2.0, 0.0, 5.0], [0.0, 1.0, 5.0]])
+        >>> sums = linear_cross_entropy(hidden, head, torch.tensor([0, 1, -100]), metrics=True)
+        >>> sums.num_items.item(), round(sums.loss_sum.item(), 4), sums.accuracy.item()
+        (2, 0.4402, 1.0)
+    """
+    options = LossOptions(ignore_index, label_smoothing, z_loss, softcap, logit_scale)
+    loss_sum, sums = _linear(
+        "linear_cross_entropy", hidden, weight, labels, bias, class_weight, options, shift, metrics, None, num_valid,
+        max_scratch_bytes,
+    )  # fmt: skip
+    return replace(sums, loss_sum=loss_sum)
+
+
+def linear_causal_lm_loss(
+    hidden: torch.Tensor,
+    weight: torch.Tensor,
+    labels: torch.Tensor | None,
+    num_items_in_batch: NumItems = None,
+    ignore_index: int = -100,
+    shift_labels: torch.Tensor | None = None,
+    *,
+    bias: torch.Tensor | None = None,
+    class_weight: torch.Tensor | None = None,
+    label_smoothing: float = 0.0,
+    z_loss: float = 0.0,
+    softcap: float = 0.0,
+    logit_scale: float = 1.0,
+    num_valid: int | None = None,
+    max_scratch_bytes: int = linear.MAX_SCRATCH_BYTES,
+    **kwargs: Any,
+) -> torch.Tensor:
+    """causal_lm_loss of ``F.linear(hidden, weight, bias)``, without ever holding the logits; see linear_cross_entropy.
+
+    Args:
+        hidden: (B, T, H) bf16, fp16, fp32 or fp64.
+        weight: (V, H) of the head.
+        labels: (B, T) int64 or int32, not shifted. Unused with shift_labels.
+        num_items_in_batch: items of the whole optimizer step; see causal_lm_loss.
+        ignore_index, label_smoothing, z_loss, softcap, logit_scale: see LossOptions.
+        shift_labels: (B, T) labels that are shifted already; they win.
+        bias, class_weight: (V,) or None.
+        num_valid, max_scratch_bytes: see linear_cross_entropy.
+        **kwargs: whatever else a model passes; ignored.
+
+    Returns:
+        0-dim loss, fp32 (fp64 for fp64 hidden states).
+    """
+    if labels is None and shift_labels is None:
+        raise ValueError("linear_causal_lm_loss: expected labels (B, T) or shift_labels (B, T), got neither")
+    options = LossOptions(ignore_index, label_smoothing, z_loss, softcap, logit_scale)
+    targets, shift = (shift_labels, 0) if shift_labels is not None else (labels, 1)
+    assert targets is not None
+    given = num_items_in_batch if isinstance(num_items_in_batch, Divisor) else None
+    metrics = given is not None and given.observer is not None and given.observer.metrics
+    loss, sums = _linear(
+        "linear_causal_lm_loss", hidden, weight, targets, bias, class_weight, options, shift, metrics, num_items_in_batch,
+        num_valid, max_scratch_bytes,
+    )  # fmt: skip
+    if num_items_in_batch is None:
+        loss = loss / ops.mean_divisor(sums.num_items, sums.total_weight, class_weight, loss.dtype)
+    return loss if given is None else given.observed(loss, sums if metrics else None)
 
 
 def masked_lm_loss(
@@ -408,6 +516,43 @@ def _mean_loss(
             divisor = ops.mean_divisor(num_items, total_weight, weight, loss_sum.dtype)
         loss, fields = loss_sum / divisor, [loss_sum, num_items, total_weight, num_correct, entropy_sum]
     return loss if given is None else given.observed(loss, TokenSums(*fields) if metrics else None)
+
+
+def _linear(
+    name: str,
+    hidden: torch.Tensor,
+    weight: torch.Tensor,
+    labels: torch.Tensor,
+    bias: torch.Tensor | None,
+    class_weight: torch.Tensor | None,
+    options: LossOptions,
+    shift: int,
+    metrics: bool,
+    num_items_in_batch: NumItems,
+    num_valid: int | None,
+    max_scratch_bytes: int,
+) -> tuple[torch.Tensor, TokenSums]:
+    """loss_sum divided by num_items_in_batch (None: not divided), which carries the gradient, and the sums."""
+    _refuse_functorch(name)
+    labels = labels.to(hidden.device, non_blocking=True)
+    class_weight = class_weight if class_weight is None else class_weight.to(hidden.device, non_blocking=True)
+    divisor = _divisor(name, num_items_in_batch, hidden)
+    kwargs: dict[str, Any] = {"shift": shift, "metrics": metrics, **options.as_kwargs()}
+    if torch.compiler.is_compiling():
+        kwargs.update(num_valid=num_valid, max_scratch_bytes=max_scratch_bytes)
+        sums = list(ops.linear_cross_entropy(hidden, weight, labels, bias, class_weight, **kwargs))
+        loss = sums[0] if divisor is None else sums[0] / divisor
+    else:
+        hidden, weight, bias = linear.autocast(hidden, weight, bias)
+        if divisor is None:
+            divisor = torch.ones((), dtype=ops.accumulation_dtype(hidden), device=hidden.device)
+        expected_grad = num_items_in_batch.expected_grad if isinstance(num_items_in_batch, Divisor) else 1.0
+        needs = linear.needs_of(hidden, weight, bias)
+        limits = (num_valid, max_scratch_bytes)
+        loss, *sums = linear.LinearGradInForward.apply(
+            hidden, weight, labels, bias, class_weight, divisor, expected_grad, needs, kwargs, limits
+        )
+    return loss, TokenSums(*sums) if metrics else TokenSums(*sums[:3])
 
 
 def _in_place(

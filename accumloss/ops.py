@@ -70,6 +70,11 @@ def _(grad_loss_sum, logits, labels, weight=None, **options):
     return _fake_sums(logits)
 
 
+@torch.library.register_fake("accumloss::scratch")
+def _(like, rows, columns):
+    return like.new_empty(rows, columns)
+
+
 @torch.library.register_fake("accumloss::scale_")
 def _(values, factor):
     return None
@@ -264,6 +269,14 @@ def mean_divisor(
 # Python names of the ops for the rest of the package ------------------------------------------------------------------
 
 cross_entropy = _ops.cross_entropy
+cross_entropy_with_grad_ = _ops.cross_entropy_with_grad_
+scale_ = _ops.scale_
+scratch = _ops.scratch
+
+
+def linear_cross_entropy(*args: Any, **kwargs: Any) -> tuple[torch.Tensor, ...]:
+    """torch.ops.accumloss.linear_cross_entropy, which linear.py registers."""
+    return _ops.linear_cross_entropy(*args, **kwargs)
 
 
 def build_info() -> dict[str, Any]:

@@ -41,6 +41,7 @@ STABLE_TORCH_LIBRARY(accumloss, m) {
       "*, " ACCUMLOSS_LOSS_OPTIONS
       ") -> (Tensor loss_sum, Tensor num_items, Tensor total_weight, Tensor num_correct, Tensor entropy_sum)");
   m.def("scale_(Tensor(a!) values, Tensor factor) -> ()");
+  m.def("scratch(Tensor like, int rows, int columns) -> Tensor");
   // Both are cross_entropy through the dispatcher, in ops.py: there an error keeps its type and message.
   m.def("causal_lm(Tensor logits, Tensor labels, Tensor? weight=None, *, " ACCUMLOSS_LM_OPTIONS
         ") -> (Tensor loss_sum, Tensor num_items)");
@@ -114,6 +115,9 @@ struct Ops {
         options_of(shift, ignore_index, label_smoothing, z_loss, softcap, logit_scale, metrics));
   }
   static void scale(Tensor values, Tensor factor) { scale_(backend(), values, factor); }
+  static Tensor scratch(Tensor like, int64_t rows, int64_t columns) {
+    return accumloss::scratch(backend(), like, rows, columns);
+  }
 };
 
 template <BackendOf backend>
@@ -124,6 +128,7 @@ void register_ops(torch::stable::detail::StableLibrary& m) {
   m.impl("cross_entropy_with_grad", TORCH_BOX(&Ops<backend>::with_grad));
   m.impl("cross_entropy_with_grad_", TORCH_BOX(&Ops<backend>::with_grad_));
   m.impl("scale_", TORCH_BOX(&Ops<backend>::scale));
+  m.impl("scratch", TORCH_BOX(&Ops<backend>::scratch));
 }
 
 STABLE_TORCH_LIBRARY_IMPL(accumloss, CPU, m) { register_ops<ready_cpu>(m); }

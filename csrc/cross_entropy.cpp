@@ -83,6 +83,38 @@ std::vector<int64_t> contiguous_strides(IntHeaderOnlyArrayRef sizes) {
   return strides;
 }
 
+// Uninitialised, contiguous, on the device of another tensor.
+Tensor empty(const Tensor& like, IntHeaderOnlyArrayRef sizes, ScalarType dtype) {
+  const std::vector<int64_t> strides = contiguous_strides(sizes);
+  int32_t device_type = 0;
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(like.get(), &device_type));
+  AtenTensorHandle handle = nullptr;
+  TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(static_cast<int64_t>(sizes.size()), sizes.data(), strides.data(),
+                                                  dtype_code(dtype), device_type, like.get_device_index(), &handle));
+  return Tensor(handle);
+}
+
+// The same, of its dtype too, and in the backend's own memory where it has any.
+Tensor backend_empty(const Backend& backend, const Tensor& like, IntHeaderOnlyArrayRef sizes) {
+  void* handle = nullptr;
+  void* data = nullptr;
+  if (torch_from_blob != nullptr) {
+    int64_t bytes = element_size(dtype_of("accumloss", like));
+    for (const int64_t size : sizes) bytes *= size;
+    data = backend.take_memory(static_cast<size_t>(bytes), &handle);
+  }
+  if (data == nullptr) return empty(like, sizes, like.scalar_type());
+  const std::vector<int64_t> strides = contiguous_strides(sizes);
+  AtenTensorHandle tensor = nullptr;
+  const AOTITorchError error =
+      torch_from_blob(data, static_cast<int64_t>(sizes.size()), sizes.data(), strides.data(), 0,
+                      dtype_code(like.scalar_type()), aoti_torch_device_type_cpu(), like.get_device_index(), &tensor,
+                      aoti_torch_layout_strided(), nullptr, 0, backend.release_memory, handle);
+  if (error != AOTI_TORCH_SUCCESS) backend.release_memory(data, handle);
+  TORCH_ERROR_CODE_CHECK(error);
+  return Tensor(tensor);
+}
+
 bool same_device(const Tensor& a, const Tensor& b) {
   return a.is_cpu() == b.is_cpu() && a.get_device_index() == b.get_device_index();
 }
@@ -193,36 +225,9 @@ struct Call {
   }
 
   // Uninitialised memory on the logits' device. Straight from the allocator: the dispatcher would take some 3 us each.
-  Tensor empty(IntHeaderOnlyArrayRef sizes, ScalarType dtype) const {
-    const std::vector<int64_t> strides = contiguous_strides(sizes);
-    int32_t device_type = 0;
-    TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(logits.get(), &device_type));
-    AtenTensorHandle handle = nullptr;
-    TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(static_cast<int64_t>(sizes.size()), sizes.data(), strides.data(),
-                                                    dtype_code(dtype), device_type, logits.get_device_index(),
-                                                    &handle));
-    return Tensor(handle);
-  }
+  Tensor empty(IntHeaderOnlyArrayRef sizes, ScalarType dtype) const { return accumloss::empty(logits, sizes, dtype); }
   Tensor scalar(ScalarType dtype) const { return empty({}, dtype); }
-
-  // Uninitialised, of the logits' shape and dtype, contiguous; in the backend's own memory where it has any.
-  Tensor grad_logits(const Backend& backend) const {
-    const IntHeaderOnlyArrayRef sizes = logits.sizes();
-    void* handle = nullptr;
-    void* data = nullptr;
-    if (torch_from_blob != nullptr)
-      data = backend.take_memory(static_cast<size_t>(logits.numel()) * element_size(inputs.logits.dtype), &handle);
-    if (data == nullptr) return empty(sizes, logits.scalar_type());
-    const std::vector<int64_t> strides = contiguous_strides(sizes);
-    AtenTensorHandle tensor = nullptr;
-    const AOTITorchError error =
-        torch_from_blob(data, static_cast<int64_t>(sizes.size()), sizes.data(), strides.data(), 0,
-                        dtype_code(logits.scalar_type()), aoti_torch_device_type_cpu(), logits.get_device_index(),
-                        &tensor, aoti_torch_layout_strided(), nullptr, 0, backend.release_memory, handle);
-    if (error != AOTI_TORCH_SUCCESS) backend.release_memory(data, handle);
-    TORCH_ERROR_CODE_CHECK(error);
-    return Tensor(tensor);
-  }
+  Tensor grad_logits(const Backend& backend) const { return backend_empty(backend, logits, logits.sizes()); }
 
  private:
   void check(const char* function, const optional<Tensor>& given_weight, const LossOptions& options) {
@@ -365,6 +370,11 @@ void scale_(const Backend& backend, const Tensor& values, const Tensor& factor) 
   const Tensor f = factor.scalar_type() == acc ? factor : torch::stable::to(factor, acc);
   const LogitsView view = logits_view("scale_", values);
   backend.scale(view, f.data_ptr());
+}
+
+Tensor scratch(const Backend& backend, const Tensor& like, int64_t rows, int64_t columns) {
+  if (rows < 0 || columns < 0) fail("scratch", "rows and columns >= 0, got ", rows, " and ", columns);
+  return backend_empty(backend, like, {rows, columns});
 }
 
 }  // namespace accumloss

@@ -54,4 +54,7 @@ InPlaceOutputs cross_entropy_with_grad_(const Backend& backend, const Tensor& gr
 // values *= factor, (...) and (); nothing is written where factor is 1.
 void scale_(const Backend& backend, const Tensor& values, const Tensor& factor);
 
+// Uninitialised (rows, columns) of another tensor's dtype and device; on CPU in the memory that is kept between calls.
+Tensor scratch(const Backend& backend, const Tensor& like, int64_t rows, int64_t columns);
+
 }  // namespace accumloss

@@ -30,6 +30,7 @@ LAYERS = [
     {"_C", "options", "sums"},
     {"reference"},
     {"ops"},
+    {"linear"},
     {"functional"},
     {"accumulation", "transformers"},
     {"auditing", "demo"},

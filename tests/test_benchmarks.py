@@ -306,6 +306,24 @@ def test_goals_are_read_from_the_measurements():
     assert abs(intercept - 1) < 1e-9 and abs(slope - 2) < 1e-9 and distance < 1e-9
 
 
+def test_linear_benchmark(tmp_path, monkeypatch, capfd):
+    import bench_linear
+
+    monkeypatch.setattr(bench_linear, "SIZES", ((32, 320), (48, 640)))
+    monkeypatch.setattr(bench_linear, "ROWS", 64)
+    assert bench_linear.main(["--rounds", "2", "--dtypes", "fp32", "--out", str(tmp_path)]) == 0
+    printed = capfd.readouterr().out
+    assert "time over the three products, fp32" in printed and "weight error over that on logits" in printed
+    with (tmp_path / "linear_cpu.csv").open() as file:
+        lines = list(csv.DictReader(file))
+    assert len(lines) == 2 * 2 * (len(bench_linear.PEERS) + 1)
+    assert all(line["missing"] or float(line["ms_median"]) > 0 for line in lines)
+    head = bench_linear.Head.make(32, 16, 50, torch.float32, 0.3)
+    exact = bench_linear.exact_of(head)
+    assert max(bench_linear.errors(bench_linear.fused(), head, exact)) < 1e-5
+    assert max(bench_linear.errors(lambda h: 1.01 * bench_linear.fused()(h), head, exact)) > 5e-3
+
+
 @pytest.mark.parametrize("model", ["llama", "bert"])
 def test_training_step_benchmark(tmp_path, monkeypatch, capfd, model):
     plot = pytest.importorskip("matplotlib", reason="plot.py needs matplotlib") and __import__("plot")

@@ -110,3 +110,15 @@ def assert_mostly_correctly_rounded(actual: torch.Tensor, expected: torch.Tensor
     right = (actual.detach().cpu() == nearest.cpu()).double().mean().item()
     if right < share:
         raise AssertionError(f"only {right:.5f} of the entries are correctly rounded, expected {share}")
+
+
+def linear_gradient_bound(logits_path: float, dtype: torch.dtype, roundings: int = 0) -> float:
+    """Relative error of a whole gradient of the fused linear loss, given that of the logits path, both against float64.
+
+    The same roundings in another order; and, where chunks are summed up in ``dtype``, one more for each of them, which
+    are independent: half an ulp is spread evenly.
+    """
+    eps = torch.finfo(dtype).eps
+    # bf16 and fp16 round the logits, by far the most of it; fp32 and fp64 have only the order of their sums
+    same = 1.1 * logits_path + (eps / 8 if dtype in (torch.bfloat16, torch.float16) else 4 * eps)
+    return math.hypot(same, math.sqrt(roundings) * eps / math.sqrt(12))

@@ -1,0 +1,310 @@
+"""Head and cross-entropy together, forward and backward, on the CPU: accumloss without the logits, and its peers.
+
+    python benchmarks/bench_linear.py [--quick] [--rounds 3] [--out FOLDER]
+
+The ceiling is the three matrix products alone, in the same dtype, into tensors that exist: nothing that computes a head and
+its gradients is faster. Every competitor's loss and gradients are held against float64 on fewer rows before it is timed.
+Interleaved rounds, medians of ratios within a round; peak memory above hidden states, weight and gradients' own size is
+taken in a pass of its own. Writes linear_cpu.csv and .json to --out and prints a summary in Markdown.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import random
+import statistics
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import devices
+import record
+import torch
+from peers import PeerMissing
+from shapes import DTYPES
+from torch.nn import functional as F
+
+import accumloss
+
+NAME = "linear_cpu"
+FIELDS = (
+    "rows", "hidden_size", "vocab", "dtype", "ignored", "peer", "rounds", "ms_median", "ms_q1", "ms_q3",
+    "ratio_to_products", "peak_extra_bytes", "loss_error", "hidden_error", "weight_error", "missing",
+)  # fmt: skip
+SIZES = ((768, 50257), (2048, 32000), (1024, 128256))
+ROWS, CHECKED_ROWS = 2048, 256
+PRODUCTS = "three products"
+
+
+class Head(NamedTuple):
+    hidden: torch.Tensor  # (1, N, H)
+    weight: torch.Tensor  # (V, H)
+    labels: torch.Tensor  # (1, N)
+    num_items: torch.Tensor  # ()
+
+    @classmethod
+    def make(cls, rows: int, hidden_size: int, vocab: int, dtype: torch.dtype, ignored: float) -> Head:
+        generator = torch.Generator().manual_seed(0)
+        hidden = torch.randn(1, rows, hidden_size, generator=generator).to(dtype).requires_grad_()
+        weight = (torch.randn(vocab, hidden_size, generator=generator) / hidden_size**0.5).to(dtype).requires_grad_()
+        labels = torch.randint(vocab, (1, rows), generator=generator)
+        labels[torch.rand(1, rows, generator=generator) < ignored] = -100
+        return cls(hidden, weight, labels, (labels[:, 1:] != -100).sum())
+
+    def few(self, rows: int) -> Head:
+        hidden = self.hidden.detach()[:, :rows].clone().requires_grad_()
+        labels = self.labels[:, :rows]
+        return Head(hidden, self.weight, labels, (labels[:, 1:] != -100).sum())
+
+
+Loss = Callable[[Head], torch.Tensor]
+
+
+def stock() -> Loss:
+    """The head, then transformers' ForCausalLMLoss."""
+    try:
+        from transformers.loss.loss_utils import ForCausalLMLoss
+    except ImportError as error:
+        raise PeerMissing(f"needs transformers ({error})") from None
+
+    def loss(head: Head) -> torch.Tensor:
+        logits = F.linear(head.hidden, head.weight)
+        return ForCausalLMLoss(logits, head.labels, logits.shape[-1], num_items_in_batch=head.num_items)
+
+    return loss
+
+
+def torch_linear() -> Loss:
+    """F.linear_cross_entropy with its chunked path, where torch has it."""
+    if not hasattr(F, "linear_cross_entropy"):
+        raise PeerMissing(f"torch {torch.__version__} has no F.linear_cross_entropy")
+    options = torch.nn.LinearCrossEntropyOptions()
+
+    def loss(head: Head) -> torch.Tensor:
+        shifted = F.pad(head.labels, (0, 1), value=-100)[..., 1:].flatten()
+        hidden = head.hidden.flatten(0, -2)
+        return F.linear_cross_entropy(hidden, head.weight, shifted, reduction="sum", options=options) / head.num_items
+
+    return loss
+
+
+def on_logits() -> Loss:
+    """The head, then accumloss.causal_lm_loss, over the logits in backward."""
+
+    def loss(head: Head) -> torch.Tensor:
+        logits = F.linear(head.hidden, head.weight)
+        return accumloss.causal_lm_loss(logits, head.labels, num_items_in_batch=head.num_items, inplace="backward")
+
+    return loss
+
+
+def fused() -> Loss:
+    def loss(head: Head) -> torch.Tensor:
+        return accumloss.linear_causal_lm_loss(head.hidden, head.weight, head.labels, head.num_items)
+
+    return loss
+
+
+PEERS: dict[str, Callable[[], Loss]] = {
+    "stock": stock,
+    "F.linear_cross_entropy": torch_linear,
+    "accumloss on logits": on_logits,
+    "accumloss linear": fused,
+}
+
+
+def call(loss: Loss, head: Head) -> torch.Tensor:
+    head.hidden.grad = head.weight.grad = None
+    value = loss(head)
+    value.backward()
+    return value.detach()
+
+
+def products_of(head: Head) -> Callable[[], None]:
+    """Logits, gradient of the hidden states, gradient of the weight."""
+    rows, weight = head.hidden.detach()[0], head.weight.detach()
+    logits = torch.empty(rows.shape[0], weight.shape[0], dtype=rows.dtype).fill_(0)
+    grad_hidden, grad_weight = torch.zeros_like(rows), torch.zeros_like(weight)
+
+    def work() -> None:
+        torch.mm(rows, weight.t(), out=logits)
+        torch.mm(logits, weight, out=grad_hidden)
+        torch.mm(logits.t(), rows, out=grad_weight)
+
+    return work
+
+
+def errors(loss: Loss, head: Head, exact: tuple[float, torch.Tensor, torch.Tensor]) -> tuple[float, float, float]:
+    """Relative errors of the loss and, as wholes, of the two gradients."""
+    value, hidden, weight = exact
+    got = float(call(loss, head))
+    assert head.hidden.grad is not None and head.weight.grad is not None
+    distance = [
+        float((grad.double() - wanted).norm() / wanted.norm())
+        for grad, wanted in ((head.hidden.grad, hidden), (head.weight.grad, weight))
+    ]
+    return abs(got - value) / abs(value), distance[0], distance[1]
+
+
+def exact_of(head: Head) -> tuple[float, torch.Tensor, torch.Tensor]:
+    hidden, weight = (t.detach().double().requires_grad_() for t in (head.hidden, head.weight))
+    logits = F.linear(hidden, weight)[:, :-1].flatten(0, 1)
+    loss = F.cross_entropy(logits, head.labels[:, 1:].flatten(), reduction="sum") / head.num_items
+    grads = torch.autograd.grad(loss, (hidden, weight))
+    return float(loss), *grads
+
+
+def measure(rows: int, size: tuple[int, int], dtype: str, ignored: float, rounds: int) -> list[dict[str, object]]:
+    head = Head.make(rows, *size, DTYPES[dtype], ignored)
+    few = head.few(min(rows, CHECKED_ROWS))
+    exact = exact_of(few)
+    device = devices.Cpu()
+    lines: dict[str, dict[str, object]] = {}
+    works: dict[str, Callable[[], object]] = {}
+    limit = 0.05 if DTYPES[dtype].itemsize == 2 else 1e-5
+    for name, make in PEERS.items():
+        line = lines[name] = dict.fromkeys(FIELDS)
+        line.update(rows=rows, hidden_size=size[0], vocab=size[1], dtype=dtype, ignored=ignored, peer=name, missing="")
+        try:
+            loss = make()
+        except PeerMissing as reason:
+            line["missing"] = str(reason)
+            continue
+        found = errors(loss, few, exact)
+        line.update(loss_error=found[0], hidden_error=found[1], weight_error=found[2])
+        if not max(found) < limit:
+            line["missing"] = f"wrong result: errors {found}"
+            continue
+        works[name] = lambda loss=loss: call(loss, head)
+    del few, exact
+    own = (head.hidden.numel() + head.weight.numel()) * head.hidden.element_size()  # of the gradients
+    for name, work in works.items():
+        head.hidden.grad = head.weight.grad = None
+        peak = device.peak_bytes(work)
+        lines[name]["peak_extra_bytes"] = None if peak is None else max(0, peak - own)
+    head.hidden.grad = head.weight.grad = None
+    works[PRODUCTS] = products_of(head)
+    lines[PRODUCTS] = {**dict.fromkeys(FIELDS), "rows": rows, "hidden_size": size[0], "vocab": size[1], "dtype": dtype}
+    lines[PRODUCTS].update(ignored=ignored, peer=PRODUCTS, missing="")
+    milliseconds: dict[str, list[float]] = {name: [] for name in works}
+    order = random.Random(0)
+    gc.collect()
+    gc.disable()
+    try:
+        for work in works.values():
+            work()
+        for _ in range(rounds):
+            for name in order.sample(list(works), len(works)):
+                milliseconds[name].append(device.timed(works[name])[0])
+    finally:
+        gc.enable()
+    for name, ms in milliseconds.items():
+        low, middle, high = statistics.quantiles(ms, n=4, method="inclusive") if len(ms) > 1 else ms * 3
+        ratio = statistics.median(a / b for a, b in zip(ms, milliseconds[PRODUCTS], strict=True))
+        lines[name].update(rounds=len(ms), ms_median=middle, ms_q1=low, ms_q3=high, ratio_to_products=ratio)
+    return list(lines.values())
+
+
+def goals(lines: Sequence[dict]) -> list[tuple[str, str, str, bool]]:
+    """What is measured, the goal, the measurement, whether it is reached."""
+
+    def of(peer: str, ignored: float = 0.0) -> dict[tuple, dict]:
+        found = [l for l in lines if l["peer"] == peer and l["ignored"] == ignored and not l["missing"]]
+        return {(l["hidden_size"], l["vocab"], l["dtype"]): l for l in found}
+
+    ours, half = of("accumloss linear"), of("accumloss linear", 0.5)
+    found: list[tuple[str, str, str, bool]] = []
+
+    def add(what: str, goal: float, values: list[float], is_most: bool, unit: str = "") -> None:
+        if values:
+            ok = max(values) <= goal if is_most else min(values) >= goal
+            found.append(
+                (
+                    what,
+                    f"{'<=' if is_most else '>='} {goal:g}{unit}",
+                    f"{min(values):.2f} to {max(values):.2f}{unit}",
+                    ok,
+                )
+            )
+
+    for dtype in ("bf16", "fp32"):
+        add(
+            f"time over the three products, {dtype}",
+            1.05,
+            [l["ratio_to_products"] for k, l in ours.items() if k[2] == dtype],
+            True,
+        )
+    for peer in ("stock", "F.linear_cross_entropy"):
+        times = [l["ms_median"] / ours[k]["ms_median"] for k, l in of(peer).items() if k in ours]
+        add(f"faster than {peer}", 1, times, False, "×")
+    add(
+        "50 % ignored over none",
+        0.6,
+        [l["ms_median"] / ours[k]["ms_median"] for k, l in half.items() if k in ours],
+        True,
+    )
+    peaks = [l["peak_extra_bytes"] / 2**20 for l in ours.values() if l["peak_extra_bytes"] is not None]
+    add("peak memory beside inputs and gradients", 256, peaks, True, " MiB")
+    logits = of("accumloss on logits")
+    for which in ("hidden_error", "weight_error"):
+        add(
+            f"{which.replace('_', ' ')} over that on logits",
+            1.05,
+            [l[which] / logits[k][which] for k, l in ours.items()],
+            True,
+        )
+    return found  # fmt: skip
+
+
+def markdown(lines: Sequence[dict]) -> str:
+    text = [
+        "| head (H, V), rows | peer | ms (quartiles) | × three products | extra MiB | error loss | hidden | weight |",
+        "|---|---|---:|---:|---:|---:|---:|---:|",
+    ]
+    shape = None
+    for line in lines:
+        name = f"({line['hidden_size']}, {line['vocab']}) {line['dtype']}, {line['rows']}"
+        if line["ignored"]:
+            name += f", {line['ignored']:.0%} ignored"
+        shown, shape = ("" if name == shape else name), name
+        if line["missing"]:
+            text.append(f"| {shown} | {line['peer']} | missing: {line['missing']} ||||||")
+            continue
+        peak = "" if line["peak_extra_bytes"] is None else f"{line['peak_extra_bytes'] / 2**20:.0f}"
+        found = ["" if line[k] is None else f"{line[k]:.1e}" for k in ("loss_error", "hidden_error", "weight_error")]
+        text.append(
+            f"| {shown} | {line['peer']} | {line['ms_median']:.0f} ({line['ms_q1']:.0f}-{line['ms_q3']:.0f}) "
+            f"| {line['ratio_to_products']:.2f} | {peak} | " + " | ".join(found) + " |"
+        )
+    text += ["", "| | goal | measured | |", "|---|---|---|---|"]
+    text += [f"| {what} | {goal} | {got} | {'reached' if ok else 'missed'} |" for what, goal, got, ok in goals(lines)]
+    return "\n".join(text)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    arguments = list(sys.argv[1:] if arguments is None else arguments)
+    parser = argparse.ArgumentParser(prog="bench_linear.py", description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--quick", action="store_true", help="1/16 of each size")
+    parser.add_argument("--dtypes", nargs="+", choices=("bf16", "fp32"), default=["bf16", "fp32"])
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--out", type=Path, default=record.RESULTS, metavar="FOLDER")
+    options = parser.parse_args(arguments)
+    facts = {**record.environment(), **record.origin("bench_linear.py", arguments)}
+    lines: list[dict[str, object]] = []
+    for dtype in options.dtypes:
+        for hidden_size, vocab in SIZES:
+            for ignored in (0.0, 0.5):
+                size, rows = (hidden_size, vocab), ROWS
+                if options.quick:
+                    size, rows = (hidden_size // 16, vocab // 16), ROWS // 16
+                print(f"({size[0]}, {size[1]}) {dtype}, {ignored:.0%} ignored", file=sys.stderr, flush=True)
+                lines += measure(rows, size, dtype, ignored, options.rounds)
+    record.write(options.out, NAME, FIELDS, lines, facts)
+    print(markdown(lines))
+    return 1 if any(str(line["missing"]).startswith("wrong result") for line in lines) else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
