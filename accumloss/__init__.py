@@ -18,7 +18,9 @@ from .ops import CudaPlan, build_info, check, empty_cache, plan
 from .options import LossOptions
 from .sums import TokenSums
 from .transformers import (
+    Explanation,
     compute_loss_func,
+    explain,
     make_loss,
     register_with_transformers,
     registered,
@@ -31,6 +33,7 @@ __version__ = build_info()["version"]
 __all__ = [
     "Accumulator",
     "CudaPlan",
+    "Explanation",
     "LinearPlan",
     "LossOptions",
     "TokenSums",
@@ -41,6 +44,7 @@ __all__ = [
     "compute_loss_func",
     "cross_entropy",
     "empty_cache",
+    "explain",
     "linear_causal_lm_loss",
     "linear_cross_entropy",
     "linear_plan",

@@ -7,14 +7,19 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from . import losses, mapping, trainer
+import torch
+
+from . import deferred, losses, mapping, trainer
+from .deferred import Explanation
 from .hook import compute_loss_func
 from .losses import make_loss
 from .mapping import registered_losses
 from .settings import settings
 
 __all__ = [
+    "Explanation",
     "compute_loss_func",
+    "explain",
     "make_loss",
     "register_with_transformers",
     "registered",
@@ -29,7 +34,12 @@ _models: weakref.WeakKeyDictionary[Any, Any] = weakref.WeakKeyDictionary()
 
 
 def register_with_transformers(
-    model: Any = None, *, inplace_backward: bool = False, evaluation: bool = True, metrics: bool = False
+    model: Any = None,
+    *,
+    inplace_backward: bool = False,
+    evaluation: bool = True,
+    metrics: bool = False,
+    fused_linear: bool = False,
 ) -> None:
     """Makes the losses of transformers exact under gradient accumulation, for every model and every Trainer, or for one model.
 
@@ -46,6 +56,9 @@ def register_with_transformers(
         metrics: Trainer logs ``token_accuracy`` and ``token_entropy`` (nats) of the tokens trained on since its last log,
             and ``eval_token_accuracy`` and ``eval_token_entropy`` of an evaluation set, over all ranks. They come from
             the pass that computes the loss; of several losses, from the first. In a compiled model they break the graph.
+        fused_linear: in training, language models compute their loss from the hidden states, chunk by chunk, without
+            ever holding the logits; ``outputs.logits`` computes them when it is read, before the next optimizer step.
+            explain(model) says whether a model does, and why not. Register after importing peft, if you use it.
 
     Raises:
         RuntimeError: transformers is missing, or lacks something that has to be replaced. Nothing is changed then.
@@ -72,7 +85,12 @@ def register_with_transformers(
         if base not in _models:
             _models[base] = getattr(base, "_loss_function", None)
         base.loss_function = replacement
+    if fused_linear:
+        deferred.install()
+    else:
+        deferred.uninstall()
     settings.inplace_backward, settings.evaluation, settings.metrics = inplace_backward, evaluation, metrics
+    settings.fused_linear = fused_linear
 
 
 def unregister_from_transformers(model: Any = None) -> None:
@@ -93,6 +111,7 @@ def unregister_from_transformers(model: Any = None) -> None:
         _is_registered = False
     if not _is_registered and not _models:
         trainer.uninstall()
+        deferred.uninstall()
         settings.reset()
 
 
@@ -109,6 +128,39 @@ def registered(model: Any = None, **options: bool) -> Iterator[None]:
             unregister_from_transformers(model)
         if before or _is_registered or _models:
             vars(settings).update(options_before)
+
+
+def explain(model: Any) -> Explanation:
+    """How the loss of a model is computed in training: from the hidden states, from the logits, or by transformers; and why.
+
+    Args:
+        model: a transformers model; PEFT models are looked into.
+
+    Returns:
+        Explanation; print it.
+
+    Raises:
+        TypeError: model is no transformers model.
+    """
+    base = _base(model, "explain")
+    loss = mapping.loss_of(base)
+    ours = losses.underlying(loss)
+    reason = ""
+    if ours is None:
+        path = "stock"
+        reason = (
+            "accumloss is not registered" if mapping.replacement_for(loss) else "accumloss does not replace its loss"
+        )
+    elif ours not in (losses.causal_lm_loss, losses.masked_lm_loss):
+        path, reason = "logits", "its loss is that of no language model"
+    elif not settings.fused_linear:
+        path, reason = "logits", "registered without fused_linear=True"
+    elif isinstance(model, torch._dynamo.eval_frame.OptimizedModule):
+        path, reason = "logits", "it is compiled"
+    else:
+        found = deferred.why_not(base) or deferred.why_not_called(model, base)
+        path, reason = ("fused", "") if found is None else ("logits", found)
+    return Explanation(type(base).__name__, path, reason, mapping.qualified_name(loss))
 
 
 @contextmanager

@@ -15,6 +15,7 @@ import torch
 
 from .. import functional
 from . import step as steps
+from .deferred import DeferredLogits
 from .settings import settings
 
 Loss = Callable[..., Any]
@@ -58,6 +59,32 @@ def _in_shape_of(labels: torch.Tensor, logits: torch.Tensor, vocab_size: int | N
     return logits
 
 
+def _fused(
+    logits: torch.Tensor,
+    labels: torch.Tensor,
+    vocab_size: int | None,
+    shift: int,
+    num_items_in_batch: Any,
+    ignore_index: int,
+    options: dict[str, Any],
+) -> torch.Tensor | None:
+    """The loss of logits that were not computed, from their hidden states; None where they have to be."""
+    if not isinstance(logits, DeferredLogits):
+        return None
+    linear = logits.as_linear()
+    if linear is None or (vocab_size is not None and vocab_size != logits.shape[-1]):
+        return None
+    given = linear.options(options)
+    if given is None or linear.hidden.numel() != labels.numel() * linear.hidden.shape[-1]:
+        return None
+    hidden = linear.hidden.reshape(*labels.shape, linear.hidden.shape[-1])  # some heads come flattened
+    targets = {"labels": labels} if shift else {"labels": None, "shift_labels": labels}
+    return functional.linear_causal_lm_loss(
+        hidden, linear.weight, num_items_in_batch=num_items_in_batch, ignore_index=ignore_index, bias=linear.bias,
+        **targets, **given,
+    )  # fmt: skip
+
+
 def causal_lm_loss(
     logits: torch.Tensor,
     labels: torch.Tensor | None,
@@ -78,6 +105,9 @@ def causal_lm_loss(
             ignore_index=ignore_index,
             weight=options.get("weight"),
         )
+        fused = _fused(logits, targets, vocab_size, shift, num_items_in_batch, ignore_index, options)
+        if fused is not None:
+            return fused
         logits = _in_shape_of(targets, logits, vocab_size)
     return functional.causal_lm_loss(
         logits, labels, vocab_size, num_items_in_batch, ignore_index, shift_labels, **options
@@ -95,6 +125,9 @@ def masked_lm_loss(
     """accumloss.masked_lm_loss in the place of ``ForMaskedLMLoss``."""
     options = _inplace(smoothed(kwargs))
     count = divisor(labels, num_items_in_batch, ignore_index=ignore_index, weight=options.get("weight"))
+    fused = _fused(logits, labels, vocab_size, 0, count, ignore_index, options)
+    if fused is not None:
+        return fused
     logits = _in_shape_of(labels, logits, vocab_size)
     return functional.masked_lm_loss(logits, labels, vocab_size, count, ignore_index, **options)
 

@@ -10,6 +10,7 @@ class Settings:
     inplace_backward: bool = False  # the losses write their gradient over the logits in backward
     evaluation: bool = True  # evaluation losses are means over the items of the whole set
     metrics: bool = False  # token accuracy and entropy go into Trainer's logs
+    fused_linear: bool = False  # heads defer their logits, and losses compute themselves from the hidden states
 
     def reset(self) -> None:
         """Back to what they are before anything is registered."""

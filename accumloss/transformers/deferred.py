@@ -1,0 +1,435 @@
+"""Logits that are computed when somebody reads them; a loss that takes them computes itself from the hidden states.
+
+For the length of a training forward with labels, the output head of a model returns DeferredLogits instead of a product.
+What a model does to logits before its loss (a cast, a scale, a softcap, a bias) is recorded; our losses turn it into options
+of linear_cross_entropy. Everything else that is done to them computes them first, in the graph, and is then what it was.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.utils._pytree import tree_map
+
+from .settings import settings
+
+_Function = Callable[..., Any]
+_plain = torch._C.DisableTorchFunctionSubclass
+
+# answered by the wrapper itself: what the logits would say
+_METADATA: set[Any] = {
+    getattr(torch.Tensor, name).__get__ for name in ("shape", "dtype", "device", "ndim", "layout", "is_cuda", "is_leaf")
+} | {
+    getattr(torch.Tensor, name)
+    for name in ("size", "dim", "numel", "nelement", "ndimension", "is_floating_point", "is_complex", "element_size")
+}
+_REQUIRES_GRAD = torch.Tensor.requires_grad.__get__  # type: ignore[attr-defined]
+_CASTS = {torch.Tensor.float, torch.Tensor.to, torch.Tensor.double, torch.Tensor.half, torch.Tensor.bfloat16}
+_PRODUCTS = {torch.Tensor.mul, torch.mul, torch.Tensor.__mul__, torch.Tensor.__rmul__}
+_QUOTIENTS = {torch.Tensor.div, torch.div, torch.Tensor.__truediv__, torch.true_divide, torch.Tensor.true_divide}
+_TANH = {torch.tanh, torch.Tensor.tanh}
+_SUMS = {torch.Tensor.add, torch.add, torch.Tensor.__add__, torch.Tensor.__radd__}
+_VIEWS = {torch.Tensor.contiguous, torch.Tensor.view, torch.Tensor.reshape}
+
+
+class DeferredLogits(torch.Tensor):
+    """``F.linear(hidden, weight, bias)``, and what was done to it since, computed when it is read.
+
+    hidden (..., H), weight (V, H), bias (V,) or None; in shape, dtype and device the logits (..., V).
+    """
+
+    hidden: torch.Tensor
+    weight: torch.Tensor
+    bias: torch.Tensor | None
+    steps: tuple[
+        tuple[str, Any], ...
+    ]  # ("cast", dtype), ("scale", s), ("tanh", None), ("bias", (V,)), ("shape", (...))
+    base: DeferredLogits | None  # what a recorded step was taken on
+    value: torch.Tensor | None  # once read
+    versions: tuple[int, ...]
+    is_autocast: bool
+    autocast_dtype: torch.dtype
+
+    @staticmethod
+    def __new__(cls, hidden: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> DeferredLogits:
+        device = hidden.device.type
+        is_autocast = torch.is_autocast_enabled(device) and hidden.dtype != torch.float64
+        dtype = torch.get_autocast_dtype(device) if is_autocast else hidden.dtype
+        self = _wrapper(cls, (*hidden.shape[:-1], weight.shape[0]), dtype, hidden.device)
+        self.hidden, self.weight, self.bias, self.steps, self.base, self.value = hidden, weight, bias, (), None, None
+        self.versions = _versions(self)
+        self.is_autocast, self.autocast_dtype = is_autocast, torch.get_autocast_dtype(device)
+        return self
+
+    @classmethod
+    def __torch_function__(
+        cls, func: _Function, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        if func in _METADATA:
+            with _plain():
+                return func(*args, **kwargs)
+        if func == _REQUIRES_GRAD:  # of what was read. Engines hook the outputs that say so, which would compute them
+            return args[0].value is not None and args[0].value.requires_grad
+        if args and isinstance(args[0], DeferredLogits) and args[0].value is None:
+            recorded = args[0]._recorded(func, args[1:], kwargs)
+            if recorded is not None:
+                return recorded
+        elif len(args) == 2 and func in _PRODUCTS | _SUMS and isinstance(args[1], DeferredLogits):
+            recorded = args[1]._recorded(func, args[:1], kwargs)
+            if recorded is not None:
+                return recorded
+        args, kwargs = tree_map(materialized, args), tree_map(materialized, kwargs)
+        return func(*args, **kwargs)
+
+    @classmethod
+    def __torch_dispatch__(  # type: ignore[override]  # of the base, a class method too
+        cls, func: _Function, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        return func(*tree_map(materialized, args), **tree_map(materialized, kwargs or {}))
+
+    def _recorded(self, func: _Function, more: tuple[Any, ...], kwargs: dict[str, Any]) -> DeferredLogits | None:
+        """The deferred result of an operation that can wait; None for any other."""
+        if func in _CASTS:
+            dtype = {torch.Tensor.float: torch.float32, torch.Tensor.double: torch.float64}.get(func)
+            dtype = {torch.Tensor.half: torch.float16, torch.Tensor.bfloat16: torch.bfloat16}.get(func, dtype)
+            if func is torch.Tensor.to:
+                given = [*more, *kwargs.values()]
+                if len(given) != 1 or not isinstance(given[0], torch.dtype):
+                    return None
+                dtype = given[0]
+            elif more or kwargs:
+                return None
+            assert dtype is not None
+            return self if dtype == self.dtype else self._with("cast", dtype, dtype=dtype)
+        if kwargs:
+            return None
+        if func in _TANH and not more:
+            return self._with("tanh", None)
+        if func in _PRODUCTS | _QUOTIENTS and len(more) == 1:
+            number = more[0]
+            if isinstance(number, bool) or not isinstance(number, (int, float)) or number == 0:
+                return None
+            return self._with("scale", 1 / number if func in _QUOTIENTS else number)
+        if func in _SUMS and len(more) == 1 and isinstance(more[0], torch.Tensor):
+            added = more[0]
+            is_row = added.numel() == self.shape[-1] and added.shape[-1:] == self.shape[-1:]
+            if type(added) not in (torch.Tensor, nn.Parameter) or not is_row or added.dim() > self.dim():
+                return None
+            return self._with("bias", added.reshape(-1)) if added.dtype == self.dtype else None
+        if func in _VIEWS:
+            shape = more[0] if len(more) == 1 and not isinstance(more[0], int) else more
+            if func is torch.Tensor.contiguous:
+                return self if not more else None
+            if not shape or not all(isinstance(n, int) for n in shape) or shape[-1] not in (-1, self.shape[-1]):
+                return None
+            try:
+                viewed = self.hidden.new_empty(self.shape[:-1]).view(shape[:-1])
+            except RuntimeError:
+                return None
+            if shape[-1] == -1 and viewed.numel() * self.shape[-1] != self.numel():
+                return None
+            return self._with("shape", tuple(viewed.shape), shape=(*viewed.shape, self.shape[-1]))
+        return None
+
+    def _with(self, kind: str, what: Any, **changed: Any) -> DeferredLogits:
+        new = _wrapper(type(self), changed.get("shape", self.shape), changed.get("dtype", self.dtype), self.device)
+        new.__dict__.update(self.__dict__)
+        new.steps, new.base, new.value = (*self.steps, (kind, what)), self, None
+        return new
+
+    def materialize(self) -> torch.Tensor:
+        """The logits, computed once, in the graph of the hidden states and the weight."""
+        if self.value is None:
+            if self.base is not None:
+                self.value = _apply(self.base.materialize(), *self.steps[-1])
+            else:
+                if _versions(self) != self.versions:
+                    raise RuntimeError(
+                        "accumloss: expected logits to be read before the head's weight or the hidden states change (an "
+                        "optimizer step), got a read after; with fused_linear=True they are computed when they are first "
+                        "read: read outputs.logits before, or register without fused_linear"
+                    )
+                if self.weight.numel() and self.weight.untyped_storage().size() == 0:
+                    raise RuntimeError(
+                        "accumloss: expected logits to be read while the head's weight is there, got a read after FSDP has "
+                        "freed it; with fused_linear=True they are computed when they are first read: keep the weight "
+                        "(reshard_after_forward=False), or register without fused_linear"
+                    )
+                device = self.hidden.device.type
+                with torch.autocast(device, self.autocast_dtype, enabled=self.is_autocast):
+                    self.value = F.linear(self.hidden, self.weight, self.bias)
+        return self.value
+
+    def as_linear(self) -> Linear | None:
+        """What linear_cross_entropy takes; None where the recorded steps are more than it can do, or are done already."""
+        hidden, bias = self.hidden, self.bias
+        scale, softcap, is_capped, is_open = 1.0, 0.0, False, False
+        node: DeferredLogits | None = self
+        product = self.dtype
+        while node is not None:
+            if node.value is not None:
+                return None
+            product, node = node.dtype, node.base
+        for kind, what in self.steps:
+            if kind == "cast":
+                if what not in (torch.float32, torch.float64, product):
+                    return None
+            elif kind == "shape":
+                hidden = hidden.reshape(*what, hidden.shape[-1])
+            elif kind == "bias":
+                if bias is not None or scale != 1 or is_capped or is_open:
+                    return None
+                bias = what.to(self.hidden.dtype)
+            elif kind == "scale" and not is_open:
+                if is_capped or what <= 0:
+                    return None
+                scale *= what
+            elif kind == "tanh" and not (is_capped or is_open):
+                is_open = True
+            elif kind == "scale" and is_open:  # cap tanh(s x), whose s x is (scale / cap) x
+                is_open, is_capped, softcap = False, True, what
+                if what <= 0:
+                    return None
+                scale *= what
+            else:
+                return None
+        return None if is_open else Linear(hidden, self.weight, bias, scale, softcap)
+
+
+@dataclass(frozen=True)
+class Linear:
+    """The arguments of linear_cross_entropy."""
+
+    hidden: torch.Tensor  # (..., H)
+    weight: torch.Tensor  # (V, H)
+    bias: torch.Tensor | None  # (V,)
+    logit_scale: float
+    softcap: float
+
+    def options(self, given: dict[str, Any]) -> dict[str, Any] | None:
+        """The options of a loss together with those of the head; None where both have a transform."""
+        has_own = given.get("softcap", 0.0) != 0 or given.get("logit_scale", 1.0) != 1
+        if has_own and (self.softcap != 0 or self.logit_scale != 1):
+            return None
+        options = dict(given)
+        options.pop("inplace", None)  # there are no logits to write to
+        options["class_weight"] = options.pop("weight", None)
+        if not has_own:
+            options.update(softcap=self.softcap, logit_scale=self.logit_scale)
+        return options
+
+
+def _wrapper(cls: type, shape: Any, dtype: torch.dtype, device: torch.device) -> Any:
+    return torch.Tensor._make_wrapper_subclass(cls, tuple(shape), dtype=dtype, device=device)
+
+
+def _versions(logits: DeferredLogits) -> tuple[int, ...]:
+    return tuple(t._version for t in (logits.hidden, logits.weight, logits.bias) if t is not None)
+
+
+def _apply(value: torch.Tensor, kind: str, what: Any) -> torch.Tensor:
+    if kind == "cast":
+        return value.to(what)
+    if kind == "scale":
+        return value * what
+    if kind == "tanh":
+        return torch.tanh(value)
+    if kind == "bias":
+        return value + what
+    return value.reshape(*what, value.shape[-1])
+
+
+def materialized(value: Any) -> Any:
+    return value.materialize() if isinstance(value, DeferredLogits) else value
+
+
+# Where heads defer -----------------------------------------------------------------------------------------------------
+
+
+def head_of(model: Any) -> Any:
+    """The module that makes the logits, None where a model names none."""
+    try:
+        return model.get_output_embeddings()
+    except (AttributeError, NotImplementedError):
+        return None
+
+
+@functools.cache
+def _calls_loss_function(cls: Any) -> bool:
+    """Whether the forward of a class takes its loss from model.loss_function."""
+    forward = inspect.unwrap(cls.forward)
+    try:
+        return "loss_function" in inspect.getsource(forward)
+    except (OSError, TypeError):
+        return "loss_function" in forward.__code__.co_names
+
+
+def why_not(model: Any) -> str | None:
+    """Why the head of a model computes its logits; None where it defers them."""
+    if not _calls_loss_function(type(model)):  # type: ignore[arg-type]  # a class is hashable
+        return "its forward does not call loss_function"
+    head = head_of(model)
+    if head is None:
+        return "the model names no output embeddings"
+    if type(head) is not nn.Linear:
+        return f"its head is {type(head).__module__}.{type(head).__qualname__}, not torch.nn.Linear"
+    if "forward" in vars(head) or hasattr(head, "_hf_hook"):
+        return "its head's forward was replaced"
+    hooks = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+    if any(getattr(head, name) for name in hooks):
+        return "its head has hooks"
+    modules = sys.modules["torch.nn.modules.module"]
+    if any(getattr(modules, f"_global{name}") for name in hooks):
+        return "there are hooks on all modules"
+    if nn.utils.parametrize.is_parametrized(head):
+        return "its head is parametrized"
+    fsdp = sys.modules.get("torch.distributed.fsdp")  # not imported where nobody shards
+    if fsdp is not None and isinstance(model, fsdp.FSDPModule):
+        return None  # its forward begins by unsharding the head, which looks at its weight then
+    return _why_not_weight(head)
+
+
+def _why_not_weight(head: nn.Linear) -> str | None:
+    for what, tensor in (("weight", head.weight), ("bias", head.bias)):
+        if tensor is None:
+            continue
+        if type(tensor) not in (torch.Tensor, nn.Parameter):
+            return f"its head's {what} is a {type(tensor).__name__}"
+        if not tensor.is_floating_point() or tensor.device.type not in ("cpu", "cuda"):
+            return f"its head's {what} is {tensor.dtype} on {tensor.device.type}"
+    return None
+
+
+def _forward(head: nn.Linear, input: torch.Tensor) -> torch.Tensor:
+    """The forward of a head while it defers."""
+    is_trained = torch.is_grad_enabled() and (input.requires_grad or head.weight.requires_grad)
+    is_known = type(input) is torch.Tensor and input.dim() > 1 and _why_not_weight(head) is None
+    same = torch.is_autocast_enabled(input.device.type) or input.dtype == head.weight.dtype
+    if not (is_trained and is_known and same) or input.dtype not in _DTYPES:
+        return F.linear(input, head.weight, head.bias)
+    return DeferredLogits(input, head.weight, head.bias)
+
+
+_DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
+
+
+@contextmanager
+def deferring(model: Any) -> Iterator[None]:
+    """The head of a model defers, where it can, for the length of a with block."""
+    if why_not(model) is not None:  # also where an outer block defers already
+        yield
+        return
+    head = head_of(model)
+    head.__dict__["forward"] = functools.partial(_forward, head)
+    try:
+        yield
+    finally:
+        head.__dict__.pop("forward", None)
+
+
+def _wants(model: Any, kwargs: dict[str, Any]) -> bool:
+    return (
+        settings.fused_linear
+        and kwargs.get("labels") is not None
+        and model.training
+        and torch.is_grad_enabled()
+        and not torch.compiler.is_compiling()
+    )
+
+
+def _call_of_model(model: Any, *args: Any, **kwargs: Any) -> Any:
+    """nn.Module.__call__ of a model of transformers."""
+    if not _wants(model, kwargs):
+        return nn.Module.__call__(model, *args, **kwargs)
+    with deferring(model):
+        return nn.Module.__call__(model, *args, **kwargs)
+
+
+def _call_of_peft(model: Any, *args: Any, **kwargs: Any) -> Any:
+    """nn.Module.__call__ of a PeftModel, which calls the forward of the model inside, not the model."""
+    if not _wants(model, kwargs) or not hasattr(model, "get_base_model"):
+        return nn.Module.__call__(model, *args, **kwargs)
+    with deferring(model.get_base_model()):
+        return nn.Module.__call__(model, *args, **kwargs)
+
+
+def why_not_called(model: Any, base: Any) -> str | None:
+    """Why a model would not be told to defer: PEFT calls the forward of the model inside itself."""
+    if model is not base and isinstance(model, nn.Module):
+        if vars(type(model)).get("__call__") is None and not any(
+            vars(cls).get("__call__") is _call_of_peft for cls in type(model).__mro__
+        ):
+            return "peft was imported after accumloss was registered: register again"
+    elif not any(vars(cls).get("__call__") is _call_of_model for cls in type(model).__mro__):
+        return "its class has a __call__ of its own"
+    return None
+
+
+_installed: list[tuple[type, Any]] = []
+
+
+def install() -> None:
+    """Has the models of transformers, and those of PEFT where it is imported, defer in training."""
+    from transformers import PreTrainedModel
+
+    _install(PreTrainedModel, _call_of_model)
+    peft = sys.modules.get("peft")
+    if peft is not None and hasattr(peft, "PeftModel"):
+        _install(peft.PeftModel, _call_of_peft)
+
+
+def _install(owner: type, call: Any) -> None:
+    if vars(owner).get("__call__") is not call:
+        if "__call__" in vars(owner):
+            raise RuntimeError(
+                f"register_with_transformers: expected {owner.__name__} without a __call__ of its own where "
+                "fused_linear=True, got one"
+            )
+        owner.__call__ = call  # type: ignore[method-assign]
+        _installed.append((owner, call))
+
+
+def uninstall() -> None:
+    for owner, call in _installed:
+        if vars(owner).get("__call__") is call:
+            del owner.__call__
+    _installed.clear()
+
+
+# What a user asks ------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Explanation:
+    """How the loss of a model is computed in training; ``str()`` says it in a sentence.
+
+    Attributes:
+        model: name of the model's class.
+        path: ``"fused"``: from the hidden states, chunk by chunk, without the logits; ``"logits"``; or ``"stock"``: by
+            transformers' own loss.
+        reason: why it is not fused; empty where it is.
+        loss: qualified name of the loss function.
+    """
+
+    model: str
+    path: str
+    reason: str
+    loss: str
+
+    def __str__(self) -> str:
+        described = {
+            "fused": "from the hidden states, without the logits",
+            "logits": "from the logits",
+            "stock": "by transformers' own loss",
+        }[self.path]
+        return f"{self.model}: {described}" + (f": {self.reason}" if self.reason else "") + f" ({self.loss})"
