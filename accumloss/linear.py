@@ -131,7 +131,10 @@ def _run(
     grad_hidden = torch.empty_like(kept_hidden) if needs.hidden else None
     grad_weight = grad_bias = None
     if needs.weight:
-        grad_weight = torch.empty(V, H, dtype=plan.accumulator, device=weight.device)
+        if plan.accumulator == weight.dtype:
+            grad_weight = ops.scratch(weight, V, H)  # memory that is kept
+        else:
+            grad_weight = torch.empty(V, H, dtype=plan.accumulator, device=weight.device)
         if n == 0:
             grad_weight.zero_()
     if needs.bias:

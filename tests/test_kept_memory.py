@@ -80,10 +80,17 @@ def test_gradients_that_live_together_lie_apart() -> None:
     assert torch.equal(view, third[10:])
 
 
-def test_the_largest_block_is_kept_and_given_back() -> None:
-    small, large = grad_of(logits(1000)), grad_of(logits(3000))
-    del large, small  # in this order, so that the small one would replace it
-    assert accumloss.empty_cache() == 3000 * V * 4
+@pytest.mark.parametrize("order", [(0, 1, 2), (2, 1, 0), (1, 2, 0)], ids=str)
+def test_the_two_largest_blocks_are_kept_and_given_back(order: tuple[int, ...]) -> None:
+    live = [grad_of(logits(rows)) for rows in (1000, 2000, 3000)]
+    addresses = [grad.data_ptr() for grad in live]
+    for i in order:
+        live[i] = None
+    small = grad_of(logits(900))  # the smallest that will do
+    large = grad_of(logits(2900))
+    assert [small.data_ptr(), large.data_ptr()] == addresses[1:]
+    del small, large
+    assert accumloss.empty_cache() == 5000 * V * 4
     assert accumloss.empty_cache() == 0
     check(grad_of(logits(1000)), logits(1000))
     assert accumloss.empty_cache() == 1000 * V * 4
@@ -138,3 +145,23 @@ def test_the_environment_turns_it_off(setting: str, kept: int) -> None:
     environment = {**os.environ, "ACCUMLOSS_KEEP_MEMORY": setting}
     done = subprocess.run([sys.executable, "-c", code], cwd=HERE, env=environment, capture_output=True, text=True)
     assert done.stdout.strip() == str(kept), done.stderr
+
+
+def test_a_larger_gradient_takes_the_place_of_the_largest_that_waits() -> None:
+    grad_of(logits(1000))
+    grad_of(logits(3000))
+    assert accumloss.empty_cache() == 3000 * V * 4
+
+
+def test_a_heads_gradient_and_its_scratch_are_kept_together() -> None:
+    hidden = torch.randn(600, 500)
+    weight = torch.randn(V, 500, requires_grad=True)
+    labels = torch.arange(600)
+    seen = []
+    for _ in range(3):
+        weight.grad = None
+        accumloss.linear_causal_lm_loss(hidden[None], weight, None, 600, shift_labels=labels[None]).backward()
+        seen.append(weight.grad.data_ptr())
+    assert seen[0] == seen[1] == seen[2]
+    weight.grad = None
+    assert accumloss.empty_cache() == 4 * V * (600 + 500)

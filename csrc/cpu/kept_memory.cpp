@@ -6,6 +6,7 @@
 #include <cstdlib>
 #include <cstring>
 #include <mutex>
+#include <utility>
 
 namespace accumloss {
 namespace cpu {
@@ -18,8 +19,10 @@ struct Block {
   size_t bytes;
 };
 
+constexpr int kMost = 2;  // a gradient, and the scratch that it was made in
+
 std::mutex mutex;
-Block* waiting = nullptr;  // never destroyed: gradients may be freed after the static objects
+Block* waiting[kMost] = {};  // never destroyed: gradients may be freed after the static objects
 
 bool is_enabled() {
   static const bool enabled = [] {
@@ -35,24 +38,49 @@ size_t most_kept() {
   return most;
 }
 
-Block* exchange_waiting(Block* block) {
-  const std::lock_guard<std::mutex> lock(mutex);
-  Block* before = waiting;
-  waiting = block;
-  return before;
-}
-
 void unmap(Block* block) {
   if (block == nullptr) return;
   munmap(block->data, block->bytes);
   delete block;
 }
 
+// Takes the smallest block that holds so many bytes out of those that wait; where none does, the largest.
+Block* take_waiting(size_t bytes) {
+  const std::lock_guard<std::mutex> lock(mutex);
+  Block** best = nullptr;
+  for (Block*& block : waiting) {
+    if (block == nullptr) continue;
+    if (best == nullptr) {
+      best = &block;
+      continue;
+    }
+    const bool fits = block->bytes >= bytes, best_fits = (*best)->bytes >= bytes;
+    if (fits ? !best_fits || block->bytes < (*best)->bytes : !best_fits && block->bytes > (*best)->bytes) best = &block;
+  }
+  if (best == nullptr) return nullptr;
+  Block* taken = *best;
+  *best = nullptr;
+  return taken;
+}
+
+// Lets a block wait; what there is no room for comes back, the smallest of all.
+Block* let_wait(Block* block) {
+  const std::lock_guard<std::mutex> lock(mutex);
+  for (Block*& other : waiting) {
+    if (other == nullptr) {
+      other = block;
+      return nullptr;
+    }
+    if (other->bytes < block->bytes) std::swap(other, block);
+  }
+  return block;
+}
+
 }  // namespace
 
 void* take_memory(size_t bytes, void** handle) {
   if (bytes < kLeast || !is_enabled()) return nullptr;
-  Block* block = exchange_waiting(nullptr);
+  Block* block = take_waiting(bytes);
   if (block == nullptr || block->bytes < bytes) {
     unmap(block);
     void* data = mmap(nullptr, bytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
@@ -65,16 +93,16 @@ void* take_memory(size_t bytes, void** handle) {
 
 void release_memory(void*, void* handle) {
   Block* block = static_cast<Block*>(handle);
-  if (block->bytes > most_kept()) return unmap(block);
-  Block* other = exchange_waiting(block);
-  if (other != nullptr && other->bytes > block->bytes) other = exchange_waiting(other);
-  unmap(other);
+  if (block->bytes > most_kept()) return unmap(block);  // of each
+  unmap(let_wait(block));
 }
 
 size_t release_kept_memory() {
-  Block* block = exchange_waiting(nullptr);
-  const size_t bytes = block != nullptr ? block->bytes : 0;
-  unmap(block);
+  size_t bytes = 0;
+  while (Block* block = take_waiting(0)) {
+    bytes += block->bytes;
+    unmap(block);
+  }
   return bytes;
 }
 

@@ -2,8 +2,8 @@
 //
 // malloc maps a large buffer anew for every call and unmaps it after, so that every gradient is page-faulted into
 // existence, which takes several times as long as the loss. Here the block of a gradient that was freed waits for the
-// next one: one block in a process, the largest. While it waits, the system may take its pages where it is short of
-// memory.
+// next one: two blocks in a process, the largest, since a head's gradient and the scratch that it is made in are there
+// together. The system may take the pages of what waits where it is short of memory.
 #pragma once
 
 #include <cstddef>
@@ -16,7 +16,7 @@ namespace cpu {
 void* take_memory(size_t bytes, void** handle);
 void release_memory(void* data, void* handle);
 
-// Returns the block that waits to the system, and its bytes to the caller.
+// Returns the blocks that wait to the system, and their bytes to the caller.
 size_t release_kept_memory();
 
 }  // namespace cpu
