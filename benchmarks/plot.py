@@ -46,12 +46,18 @@ NAMES = {
     "accumloss backward": "accumloss, in place in backward",
     "accumloss forward": "accumloss, in place in forward",
     "accumloss in place": "accumloss, in place in forward",
+    "accumloss fused": "accumloss, fused with the head",
     "accumloss mean": "accumloss, two visits",
     "liger mean": "Liger, mean",
     "liger sum": "Liger, sum / n",
     "copy": "copy of the same bytes (ceiling)",
 }
-WAYS = {"stock": STOCK, "accumloss": STYLES["accumloss"], "accumloss in place": STYLES["accumloss forward"]}
+WAYS = {
+    "stock": STOCK,
+    "accumloss": STYLES["accumloss"],
+    "accumloss in place": STYLES["accumloss forward"],
+    "accumloss fused": ("#009E73", "//", "P"),
+}
 CEILINGS = ("copy", "copy to new", "read")
 IGNORED = {0.0: "-", 0.5: "--", 0.9: ":"}
 
@@ -291,7 +297,13 @@ def draw_training(table: Path, lines: Lines) -> list[Path]:
                 if line is None:
                     continue
                 at = place + (i - (len(WAYS) - 1) / 2) * width
-                loss, whole = float(line["loss_ms"]), float(line["step_ms"])
+                loss, whole = float(line["loss_ms"] or 0), float(line["step_ms"])
+                if not line["loss_ms"]:
+                    axis.bar(
+                        at, whole, width, color="#DDDDDD", hatch=described[1], edgecolor=described[0], linewidth=0.4,
+                        label=f"the whole step, {NAMES[way]}",
+                    )  # fmt: skip
+                    continue
                 axis.bar(
                     at, whole - loss, width, color="#DDDDDD", edgecolor="white", linewidth=0.4, label="rest of the step"
                 )
