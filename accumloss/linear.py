@@ -208,7 +208,7 @@ def _valid_rows(
     if num_valid is None or num_valid >= N:
         return None, None
     # those that count first, in their order; without a sync
-    rows = torch.argsort(is_valid.logical_not(), stable=True)[:num_valid]
+    rows = torch.argsort(is_valid.logical_not().to(torch.int8), stable=True)[:num_valid]
     return rows, is_valid.count_nonzero() <= num_valid
 
 

@@ -7,7 +7,7 @@ import math
 import pytest
 import row_oracle
 import torch
-from tolerances import ACCUMULATED_GRADIENT, SUM, ulp
+from tolerances import ACCUMULATED_GRADIENT, SUM, linear_gradient_bound, ulp
 
 if not torch.cuda.is_available():
     pytest.skip("no CUDA device", allow_module_level=True)
@@ -329,3 +329,51 @@ def test_cuda_accumulator_equals_the_batch():
     assert int(parts.num_items) == int(whole.num_items) == 8
     assert float(parts.mean_loss) == pytest.approx(float(whole.mean_loss), rel=SUM)
     assert ((got - exact).norm() / exact.norm()).item() < ACCUMULATED_GRADIENT[torch.float32]
+
+
+@pytest.mark.parametrize("chunk_rows", [16, 1000])
+@pytest.mark.parametrize("dtype", FLOATS, ids=str)
+def test_cuda_linear_cross_entropy_matches_float64(dtype, chunk_rows):
+    generator = torch.Generator().manual_seed(0)
+    rows, hidden_size, V = 90, 64, 1501
+    hidden = torch.randn(rows, hidden_size, generator=generator, dtype=torch.float64).to(dtype)
+    weight = (torch.randn(V, hidden_size, generator=generator, dtype=torch.float64) / 8).to(dtype)
+    labels = torch.randint(0, V, (rows,), generator=generator)
+    labels[torch.rand(rows, generator=generator) < 0.4] = -100
+    count = int((labels != -100).sum())
+    exact = [t.double().requires_grad_() for t in (hidden, weight)]
+    loss = torch.nn.functional.cross_entropy(exact[0] @ exact[1].t(), labels, reduction="sum")
+    want = torch.autograd.grad(loss, exact)
+    leaves = [t.cuda().requires_grad_() for t in (hidden, weight)]
+    on_logits = accumloss.cross_entropy(torch.nn.functional.linear(*leaves), labels.cuda()).loss_sum
+    unfused = torch.autograd.grad(on_logits, leaves)
+    budget = chunk_rows * V * dtype.itemsize
+    for num_valid in (None, count, count + 5):
+        sums = accumloss.linear_cross_entropy(
+            *leaves, labels.cuda(), metrics=True, num_valid=num_valid, max_scratch_bytes=budget
+        )
+        assert int(sums.num_items) == count
+        assert sums.loss_sum.item() == pytest.approx(on_logits.item(), rel=16 * torch.finfo(dtype).eps)
+        chunks = accumloss.linear_plan(num_valid or rows, hidden_size, V, dtype, max_scratch_bytes=budget).num_chunks
+        for got, other, wanted in zip(torch.autograd.grad(sums.loss_sum, leaves), unfused, want, strict=True):
+            error, plain = (((g.double().cpu() - wanted).norm() / wanted.norm()).item() for g in (got, other))
+            assert error <= linear_gradient_bound(plain, dtype, chunks if chunks > 1 else 0)
+    short = accumloss.linear_cross_entropy(*leaves, labels.cuda(), num_valid=count - 1)
+    assert short.loss_sum.isnan()
+
+
+def test_cuda_linear_cross_entropy_waits_for_nothing():
+    hidden = torch.randn(256, 64, device="cuda", dtype=torch.bfloat16, requires_grad=True)
+    weight = torch.randn(5003, 64, device="cuda", dtype=torch.bfloat16, requires_grad=True)
+    labels = torch.randint(0, 5003, (256,), device="cuda")
+    labels[::2] = -100
+    accumloss.linear_cross_entropy(hidden, weight, labels, num_valid=128).loss_sum.backward()  # cuBLAS sets itself up
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        loss = accumloss.linear_causal_lm_loss(
+            hidden[None], weight, None, 128, shift_labels=labels[None], num_valid=128
+        )
+        loss.backward()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")

@@ -111,6 +111,12 @@ def gradients(model, **inputs):
     return outputs, {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
 
 
+needs_transformers_5 = pytest.mark.skipif(
+    int(transformers.__version__.split(".")[0]) < 5, reason="the audit's tiny configurations need transformers 5"
+)
+
+
+@needs_transformers_5
 @pytest.mark.parametrize("name", list(class_names()))
 def test_architecture_is_fused_and_equal(name):
     with warnings.catch_warnings():
@@ -123,6 +129,7 @@ def test_architecture_is_fused_and_equal(name):
     assert line["logits_error"] == "" or line["logits_error"] < SUM
 
 
+@needs_transformers_5
 def test_a_forward_with_a_loss_of_its_own_keeps_its_logits():
     line = fused_linear.measure("XLNetLMHeadModel")
     assert (line["path"], line["reason"]) == ("logits", "its forward does not call loss_function")
@@ -357,6 +364,30 @@ def test_explain_says_what_is_registered():
         assert accumloss.explain(classifier).path == "logits"
     with pytest.raises(TypeError, match="explain: expected a transformers model"):
         accumloss.explain(nn.Linear(2, 2))
+
+
+def test_logits_to_keep_are_what_the_loss_is_of():
+    model, inputs = llama(), batch()
+    inputs["labels"] = inputs["labels"][:, -5:]
+    want_outputs, want = gradients(model, **inputs, logits_to_keep=5)
+    with accumloss.registered(fused_linear=True), fused_linear.counted() as seen:
+        outputs, got = gradients(model, **inputs, logits_to_keep=5)
+        assert outputs.logits.shape == want_outputs.logits.shape == (3, 5, 97)
+        as_tuple = model(**inputs, logits_to_keep=5, return_dict=False)
+    assert seen == [1, 1]
+    assert isinstance(as_tuple, tuple) and as_tuple[0].item() == outputs.loss.item()
+    assert outputs.loss.item() == pytest.approx(want_outputs.loss.item(), rel=SUM)
+    assert relative_error(got, want) < TRAINER_GRADIENT
+
+
+def test_gradient_checkpointing():
+    model, inputs = llama(), batch()
+    _, want = gradients(model, **inputs)
+    model.gradient_checkpointing_enable({"use_reentrant": False})
+    with accumloss.registered(fused_linear=True), fused_linear.counted() as seen:
+        _, got = gradients(model, **inputs)
+    assert seen == [1]
+    assert relative_error(got, want) < TRAINER_GRADIENT
 
 
 def test_an_error_in_the_forward_leaves_the_head_as_it_was():
