@@ -50,9 +50,8 @@ class DeferredLogits(torch.Tensor):
     hidden: torch.Tensor
     weight: torch.Tensor
     bias: torch.Tensor | None
-    steps: tuple[
-        tuple[str, Any], ...
-    ]  # ("cast", dtype), ("scale", s), ("tanh", None), ("bias", (V,)), ("shape", (...))
+    # ("cast", dtype), ("mul", s), ("div", s), ("tanh", None), ("bias", (V,)), ("shape", (...))
+    steps: tuple[tuple[str, Any], ...]
     base: DeferredLogits | None  # what a recorded step was taken on
     value: torch.Tensor | None  # once read
     versions: tuple[int, ...]
@@ -80,6 +79,8 @@ class DeferredLogits(torch.Tensor):
                 return func(*args, **kwargs)
         if func == _REQUIRES_GRAD:  # of what was read. Engines hook the outputs that say so, which would compute them
             return args[0].value is not None and args[0].value.requires_grad
+        if func is torch.Tensor.__repr__ and args[0].value is None:
+            return f"DeferredLogits(shape={tuple(args[0].shape)}, dtype={args[0].dtype}, not computed yet)"
         if args and isinstance(args[0], DeferredLogits) and args[0].value is None:
             recorded = args[0]._recorded(func, args[1:], kwargs)
             if recorded is not None:
@@ -119,7 +120,7 @@ class DeferredLogits(torch.Tensor):
             number = more[0]
             if isinstance(number, bool) or not isinstance(number, (int, float)) or number == 0:
                 return None
-            return self._with("scale", 1 / number if func in _QUOTIENTS else number)
+            return self._with("div" if func in _QUOTIENTS else "mul", number)
         if func in _SUMS and len(more) == 1 and isinstance(more[0], torch.Tensor):
             added = more[0]
             is_row = added.numel() == self.shape[-1] and added.shape[-1:] == self.shape[-1:]
@@ -151,7 +152,8 @@ class DeferredLogits(torch.Tensor):
         """The logits, computed once, in the graph of the hidden states and the weight."""
         if self.value is None:
             if self.base is not None:
-                self.value = _apply(self.base.materialize(), *self.steps[-1])
+                with torch.enable_grad():  # who reads them first may not want a gradient, who does next may
+                    self.value = _apply(self.base.materialize(), *self.steps[-1])
             else:
                 if _versions(self) != self.versions:
                     raise RuntimeError(
@@ -166,7 +168,7 @@ class DeferredLogits(torch.Tensor):
                         "(reshard_after_forward=False), or register without fused_linear"
                     )
                 device = self.hidden.device.type
-                with torch.autocast(device, self.autocast_dtype, enabled=self.is_autocast):
+                with torch.enable_grad(), torch.autocast(device, self.autocast_dtype, enabled=self.is_autocast):
                     self.value = F.linear(self.hidden, self.weight, self.bias)
         return self.value
 
@@ -190,17 +192,13 @@ class DeferredLogits(torch.Tensor):
                 if bias is not None or scale != 1 or is_capped or is_open:
                     return None
                 bias = what.to(self.hidden.dtype)
-            elif kind == "scale" and not is_open:
-                if is_capped or what <= 0:
-                    return None
-                scale *= what
             elif kind == "tanh" and not (is_capped or is_open):
                 is_open = True
-            elif kind == "scale" and is_open:  # cap tanh(s x), whose s x is (scale / cap) x
-                is_open, is_capped, softcap = False, True, what
-                if what <= 0:
-                    return None
-                scale *= what
+            elif kind in ("mul", "div") and what > 0 and not is_capped:
+                factor = what if kind == "mul" else 1 / what
+                scale *= factor
+                if is_open:  # cap tanh(s x), whose s x is (scale / cap) x
+                    is_open, is_capped, softcap = False, True, factor
             else:
                 return None
         return None if is_open else Linear(hidden, self.weight, bias, scale, softcap)
@@ -240,8 +238,10 @@ def _versions(logits: DeferredLogits) -> tuple[int, ...]:
 def _apply(value: torch.Tensor, kind: str, what: Any) -> torch.Tensor:
     if kind == "cast":
         return value.to(what)
-    if kind == "scale":
+    if kind == "mul":
         return value * what
+    if kind == "div":
+        return value / what
     if kind == "tanh":
         return torch.tanh(value)
     if kind == "bias":

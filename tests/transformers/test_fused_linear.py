@@ -177,7 +177,6 @@ READS = {
     "pickle": lambda logits: pickle.loads(pickle.dumps(logits.detach())),
     "list": lambda logits: torch.tensor(logits.tolist()),
     "item": lambda logits: torch.tensor(logits.max().item()),
-    "repr": lambda logits: torch.tensor(len(repr(logits))),
     "out": torch.no_grad()(lambda logits: torch.add(logits, 1, out=torch.empty(3, 12, 97))),
     "equal": lambda logits: torch.tensor(torch.equal(logits, logits.detach())),
     "where": lambda logits: torch.where(logits > 0, logits, -logits),
@@ -210,6 +209,19 @@ def test_what_is_read_carries_the_gradient():
     (outputs.loss + outputs.logits.square().mean()).backward()
     want = {name: p.grad for name, p in model.named_parameters()}
     assert relative_error(got, want) < TRAINER_GRADIENT
+
+
+def test_a_first_read_without_grad_does_not_take_the_gradient_from_the_next():
+    model, inputs = llama(), batch()
+    with accumloss.registered(fused_linear=True):
+        logits = model(**inputs).logits
+        assert repr(logits) == "DeferredLogits(shape=(3, 12, 97), dtype=torch.float32, not computed yet)"
+        with torch.no_grad():
+            assert not logits.argmax(-1).requires_grad
+            assert not (logits * 2 + 1).requires_grad
+        assert "not computed" not in repr(logits)
+        logits.square().mean().backward()
+        assert model.lm_head.weight.grad.count_nonzero() > 0
 
 
 def test_logits_that_a_step_has_overtaken_are_refused():
