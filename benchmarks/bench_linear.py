@@ -1,11 +1,11 @@
-"""Head and cross-entropy together, forward and backward, on the CPU: accumloss without the logits, and its peers.
+"""Head and cross-entropy together, forward and backward: accumloss without the logits, and its peers.
 
-    python benchmarks/bench_linear.py [--quick] [--rounds 3] [--out FOLDER]
+    python benchmarks/bench_linear.py [--device cuda] [--quick] [--rounds 3] [--out FOLDER]
 
 The ceiling is the three matrix products alone, in the same dtype, into tensors that exist: nothing that computes a head and
 its gradients is faster. Every competitor's loss and gradients are held against float64 on fewer rows before it is timed.
 Interleaved rounds, medians of ratios within a round (one round of calls that take seconds); peak memory above hidden states,
-weight and gradients' own size is taken in a pass of its own. Writes linear_cpu.csv and .json to --out and prints a summary in Markdown.
+weight and gradients' own size is taken in a pass of its own. Writes linear_cpu.csv (or linear_gpu.csv) and .json to --out and prints a summary in Markdown.
 """
 
 from __future__ import annotations
@@ -18,24 +18,25 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import devices
 import record
 import torch
-from peers import PeerMissing
+from peers import PeerMissing, needs_gpu
 from shapes import DTYPES
 from torch.nn import functional as F
 
 import accumloss
 
-NAME = "linear_cpu"
+NAMES = {"cpu": "linear_cpu", "cuda": "linear_gpu"}
 FIELDS = (
     "rows", "hidden_size", "vocab", "dtype", "ignored", "peer", "rounds", "ms_median", "ms_q1", "ms_q3",
     "ratio_to_products", "peak_extra_bytes", "loss_error", "hidden_error", "weight_error", "missing",
 )  # fmt: skip
 SIZES = ((768, 50257), (2048, 32000), (1024, 128256))
-ROWS, CHECKED_ROWS = 2048, 256
+GPU_SIZES = ((4096, 32000), (4096, 128256), (2304, 262144), (768, 50257))
+ROWS, GPU_ROWS, CHECKED_ROWS = 2048, 8192, 256
 SLOW_SECONDS = 5.0  # a call that takes longer, as F.linear_cross_entropy's do, is timed in one round only
 PRODUCTS = "three products"
 
@@ -45,20 +46,25 @@ class Head(NamedTuple):
     weight: torch.Tensor  # (V, H)
     labels: torch.Tensor  # (1, N)
     num_items: torch.Tensor  # ()
+    num_valid: int
 
     @classmethod
-    def make(cls, rows: int, hidden_size: int, vocab: int, dtype: torch.dtype, ignored: float) -> Head:
-        generator = torch.Generator().manual_seed(0)
-        hidden = torch.randn(1, rows, hidden_size, generator=generator).to(dtype).requires_grad_()
-        weight = (torch.randn(vocab, hidden_size, generator=generator) / hidden_size**0.5).to(dtype).requires_grad_()
-        labels = torch.randint(vocab, (1, rows), generator=generator)
-        labels[torch.rand(1, rows, generator=generator) < ignored] = -100
-        return cls(hidden, weight, labels, (labels[:, 1:] != -100).sum())
+    def make(
+        cls, rows: int, hidden_size: int, vocab: int, dtype: torch.dtype, ignored: float, device: str = "cpu"
+    ) -> Head:
+        on: dict[str, Any] = {"generator": torch.Generator(device).manual_seed(0), "device": device}
+        hidden = torch.randn(1, rows, hidden_size, **on).to(dtype).requires_grad_()
+        weight = (torch.randn(vocab, hidden_size, **on) / hidden_size**0.5).to(dtype).requires_grad_()
+        labels = torch.randint(vocab, (1, rows), **on)
+        labels[torch.rand(1, rows, **on) < ignored] = -100
+        num_items = (labels[:, 1:] != -100).sum()
+        return cls(hidden, weight, labels, num_items, int(num_items))
 
     def few(self, rows: int) -> Head:
         hidden = self.hidden.detach()[:, :rows].clone().requires_grad_()
         labels = self.labels[:, :rows]
-        return Head(hidden, self.weight, labels, (labels[:, 1:] != -100).sum())
+        num_items = (labels[:, 1:] != -100).sum()
+        return Head(hidden, self.weight, labels, num_items, int(num_items))
 
 
 Loss = Callable[[Head], torch.Tensor]
@@ -109,11 +115,79 @@ def fused() -> Loss:
     return loss
 
 
+def fused_counted() -> Loss:
+    """The same where the caller knows how many labels count, as a collator does: on a GPU only then are rows dropped."""
+
+    def loss(head: Head) -> torch.Tensor:
+        return accumloss.linear_causal_lm_loss(
+            head.hidden, head.weight, head.labels, head.num_items, num_valid=head.num_valid
+        )
+
+    return loss
+
+
+def _rows(head: Head) -> tuple[torch.Tensor, torch.Tensor]:
+    """hidden (N, H), labels (N,) shifted"""
+    return head.hidden.flatten(0, -2), F.pad(head.labels, (0, 1), value=-100)[..., 1:].flatten()
+
+
+def liger() -> Loss:
+    """Liger's fused linear cross-entropy."""
+    needs_gpu("Liger")
+    try:
+        from liger_kernel.transformers.functional import liger_fused_linear_cross_entropy
+    except ImportError as error:
+        raise PeerMissing(f"needs liger-kernel ({error})") from None
+
+    def loss(head: Head) -> torch.Tensor:
+        hidden, labels = _rows(head)
+        return liger_fused_linear_cross_entropy(hidden, head.weight, labels, reduction="sum") / head.num_items
+
+    return loss
+
+
+def cut() -> Loss:
+    """Apple's cut-cross-entropy, with its default filter of small gradients."""
+    needs_gpu("cut-cross-entropy")
+    try:
+        from cut_cross_entropy import linear_cross_entropy
+    except ImportError as error:
+        raise PeerMissing(f"needs cut-cross-entropy ({error})") from None
+
+    def loss(head: Head) -> torch.Tensor:
+        hidden, labels = _rows(head)
+        return linear_cross_entropy(hidden, head.weight, labels, reduction="sum") / head.num_items
+
+    return loss
+
+
+def quack() -> Loss:
+    """quack's chunked linear cross-entropy."""
+    needs_gpu("quack")
+    try:
+        from quack.linear_cross_entropy import chunked_linear_cross_entropy
+    except ImportError as error:
+        raise PeerMissing(f"needs quack-kernels ({error})") from None
+
+    def loss(head: Head) -> torch.Tensor:
+        hidden, labels = _rows(head)
+        return chunked_linear_cross_entropy(hidden, head.weight, labels, reduction="sum") / head.num_items
+
+    return loss
+
+
 PEERS: dict[str, Callable[[], Loss]] = {
     "stock": stock,
     "F.linear_cross_entropy": torch_linear,
     "accumloss on logits": on_logits,
     "accumloss linear": fused,
+}
+GPU_PEERS = {
+    **PEERS,
+    "accumloss linear, num_valid": fused_counted,
+    "liger": liger,
+    "cut-cross-entropy": cut,
+    "quack": quack,
 }
 
 
@@ -127,7 +201,7 @@ def call(loss: Loss, head: Head) -> torch.Tensor:
 def products_of(head: Head) -> Callable[[], None]:
     """Logits, gradient of the hidden states, gradient of the weight."""
     rows, weight = head.hidden.detach()[0], head.weight.detach()
-    logits = torch.empty(rows.shape[0], weight.shape[0], dtype=rows.dtype).fill_(0)
+    logits = rows.new_zeros(rows.shape[0], weight.shape[0])
     grad_hidden, grad_weight = torch.zeros_like(rows), torch.zeros_like(weight)
 
     def work() -> None:
@@ -158,16 +232,18 @@ def exact_of(head: Head) -> tuple[float, torch.Tensor, torch.Tensor]:
     return float(loss), *grads
 
 
-def measure(rows: int, size: tuple[int, int], dtype: str, ignored: float, rounds: int) -> list[dict[str, object]]:
-    head = Head.make(rows, *size, DTYPES[dtype], ignored)
+def measure(
+    rows: int, size: tuple[int, int], dtype: str, ignored: float, rounds: int, device: devices.Device | None = None
+) -> list[dict[str, object]]:
+    device = device or devices.Cpu()
+    head = Head.make(rows, *size, DTYPES[dtype], ignored, device.name)
     few = head.few(min(rows, CHECKED_ROWS))
     exact = exact_of(few)
-    device = devices.Cpu()
     lines: dict[str, dict[str, object]] = {}
     works: dict[str, Callable[[], object]] = {}
     limit = 0.05 if DTYPES[dtype].itemsize == 2 else 1e-5
-    for name, make in PEERS.items():
-        if ignored and name == "F.linear_cross_entropy":
+    for name, make in (GPU_PEERS if device.name == "cuda" else PEERS).items():
+        if ignored and device.name == "cpu" and name == "F.linear_cross_entropy":
             continue  # no goal speaks of it
         line = lines[name] = dict.fromkeys(FIELDS)
         line.update(rows=rows, hidden_size=size[0], vocab=size[1], dtype=dtype, ignored=ignored, peer=name, missing="")
@@ -176,7 +252,11 @@ def measure(rows: int, size: tuple[int, int], dtype: str, ignored: float, rounds
         except PeerMissing as reason:
             line["missing"] = str(reason)
             continue
-        found = errors(loss, few, exact)
+        try:
+            found = errors(loss, few, exact)
+        except torch.OutOfMemoryError:
+            line["missing"] = "out of memory"
+            continue
         line.update(loss_error=found[0], hidden_error=found[1], weight_error=found[2])
         if not max(found) < limit:
             line["missing"] = f"wrong result: errors {found}"
@@ -185,10 +265,15 @@ def measure(rows: int, size: tuple[int, int], dtype: str, ignored: float, rounds
     del few, exact
     seconds: dict[str, float] = {}  # of the pass that takes the memory, which warms up as well
     own = (head.hidden.numel() + head.weight.numel()) * head.hidden.element_size()  # of the gradients
-    for name, work in works.items():
+    for name, work in list(works.items()):
         head.hidden.grad = head.weight.grad = None
         start = time.perf_counter()
-        peak = device.peak_bytes(work)
+        try:
+            peak = device.peak_bytes(work)
+        except torch.OutOfMemoryError:
+            lines[name]["missing"] = "out of memory"
+            del works[name]
+            continue
         seconds[name] = time.perf_counter() - start
         lines[name]["peak_extra_bytes"] = None if peak is None else max(0, peak - own)
     head.hidden.grad = head.weight.grad = None
@@ -214,7 +299,7 @@ def measure(rows: int, size: tuple[int, int], dtype: str, ignored: float, rounds
     return list(lines.values())
 
 
-def goals(lines: Sequence[dict]) -> list[tuple[str, str, str, bool]]:
+def goals(lines: Sequence[dict], most: float = 1.05) -> list[tuple[str, str, str, bool]]:
     """What is measured, the goal, the measurement, whether it is reached."""
 
     def of(peer: str, ignored: float = 0.0) -> dict[tuple, dict]:
@@ -239,7 +324,7 @@ def goals(lines: Sequence[dict]) -> list[tuple[str, str, str, bool]]:
     for dtype in ("bf16", "fp32"):
         add(
             f"time over the three products, {dtype}",
-            1.05,
+            most,
             [l["ratio_to_products"] for k, l in ours.items() if k[2] == dtype],
             True,
         )
@@ -265,7 +350,7 @@ def goals(lines: Sequence[dict]) -> list[tuple[str, str, str, bool]]:
     return found  # fmt: skip
 
 
-def markdown(lines: Sequence[dict]) -> str:
+def markdown(lines: Sequence[dict], most: float = 1.05) -> str:
     text = [
         "| head (H, V), rows | peer | ms (quartiles) | × three products | extra MiB | error loss | hidden | weight |",
         "|---|---|---:|---:|---:|---:|---:|---:|",
@@ -286,7 +371,9 @@ def markdown(lines: Sequence[dict]) -> str:
             f"| {line['ratio_to_products']:.2f} | {peak} | " + " | ".join(found) + " |"
         )
     text += ["", "| | goal | measured | |", "|---|---|---|---|"]
-    text += [f"| {what} | {goal} | {got} | {'reached' if ok else 'missed'} |" for what, goal, got, ok in goals(lines)]
+    text += [
+        f"| {what} | {goal} | {got} | {'reached' if ok else 'missed'} |" for what, goal, got, ok in goals(lines, most)
+    ]
     return "\n".join(text)
 
 
@@ -295,21 +382,26 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="bench_linear.py", description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--quick", action="store_true", help="1/16 of each size")
     parser.add_argument("--dtypes", nargs="+", choices=("bf16", "fp32"), default=["bf16", "fp32"])
+    parser.add_argument("--device", choices=NAMES, default="cpu")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--out", type=Path, default=record.RESULTS, metavar="FOLDER")
     options = parser.parse_args(arguments)
-    facts = {**record.environment(), **record.origin("bench_linear.py", arguments)}
+    if options.device == "cuda" and not torch.cuda.is_available():
+        parser.error("--device cuda: expected a GPU, found none")
+    device: devices.Device = devices.Cuda() if options.device == "cuda" else devices.Cpu()
+    sizes, most = (GPU_SIZES, GPU_ROWS) if options.device == "cuda" else (SIZES, ROWS)
+    facts = {**record.environment(), **record.origin("bench_linear.py", arguments), "device": device.describe()}
     lines: list[dict[str, object]] = []
     for dtype in options.dtypes:
-        for hidden_size, vocab in SIZES:
+        for hidden_size, vocab in sizes:
             for ignored in (0.0, 0.5):
-                size, rows = (hidden_size, vocab), ROWS
+                size, rows = (hidden_size, vocab), most
                 if options.quick:
-                    size, rows = (hidden_size // 16, vocab // 16), ROWS // 16
+                    size, rows = (hidden_size // 16, vocab // 16), most // 16
                 print(f"({size[0]}, {size[1]}) {dtype}, {ignored:.0%} ignored", file=sys.stderr, flush=True)
-                lines += measure(rows, size, dtype, ignored, options.rounds)
-    record.write(options.out, NAME, FIELDS, lines, facts)
-    print(markdown(lines))
+                lines += measure(rows, size, dtype, ignored, options.rounds, device)
+    record.write(options.out, NAMES[options.device], FIELDS, lines, facts)
+    print(markdown(lines, 1.08 if options.device == "cuda" else 1.05))
     return 1 if any(str(line["missing"]).startswith("wrong result") for line in lines) else 0
 
 

@@ -176,7 +176,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     parser = argparse.ArgumentParser(prog="bench_scaling.py", description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--quick", action="store_true", help="1/64 of the elements, 3 rounds, every fourth size")
-    parser.add_argument("--rounds", type=int, help="default: 5")
+    parser.add_argument(
+        "--rounds", type=int, help="default: 5 along the classes, 40 with and without metrics, 15 elsewhere"
+    )
     parser.add_argument("--out", type=Path, default=record.RESULTS, metavar="FOLDER")
     options = parser.parse_args(arguments)
     facts = {**record.environment(), **record.origin("bench_scaling.py", arguments)}
@@ -189,7 +191,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         available.update(peers.available((name for name in names if name not in available), peers.PEERS))
         torch.compiler.reset()
         torch.set_num_threads(threads)
-        results = harness.measure(shape, {name: available[name] for name in names}, rounds, adaptive=False)
+        more = {"classes": 1, "metrics": 8}.get(sweep, 3) if options.rounds is None else 1  # what is compared closely
+        results = harness.measure(shape, {name: available[name] for name in names}, more * rounds, adaptive=False)
         torch.set_num_threads(most)
         lines += [{"sweep": sweep, "threads": threads, **line} for line in harness.figures("fresh", shape, results)]
     call = dict.fromkeys(FIELDS)

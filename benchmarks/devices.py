@@ -22,6 +22,9 @@ class Cpu:
 
     name = "cpu"
 
+    def describe(self) -> str:
+        return "cpu"
+
     def ceilings(self, source: torch.Tensor, logits: torch.Tensor) -> dict[str, Work]:
         """`copy` writes to a buffer that exists, `copy to new` to one that is allocated for it."""
         target = torch.empty_like(source).copy_(source)
@@ -68,6 +71,9 @@ class Cuda:
     """
 
     name = "cuda"
+
+    def describe(self) -> str:
+        return torch.cuda.get_device_name(0)
 
     def __init__(self) -> None:
         properties = torch.cuda.get_device_properties(0)

@@ -27,14 +27,14 @@ failed=0
 summary=()
 total=530  # seconds of everything
 
-# step NAME SECONDS LOG COMMAND...: at most so long, and not beyond what is left
+# step NAME SECONDS COMMAND...: at most so long, and not beyond what is left
 step() {
-  local name=$1 limit=$2 log=$out/$3 begin=$SECONDS status line
-  shift 3
+  local name=$1 limit=$2 begin=$SECONDS status line
+  shift 2
   [ "$limit" -le $((total - SECONDS)) ] || limit=$((total - SECONDS))
   echo "== $name"
   if [ "$limit" -gt 0 ]; then
-    timeout --kill-after=5 "$limit" "$@" > >(tee -a "$log") 2>&1
+    timeout --kill-after=5 "$limit" "$@" > >(tee -a "$out/log.txt") 2>&1
     status=$?
   else
     status=124
@@ -45,10 +45,10 @@ step() {
   summary+=("$(printf '%-24s %4d s  %s' "$name" $((SECONDS - begin)) "$line")")
 }
 
-: > "$out/build.log"; : > "$out/tests.log"; : > "$out/sanitizer.log"; : > "$out/bench.log"
+: > "$out/log.txt"
 export PATH="$PATH:/usr/local/cuda/bin:/usr/local/cuda/compute-sanitizer"
 if [ -n "${PEER_WHEELS:-}" ]; then
-  step "peers" 60 build.log "$python" -m pip install -q --no-index --no-deps --no-compile --upgrade --target "$peers" "$PEER_WHEELS"/*.whl
+  step "peers" 60 "$python" -m pip install -q --no-index --no-deps --no-compile --upgrade --target "$peers" "$PEER_WHEELS"/*.whl
 fi
 
 tests=("$python" -m pytest -c "$root/pyproject.toml" -q --durations=5 "$root/tests/cuda/test_on_gpu.py")
@@ -56,36 +56,38 @@ tests=("$python" -m pytest -c "$root/pyproject.toml" -q --durations=5 "$root/tes
 if [ $is_dry ]; then
   echo "== commands"
   for command in "$python" nvcc cmake ninja nvidia-smi compute-sanitizer; do  # here they need not all be
-    printf '%-20s %s\n' "$command" "$(command -v "$command" || echo missing here)" | tee -a "$out/build.log"
+    printf '%-20s %s\n' "$command" "$(command -v "$command" || echo missing here)" | tee -a "$out/log.txt"
   done
-  step "modules" 60 build.log "$python" -c 'import torch, pytest, transformers, pybind11, setuptools, matplotlib, accumloss'
+  step "modules" 60 "$python" -c 'import torch, pytest, transformers, pybind11, setuptools, matplotlib, accumloss'
   # without a GPU the module skips itself, and pytest reports 5: nothing collected
-  step "tests on CUDA" 120 tests.log bash -c '"$@"; status=$?; [ $status -eq 5 ] || exit $status' -- "${tests[@]}"
-  step "calls of the sanitizer" 60 sanitizer.log "$python" "$root/tests/cuda/every_kernel.py" --list
-  step "benchmark" 480 bench.log "$python" "$root/benchmarks/bench_gpu.py" --dry-run --rounds 1 --seconds "${BENCH_SECONDS:-300}" --out "$out"
-  step "picture" 60 bench.log "$python" "$root/benchmarks/plot.py" "$out/gpu.csv"
+  step "tests on CUDA" 120 bash -c '"$@"; status=$?; [ $status -eq 5 ] || exit $status' -- "${tests[@]}"
+  step "calls of the sanitizer" 60 "$python" "$root/tests/cuda/every_kernel.py" --list
+  step "benchmark" 480 "$python" "$root/benchmarks/bench_gpu.py" --dry-run --rounds 1 --seconds "${BENCH_SECONDS:-300}" --out "$out"
+  step "picture" 60 "$python" "$root/benchmarks/plot.py" "$out/gpu.csv"
+  step "head and loss" 120 "$python" "$root/benchmarks/bench_linear.py" --quick --rounds 1 --dtypes bf16 --out "$out"
 else
-  nvidia-smi > "$out/build.log" 2>&1
+  nvidia-smi > "$out/log.txt" 2>&1
   # for the GPU that is here alone: three architectures would take three times as long
   arch=$("$python" -c 'import torch; print("{}.{}".format(*torch.cuda.get_device_capability()))') || exit 2
-  step "build" 240 build.log env TORCH_CUDA_ARCH_LIST="$arch" ACCUMLOSS_CUDA=ON \
+  step "build" 240 env TORCH_CUDA_ARCH_LIST="$arch" ACCUMLOSS_CUDA=ON \
     "$python" -m pip install --no-build-isolation --no-deps --force-reinstall "$root"
-  step "tests on CUDA" 180 tests.log "${tests[@]}"
+  step "tests on CUDA" 180 "${tests[@]}"
   if command -v compute-sanitizer > /dev/null; then
     for tool in memcheck racecheck synccheck; do
-      step "$tool" 60 sanitizer.log compute-sanitizer --tool "$tool" --error-exitcode 1 --launch-timeout 60 \
+      step "$tool" 60 compute-sanitizer --tool "$tool" --error-exitcode 1 --launch-timeout 60 \
         "$python" "$root/tests/cuda/every_kernel.py"
     done
   else
     failed=1
     summary+=("compute-sanitizer        FAILED: not found")
   fi
+  step "head and loss" 70 "$python" "$root/benchmarks/bench_linear.py" --device cuda --rounds 7 --dtypes bf16 --out "$out"
   left=$((total - SECONDS - 45))  # one case more, and the picture
   seconds=${BENCH_SECONDS:-210}
   [ "$seconds" -le $left ] || seconds=$left
-  step "benchmark" $((seconds + 40)) bench.log "$python" "$root/benchmarks/bench_gpu.py" --seconds "$seconds" --out "$out"
-  step "picture" 60 bench.log "$python" "$root/benchmarks/plot.py" "$out/gpu.csv"
+  step "benchmark" $((seconds + 40)) "$python" "$root/benchmarks/bench_gpu.py" --seconds "$seconds" --out "$out"
+  step "picture" 60 "$python" "$root/benchmarks/plot.py" "$out/gpu.csv"
 fi
 echo
-printf '%s\n' "${summary[@]}" | tee -a "$out/bench.log"
+printf '%s\n' "${summary[@]}" | tee -a "$out/log.txt"
 exit $failed

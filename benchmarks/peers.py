@@ -91,7 +91,7 @@ def liger(reduction: str) -> Peer:
     As a mean over the call nothing is left for its backward; as a sum that is divided, the way of exact accumulation,
     the gradient is visited again.
     """
-    _needs_gpu("Liger")
+    needs_gpu("Liger")
     try:
         from liger_kernel.transformers.functional import liger_cross_entropy
     except ImportError as error:
@@ -106,7 +106,7 @@ def liger(reduction: str) -> Peer:
 
 def quack() -> Peer:
     """quack's cross-entropy, its gradient over the logits in backward."""
-    _needs_gpu("quack")
+    needs_gpu("quack")
     try:
         from quack.cross_entropy import cross_entropy as quack_cross_entropy
     except ImportError as error:
@@ -119,7 +119,7 @@ def quack() -> Peer:
     return Peer("quack", loss, computes_in_fp32=False)
 
 
-def _needs_gpu(name: str) -> None:
+def needs_gpu(name: str) -> None:
     if not torch.cuda.is_available():
         raise PeerMissing(f"{name} needs a GPU, and none is here")
 

@@ -428,7 +428,7 @@ def test_gpu_script_runs_dry(tmp_path):
     command = ["bash", str(BENCHMARKS / "gpu.sh"), "--dry-run", str(tmp_path)]
     ran = subprocess.run(command, env=environment, capture_output=True, text=True)
     assert ran.returncode == 0, ran.stdout + ran.stderr
-    for name in ("modules", "tests on CUDA", "calls of the sanitizer", "benchmark", "picture"):
+    for name in ("modules", "tests on CUDA", "calls of the sanitizer", "benchmark", "picture", "head and loss"):
         assert re.search(rf"^{name} +\d+ s  ok$", ran.stdout, re.MULTILINE), ran.stdout
     with (tmp_path / "gpu.csv").open(newline="") as file:
         lines = list(csv.DictReader(file))
@@ -436,6 +436,7 @@ def test_gpu_script_runs_dry(tmp_path):
     assert float(by_peer["accumloss forward"]["ms_median"]) > 0
     assert "needs a GPU" in by_peer["quack"]["missing"] or torch.cuda.is_available()
     page = (tmp_path / "gpu.md").read_text()
+    assert len(list(tmp_path.iterdir())) <= 8
     assert page.startswith("# Dry run") and "the time was used up" in page
     assert (tmp_path / "gpu.png").exists() and json.loads((tmp_path / "gpu.json").read_text())["not_measured"]
 
