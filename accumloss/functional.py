@@ -250,11 +250,15 @@ def linear_causal_lm_loss(
     assert targets is not None
     given = num_items_in_batch if isinstance(num_items_in_batch, Divisor) else None
     metrics = given is not None and given.observer is not None and given.observer.metrics
+    divisor = num_items_in_batch
+    if divisor is None and class_weight is None and targets.dim() > 0:
+        # counted before, on the device: the gradients are then written for it, and not visited again
+        divisor = (targets[..., shift:] != ignore_index).count_nonzero()
     loss, sums = _linear(
-        "linear_causal_lm_loss", hidden, weight, targets, bias, class_weight, options, shift, metrics, num_items_in_batch,
-        num_valid, max_scratch_bytes,
+        "linear_causal_lm_loss", hidden, weight, targets, bias, class_weight, options, shift, metrics, divisor, num_valid,
+        max_scratch_bytes,
     )  # fmt: skip
-    if num_items_in_batch is None:
+    if divisor is None:
         loss = loss / ops.mean_divisor(sums.num_items, sums.total_weight, class_weight, loss.dtype)
     return loss if given is None else given.observed(loss, sums if metrics else None)
 

@@ -381,7 +381,9 @@ class LinearGradInForward(torch.autograd.Function):
     @staticmethod
     def forward(ctx, hidden, weight, labels, bias, class_weight, divisor, expected_grad, needs, options, limits):
         # hidden (..., H), weight (V, H), labels (...), bias and class_weight (V,) or None, divisor ()
-        ctx.factor = torch.ones_like(divisor) if hidden.dtype == torch.float16 else expected_grad / divisor
+        # a quotient of tensors, as autograd's: a number over a tensor is its reciprocal times the number, an ulp off
+        expected = torch.full_like(divisor, expected_grad)
+        ctx.factor = torch.ones_like(divisor) if hidden.dtype == torch.float16 else expected / divisor
         ctx.needs, ctx.options, ctx.limits = needs, options, limits
         ctx.save_for_backward(hidden, weight, labels, bias, class_weight, divisor)
         sums, *ctx.grads = _compute(ctx.factor, hidden, weight, labels, bias, class_weight, needs, options, limits)

@@ -428,3 +428,26 @@ def test_linear_causal_lm_loss_needs_labels():
     hidden, weight, _, _ = data()
     with pytest.raises(ValueError, match="expected labels"):
         linear_causal_lm_loss(hidden[None], weight, None)
+
+
+@pytest.mark.parametrize("micro_batches", [1, 3, 4, 7])
+def test_linear_expected_gradient_is_not_scaled_again(micro_batches, monkeypatch):
+    """Trainer's 1/k, which is no binary fraction for every k: what was written for it is handed out as it is."""
+    factors = []
+    monkeypatch.setattr(linear.ops, "scale_", lambda values, factor: factors.append(factor.item()))
+    hidden, weight, labels, _ = data(torch.bfloat16, has_bias=False)
+    for items in range(1, 40):
+        divisor = accumloss.functional.Divisor(torch.tensor(float(items)), expected_grad=1 / micro_batches)
+        (linear_causal_lm_loss(hidden[None], weight, labels[None], divisor) / micro_batches).backward()
+    assert len(factors) == 2 * 39 and set(factors) == {1.0}
+
+
+def test_linear_mean_of_a_call_is_not_scaled_again(monkeypatch):
+    """Its divisor is counted before the gradients are written, shift and all."""
+    factors = []
+    hidden, weight, labels, _ = data(has_bias=False)
+    (wanted,) = torch.autograd.grad(F.cross_entropy(F.linear(hidden[:-1], weight), labels[1:]), weight)
+    monkeypatch.setattr(linear.ops, "scale_", lambda values, factor: factors.append(factor.item()))
+    linear_causal_lm_loss(hidden[None], weight, labels[None]).backward()
+    assert factors == [1.0, 1.0]
+    assert relative(weight.grad, wanted) <= ACCUMULATED_GRADIENT[torch.float32]
