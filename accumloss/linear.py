@@ -9,6 +9,7 @@ The gradient is written in forward for a factor that is known by then, and scale
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import torch
@@ -19,8 +20,10 @@ from .options import LossOptions
 
 MAX_SCRATCH_BYTES = 256 * 2**20
 _BLOCK_BYTES = 8 * 2**20  # of a product that is added to an accumulator
+_PARKED_BLOCK_BYTES = 16 * 2**20  # at most, of the gradient of logits that makes a part of the weight's
 _ROWS_ALIGNED = 64
 _FEWEST_ROWS = 256  # of a chunk, for which an accumulator is worth its memory
+_FEW_CHUNKS = 3  # of bf16, whose roundings are no worse than those of products that an fp32 accumulator adds up
 
 
 class LinearPlan(NamedTuple):
@@ -30,13 +33,17 @@ class LinearPlan(NamedTuple):
         chunk_rows: rows whose logits exist at a time.
         num_chunks: chunks of all rows.
         accumulator: dtype in which the weight's gradient is summed up over the chunks; None without one.
-        scratch_bytes: memory beside inputs and gradients: a chunk of logits, and an accumulator that is not the gradient.
+        scratch_bytes: memory beside inputs and gradients: a chunk of logits, and an accumulator that is not the gradient,
+            or a block of the classes of all rows.
+        parked_rows: rows whose gradient of logits waits in the memory of the weight's gradient, which is then made by one
+            product over all rows, as without chunks: nothing is summed up.
     """
 
     chunk_rows: int
     num_chunks: int
     accumulator: torch.dtype | None
     scratch_bytes: int
+    parked_rows: int = 0
 
 
 def linear_plan(
@@ -50,17 +57,18 @@ def linear_plan(
 ) -> LinearPlan:
     """The chunks of a call, from its shapes and the budget; see LinearPlan.
 
-    bf16 and fp16 sum the weight's gradient up in fp32 where one chunk is not enough and the budget holds such an
-    accumulator beside 256 rows of logits; fp16 always does. Else each chunk's product is added in fp32 inside the matrix
-    product and rounded to bf16: one rounding for each chunk. A larger ``max_scratch_bytes`` avoids that. The budget is
-    exceeded only by fp16's accumulator, or where it does not hold the logits of one row.
+    Where one chunk is not enough in bf16, up to hidden_size rows more than the budget holds are parked (parked_rows). Beyond
+    that, each chunk's product is added in fp32 inside the matrix product and rounded to bf16, one rounding for each
+    chunk; more than three chunks go to an fp32 accumulator where the budget holds it beside 256 rows of logits. A larger
+    ``max_scratch_bytes`` decides otherwise. fp16 always has an fp32 accumulator. The budget is exceeded only by that, or
+    where it does not hold the logits of one row.
 
     >>> linear_plan(2048, 2048, 32000).num_chunks
     1
     >>> linear_plan(2048, 1024, 128256)
-    LinearPlan(chunk_rows=1024, num_chunks=2, accumulator=torch.bfloat16, scratch_bytes=262668288)
-    >>> linear_plan(2048, 1024, 128256, max_scratch_bytes=2**30).accumulator
-    torch.float32
+    LinearPlan(chunk_rows=1024, num_chunks=2, accumulator=torch.bfloat16, scratch_bytes=266862592, parked_rows=1024)
+    >>> linear_plan(8192, 1024, 128256).num_chunks, linear_plan(8192, 1024, 128256, max_scratch_bytes=2**30).num_chunks
+    (8, 2)
     """
     if rows < 0 or hidden_size < 1 or vocab_size < 1 or max_scratch_bytes < 1:
         raise ValueError(
@@ -85,10 +93,33 @@ def linear_plan(
     if dtype == torch.float16:
         chunk_rows, count = chunks(max(max_scratch_bytes - accumulator_bytes, _FEWEST_ROWS * row_bytes))
         return LinearPlan(chunk_rows, count, torch.float32, chunk_rows * row_bytes + accumulator_bytes)
-    if is_low and count > 1 and max_scratch_bytes - accumulator_bytes >= _FEWEST_ROWS * row_bytes:
+    # rows that do not begin at 64 bytes take a slow path through the product that has them as columns
+    if is_low and (count > 1 or (rows and row_bytes % 64)):
+        parked = _parked_plan(rows, hidden_size, vocab_size, dtype, max_scratch_bytes)
+        if parked is not None:
+            return parked
+    if is_low and count > _FEW_CHUNKS and max_scratch_bytes - accumulator_bytes >= _FEWEST_ROWS * row_bytes:
         chunk_rows, count = chunks(max_scratch_bytes - accumulator_bytes)
         return LinearPlan(chunk_rows, count, torch.float32, chunk_rows * row_bytes + accumulator_bytes)
     return LinearPlan(chunk_rows, count, dtype, chunk_rows * row_bytes)
+
+
+def _parked_plan(rows: int, hidden_size: int, vocab_size: int, dtype: torch.dtype, budget: int) -> LinearPlan | None:
+    """The plan with parked rows; None where there are too many for it."""
+    row_bytes = vocab_size * dtype.itemsize
+    classes = min(max(_PARKED_BLOCK_BYTES // (rows * dtype.itemsize) // 64 * 64, 64), vocab_size)
+    while True:
+        buffer = rows * classes * dtype.itemsize
+        most = (budget - buffer) // row_bytes
+        if most >= 1 and most + hidden_size >= rows:
+            parked = max(rows - most, 0)
+            aligned = -(-parked // _ROWS_ALIGNED) * _ROWS_ALIGNED
+            parked = aligned if aligned <= min(hidden_size, rows - 1) else parked
+            kept = rows - parked
+            return LinearPlan(kept, -(-parked // kept) + 1, dtype, kept * row_bytes + buffer, parked)
+        if classes <= 64:
+            return None
+        classes = max(classes // 128 * 64, 64)
 
 
 class Needs(NamedTuple):
@@ -142,8 +173,9 @@ def _run(
     sums = [torch.zeros((), dtype=dtype, device=hidden.device) for dtype in _SUM_DTYPES]
     buffer = ops.scratch(hidden, plan.chunk_rows if n else 0, V)
     transposed = weight.t()
-    for begin in range(0, n, plan.chunk_rows):
-        part = slice(begin, min(begin + plan.chunk_rows, n))
+    is_blocked = plan.accumulator == hidden.dtype and plan.scratch_bytes > buffer.nbytes
+    for part in _chunks(n, plan):
+        begin = part.start
         h, logits = kept_hidden[part], buffer[: part.stop - begin]
         if bias is None:
             torch.mm(h, transposed, out=logits)
@@ -160,7 +192,12 @@ def _run(
             total += value
         if grad_hidden is not None:
             torch.mm(logits, weight, out=grad_hidden[part])
-        if grad_weight is not None:
+        if grad_weight is not None and begin < plan.parked_rows:
+            for classes, parked in _parked(grad_weight, plan, n):
+                parked[part].copy_(logits[:, classes])
+        elif grad_weight is not None and is_blocked:
+            _product_by_blocks(grad_weight, logits, kept_hidden, plan)
+        elif grad_weight is not None:
             _add_product(grad_weight, logits, h, is_first=begin == 0)
         if grad_bias is not None:
             grad_bias += logits.sum(0, dtype=acc)
@@ -172,6 +209,38 @@ def _run(
     if given is not None:  # fewer than there are: no row of theirs may be missing unseen
         final[0] = torch.where(given, final[0], torch.full_like(final[0], float("nan")))
     return _Outputs(final, grad_hidden, grad_weight, grad_bias)
+
+
+def _chunks(rows: int, plan: LinearPlan) -> Iterator[slice]:
+    """Those that are parked, then the others."""
+    for first, last in ((0, plan.parked_rows), (plan.parked_rows, rows)):
+        for begin in range(first, last, plan.chunk_rows):
+            yield slice(begin, min(begin + plan.chunk_rows, last))
+
+
+def _parked(grad_weight: torch.Tensor, plan: LinearPlan, rows: int) -> Iterator[tuple[slice, torch.Tensor]]:
+    """Ranges of classes, and where their parked rows (parked_rows, classes) lie: in those classes' own part of grad_weight."""
+    V, size = grad_weight.shape[0], grad_weight.element_size()
+    block = (plan.scratch_bytes - plan.chunk_rows * V * size) // (rows * size)  # classes of the buffer
+    for begin in range(0, V, block):
+        classes = slice(begin, min(begin + block, V))
+        count = classes.stop - begin
+        yield classes, grad_weight[classes].view(-1)[: plan.parked_rows * count].view(plan.parked_rows, count)
+
+
+def _product_by_blocks(
+    grad_weight: torch.Tensor, grad_logits: torch.Tensor, hidden: torch.Tensor, plan: LinearPlan
+) -> None:
+    """grad_weight (V, H) = grad_logitsᵀ hidden of all rows: the parked ones, and the others (n - parked_rows, V), copied
+    together for some classes at a time."""
+    buffer: torch.Tensor | None = None
+    for classes, parked in _parked(grad_weight, plan, hidden.shape[0]):
+        if buffer is None:
+            buffer = grad_weight.new_empty(hidden.shape[0], parked.shape[1])
+        block = buffer[:, : parked.shape[1]]
+        block[: plan.parked_rows] = parked
+        block[plan.parked_rows :] = grad_logits[:, classes]
+        torch.mm(block.t(), hidden, out=grad_weight[classes])
 
 
 _SUM_DTYPES = (torch.float64, torch.int64, torch.float64, torch.int64, torch.float64)

@@ -28,6 +28,7 @@ from shapes import DTYPES
 from torch.nn import functional as F
 
 import accumloss
+from accumloss.linear import MAX_SCRATCH_BYTES
 
 NAMES = {"cpu": "linear_cpu", "cuda": "linear_gpu"}
 FIELDS = (
@@ -47,6 +48,7 @@ class Head(NamedTuple):
     labels: torch.Tensor  # (1, N)
     num_items: torch.Tensor  # ()
     num_valid: int
+    share: float = 1.0  # of the budget, where it stands for more rows: their errors are those of as many chunks
 
     @classmethod
     def make(
@@ -64,7 +66,7 @@ class Head(NamedTuple):
         hidden = self.hidden.detach()[:, :rows].clone().requires_grad_()
         labels = self.labels[:, :rows]
         num_items = (labels[:, 1:] != -100).sum()
-        return Head(hidden, self.weight, labels, num_items, int(num_items))
+        return Head(hidden, self.weight, labels, num_items, int(num_items), rows / self.hidden.shape[1])
 
 
 Loss = Callable[[Head], torch.Tensor]
@@ -108,9 +110,15 @@ def on_logits() -> Loss:
     return loss
 
 
+def budget(head: Head) -> int:
+    return int(MAX_SCRATCH_BYTES * head.share)
+
+
 def fused() -> Loss:
     def loss(head: Head) -> torch.Tensor:
-        return accumloss.linear_causal_lm_loss(head.hidden, head.weight, head.labels, head.num_items)
+        return accumloss.linear_causal_lm_loss(
+            head.hidden, head.weight, head.labels, head.num_items, max_scratch_bytes=budget(head)
+        )
 
     return loss
 
@@ -120,7 +128,12 @@ def fused_counted() -> Loss:
 
     def loss(head: Head) -> torch.Tensor:
         return accumloss.linear_causal_lm_loss(
-            head.hidden, head.weight, head.labels, head.num_items, num_valid=head.num_valid
+            head.hidden,
+            head.weight,
+            head.labels,
+            head.num_items,
+            num_valid=head.num_valid,
+            max_scratch_bytes=budget(head),
         )
 
     return loss

@@ -70,7 +70,8 @@ def check_against_float64(dtype, max_scratch_bytes, factor=0.01, class_weight=No
     for name, a, b, want in zip(("hidden", "weight", "bias"), got, stock, wanted, strict=False):
         assert a.dtype == dtype
         plan = linear_plan(int(sums.num_items), H, V, dtype, max_scratch_bytes=max_scratch_bytes)
-        roundings = plan.num_chunks if name == "weight" and plan.accumulator == dtype and plan.num_chunks > 1 else 0
+        is_rounded = name == "weight" and plan.accumulator == dtype and not plan.parked_rows
+        roundings = plan.num_chunks if is_rounded and plan.num_chunks > 1 else 0
         assert relative(a, want) <= linear_gradient_bound(relative(b, want), dtype, roundings), name
     return sums, got
 
@@ -115,6 +116,23 @@ def test_linear_accumulators():
         assert error <= linear_gradient_bound(relative(stock, wanted), dtype, roundings), errors
 
 
+@pytest.mark.parametrize("rows, budget_rows", [(200, 128), (193, 150), (300, 190), (129, 100)])
+def test_linear_parked_rows_make_the_gradient_of_one_chunk(rows, budget_rows):
+    """Bit for bit: the same product over all rows, whatever lay in the gradient's memory before."""
+    dtype, hidden_size, vocab = torch.bfloat16, 128, 3001
+    hidden, weight, labels, bias = data(dtype, rows, hidden_size, vocab, ignored=0)
+    budget = scratch_of(budget_rows, dtype, vocab)
+    plan = linear_plan(rows, hidden_size, vocab, dtype, max_scratch_bytes=budget)
+    assert 0 < plan.parked_rows <= hidden_size and plan.num_chunks >= 2 and plan.scratch_bytes <= budget
+    leaves = (hidden, weight, bias)
+    results = []
+    for limit in (budget, 2**30):
+        sums = linear_cross_entropy(hidden, weight, labels, bias=bias, max_scratch_bytes=limit)
+        results.append((sums.loss_sum, *torch.autograd.grad(sums.loss_sum / 7, leaves)))
+    for name, got, want in zip(("loss", "hidden", "weight", "bias"), *results, strict=True):
+        assert relative(got, want.double()) <= (1e-6 if name in ("loss", "bias") else 2.0**-12), name
+
+
 def test_linear_plan_keeps_to_the_budget():
     for rows in (0, 1, 100, 2048, 8192):
         for hidden_size, vocab in ((768, 50257), (2048, 32000), (1024, 128256), (4096, 128256), (64, 300)):
@@ -126,11 +144,17 @@ def test_linear_plan_keeps_to_the_budget():
                         )
                         logits = plan.chunk_rows * vocab * dtype.itemsize
                         assert plan.chunk_rows >= 1
-                        assert plan.num_chunks == -(-rows // plan.chunk_rows)
+                        chunks = list(linear._chunks(rows, plan))
+                        assert len(chunks) == plan.num_chunks
+                        assert sum(part.stop - part.start for part in chunks) == rows
                         if not (weight_grad and dtype == torch.float16):
                             assert plan.scratch_bytes <= budget
                             own = plan.accumulator not in (None, dtype)
-                            assert plan.scratch_bytes == logits + own * 4 * hidden_size * vocab
+                            if plan.parked_rows or (plan.scratch_bytes != logits and not own):
+                                assert dtype == torch.bfloat16 and plan.parked_rows <= hidden_size
+                                assert logits < plan.scratch_bytes <= logits + 2**24
+                            else:
+                                assert plan.scratch_bytes == logits + own * 4 * hidden_size * vocab
     with pytest.raises(ValueError, match="linear_plan: expected rows >= 0"):
         linear_plan(-1, 1, 1)
 
