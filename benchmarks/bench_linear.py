@@ -242,7 +242,7 @@ def exact_of(head: Head) -> tuple[float, torch.Tensor, torch.Tensor]:
     logits = F.linear(hidden, weight)[:, :-1].flatten(0, 1)
     loss = F.cross_entropy(logits, head.labels[:, 1:].flatten(), reduction="sum") / head.num_items
     grads = torch.autograd.grad(loss, (hidden, weight))
-    return float(loss), *grads
+    return float(loss.detach()), *grads
 
 
 def measure(
