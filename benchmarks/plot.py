@@ -242,7 +242,7 @@ def draw_scaling(table: Path, lines: Lines) -> list[Path]:
         "bf16",
         number("peak_extra_over_logits"),
     )
-    memory_axis.set_ylabel("peak memory above the logits (× their size)")
+    memory_axis.set_ylabel("peak above the logits (× their size)")
     memory_axis.set_title("memory, bf16", fontsize=10)
     for peer in ("stock", "accumloss", "accumloss forward"):
         points = [
@@ -301,7 +301,7 @@ def draw_training(table: Path, lines: Lines) -> list[Path]:
                 if not line["loss_ms"]:
                     axis.bar(
                         at, whole, width, color="#DDDDDD", hatch=described[1], edgecolor=described[0], linewidth=0.4,
-                        label=f"the whole step, {NAMES[way]}",
+                        label=f"whole step, {NAMES[way]}",
                     )  # fmt: skip
                     continue
                 axis.bar(
@@ -323,7 +323,7 @@ def draw_training(table: Path, lines: Lines) -> list[Path]:
         axis.set_title(f"{model}, {lines[0]['dtype']}", fontsize=10)
         plain(axis)
     grid[0].set_ylabel("forward + backward + step (ms)")
-    legend(figure, table, entries_of(grid[0]), 4)
+    legend(figure, table, entries_of(grid[0]), 3)
     figure.suptitle("A training step on the CPU; above each bar the loss's share", fontsize=11)
     return save(figure, table)
 
