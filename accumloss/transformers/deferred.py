@@ -1,7 +1,7 @@
 """Logits that are computed when somebody reads them; a loss that takes them computes itself from the hidden states.
 
 For the length of a training forward with labels, the output head of a model returns DeferredLogits instead of a product.
-What a model does to logits before its loss (a cast, a scale, a softcap, a bias) is recorded; our losses turn it into options
+What a model does to logits before its loss (a cast, a scale, a softcap, a bias, a choice of rows) is recorded; our losses turn it into options
 of linear_cross_entropy. Everything else that is done to them computes them first, in the graph, and is then what it was.
 """
 
@@ -50,7 +50,7 @@ class DeferredLogits(torch.Tensor):
     hidden: torch.Tensor
     weight: torch.Tensor
     bias: torch.Tensor | None
-    # ("cast", dtype), ("mul", s), ("div", s), ("tanh", None), ("bias", (V,)), ("shape", (...))
+    # ("cast", dtype), ("mul", s), ("div", s), ("tanh", None), ("bias", (V,)), ("shape", (...)), ("rows", slices)
     steps: tuple[tuple[str, Any], ...]
     base: DeferredLogits | None  # what a recorded step was taken on
     value: torch.Tensor | None  # once read
@@ -127,6 +127,15 @@ class DeferredLogits(torch.Tensor):
             if type(added) not in (torch.Tensor, nn.Parameter) or not is_row or added.dim() > self.dim():
                 return None
             return self._with("bias", added.reshape(-1)) if added.dtype == self.dtype else None
+        if func is torch.Tensor.__getitem__:  # some rows of all classes
+            index = more[0] if isinstance(more[0], tuple) else (more[0],)
+            leading = self.dim() - 1
+            if not all(isinstance(i, slice) for i in index) or len(index) > self.dim():
+                return None
+            if len(index) == self.dim() and index[-1] != slice(None):
+                return None
+            kept = self.hidden.new_empty(self.shape[:-1])[index[:leading]]
+            return self._with("rows", index[:leading], shape=(*kept.shape, self.shape[-1]))
         if func in _VIEWS:
             shape = more[0] if len(more) == 1 and not isinstance(more[0], int) else more
             if func is torch.Tensor.contiguous:
@@ -188,6 +197,8 @@ class DeferredLogits(torch.Tensor):
                     return None
             elif kind == "shape":
                 hidden = hidden.reshape(*what, hidden.shape[-1])
+            elif kind == "rows":
+                hidden = hidden[what]
             elif kind == "bias":
                 if bias is not None or scale != 1 or is_capped or is_open:
                     return None
@@ -246,6 +257,8 @@ def _apply(value: torch.Tensor, kind: str, what: Any) -> torch.Tensor:
         return torch.tanh(value)
     if kind == "bias":
         return value + what
+    if kind == "rows":
+        return value[what]
     return value.reshape(*what, value.shape[-1])
 
 

@@ -71,7 +71,7 @@ ARCHITECTURES = [
     "Helium",
     "Dbrx",
 ]
-EXTRA = ["GPT2LMHeadModel", "BertLMHeadModel", "RoFormerForCausalLM"]
+EXTRA = ["GPT2LMHeadModel", "BertLMHeadModel", "RoFormerForCausalLM", "GitForCausalLM"]
 
 
 def class_names():
@@ -173,6 +173,10 @@ READS = {
     "view": lambda logits: logits.view(-1, 97).sum(0),
     "scaled": lambda logits: (2 * logits / 3).sum(0),
     "capped": lambda logits: (torch.tanh(logits / 5) * 5).sum(0),
+    "rows": lambda logits: logits[:, 1:-1].contiguous().sum(0),
+    "classes": lambda logits: logits[:, :, 3:5],
+    "ellipsis": lambda logits: logits[..., :2],
+    "mask": lambda logits: logits[logits > 0],
     "flat": lambda logits: logits.reshape(-1),
     "pickle": lambda logits: pickle.loads(pickle.dumps(logits.detach())),
     "list": lambda logits: torch.tensor(logits.tolist()),
@@ -431,6 +435,8 @@ def test_options_of_a_loss_and_of_a_head_go_together():
         (lambda x: torch.tanh(x / 5) * 5, (1, 5)),
         (lambda x: (torch.tanh(0.5 * x / 5) * 5).float(), (0.5, 5)),
         (lambda x: x.view(-1, 7).contiguous(), (1, 0)),
+        (lambda x: x[:, 1:-1], (1, 0)),
+        (lambda x: (x[:1, :2, :] * 0.5).contiguous().view(-1, 7), (0.5, 0)),
         (lambda x: torch.tanh(x), None),
         (lambda x: torch.tanh(x / 5) * 5 * 2, None),
         (lambda x: x * -1.0, None),
@@ -445,6 +451,8 @@ def test_recorded_steps_are_options_or_nothing(transform, linear):
     assert isinstance(got, DeferredLogits) and got.shape == want.shape and got.dtype == want.dtype
     found = got.as_linear()
     assert (None if found is None else (found.logit_scale, found.softcap)) == (linear and pytest.approx(linear))
+    if found is not None and found.softcap == 0:
+        assert torch.allclose(found.hidden @ weight.t() * found.logit_scale, want)
     assert torch.allclose(got.materialize(), want)
     assert got.materialize() is got.materialize()
     assert got.as_linear() is None  # computed already: the loss takes them
