@@ -1,4 +1,4 @@
-# make demo | test | lint | bench | bench-step | census | cuda-report | clean
+# make demo | test | lint | bench | bench-linear | bench-step | bench-gpu | census | cuda-report | clean
 #
 # All of it happens in .venv, which the first target that needs it makes. A torch 2.10 or newer that PYTHON already has
 # is used from where it is; otherwise, or where TORCH is given (make test TORCH=torch==2.15.0), it is installed.

@@ -248,8 +248,7 @@ def linear_causal_lm_loss(
     options = LossOptions(ignore_index, label_smoothing, z_loss, softcap, logit_scale)
     targets, shift = (shift_labels, 0) if shift_labels is not None else (labels, 1)
     assert targets is not None
-    given = num_items_in_batch if isinstance(num_items_in_batch, Divisor) else None
-    metrics = given is not None and given.observer is not None and given.observer.metrics
+    given, _, metrics = _given(num_items_in_batch)
     divisor = num_items_in_batch
     if divisor is None and class_weight is None and targets.dim() > 0:
         # counted before, on the device: the gradients are then written for it, and not visited again
@@ -501,9 +500,7 @@ def _mean_loss(
         logits, labels = logits.flatten(0, -2), labels.flatten()  # one of them came flattened
 
     divisor = _divisor(name, num_items_in_batch, logits)
-    given = num_items_in_batch if isinstance(num_items_in_batch, Divisor) else None
-    expected_grad = 1.0 if given is None else given.expected_grad
-    metrics = given is not None and given.observer is not None and given.observer.metrics
+    given, expected_grad, metrics = _given(num_items_in_batch)
     kwargs = {"shift": shift, "metrics": metrics, **options.as_kwargs()}
     wants_grad = torch.is_grad_enabled() and logits.requires_grad
     # The compiler takes the op with its formula; so do second derivatives, which fp64 is for.
@@ -544,13 +541,13 @@ def _linear(
     kwargs: dict[str, Any] = {"shift": shift, "metrics": metrics, **options.as_kwargs()}
     if torch.compiler.is_compiling():
         kwargs.update(num_valid=num_valid, max_scratch_bytes=max_scratch_bytes)
-        sums = list(ops.linear_cross_entropy(hidden, weight, labels, bias, class_weight, **kwargs))
+        sums = list(linear.linear_cross_entropy(hidden, weight, labels, bias, class_weight, **kwargs))
         loss = sums[0] if divisor is None else sums[0] / divisor
     else:
         hidden, weight, bias = linear.autocast(hidden, weight, bias)
         if divisor is None:
             divisor = torch.ones((), dtype=ops.accumulation_dtype(hidden), device=hidden.device)
-        expected_grad = num_items_in_batch.expected_grad if isinstance(num_items_in_batch, Divisor) else 1.0
+        _, expected_grad, _ = _given(num_items_in_batch)
         needs = linear.needs_of(hidden, weight, bias)
         limits = (num_valid, max_scratch_bytes)
         loss, *sums = linear.LinearGradInForward.apply(
@@ -589,6 +586,14 @@ def _in_place(
             'gradient divided by the number of items underflows; use inplace="backward"'
         )
     return ops.InPlaceForward.apply(logits, labels, weight, divisor, expected_grad, kwargs)
+
+
+def _given(num_items_in_batch: NumItems) -> tuple[Divisor | None, float, bool]:
+    """The Divisor, where it is one; the gradient that will come back to the loss; whether metrics are wanted."""
+    if not isinstance(num_items_in_batch, Divisor):
+        return None, 1.0, False
+    observer = num_items_in_batch.observer
+    return num_items_in_batch, num_items_in_batch.expected_grad, observer is not None and observer.metrics
 
 
 def _divisor(name: str, num_items_in_batch: NumItems, like: torch.Tensor) -> torch.Tensor | None:

@@ -77,7 +77,6 @@ def linear_plan(
         )
     row_bytes = vocab_size * dtype.itemsize
     accumulator_bytes = hidden_size * vocab_size * 4
-    is_low = dtype in (torch.bfloat16, torch.float16)
 
     def chunks(budget: int) -> tuple[int, int]:
         most = min(max(budget // row_bytes, 1), max(rows, 1))
@@ -94,11 +93,12 @@ def linear_plan(
         chunk_rows, count = chunks(max(max_scratch_bytes - accumulator_bytes, _FEWEST_ROWS * row_bytes))
         return LinearPlan(chunk_rows, count, torch.float32, chunk_rows * row_bytes + accumulator_bytes)
     # rows that do not begin at 64 bytes take a slow path through the product that has them as columns
-    if is_low and (count > 1 or (rows and row_bytes % 64)):
+    if dtype == torch.bfloat16 and (count > 1 or (rows and row_bytes % 64)):
         parked = _parked_plan(rows, hidden_size, vocab_size, dtype, max_scratch_bytes)
         if parked is not None:
             return parked
-    if is_low and count > _FEW_CHUNKS and max_scratch_bytes - accumulator_bytes >= _FEWEST_ROWS * row_bytes:
+    has_room = max_scratch_bytes - accumulator_bytes >= _FEWEST_ROWS * row_bytes
+    if dtype == torch.bfloat16 and count > _FEW_CHUNKS and has_room:
         chunk_rows, count = chunks(max_scratch_bytes - accumulator_bytes)
         return LinearPlan(chunk_rows, count, torch.float32, chunk_rows * row_bytes + accumulator_bytes)
     return LinearPlan(chunk_rows, count, dtype, chunk_rows * row_bytes)

@@ -274,11 +274,6 @@ scale_ = _ops.scale_
 scratch = _ops.scratch
 
 
-def linear_cross_entropy(*args: Any, **kwargs: Any) -> tuple[torch.Tensor, ...]:
-    """torch.ops.accumloss.linear_cross_entropy, which linear.py registers."""
-    return _ops.linear_cross_entropy(*args, **kwargs)
-
-
 def build_info() -> dict[str, Any]:
     """What this build of accumloss was made from and with, and the CPU instruction set in use.
 

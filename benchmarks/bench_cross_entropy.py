@@ -123,6 +123,11 @@ GOALS = (
     ("accumloss", "fp32", "ratio_to_stock", 5),
     ("accumloss", "fp32", "ratio_to_compile", 3),
 )
+GOAL_NAMES = {
+    "ratio_to_stock": "over stock",
+    "ratio_to_compile": "over torch.compile",
+    "fraction_of_copy": "of the copy",
+}
 
 
 def goals(lines: list[dict]) -> str:
@@ -142,12 +147,7 @@ def goals(lines: list[dict]) -> str:
             ]
             verdict = "" if not found else ", reached" if min(found) >= goal else ", missed"
             cells.append(f"{min(found):.2f} to {max(found):.2f}{verdict}" if found else "not measured")
-        name = {
-            "ratio_to_stock": "over stock",
-            "ratio_to_compile": "over torch.compile",
-            "fraction_of_copy": "of the copy",
-        }
-        text.append(f"| {peer}, {dtype}, {name[column]} | >= {goal:g} | " + " | ".join(cells) + " |")
+        text.append(f"| {peer}, {dtype}, {GOAL_NAMES[column]} | >= {goal:g} | " + " | ".join(cells) + " |")
     return "\n".join(text)
 
 

@@ -11,9 +11,7 @@ and is refused the default folder; without a GPU it is the only way that this ru
 from __future__ import annotations
 
 import argparse
-import contextlib
 import dataclasses
-import subprocess
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -35,12 +33,8 @@ FORWARD, BOTH = "forward", "forward + backward"
 IN_PLACE, OWN, TWO_VISITS = "accumloss forward", "accumloss", "accumloss mean"
 OURS = [OWN, TWO_VISITS, IN_PLACE]
 ALL = list(peers.GPU_PEERS)
-RIVALS = [
-    peers.STOCK,
-    "F.cross_entropy",
-    "liger mean",
-    "quack",
-]  # all but the compiler, which takes seconds for a shape
+# all but the compiler, which takes seconds for a shape
+RIVALS = [peers.STOCK, "F.cross_entropy", "liger mean", "quack"]
 CLASSES = (32000, 128256, 50257, 262144, 151936, 4096, 16384, 1000, 2)
 
 
@@ -164,10 +158,8 @@ def markdown(lines: Sequence[dict], facts: dict) -> str:
         f"{facts['device']}, driver {facts.get('driver')}, CUDA {facts.get('cuda')}, torch {facts['torch']}, "
         f"accumloss {facts['accumloss']} at {str(facts['commit'])[:9]}, `{facts['command']}`",
         "",
-        "| bf16 | goal | measured | |",
-        "|---|---|---|---|",
     ]
-    text += [f"| {what} | {goal} | {got} | {'reached' if ok else 'missed'} |" for what, goal, got, ok in goals(lines)]
+    text += record.goals_table(goals(lines), "bf16")
     text += ["", f"{facts['rows']} rows, bf16, forward + backward, none ignored: ms (fraction of the copy)", ""]
     shown = [
         line
@@ -197,24 +189,6 @@ def markdown(lines: Sequence[dict], facts: dict) -> str:
     return "\n".join(text)
 
 
-def gpu_facts() -> dict[str, object]:
-    """The device, its driver, and the memory's speed as a copy sees it is in the table."""
-    properties = torch.cuda.get_device_properties(0)
-    driver = None
-    with contextlib.suppress(OSError, subprocess.CalledProcessError):
-        command = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader", "--id=0"]
-        driver = subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
-    return {
-        "device": properties.name,
-        "driver": driver,
-        "cuda": torch.version.cuda,
-        "capability": f"{properties.major}.{properties.minor}",
-        "multiprocessors": properties.multi_processor_count,
-        "device_memory_gb": round(properties.total_memory / 1e9, 1),
-        "l2_mb": round(properties.L2_cache_size / 1e6, 1),
-    }
-
-
 def main(arguments: Sequence[str] | None = None) -> int:
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     parser = argparse.ArgumentParser(prog="bench_gpu.py", description=(__doc__ or "").splitlines()[0])
@@ -234,8 +208,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             )
     device: devices.Device = devices.Cpu() if options.dry_run else devices.Cuda()
     wanted = [small(case) if options.dry_run else case for case in cases()]
-    facts: dict = {**record.environment(), **record.origin("bench_gpu.py", arguments)}
-    facts.update({} if options.dry_run else gpu_facts(), rows=wanted[0].shape.rows)
+    facts: dict = {**record.environment(), **device.facts(), **record.origin("bench_gpu.py", arguments)}
+    facts["rows"] = wanted[0].shape.rows
     available = peers.available(ALL, peers.GPU_PEERS)
     lines: list[dict] = []
     left: list[str] = []

@@ -17,13 +17,14 @@ import statistics
 import sys
 import time
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import devices
 import record
 import torch
-from peers import PeerMissing, needs_gpu
+from peers import PeerMissing, gpu_function
 from shapes import DTYPES
 from torch.nn import functional as F
 
@@ -86,18 +87,22 @@ def stock() -> Loss:
     return loss
 
 
+def by_rows(function: Callable[..., torch.Tensor], **options: Any) -> Loss:
+    """A peer's function (hidden (N, H), weight (V, H), labels (N,) shifted, reduction="sum"), divided by the items."""
+
+    def loss(head: Head) -> torch.Tensor:
+        labels = F.pad(head.labels, (0, 1), value=-100)[..., 1:].flatten()
+        total = function(head.hidden.flatten(0, -2), head.weight, labels, reduction="sum", **options)
+        return total / head.num_items
+
+    return loss
+
+
 def torch_linear() -> Loss:
     """F.linear_cross_entropy with its chunked path, where torch has it."""
     if not hasattr(F, "linear_cross_entropy"):
         raise PeerMissing(f"torch {torch.__version__} has no F.linear_cross_entropy")
-    options = torch.nn.LinearCrossEntropyOptions()
-
-    def loss(head: Head) -> torch.Tensor:
-        shifted = F.pad(head.labels, (0, 1), value=-100)[..., 1:].flatten()
-        hidden = head.hidden.flatten(0, -2)
-        return F.linear_cross_entropy(hidden, head.weight, shifted, reduction="sum", options=options) / head.num_items
-
-    return loss
+    return by_rows(F.linear_cross_entropy, options=torch.nn.LinearCrossEntropyOptions())
 
 
 def on_logits() -> Loss:
@@ -110,21 +115,9 @@ def on_logits() -> Loss:
     return loss
 
 
-def budget(head: Head) -> int:
-    return int(MAX_SCRATCH_BYTES * head.share)
-
-
-def fused() -> Loss:
-    def loss(head: Head) -> torch.Tensor:
-        return accumloss.linear_causal_lm_loss(
-            head.hidden, head.weight, head.labels, head.num_items, max_scratch_bytes=budget(head)
-        )
-
-    return loss
-
-
-def fused_counted() -> Loss:
-    """The same where the caller knows how many labels count, as a collator does: on a GPU only then are rows dropped."""
+def fused(is_counted: bool = False) -> Loss:
+    """accumloss from the hidden states. is_counted: the caller knows how many labels count, as a collator does; on a GPU
+    rows are dropped only then."""
 
     def loss(head: Head) -> torch.Tensor:
         return accumloss.linear_causal_lm_loss(
@@ -132,61 +125,15 @@ def fused_counted() -> Loss:
             head.weight,
             head.labels,
             head.num_items,
-            num_valid=head.num_valid,
-            max_scratch_bytes=budget(head),
+            num_valid=head.num_valid if is_counted else None,
+            max_scratch_bytes=int(MAX_SCRATCH_BYTES * head.share),
         )
 
     return loss
 
 
-def _rows(head: Head) -> tuple[torch.Tensor, torch.Tensor]:
-    """hidden (N, H), labels (N,) shifted"""
-    return head.hidden.flatten(0, -2), F.pad(head.labels, (0, 1), value=-100)[..., 1:].flatten()
-
-
-def liger() -> Loss:
-    """Liger's fused linear cross-entropy."""
-    needs_gpu("Liger")
-    try:
-        from liger_kernel.transformers.functional import liger_fused_linear_cross_entropy
-    except ImportError as error:
-        raise PeerMissing(f"needs liger-kernel ({error})") from None
-
-    def loss(head: Head) -> torch.Tensor:
-        hidden, labels = _rows(head)
-        return liger_fused_linear_cross_entropy(hidden, head.weight, labels, reduction="sum") / head.num_items
-
-    return loss
-
-
-def cut() -> Loss:
-    """Apple's cut-cross-entropy, with its default filter of small gradients."""
-    needs_gpu("cut-cross-entropy")
-    try:
-        from cut_cross_entropy import linear_cross_entropy
-    except ImportError as error:
-        raise PeerMissing(f"needs cut-cross-entropy ({error})") from None
-
-    def loss(head: Head) -> torch.Tensor:
-        hidden, labels = _rows(head)
-        return linear_cross_entropy(hidden, head.weight, labels, reduction="sum") / head.num_items
-
-    return loss
-
-
-def quack() -> Loss:
-    """quack's chunked linear cross-entropy."""
-    needs_gpu("quack")
-    try:
-        from quack.linear_cross_entropy import chunked_linear_cross_entropy
-    except ImportError as error:
-        raise PeerMissing(f"needs quack-kernels ({error})") from None
-
-    def loss(head: Head) -> torch.Tensor:
-        hidden, labels = _rows(head)
-        return chunked_linear_cross_entropy(hidden, head.weight, labels, reduction="sum") / head.num_items
-
-    return loss
+def theirs(package: str, module: str, name: str) -> Loss:
+    return by_rows(gpu_function(package, module, name))
 
 
 PEERS: dict[str, Callable[[], Loss]] = {
@@ -197,10 +144,13 @@ PEERS: dict[str, Callable[[], Loss]] = {
 }
 GPU_PEERS = {
     **PEERS,
-    "accumloss linear, num_valid": fused_counted,
-    "liger": liger,
-    "cut-cross-entropy": cut,
-    "quack": quack,
+    "accumloss linear, num_valid": partial(fused, is_counted=True),
+    "liger": partial(
+        theirs, "liger-kernel", "liger_kernel.transformers.functional", "liger_fused_linear_cross_entropy"
+    ),
+    # with its default filter of small gradients
+    "cut-cross-entropy": partial(theirs, "cut-cross-entropy", "cut_cross_entropy", "linear_cross_entropy"),
+    "quack": partial(theirs, "quack-kernels", "quack.linear_cross_entropy", "chunked_linear_cross_entropy"),
 }
 
 
@@ -383,10 +333,7 @@ def markdown(lines: Sequence[dict], most: float = 1.05) -> str:
             f"| {shown} | {line['peer']} | {line['ms_median']:.0f} ({line['ms_q1']:.0f}-{line['ms_q3']:.0f}) "
             f"| {line['ratio_to_products']:.2f} | {peak} | " + " | ".join(found) + " |"
         )
-    text += ["", "| | goal | measured | |", "|---|---|---|---|"]
-    text += [
-        f"| {what} | {goal} | {got} | {'reached' if ok else 'missed'} |" for what, goal, got, ok in goals(lines, most)
-    ]
+    text += ["", *record.goals_table(goals(lines, most))]
     return "\n".join(text)
 
 
@@ -403,7 +350,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         parser.error("--device cuda: expected a GPU, found none")
     device: devices.Device = devices.Cuda() if options.device == "cuda" else devices.Cpu()
     sizes, most = (GPU_SIZES, GPU_ROWS) if options.device == "cuda" else (SIZES, ROWS)
-    facts = {**record.environment(), **record.origin("bench_linear.py", arguments), "device": device.describe()}
+    facts = {**record.environment(), **device.facts(), **record.origin("bench_linear.py", arguments)}
     lines: list[dict[str, object]] = []
     for dtype in options.dtypes:
         for hidden_size, vocab in sizes:

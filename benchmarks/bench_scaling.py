@@ -167,9 +167,7 @@ def goals(lines: Sequence[dict]) -> list[tuple[str, str, str, bool]]:
 
 
 def markdown(lines: Sequence[dict]) -> str:
-    text = ["| | goal | measured | |", "|---|---|---|---|"]
-    text += [f"| {what} | {goal} | {got} | {'reached' if ok else 'missed'} |" for what, goal, got, ok in goals(lines)]
-    return "\n".join(text)
+    return "\n".join(record.goals_table(goals(lines)))
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

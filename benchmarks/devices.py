@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import resource
+import subprocess
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -22,8 +24,9 @@ class Cpu:
 
     name = "cpu"
 
-    def describe(self) -> str:
-        return "cpu"
+    def facts(self) -> dict[str, object]:
+        """What record.environment() does not say already."""
+        return {}
 
     def ceilings(self, source: torch.Tensor, logits: torch.Tensor) -> dict[str, Work]:
         """`copy` writes to a buffer that exists, `copy to new` to one that is allocated for it."""
@@ -72,8 +75,22 @@ class Cuda:
 
     name = "cuda"
 
-    def describe(self) -> str:
-        return torch.cuda.get_device_name(0)
+    def facts(self) -> dict[str, object]:
+        """The GPU and its driver."""
+        properties = torch.cuda.get_device_properties(0)
+        driver = None
+        with contextlib.suppress(OSError, subprocess.CalledProcessError):
+            command = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader", "--id=0"]
+            driver = subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+        return {
+            "device": properties.name,
+            "driver": driver,
+            "cuda": torch.version.cuda,
+            "capability": f"{properties.major}.{properties.minor}",
+            "multiprocessors": properties.multi_processor_count,
+            "device_memory_gb": round(properties.total_memory / 1e9, 1),
+            "l2_mb": round(properties.L2_cache_size / 1e6, 1),
+        }
 
     def __init__(self) -> None:
         properties = torch.cuda.get_device_properties(0)

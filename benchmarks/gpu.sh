@@ -66,7 +66,7 @@ if [ $is_dry ]; then
   step "picture" 60 "$python" "$root/benchmarks/plot.py" "$out/gpu.csv"
   step "head and loss" 120 "$python" "$root/benchmarks/bench_linear.py" --quick --rounds 1 --dtypes bf16 --out "$out"
 else
-  nvidia-smi > "$out/log.txt" 2>&1
+  nvidia-smi >> "$out/log.txt" 2>&1
   # for the GPU that is here alone: three architectures would take three times as long
   arch=$("$python" -c 'import torch; print("{}.{}".format(*torch.cuda.get_device_capability()))') || exit 2
   step "build" 240 env TORCH_CUDA_ARCH_LIST="$arch" ACCUMLOSS_CUDA=ON \

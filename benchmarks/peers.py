@@ -5,6 +5,7 @@ All compute the causal loss with the shift inside, as a sum divided by num_items
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from functools import partial
@@ -91,11 +92,7 @@ def liger(reduction: str) -> Peer:
     As a mean over the call nothing is left for its backward; as a sum that is divided, the way of exact accumulation,
     the gradient is visited again.
     """
-    needs_gpu("Liger")
-    try:
-        from liger_kernel.transformers.functional import liger_cross_entropy
-    except ImportError as error:
-        raise PeerMissing(f"needs liger-kernel ({error})") from None
+    liger_cross_entropy = gpu_function("liger-kernel", "liger_kernel.transformers.functional", "liger_cross_entropy")
 
     def loss(logits: torch.Tensor, labels: torch.Tensor, n: torch.Tensor) -> torch.Tensor:
         value = liger_cross_entropy(logits.flatten(0, -2), _shifted(labels), reduction=reduction)
@@ -106,11 +103,7 @@ def liger(reduction: str) -> Peer:
 
 def quack() -> Peer:
     """quack's cross-entropy, its gradient over the logits in backward."""
-    needs_gpu("quack")
-    try:
-        from quack.cross_entropy import cross_entropy as quack_cross_entropy
-    except ImportError as error:
-        raise PeerMissing(f"needs quack-kernels ({error})") from None
+    quack_cross_entropy = gpu_function("quack-kernels", "quack.cross_entropy", "cross_entropy")
 
     def loss(logits: torch.Tensor, labels: torch.Tensor, n: torch.Tensor) -> torch.Tensor:
         rows = logits.flatten(0, -2)
@@ -119,9 +112,14 @@ def quack() -> Peer:
     return Peer("quack", loss, computes_in_fp32=False)
 
 
-def needs_gpu(name: str) -> None:
+def gpu_function(package: str, module: str, name: str) -> Callable[..., torch.Tensor]:
+    """A function of a package whose kernels run on a GPU only."""
     if not torch.cuda.is_available():
-        raise PeerMissing(f"{name} needs a GPU, and none is here")
+        raise PeerMissing(f"{package} needs a GPU, and none is here")
+    try:
+        return getattr(importlib.import_module(module), name)
+    except ImportError as error:
+        raise PeerMissing(f"needs {package} ({error})") from None
 
 
 STOCK, COMPILE = "stock", "compile"  # what the ratios are taken to

@@ -84,3 +84,10 @@ def write(
     write_csv(table, fields, lines)
     notes.write_text(json.dumps(facts, indent=2) + "\n")
     return table, notes
+
+
+def goals_table(goals: Iterable[tuple[str, str, str, bool]], title: str = "") -> list[str]:
+    """Lines of Markdown: what is measured, the goal, the measurement, whether it is reached."""
+    head = f"| {title} | goal | measured | |" if title else "| | goal | measured | |"
+    lines = [f"| {what} | {goal} | {got} | {'reached' if ok else 'missed'} |" for what, goal, got, ok in goals]
+    return [head, "|---|---|---|---|", *lines]

@@ -50,9 +50,10 @@ class DeferredLogits(torch.Tensor):
     hidden: torch.Tensor
     weight: torch.Tensor
     bias: torch.Tensor | None
-    # ("cast", dtype), ("mul", s), ("div", s), ("tanh", None), ("bias", (V,)), ("shape", (...)), ("rows", slices)
-    steps: tuple[tuple[str, Any], ...]
-    base: DeferredLogits | None  # what a recorded step was taken on
+    # what was done to base: ("cast", dtype), ("mul", s), ("div", s), ("tanh", None), ("bias", (V,)), ("shape", (...)),
+    # ("rows", slices)
+    step: tuple[str, Any] | None
+    base: DeferredLogits | None
     value: torch.Tensor | None  # once read
     versions: tuple[int, ...]
     is_autocast: bool
@@ -64,7 +65,7 @@ class DeferredLogits(torch.Tensor):
         is_autocast = torch.is_autocast_enabled(device) and hidden.dtype != torch.float64
         dtype = torch.get_autocast_dtype(device) if is_autocast else hidden.dtype
         self = _wrapper(cls, (*hidden.shape[:-1], weight.shape[0]), dtype, hidden.device)
-        self.hidden, self.weight, self.bias, self.steps, self.base, self.value = hidden, weight, bias, (), None, None
+        self.hidden, self.weight, self.bias, self.step, self.base, self.value = hidden, weight, bias, None, None, None
         self.versions = _versions(self)
         self.is_autocast, self.autocast_dtype = is_autocast, torch.get_autocast_dtype(device)
         return self
@@ -154,15 +155,15 @@ class DeferredLogits(torch.Tensor):
     def _with(self, kind: str, what: Any, **changed: Any) -> DeferredLogits:
         new = _wrapper(type(self), changed.get("shape", self.shape), changed.get("dtype", self.dtype), self.device)
         new.__dict__.update(self.__dict__)
-        new.steps, new.base, new.value = (*self.steps, (kind, what)), self, None
+        new.step, new.base, new.value = (kind, what), self, None
         return new
 
     def materialize(self) -> torch.Tensor:
         """The logits, computed once, in the graph of the hidden states and the weight."""
         if self.value is None:
-            if self.base is not None:
+            if self.base is not None and self.step is not None:
                 with torch.enable_grad():  # who reads them first may not want a gradient, who does next may
-                    self.value = _apply(self.base.materialize(), *self.steps[-1])
+                    self.value = _apply(self.base.materialize(), *self.step)
             else:
                 if _versions(self) != self.versions:
                     raise RuntimeError(
@@ -185,13 +186,13 @@ class DeferredLogits(torch.Tensor):
         """What linear_cross_entropy takes; None where the recorded steps are more than it can do, or are done already."""
         hidden, bias = self.hidden, self.bias
         scale, softcap, is_capped, is_open = 1.0, 0.0, False, False
-        node: DeferredLogits | None = self
-        product = self.dtype
-        while node is not None:
-            if node.value is not None:
-                return None
-            product, node = node.dtype, node.base
-        for kind, what in self.steps:
+        chain: list[DeferredLogits] = [self]
+        while chain[-1].base is not None:
+            chain.append(chain[-1].base)
+        if any(node.value is not None for node in chain):
+            return None
+        product = chain[-1].dtype
+        for kind, what in reversed([node.step for node in chain if node.step is not None]):
             if kind == "cast":
                 if what not in (torch.float32, torch.float64, product):
                     return None
@@ -370,7 +371,7 @@ def _call_of_model(model: Any, *args: Any, **kwargs: Any) -> Any:
 
 def _call_of_peft(model: Any, *args: Any, **kwargs: Any) -> Any:
     """nn.Module.__call__ of a PeftModel, which calls the forward of the model inside, not the model."""
-    if not _wants(model, kwargs) or not hasattr(model, "get_base_model"):
+    if not _wants(model, kwargs):
         return nn.Module.__call__(model, *args, **kwargs)
     with deferring(model.get_base_model()):
         return nn.Module.__call__(model, *args, **kwargs)
@@ -378,14 +379,10 @@ def _call_of_peft(model: Any, *args: Any, **kwargs: Any) -> Any:
 
 def why_not_called(model: Any, base: Any) -> str | None:
     """Why a model would not be told to defer: PEFT calls the forward of the model inside itself."""
-    if model is not base and isinstance(model, nn.Module):
-        if vars(type(model)).get("__call__") is None and not any(
-            vars(cls).get("__call__") is _call_of_peft for cls in type(model).__mro__
-        ):
-            return "peft was imported after accumloss was registered: register again"
-    elif not any(vars(cls).get("__call__") is _call_of_model for cls in type(model).__mro__):
-        return "its class has a __call__ of its own"
-    return None
+    call = type(model).__call__
+    if model is not base:
+        return None if call is _call_of_peft else "peft was imported after accumloss was registered: register again"
+    return None if call is _call_of_model else "its class has a __call__ of its own"
 
 
 _installed: list[tuple[type, Any]] = []
