@@ -186,7 +186,7 @@ def linear_cross_entropy(
         num_valid: how many labels count, after the shift, or more: on CUDA, where they are not counted since that would
             wait for the GPU, rows that do not count are then dropped too. Fewer than there are: an error, on CUDA a loss
             of NaN.
-        max_scratch_bytes: memory beside inputs and gradients; default 256 MiB.
+        max_scratch_bytes: memory beside inputs and gradients, a 64th of it for the matrix products' own; default 256 MiB.
         ignore_index, label_smoothing, z_loss, softcap, logit_scale: see LossOptions.
 
     Returns:

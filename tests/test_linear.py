@@ -28,7 +28,8 @@ def data(dtype=torch.float32, rows=N, hidden_size=H, vocab=V, ignored=0.3, seed=
 
 
 def scratch_of(chunk_rows, dtype, vocab=V):
-    return chunk_rows * vocab * dtype.itemsize
+    """The budget that leaves just that many rows, beside the 64th that is the matrix products'."""
+    return chunk_rows * vocab * dtype.itemsize * 64 // 63 + 1
 
 
 def float64_of(hidden, weight, labels, bias, class_weight=None, factor=1.0, shift=0, **options):
@@ -69,7 +70,7 @@ def check_against_float64(dtype, max_scratch_bytes, factor=0.01, class_weight=No
     assert abs(sums.loss_sum.item() - wanted_sums[0].item()) <= logits_error * max(int(sums.num_items), 1)
     for name, a, b, want in zip(("hidden", "weight", "bias"), got, stock, wanted, strict=False):
         assert a.dtype == dtype
-        plan = linear_plan(int(sums.num_items), H, V, dtype, max_scratch_bytes=max_scratch_bytes)
+        plan = linear_plan(int(sums.num_items), H, V, dtype, gathered=True, max_scratch_bytes=max_scratch_bytes)
         is_rounded = name == "weight" and plan.accumulator == dtype and not plan.parked_rows
         roundings = plan.num_chunks if is_rounded and plan.num_chunks > 1 else 0
         assert relative(a, want) <= linear_gradient_bound(relative(b, want), dtype, roundings), name
@@ -104,7 +105,7 @@ def test_linear_accumulators():
     _, (_, wanted) = float64_of(hidden, weight, labels, None)
     errors = {}
     for name, chunk_rows, extra in (("one chunk", rows, 0), ("bf16", 128, 0), ("fp32", 256, 4 * V * H)):
-        budget = scratch_of(chunk_rows, dtype) + extra
+        budget = scratch_of(chunk_rows, dtype) + extra * 64 // 63
         plan = linear_plan(rows, H, V, dtype, max_scratch_bytes=budget)
         expected = {"one chunk": (1, dtype), "bf16": (8, dtype), "fp32": (4, torch.float32)}[name]
         assert (plan.num_chunks, plan.accumulator) == expected
@@ -116,14 +117,21 @@ def test_linear_accumulators():
         assert error <= linear_gradient_bound(relative(stock, wanted), dtype, roundings), errors
 
 
-@pytest.mark.parametrize("rows, budget_rows", [(200, 128), (193, 150), (300, 190), (129, 100)])
-def test_linear_parked_rows_make_the_gradient_of_one_chunk(rows, budget_rows):
+@pytest.mark.parametrize("ignored", [0, 0.2])
+@pytest.mark.parametrize("rows, budget_rows", [(200, 128), (193, 150), (300, 190), (129, 100), (256, 128), (300, 175)])
+def test_linear_parked_rows_make_the_gradient_of_one_chunk(rows, budget_rows, ignored):
     """Bit for bit: the same product over all rows, whatever lay in the gradient's memory before."""
     dtype, hidden_size, vocab = torch.bfloat16, 128, 3001
-    hidden, weight, labels, bias = data(dtype, rows, hidden_size, vocab, ignored=0)
-    budget = scratch_of(budget_rows, dtype, vocab)
-    plan = linear_plan(rows, hidden_size, vocab, dtype, max_scratch_bytes=budget)
-    assert 0 < plan.parked_rows <= hidden_size and plan.num_chunks >= 2 and plan.scratch_bytes <= budget
+    hidden, weight, labels, bias = data(dtype, rows, hidden_size, vocab, ignored=ignored)
+    valid = linear._valid_rows(labels, vocab, -100, None)[0]
+    kept = rows if valid is None else len(valid)
+    budget = scratch_of(budget_rows, dtype, vocab) + (kept + budget_rows) * hidden_size * 2 * (kept < rows)
+    plan = linear_plan(kept, hidden_size, vocab, dtype, gathered=kept < rows, max_scratch_bytes=budget)
+    if kept > budget_rows:
+        assert 0 < plan.parked_rows <= hidden_size and plan.num_chunks >= 2
+    assert plan.block_classes and plan.scratch_bytes <= budget
+    if kept == rows:  # the last chunk's gradient of the hidden states has the memory where the budget has none
+        assert plan.has_buffer != ((rows, budget_rows) in ((256, 128), (300, 175)))
     leaves = (hidden, weight, bias)
     results = []
     for limit in (budget, 2**30):
@@ -133,28 +141,45 @@ def test_linear_parked_rows_make_the_gradient_of_one_chunk(rows, budget_rows):
         assert relative(got, want.double()) <= (1e-6 if name in ("loss", "bias") else 2.0**-12), name
 
 
+PLANS = [
+    (rows, *size, dtype, budget, weight_grad, hidden_grad, gathered)
+    for rows in (0, 1, 100, 1100, 2048, 8192)
+    for size in ((768, 50257), (2048, 32000), (1024, 128256), (4096, 128256), (64, 300))
+    for dtype in DTYPES
+    for budget in (2**22, 2**28, 2**32)
+    for weight_grad, hidden_grad in ((True, True), (True, False), (False, True))
+    for gathered in (False, True)
+]
+
+
 def test_linear_plan_keeps_to_the_budget():
-    for rows in (0, 1, 100, 2048, 8192):
-        for hidden_size, vocab in ((768, 50257), (2048, 32000), (1024, 128256), (4096, 128256), (64, 300)):
-            for dtype in DTYPES:
-                for budget in (2**22, 2**28, 2**32):
-                    for weight_grad in (True, False):
-                        plan = linear_plan(
-                            rows, hidden_size, vocab, dtype, weight_grad=weight_grad, max_scratch_bytes=budget
-                        )
-                        logits = plan.chunk_rows * vocab * dtype.itemsize
-                        assert plan.chunk_rows >= 1
-                        chunks = list(linear._chunks(rows, plan))
-                        assert len(chunks) == plan.num_chunks
-                        assert sum(part.stop - part.start for part in chunks) == rows
-                        if not (weight_grad and dtype == torch.float16):
-                            assert plan.scratch_bytes <= budget
-                            own = plan.accumulator not in (None, dtype)
-                            if plan.parked_rows or (plan.scratch_bytes != logits and not own):
-                                assert dtype == torch.bfloat16 and plan.parked_rows <= hidden_size
-                                assert logits < plan.scratch_bytes <= logits + 2**24
-                            else:
-                                assert plan.scratch_bytes == logits + own * 4 * hidden_size * vocab
+    kinds = set()
+    for rows, hidden_size, vocab, dtype, budget, weight_grad, hidden_grad, gathered in PLANS:
+        plan = linear_plan(
+            rows, hidden_size, vocab, dtype, weight_grad=weight_grad, hidden_grad=hidden_grad, gathered=gathered,
+            max_scratch_bytes=budget,
+        )  # fmt: skip
+        item = dtype.itemsize
+        assert plan.chunk_rows >= 1
+        chunks = list(linear._chunks(rows, plan))
+        assert len(chunks) == plan.num_chunks
+        assert sum(part.stop - part.start for part in chunks) == rows
+        copied = rows if plan.block_classes else plan.chunk_rows  # rows of hidden states
+        copied = hidden_size * item * (copied + hidden_grad * plan.chunk_rows) * gathered
+        accumulator = (plan.accumulator not in (None, dtype)) * 4 * hidden_size * vocab
+        buffer = plan.has_buffer * rows * plan.block_classes * item
+        assert plan.scratch_bytes == plan.chunk_rows * vocab * item + copied + accumulator + buffer
+        if not (weight_grad and dtype == torch.float16):
+            assert plan.scratch_bytes <= budget - budget // 64
+        if plan.block_classes:
+            assert dtype == torch.bfloat16 and plan.parked_rows <= hidden_size and buffer <= 2**24
+            last = rows - plan.parked_rows
+            assert plan.has_buffer or (hidden_grad and last * hidden_size >= rows * plan.block_classes)
+        else:
+            assert plan.parked_rows == 0 and not plan.has_buffer
+        kinds.add((plan.block_classes > 0, plan.has_buffer, plan.parked_rows > 0, accumulator > 0))
+    assert {(True, True, True, False), (True, False, True, False), (True, True, False, False)} <= kinds
+    assert {(False, False, False, False), (False, False, False, True)} <= kinds
     with pytest.raises(ValueError, match="linear_plan: expected rows >= 0"):
         linear_plan(-1, 1, 1)
 
@@ -211,7 +236,8 @@ def test_linear_drops_ignored_rows_before_the_products():
     assert 40 < kept < 60
     with Largest() as seen:
         loss = linear_cross_entropy(hidden, weight, labels).loss_sum
-    assert [shapes[0][0] for shapes in seen.products[:2]] == [64, 64] and kept <= 64
+    logits, grad_weight, grad_hidden = seen.products
+    assert (logits[0][0], grad_weight[1][0], grad_hidden[0][0]) == (64, 64, 64) and kept <= 64
     loss.backward()
     assert hidden.grad[labels == -100].count_nonzero() == 0
     assert (hidden.grad[labels != -100] != 0).all()
@@ -434,6 +460,13 @@ def error_cases():
     yield "bias differs", (hidden, weight, labels), {"bias": bias[1:]}, RuntimeError, "bias of shape"
     yield "float labels", (hidden, weight, labels.float()), {}, RuntimeError, "int64 or int32 labels"
     yield "dtypes differ", (hidden.bfloat16(), weight, labels), {}, RuntimeError, "weight of hidden's dtype"
+    yield (
+        "devices differ",
+        (hidden, weight.to("meta"), labels),
+        {},
+        RuntimeError,
+        "weight on hidden's device cpu, got meta",
+    )
     yield "integers", (hidden.int(), weight.int(), labels), {}, RuntimeError, "bfloat16, float16"
     yield "label too large", (hidden, weight, bad), {}, IndexError, f"got {V} for row 5 of {N}"
     yield "sharded", (hidden, weight.as_subclass(Sharded), labels), {}, RuntimeError, "whole weight, got a sharded"

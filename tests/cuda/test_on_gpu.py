@@ -354,7 +354,9 @@ def test_cuda_linear_cross_entropy_matches_float64(dtype, chunk_rows):
         )
         assert int(sums.num_items) == count
         assert sums.loss_sum.item() == pytest.approx(on_logits.item(), rel=16 * torch.finfo(dtype).eps)
-        chunks = accumloss.linear_plan(num_valid or rows, hidden_size, V, dtype, max_scratch_bytes=budget).num_chunks
+        chunks = accumloss.linear_plan(
+            num_valid or rows, hidden_size, V, dtype, gathered=num_valid is not None, max_scratch_bytes=budget
+        ).num_chunks
         for got, other, wanted in zip(torch.autograd.grad(sums.loss_sum, leaves), unfused, want, strict=True):
             error, plain = (((g.double().cpu() - wanted).norm() / wanted.norm()).item() for g in (got, other))
             assert error <= linear_gradient_bound(plain, dtype, chunks if chunks > 1 else 0)
