@@ -61,6 +61,19 @@ def _labels(*shape: int, classes: int, ignored: float = 0.25, seed: int = 1, ign
     return labels
 
 
+def short_cases(dtype: torch.dtype) -> Iterator[Case]:
+    """Rows of every length around the borders between the CPU kernels for short rows, more than these take at a time."""
+    for V in (3, 8, 9, 15, 16, 17, 24, 31, 32, 33, 47, 48, 49, 64, 100, 128, 300, 511, 512, 513):
+        weight = torch.linspace(0.25, 3.0, V) if V % 2 else None
+        if weight is not None and dtype == torch.float64:
+            weight = weight.double()
+        yield Case(f"77 rows, V={V}", _logits(77, V, dtype=dtype), _labels(77, classes=V), weight)
+    for V in (5, 21, 65):
+        yield Case(f"3 x 30 rows, shift, V={V}", _logits(3, 30, V, dtype=dtype), _labels(3, 30, classes=V), shift=1)
+        every = _labels(3, 60, classes=V)[:, ::2].int()
+        yield Case(f"3 x 30 rows, strided labels, V={V}", _logits(3, 30, V, dtype=dtype), every, shift=2)
+
+
 def sample_cases(dtype: torch.dtype, *, large: bool = True) -> Iterator[Case]:
     """The cases of one dtype. ``large=False`` leaves out those over 200,000 logits."""
     for V in (1, 2, 9, 31, 32, 33, 64, 1000, 1024, 1025):

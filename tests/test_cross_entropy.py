@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from cases import DTYPES, Case, sample_cases
+from cases import DTYPES, Case, sample_cases, short_cases
 from oracle import check_sums, expected
 from tolerances import (
     SUM,
@@ -27,7 +27,7 @@ ops = torch.ops.accumloss
 
 def pytest_generate_tests(metafunc):
     if "case" in metafunc.fixturenames:
-        cases = [(dtype, case) for dtype in DTYPES for case in sample_cases(dtype)]
+        cases = [(dtype, case) for dtype in DTYPES for case in (*sample_cases(dtype), *short_cases(dtype))]
         ids = [f"{str(dtype).removeprefix('torch.')}-{case.name}" for dtype, case in cases]
         metafunc.parametrize("case", [case for _, case in cases], ids=ids)
 
@@ -198,6 +198,22 @@ def test_equal_logits_of_any_magnitude(dtype, magnitude):
         assert_within(g, p, ulp(p, dtype) + p.abs() * fp32_gradient_limit(), str(magnitude))
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
+def test_short_rows_write_nothing_beside_their_gradient(dtype):
+    """Vectors reach past the end of a row; not past that of the last."""
+    for rows in (1, 31, 32, 33, 64, 77):
+        for V in (2, 8, 9, 15, 16, 17, 33, 100, 511):
+            memory = torch.randn(rows * V + 96, generator=torch.Generator().manual_seed(V)).to(dtype)
+            before, logits = memory.clone(), memory[32 : 32 + rows * V].view(rows, V)
+            labels = torch.randint(0, V, (rows,), generator=torch.Generator().manual_seed(rows))
+            labels[::3] = -100
+            wanted = ops.cross_entropy_with_grad(torch.tensor(0.5), logits, labels)
+            found = ops.cross_entropy_with_grad_(torch.tensor(0.5), logits, labels)
+            assert torch.equal(logits, wanted[-1]) and torch.equal(found[0], wanted[0]), (rows, V)
+            assert torch.equal(memory[:32], before[:32]) and torch.equal(memory[-64:], before[-64:]), (rows, V)
+            assert (logits[::3] == 0).all() and (logits != before[32:-64].view(rows, V)).any()
+
+
 @pytest.mark.parametrize("poison", [float("nan"), float("inf")])
 def test_ignored_rows_are_never_read(poison):
     logits = torch.randn(4, 7, 65, generator=torch.Generator().manual_seed(0))
@@ -254,12 +270,13 @@ def test_correct_predictions_are_those_of_argmax(dtype):
 # Determinism ----------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("shape", [(40, 5000), (1, 100_000), (7, 33_000), (5000, 9)])
-def test_same_bits_for_any_number_of_threads(shape):
+@pytest.mark.parametrize("options", [{}, {"label_smoothing": 0.1, "z_loss": 1e-3}], ids=["plain", "options"])
+@pytest.mark.parametrize("shape", [(40, 5000), (1, 100_000), (7, 33_000), (5000, 9), (9000, 5), (3000, 120)])
+def test_same_bits_for_any_number_of_threads(shape, options):
     logits = (torch.randn(shape, generator=torch.Generator().manual_seed(0)) * 3).bfloat16()
     labels = torch.randint(0, shape[-1], shape[:-1], generator=torch.Generator().manual_seed(1))
     weight = torch.rand(shape[-1], generator=torch.Generator().manual_seed(2))
-    options = LossOptions(label_smoothing=0.1, z_loss=1e-3).as_kwargs()
+    options = LossOptions(**options).as_kwargs()
     one = torch.ones(())
     before, results = torch.get_num_threads(), []
     try:
@@ -279,14 +296,14 @@ def test_same_bits_for_any_number_of_threads(shape):
 CAPABILITY_PROGRAM = """
 import sys, torch, accumloss
 sys.path.insert(0, sys.argv[1])
-from cases import DTYPES, sample_cases
+from cases import DTYPES, sample_cases, short_cases
 from oracle import check_sums, expected
 from tolerances import assert_within
 import test_cross_entropy as t
 assert accumloss.build_info()["cpu_capability"] == sys.argv[2], accumloss.build_info()
 bits = []
 for dtype in DTYPES:
-    for case in sample_cases(dtype):
+    for case in (*sample_cases(dtype), *short_cases(dtype)):
         wanted = expected(case)
         found = t.ops.cross_entropy(case.logits, case.labels, case.weight, metrics=True, **case.kwargs)
         check_sums(found, case, wanted)

@@ -26,6 +26,8 @@ namespace cpu {
 namespace {
 
 constexpr int64_t kTaskElements = 32768;         // of logits in one task, at least
+constexpr int64_t kShortTaskElements = 8192;     // of the logits of short rows
+constexpr int64_t kShortRowElements = 64;        // as many take the time that a short row takes whatever its length
 constexpr int64_t kTasks = 256;                  // at most, or one for each row: prefetches run into the next task
 constexpr int64_t kSerialElements = 32768;       // below, the threads cost more than they save
 constexpr int64_t kSplitElements = 16 * kBlock;  // of one row, where rows are split
@@ -139,6 +141,24 @@ struct Rows {
     const int64_t offset = at.b * labels.stride_b + t * labels.stride_t;
     return labels.is_int32 ? static_cast<const int32_t*>(labels.data)[offset]
                            : static_cast<const int64_t*>(labels.data)[offset];
+  }
+  // The same of rows [begin, begin + count).
+  void labels_of(int64_t begin, int64_t count, int64_t* y) const {
+    return inputs.labels.is_int32 ? labels_as<int32_t>(begin, count, y) : labels_as<int64_t>(begin, count, y);
+  }
+  template <typename Label>
+  void labels_as(int64_t begin, int64_t count, int64_t* y) const {
+    const LabelsView& labels = inputs.labels;
+    const int64_t T = inputs.logits.T;
+    RowIndex at = row_index(inputs.logits, begin);
+    for (int64_t i = 0; i < count; at = {at.b + 1, 0}) {
+      const int64_t end = std::min(i + T - at.t, count);
+      const int64_t last = std::min(std::max(i + T - inputs.options.shift - at.t, i), end);  // that has a label
+      const Label* of_b = static_cast<const Label*>(labels.data) + at.b * labels.stride_b;
+      int64_t t = at.t + inputs.options.shift;
+      for (; i < last; ++i, ++t) y[i] = of_b[t * labels.stride_t];
+      for (; i < end; ++i) y[i] = inputs.options.ignore_index;
+    }
   }
   bool ignored(int64_t label) const { return label == inputs.options.ignore_index; }
   double weight(int64_t label) const {
@@ -297,39 +317,29 @@ void zero_row(const LogitsView& grad, int64_t row) {
 // Short rows, in groups: whichever of sums, (lse, nll) and grad_logits is not null. The backward is a forward here too.
 void run_short(const Rows& rows, const CrossEntropySums* sums, double* lse, void* nll, double grad,
                const LogitsView* grad_logits) {
-  const int64_t groups = std::max(kTaskElements / (kGroup * rows.V), int64_t{1});  // in one task
+  const int64_t rows_per_task = std::max(kShortTaskElements / rows.V / kGroup, int64_t{1}) * kGroup;
   const Dtype dtype = rows.inputs.logits.dtype;
   const bool metrics = rows.inputs.options.metrics && sums != nullptr;
-  const int64_t num_tasks = (rows.N + groups * kGroup - 1) / (groups * kGroup);
+  const int64_t num_tasks = (rows.N + rows_per_task - 1) / rows_per_task;
   std::vector<Sums> parts(static_cast<size_t>(num_tasks));
-  run_tasks(num_tasks, rows.N * rows.V, no_local, [&](int64_t i, Nothing) {
+  run_tasks(num_tasks, rows.N * (rows.V + kShortRowElements), no_local, [&](int64_t i, Nothing) {
     ShortRows group;
     Sums part;
     group.V = rows.V;
-    for (int64_t begin = i * groups * kGroup; begin < rows.N && begin < (i + 1) * groups * kGroup; begin += kGroup) {
-      group.count = rows.N - begin < kGroup ? rows.N - begin : kGroup;
+    group.weight = static_cast<const float*>(rows.inputs.weight);
+    group.ignore_index = rows.inputs.options.ignore_index;
+    group.grad = grad;
+    const int64_t end = std::min((i + 1) * rows_per_task, rows.N);
+    for (int64_t begin = i * rows_per_task; begin < end; begin += kGroup) {
+      group.count = std::min(end - begin, kGroup);
       group.x = row_data(rows.inputs.logits, begin);
-      for (int64_t r = 0; r < group.count; ++r) {
-        const int64_t y = rows.label(begin + r);
-        group.is_item[r] = !rows.ignored(y);
-        group.labels[r] = group.is_item[r] ? y : 0;
-        group.factors[r] = group.is_item[r] ? grad * rows.weight(y) : 0;
+      rows.labels_of(begin, group.count, group.labels);
+      rows.kernels.short_rows(group, metrics, grad_logits != nullptr ? row_data(*grad_logits, begin) : nullptr);
+      for (int64_t r = 0; lse != nullptr && r < group.count; ++r) {
+        lse[begin + r] = group.lse[r];
+        set_element(nll, dtype, begin + r, group.nll[r]);
       }
-      void* g = grad_logits != nullptr ? row_data(*grad_logits, begin) : nullptr;
-      rows.kernels.short_rows(group, metrics, g);
-      for (int64_t r = 0; r < group.count; ++r) {
-        if (lse != nullptr) lse[begin + r] = group.is_item[r] ? group.lse[r] : 0;
-        if (nll != nullptr) set_element(nll, dtype, begin + r, group.is_item[r] ? group.nll[r] : 0);
-        if (!group.is_item[r]) continue;
-        const double weight = rows.weight(group.labels[r]);
-        part.weight += weight;
-        part.loss += weight * group.nll[r];
-        ++part.items;
-      }
-      for (int64_t r = 0; metrics && r < group.count; ++r) {
-        part.entropy += group.is_item[r] ? group.entropy[r] : 0;
-        part.correct += group.is_item[r] & group.is_argmax[r] & (group.nll[r] == group.nll[r]);
-      }
+      part.add({group.loss_sum, group.weight_sum, group.entropy_sum, group.num_items, group.num_correct});
     }
     parts[i] = part;
   });

@@ -338,6 +338,12 @@ ACCUMLOSS_INLINE void store(FloatReal v, BFloat16* x) {
   store_bits((v == v ? rounded : bits) >> 16, x);
 }
 
+ACCUMLOSS_INLINE FloatUnsigned
+round_to_bfloat16(FloatReal v) {  // in the upper half; of NaNs, those that the machine makes
+  const FloatUnsigned bits = reinterpret_cast<FloatUnsigned>(v);
+  return bits + 0x7fffu + ((bits >> 16) & 1u);
+}
+
 #if defined(__F16C__)
 #if defined(__AVX512F__)
 ACCUMLOSS_INLINE FloatReal load(const Float16* x) {
@@ -418,13 +424,9 @@ struct Group<BFloat16> {
   // own.
   static ACCUMLOSS_INLINE void store(const Real* v, BFloat16* x) {
     for (int k = 0; k < kVectors / 2; ++k) {
-      const FloatUnsigned low = rounded(v[k]), high = rounded(v[k + kVectors / 2]);
+      const FloatUnsigned low = round_to_bfloat16(v[k]), high = round_to_bfloat16(v[k + kVectors / 2]);
       *reinterpret_cast<UnalignedPairs*>(x + 2 * k * kWidth) = (low >> 16) | (high & 0xffff0000u);
     }
-  }
-  static ACCUMLOSS_INLINE FloatUnsigned rounded(Real v) {
-    const FloatUnsigned bits = reinterpret_cast<FloatUnsigned>(v);
-    return bits + 0x7fffu + ((bits >> 16) & 1u);
   }
 };
 
@@ -516,16 +518,37 @@ ACCUMLOSS_INLINE Acc fold(const typename VectorOf<Acc, kSize>::Type& v, const Co
   }
 }
 
+struct Add {
+  template <typename V>
+  ACCUMLOSS_INLINE V operator()(V a, V b) const {
+    return a + b;
+  }
+};
+struct Larger {
+  template <typename V>
+  ACCUMLOSS_INLINE V operator()(V a, V b) const {
+    if constexpr (std::is_same<V, FloatReal>::value)
+      return maximum(a, b);
+    else
+      return a > b ? a : b;
+  }
+};
+
+// kLanes lanes, halved until one vector is left.
+template <typename Acc>
+ACCUMLOSS_INLINE typename Vectors<Acc>::Real sum_vectors(const typename Vectors<Acc>::Real* vectors) {
+  constexpr int kVectors = kLanes / Vectors<Acc>::kWidth;
+  typename Vectors<Acc>::Real v[kVectors];
+  for (int k = 0; k < kVectors; ++k) v[k] = vectors[k];
+  for (int half = kVectors / 2; half > 0; half /= 2)
+    for (int k = 0; k < half; ++k) v[k] += v[k + half];
+  return v[0];
+}
+
 // The sum of kLanes lanes, halved until one is left: an order that no vector width changes.
 template <typename Acc>
 ACCUMLOSS_INLINE Acc sum_lanes(const typename Vectors<Acc>::Real* vectors) {
-  constexpr int kWidth = Vectors<Acc>::kWidth;
-  typename Vectors<Acc>::Real v[kLanes / kWidth];
-  for (int k = 0; k < kLanes / kWidth; ++k) v[k] = vectors[k];
-  for (int half = kLanes / kWidth / 2; half > 0; half /= 2)
-    for (int k = 0; k < half; ++k) v[k] += v[k + half];
-  const auto add = [](auto a, auto b) __attribute__((always_inline)) { return a + b; };
-  return fold<Acc, kWidth>(v[0], add);
+  return fold<Acc, Vectors<Acc>::kWidth>(sum_vectors<Acc>(vectors), Add());
 }
 
 template <typename Acc>
@@ -533,8 +556,48 @@ ACCUMLOSS_INLINE Acc max_lanes(const typename Vectors<Acc>::Real* vectors) {
   constexpr int kWidth = Vectors<Acc>::kWidth;
   typename Vectors<Acc>::Real max = vectors[0];
   for (int k = 1; k < kLanes / kWidth; ++k) max = maximum(vectors[k], max);
-  const auto larger = [](auto a, auto b) __attribute__((always_inline)) { return a > b ? a : b; };
-  return fold<Acc, kWidth>(max, larger);
+  return fold<Acc, kWidth>(max, Larger());
+}
+
+// out[r] = what fold() makes of the kWidth lanes of row r, r < count, a multiple of kWidth: two rows to a vector in
+// each step, so that it takes a quarter of the instructions.
+template <typename Combine>
+ACCUMLOSS_INLINE void fold_rows(const float* lanes, int64_t count, float* out, const Combine& combine) {
+  constexpr int kWidth = Vectors<float>::kWidth;
+#if defined(__AVX512F__)
+  const __m512i order = _mm512_setr_epi32(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15);
+  for (int64_t r = 0; r < count; r += kWidth, lanes += kWidth * kWidth) {
+    FloatReal v[kWidth];
+    for (int i = 0; i < 8; ++i) {
+      const FloatReal a = load(lanes + 2 * i * kWidth), b = load(lanes + (2 * i + 1) * kWidth);
+      v[i] = combine(FloatReal(_mm512_shuffle_f32x4(a, b, 0x44)), FloatReal(_mm512_shuffle_f32x4(a, b, 0xee)));
+    }
+    for (int i = 0; i < 4; ++i)
+      v[i] = combine(FloatReal(_mm512_shuffle_f32x4(v[2 * i], v[2 * i + 1], 0x88)),
+                     FloatReal(_mm512_shuffle_f32x4(v[2 * i], v[2 * i + 1], 0xdd)));
+    for (int i = 0; i < 2; ++i)
+      v[i] = combine(FloatReal(_mm512_shuffle_ps(v[2 * i], v[2 * i + 1], 0x44)),
+                     FloatReal(_mm512_shuffle_ps(v[2 * i], v[2 * i + 1], 0xee)));
+    v[0] = combine(FloatReal(_mm512_shuffle_ps(v[0], v[1], 0x88)), FloatReal(_mm512_shuffle_ps(v[0], v[1], 0xdd)));
+    store(FloatReal(_mm512_permutexvar_ps(order, v[0])), out + r);
+  }
+#elif defined(__AVX2__)
+  const __m256i order = _mm256_setr_epi32(0, 4, 1, 5, 2, 6, 3, 7);
+  for (int64_t r = 0; r < count; r += kWidth, lanes += kWidth * kWidth) {
+    FloatReal v[kWidth];
+    for (int i = 0; i < 4; ++i) {
+      const FloatReal a = load(lanes + 2 * i * kWidth), b = load(lanes + (2 * i + 1) * kWidth);
+      v[i] = combine(FloatReal(_mm256_permute2f128_ps(a, b, 0x20)), FloatReal(_mm256_permute2f128_ps(a, b, 0x31)));
+    }
+    for (int i = 0; i < 2; ++i)
+      v[i] = combine(FloatReal(_mm256_shuffle_ps(v[2 * i], v[2 * i + 1], 0x44)),
+                     FloatReal(_mm256_shuffle_ps(v[2 * i], v[2 * i + 1], 0xee)));
+    v[0] = combine(FloatReal(_mm256_shuffle_ps(v[0], v[1], 0x88)), FloatReal(_mm256_shuffle_ps(v[0], v[1], 0xdd)));
+    store(FloatReal(_mm256_permutevar8x32_ps(v[0], order)), out + r);
+  }
+#else
+  for (int64_t r = 0; r < count; ++r) out[r] = fold<float, kWidth>(load(lanes + r * kWidth), combine);
+#endif
 }
 
 template <typename Acc>
@@ -1021,26 +1084,70 @@ void scale(void* values, int64_t n, double factor) {
 
 // Short rows ---------------------------------------------------------------------------------------------------------
 
+// v where mask has all bits, 0, and not NaN, where it has none.
+ACCUMLOSS_INLINE FloatReal keep(FloatReal v, Vectors<float>::Int mask) {
+  return reinterpret_cast<FloatReal>(reinterpret_cast<Vectors<float>::Int>(v) & mask);
+}
+
 // What the classes other than the label come to in each row of a group, and what the gradient is made of.
 struct GroupSums {
+  alignas(64) int64_t items[kGroup];                    // all bits, or none for a row that is ignored
+  alignas(64) int64_t labels[kGroup];                   // 0 for a row that is ignored
+  alignas(64) double weights[kGroup], factors[kGroup];  // of the loss and of the gradient; 0 for a row that is ignored
+  alignas(64) float target[kGroup];
   alignas(64) float others_max[kGroup];
   alignas(64) float sums[kGroup];      // of exp(z - others_max)
   alignas(64) float weighted[kGroup];  // of exp(z - others_max) (z - others_max); with metrics
   alignas(64) float other_factor[kGroup], label_grad[kGroup];
+  alignas(64) int32_t has_grad[kGroup];   // all bits, or none for a row of zeros, whatever its logits
+  alignas(64) int64_t is_argmax[kGroup];  // 1 where the label is the first of the largest logits; with metrics
 };
+
+// value where mask has all bits, 0, and not NaN, where it has none. A select would become a branch, which labels that
+// are ignored here and there make mispredicted.
+ACCUMLOSS_INLINE double keep(double value, int64_t mask) {
+  int64_t bits;
+  std::memcpy(&bits, &value, sizeof bits);
+  bits &= mask;
+  std::memcpy(&value, &bits, sizeof bits);
+  return value;
+}
+
+// The sum of kGroup numbers in an order that no vector width changes.
+ACCUMLOSS_INLINE double sum_group(const double* values) {
+  double lanes[8] = {};
+  for (int r = 0; r < kGroup; r += 8)
+    for (int k = 0; k < 8; ++k) lanes[k] += values[r + k];
+  for (int half = 4; half > 0; half /= 2)
+    for (int k = 0; k < half; ++k) lanes[k] += lanes[k + half];
+  return lanes[0];
+}
+
+ACCUMLOSS_INLINE void begin_group(ShortRows& rows, GroupSums& group) {
+  for (int r = static_cast<int>(rows.count); r < kGroup; ++r) rows.labels[r] = rows.ignore_index;
+  for (int r = 0; r < kGroup; ++r) {
+    group.items[r] = -static_cast<int64_t>(rows.labels[r] != rows.ignore_index);
+    group.labels[r] = rows.labels[r] & group.items[r];
+    group.weights[r] = keep(1.0, group.items[r]);
+  }
+  if (rows.weight != nullptr)
+    for (int r = 0; r < kGroup; ++r) group.weights[r] = keep(rows.weight[group.labels[r]], group.items[r]);
+  for (int r = 0; r < kGroup; ++r) group.factors[r] = keep(rows.grad * group.weights[r], group.items[r]);
+}
 
 // row_result and RowGrad of row.h, for a vector of rows at a time, in float: the rounding of the one difference that
 // may be large is recovered, and every other step costs a unit or two.
 ACCUMLOSS_INLINE void finish_group(ShortRows& rows, bool metrics, GroupSums& group) {
   using Real = Vectors<float>::Real;
+  using Int = Vectors<float>::Int;
   constexpr int kWidth = Vectors<float>::kWidth;
   constexpr float kInfinity = std::numeric_limits<float>::infinity();
   alignas(64) float factor_of[kGroup], log_totals[kGroup], largest[kGroup];
   alignas(64) float others_scale[kGroup];                    // exp(others_max - lse)
   alignas(64) float references[kGroup], terms_base[kGroup];  // row_reference; what the weighted sums are relative to
-  for (int64_t r = 0; r < kGroup; ++r) factor_of[r] = static_cast<float>(rows.factors[r]);
+  for (int64_t r = 0; r < kGroup; ++r) factor_of[r] = static_cast<float>(group.factors[r]);
   for (int64_t r = 0; r < kGroup; r += kWidth) {
-    const Real y = load(rows.target + r), other = load(group.others_max + r);
+    const Real y = load(group.target + r), other = load(group.others_max + r);
     const Real max = other > y ? other : y, min = other > y ? y : other;
     Real gap = min - max;
     const Real back = gap + max;
@@ -1056,31 +1163,44 @@ ACCUMLOSS_INLINE void finish_group(ShortRows& rows, bool metrics, GroupSums& gro
     const Real above = label_leads ? s : (sum - 1.0f) + smaller;
     const Real log_total = vector_log1p(above);
     store(log_total, log_totals + r);
-    const Real factor = load(factor_of + r) / total;
+    const Real of_row = load(factor_of + r), factor = of_row / total;
+    const Int has_grad = of_row != 0;
+    std::memcpy(group.has_grad + r, &has_grad, sizeof has_grad);
     store(label_leads ? factor * smaller : factor, group.other_factor + r);
     store((label_leads ? smaller : broadcast(1.f)) / total, others_scale + r);
-    store(-(factor * s), group.label_grad + r);
+    store(keep(-(factor * s), has_grad), group.label_grad + r);
     store(max, largest + r);
     store(y - y == 0 ? y : Real{}, references + r);
     store(other == -kInfinity ? Real{} : other, terms_base + r);
   }
-  for (int64_t r = 0; r < kGroup; ++r) {  // no branches here and below: vectors of doubles
+  alignas(64) double terms[kGroup];
+  for (int r = 0; r < kGroup; ++r) {  // no branches here and below: vectors of doubles
     const double log_total = log_totals[r], max = largest[r];
-    rows.nll[r] = (max - static_cast<double>(rows.target[r])) + log_total;
-    rows.lse[r] = max + log_total;
+    rows.nll[r] = keep((max - static_cast<double>(group.target[r])) + log_total, group.items[r]);
+    rows.lse[r] = keep(max + log_total, group.items[r]);
+    terms[r] = group.weights[r] * rows.nll[r];
   }
+  rows.loss_sum = sum_group(terms);
+  rows.weight_sum = sum_group(group.weights);
+  rows.num_items = rows.num_correct = 0;
+  for (int r = 0; r < kGroup; ++r) rows.num_items -= group.items[r];
+  rows.entropy_sum = 0;
   if (!metrics) return;
-  for (int64_t r = 0; r < kGroup; ++r) {
+  for (int r = 0; r < kGroup; ++r) {
     const double reference = references[r], sum = group.sums[r];
-    const double terms = group.weighted[r] + sum * (terms_base[r] - reference);
-    rows.entropy[r] = (rows.lse[r] - reference) - terms * others_scale[r];
+    const double weighted = group.weighted[r] + sum * (terms_base[r] - reference);
+    terms[r] = keep((rows.lse[r] - reference) - weighted * others_scale[r], group.items[r]);
   }
+  rows.entropy_sum = sum_group(terms);
+  for (int r = 0; r < kGroup; ++r)
+    rows.num_correct += group.is_argmax[r] & group.items[r] & static_cast<int64_t>(rows.nll[r] == rows.nll[r]);
 }
 
 // At most kShort classes: class by class, a lane for each row. z (V, kGroup).
 template <typename T, bool kMetrics>
 void transposed_rows(ShortRows& rows, void* grad) {
   using Real = Vectors<float>::Real;
+  using Int = Vectors<float>::Int;
   constexpr int kWidth = Vectors<float>::kWidth;
   constexpr float kInfinity = std::numeric_limits<float>::infinity();
   constexpr float kLowest = Vectors<float>::kLowest;
@@ -1089,13 +1209,14 @@ void transposed_rows(ShortRows& rows, void* grad) {
   alignas(64) float z[kShort * kGroup];
   alignas(64) double sums[kGroup] = {};
   GroupSums group;
+  begin_group(rows, group);
   load_block(static_cast<const T*>(rows.x), count * V, row_major);
   for (int64_t r = 0; r < count; ++r)
     for (int64_t j = 0; j < V; ++j) z[j * kGroup + r] = row_major[r * V + j];
   for (int64_t r = count; r < kGroup; ++r)
     for (int64_t j = 0; j < V; ++j) z[j * kGroup + r] = 0;
-  for (int64_t r = 0; r < kGroup; ++r) rows.target[r] = z[rows.labels[r] * kGroup + r];
-  for (int64_t r = 0; r < kGroup; ++r) z[rows.labels[r] * kGroup + r] = -kInfinity;
+  for (int64_t r = 0; r < kGroup; ++r) group.target[r] = z[group.labels[r] * kGroup + r];
+  for (int64_t r = 0; r < kGroup; ++r) z[group.labels[r] * kGroup + r] = -kInfinity;
 
   for (int64_t r = 0; r < kGroup; r += kWidth) {
     Real max = broadcast<float>(-kInfinity);
@@ -1105,14 +1226,14 @@ void transposed_rows(ShortRows& rows, void* grad) {
   if (kMetrics) {
     int ties = 0;
     for (int64_t r = 0; r < kGroup; ++r) {
-      rows.is_argmax[r] = rows.target[r] > group.others_max[r];
-      ties |= rows.target[r] == group.others_max[r];
+      group.is_argmax[r] = group.target[r] > group.others_max[r];
+      ties |= group.target[r] == group.others_max[r];
     }
     for (int64_t r = 0; ties != 0 && r < count; ++r) {  // the label leads where it comes first
-      if (rows.target[r] != group.others_max[r]) continue;
+      if (group.target[r] != group.others_max[r]) continue;
       int64_t j = 0;
-      while (j < rows.labels[r] && z[j * kGroup + r] != rows.target[r]) ++j;
-      rows.is_argmax[r] = j == rows.labels[r];
+      while (j < group.labels[r] && z[j * kGroup + r] != group.target[r]) ++j;
+      group.is_argmax[r] = j == group.labels[r];
     }
   }
   for (int64_t r = 0; r < kGroup; r += kWidth) {
@@ -1132,111 +1253,151 @@ void transposed_rows(ShortRows& rows, void* grad) {
   finish_group(rows, kMetrics, group);
 
   if (grad == nullptr) return;
-  for (int64_t j = 0; j < V; ++j)
-    for (int64_t r = 0; r < kGroup; r += kWidth)
-      store(load(z + j * kGroup + r) * load(group.other_factor + r), z + j * kGroup + r);
+  for (int64_t r = 0; r < kGroup; r += kWidth) {
+    const Real factor = load(group.other_factor + r);
+    Int has_grad;
+    std::memcpy(&has_grad, group.has_grad + r, sizeof has_grad);
+    for (int64_t j = 0; j < V; ++j) store(keep(load(z + j * kGroup + r) * factor, has_grad), z + j * kGroup + r);
+  }
   for (int64_t r = 0; r < count; ++r) {
     float* g = row_major + r * V;
-    if (rows.factors[r] == 0) {
-      for (int64_t j = 0; j < V; ++j) g[j] = 0;
-      continue;
-    }
     for (int64_t j = 0; j < V; ++j) g[j] = z[j * kGroup + r];
-    g[rows.labels[r]] = group.label_grad[r];
+    g[group.labels[r]] = group.label_grad[r];
   }
   store_block(row_major, count * V, static_cast<T*>(grad));
 }
 
-// More classes than lanes: row by row, the classes in the lanes; only what is done once for a row is done for all of
-// them together. exps (kGroup, stride), in the order of memory.
+// Without what a NaN needs that the machine did not make.
 template <typename T>
-void grouped_rows(ShortRows& rows, bool metrics, void* grad) {
+ACCUMLOSS_INLINE void store_result(FloatReal v, T* x) {
+  if constexpr (std::is_same<T, BFloat16>::value)
+    store_bits(round_to_bfloat16(v) >> 16, x);
+  else
+    store(v, x);
+}
+
+// 0, 1, 2, ...: which class a lane holds.
+struct Classes {
+  alignas(64) int32_t index[kMedium];
+  constexpr Classes() : index() {
+    for (int j = 0; j < kMedium; ++j) index[j] = j;
+  }
+};
+constexpr Classes kClasses;
+
+// More classes than lanes: row by row, the classes in the lanes; what is done once for a row is done for all of them
+// together, the folding of their lanes included. exps (kGroup, stride), in the order of memory.
+template <typename T, bool kMetrics>
+void grouped_rows(ShortRows& rows, void* grad) {
   using Real = Vectors<float>::Real;
+  using Int = Vectors<float>::Int;
   constexpr int kWidth = Vectors<float>::kWidth;
   constexpr int kVectors = kLanes / kWidth;
+  constexpr int kHalf = kLanes / 2;
   constexpr float kInfinity = std::numeric_limits<float>::infinity();
   constexpr float kLowest = Vectors<float>::kLowest;
-  const int64_t V = rows.V, count = rows.count, stride = round_up(V, 16);
+  const int64_t V = rows.V, count = rows.count, stride = round_up(V, kHalf);
   const T* const x = static_cast<const T*>(rows.x);
   alignas(64) float exps[kGroup * kMedium];
-  GroupSums group = {};
-  for (float& target : rows.target) target = 0;
-  // work(j, lane) for each vector of a row; what lies in a lane does not depend on the width
+  alignas(64) float lanes[kGroup * kWidth], more_lanes[kMetrics ? kGroup * kWidth : 1];
+  alignas(64) T targets[kGroup] = {};
+  alignas(64) T last[kMedium];  // the last row, with room to read past its end: no row follows it
+  GroupSums group;
+  begin_group(rows, group);
+  int items[kGroup], num_items = 0;
+  for (int r = 0; r < count; ++r) {  // those that are ignored are not read; what is left of their sums is not used
+    items[num_items] = r;
+    num_items += static_cast<int>(group.items[r] & 1);
+  }
+  if (num_items < kGroup) {
+    std::memset(lanes, 0, sizeof lanes);
+    if (kMetrics) std::memset(more_lanes, 0, sizeof more_lanes);
+  }
+  std::memset(last + V, 0, static_cast<size_t>(stride - V) * sizeof(T));
+  std::memcpy(last, x + (count - 1) * V, static_cast<size_t>(V) * sizeof(T));
+  // work(j, lane, may_end) for each vector of a row; what lies in a lane does not depend on the width
   const auto for_each_vector = [&](const auto& work) __attribute__((always_inline)) {
     int64_t j = 0;
-    for (; j + kLanes <= stride; j += kLanes)
-      for (int k = 0; k < kVectors; ++k) work(j + k * kWidth, k);
-    for (int k = 0; k < kVectors / 2; ++k)
-      if (j < stride) work(j + k * kWidth, k);
-  };
-  for (int64_t r = 0; r < count; ++r) {
-    if (!rows.is_item[r]) continue;  // not read; what is left of its sums is not used
-    float* const e = exps + r * stride;
-    if (r + 1 < count) {  // past its end, a row is followed by the next one, which is longer than what is read of it
-      for (int64_t j = 0; j < stride; j += kWidth) store(load(x + r * V + j), e + j);
+    for (; j + kLanes < stride; j += kLanes)
+      for (int k = 0; k < kVectors; ++k) work(j + k * kWidth, k, std::false_type());
+    if (stride - j == kLanes) {
+      for (int k = 0; k < kVectors / 2; ++k) work(j + k * kWidth, k, std::false_type());
+      for (int k = kVectors / 2; k < kVectors; ++k) work(j + k * kWidth, k, std::true_type());
     } else {
-      alignas(64) float last[kMedium];
-      load_block(x + r * V, V, last);
-      std::memcpy(e, last, static_cast<size_t>(V) * sizeof(float));
+      for (int k = 0; k < kVectors / 2; ++k) work(j + k * kWidth, k, std::true_type());
     }
-    for (int64_t j = V; j < stride; ++j) e[j] = -kInfinity;
-    float& label = e[rows.labels[r]];
-    rows.target[r] = label;
-    label = -kInfinity;
-  }
-  for (int64_t r = 0; r < count; ++r) {
-    if (!rows.is_item[r]) continue;
+  };
+
+  for (int i = 0; i < num_items; ++i) {
+    const int r = items[i];
+    const T* const row = r + 1 < count ? x + r * V : last;
     float* const e = exps + r * stride;
+    const Int label = static_cast<int32_t>(group.labels[r]) - Int{};
     Real max[kVectors];
     for (int k = 0; k < kVectors; ++k) max[k] = broadcast(-kInfinity);
-    for_each_vector([&](int64_t j, int k) __attribute__((always_inline)) { max[k] = maximum(load(e + j), max[k]); });
-    const float largest = max_lanes<float>(max);
-    if (metrics) {
-      rows.is_argmax[r] =
-          rows.target[r] > largest || (rows.target[r] == largest && label_is_argmax<T>(x + r * V, V, rows.labels[r]));
+    for_each_vector([&](int64_t j, int k, auto may_end) __attribute__((always_inline)) {
+      Int index;
+      std::memcpy(&index, kClasses.index + j, sizeof index);
+      Real v = load(row + j);
+      v = index == label ? broadcast(-kInfinity) : v;
+      if (decltype(may_end)::value) v = index >= static_cast<int32_t>(V) ? broadcast(-kInfinity) : v;
+      max[k] = maximum(v, max[k]);
+      store(v, e + j);
+    });
+    for (int k = 1; k < kVectors; ++k) max[0] = maximum(max[k], max[0]);
+    store(max[0], lanes + r * kWidth);
+    std::memcpy(&targets[r], row + group.labels[r], sizeof(T));
+  }
+  fold_rows(lanes, kGroup, group.others_max, Larger());
+  for (int r = 0; r < kGroup; r += kWidth) store(load(targets + r), group.target + r);
+  if (kMetrics) {
+    for (int r = 0; r < kGroup; ++r) group.is_argmax[r] = group.target[r] > group.others_max[r];
+    for (int i = 0; i < num_items; ++i) {
+      const int r = items[i];
+      if (group.target[r] == group.others_max[r])
+        group.is_argmax[r] = label_is_argmax<T>(x + r * V, V, group.labels[r]);
     }
-    group.others_max[r] = largest;
+  }
+
+  for (int i = 0; i < num_items; ++i) {
+    const int r = items[i];
+    float* const e = exps + r * stride;
+    const float largest = group.others_max[r];
     const Real reference = broadcast(largest == -kInfinity ? 0.f : largest);
     Real sums[kVectors] = {}, products[kVectors] = {};
-    for_each_vector([&](int64_t j, int k) __attribute__((always_inline)) {
+    for_each_vector([&](int64_t j, int k, auto) __attribute__((always_inline)) {
       const Real v = load(e + j), d = v - reference;
       const Real exp = exp_of_difference<T, float>(v, reference, d);
       sums[k] += exp;
-      if (metrics) products[k] += exp * (d < kLowest ? broadcast(kLowest) : d);
+      if (kMetrics) products[k] += exp * (d < kLowest ? broadcast(kLowest) : d);
       store(exp, e + j);
     });
-    group.sums[r] = sum_lanes<float>(sums);
-    if (metrics) group.weighted[r] = sum_lanes<float>(products);
+    store(sum_vectors<float>(sums), lanes + r * kWidth);
+    if (kMetrics) store(sum_vectors<float>(products), more_lanes + r * kWidth);
   }
-  finish_group(rows, metrics, group);
+  fold_rows(lanes, kGroup, group.sums, Add());
+  if (kMetrics) fold_rows(more_lanes, kGroup, group.weighted, Add());
+  finish_group(rows, kMetrics, group);
 
   if (grad == nullptr) return;
   T* const out = static_cast<T*>(grad);
-  for (int64_t r = 0; r < count; ++r) {
-    float* const e = exps + r * stride;
-    const bool counts = rows.factors[r] != 0;
+  alignas(64) T label_grads[kGroup];
+  for (int r = 0; r < kGroup; r += kWidth) store_result(load(group.label_grad + r), label_grads + r);
+  for (int r = 0; r < count; ++r) {
+    const float* const e = exps + r * stride;
     const Real factor = broadcast(group.other_factor[r]);
-    const auto scaled = [&](int64_t j) { return counts ? load(e + j) * factor : Real{}; };  // a NaN is not 0 * NaN
+    const Int has_grad = group.has_grad[r] - Int{};
     // what is written past the end of a row is overwritten by the next, whose logits have been read
-    if (r + 1 < count) {
-      for (int64_t j = 0; j < stride; j += kWidth) store(scaled(j), out + r * V + j);
-    } else {
-      for (int64_t j = 0; j < stride; j += kWidth) store(scaled(j), e + j);
-      store_block(e, V, out + r * V);
-    }
-    if (!counts) continue;
-    alignas(64) float value[kLanes] = {group.label_grad[r]};
-    store_block(value, 1, out + r * V + rows.labels[r]);
+    T* const to = r + 1 < count ? out + r * V : last;
+    for (int64_t j = 0; j < stride; j += kWidth) store_result(keep(load(e + j) * factor, has_grad), to + j);
+    if (r + 1 == count) std::memcpy(out + r * V, last, static_cast<size_t>(V) * sizeof(T));
+    out[r * V + group.labels[r]] = label_grads[r];
   }
 }
 
 template <typename T>
 void short_rows(ShortRows& rows, bool metrics, void* grad) {
-  for (int64_t r = rows.count; r < kGroup; ++r) {
-    rows.labels[r] = 0;
-    rows.factors[r] = 0;
-  }
-  if (rows.V > kShort) return grouped_rows<T>(rows, metrics, grad);
+  if (rows.V > kShort) return metrics ? grouped_rows<T, true>(rows, grad) : grouped_rows<T, false>(rows, grad);
   return metrics ? transposed_rows<T, true>(rows, grad) : transposed_rows<T, false>(rows, grad);
 }
 

@@ -12,7 +12,7 @@ constexpr int64_t kBlock = 512;
 
 // Rows of at most kMedium classes are processed kGroup at a time where no option but a weight is set; those of at most
 // kShort one to a lane.
-constexpr int64_t kShort = 32;
+constexpr int64_t kShort = 8;
 constexpr int64_t kMedium = 512;
 constexpr int64_t kGroup = 32;
 
@@ -35,15 +35,15 @@ struct RowSegment {
 
 // Up to kGroup short rows, consecutive in memory.
 struct ShortRows {
-  const void* x;  // (count, V), V <= kMedium
-  int64_t V, count;
-  bool is_item[kGroup];    // not ignored
-  int64_t labels[kGroup];  // in [0, V); of a row that is ignored: any
-  double factors[kGroup];  // of the gradient: grad_loss_sum * w_y; 0: a row of zeros
-  // results
-  double nll[kGroup], lse[kGroup], entropy[kGroup];
-  float target[kGroup];
-  bool is_argmax[kGroup];  // whether the label is the first of the largest logits; with metrics
+  const void* x;        // (count, V) logits, V <= kMedium
+  const float* weight;  // (V,) class weights, or null
+  int64_t V, count, ignore_index;
+  double grad;                         // of the sum of the losses
+  alignas(64) int64_t labels[kGroup];  // in [0, V) or ignore_index
+  // results, 0 where a row is ignored
+  alignas(64) double nll[kGroup], lse[kGroup];
+  double loss_sum, weight_sum, entropy_sum;
+  int64_t num_items, num_correct;
 };
 
 struct RowKernels {
