@@ -317,7 +317,8 @@ void zero_row(const LogitsView& grad, int64_t row) {
 // Short rows, in groups: whichever of sums, (lse, nll) and grad_logits is not null. The backward is a forward here too.
 void run_short(const Rows& rows, const CrossEntropySums* sums, double* lse, void* nll, double grad,
                const LogitsView* grad_logits) {
-  const int64_t rows_per_task = std::max(kShortTaskElements / rows.V / kGroup, int64_t{1}) * kGroup;
+  const int64_t elements = std::max(rows.N * rows.V / kTasks, kShortTaskElements);
+  const int64_t rows_per_task = std::max(elements / rows.V / kGroup, int64_t{1}) * kGroup;
   const Dtype dtype = rows.inputs.logits.dtype;
   const bool metrics = rows.inputs.options.metrics && sums != nullptr;
   const int64_t num_tasks = (rows.N + rows_per_task - 1) / rows_per_task;
@@ -332,6 +333,7 @@ void run_short(const Rows& rows, const CrossEntropySums* sums, double* lse, void
     const int64_t end = std::min((i + 1) * rows_per_task, rows.N);
     for (int64_t begin = i * rows_per_task; begin < end; begin += kGroup) {
       group.count = std::min(end - begin, kGroup);
+      group.has_next = begin + 2 * kGroup <= end;
       group.x = row_data(rows.inputs.logits, begin);
       rows.labels_of(begin, group.count, group.labels);
       rows.kernels.short_rows(group, metrics, grad_logits != nullptr ? row_data(*grad_logits, begin) : nullptr);

@@ -1313,6 +1313,9 @@ void grouped_rows(ShortRows& rows, void* grad) {
     std::memset(lanes, 0, sizeof lanes);
     if (kMetrics) std::memset(more_lanes, 0, sizeof more_lanes);
   }
+  // of the next group, if the same thread is going to visit it
+  const int64_t ahead = rows.has_next ? kGroup * V : 0;
+  const T* const to_write = grad != nullptr ? static_cast<const T*>(grad) : x;
   std::memset(last + V, 0, static_cast<size_t>(stride - V) * sizeof(T));
   std::memcpy(last, x + (count - 1) * V, static_cast<size_t>(V) * sizeof(T));
   // work(j, lane, may_end) for each vector of a row; what lies in a lane does not depend on the width
@@ -1338,6 +1341,7 @@ void grouped_rows(ShortRows& rows, void* grad) {
     for_each_vector([&](int64_t j, int k, auto may_end) __attribute__((always_inline)) {
       Int index;
       std::memcpy(&index, kClasses.index + j, sizeof index);
+      if (k * kWidth * sizeof(T) % 64 == 0) __builtin_prefetch(x + r * V + j + ahead, 0);
       Real v = load(row + j);
       v = index == label ? broadcast(-kInfinity) : v;
       if (decltype(may_end)::value) v = index >= static_cast<int32_t>(V) ? broadcast(-kInfinity) : v;
@@ -1368,6 +1372,7 @@ void grouped_rows(ShortRows& rows, void* grad) {
     for_each_vector([&](int64_t j, int k, auto) __attribute__((always_inline)) {
       const Real v = load(e + j), d = v - reference;
       const Real exp = exp_of_difference<T, float>(v, reference, d);
+      if (k * kWidth * sizeof(T) % 64 == 0) __builtin_prefetch(to_write + r * V + j + ahead, 1);
       sums[k] += exp;
       if (kMetrics) products[k] += exp * (d < kLowest ? broadcast(kLowest) : d);
       store(exp, e + j);

@@ -38,6 +38,7 @@ struct ShortRows {
   const void* x;        // (count, V) logits, V <= kMedium
   const float* weight;  // (V,) class weights, or null
   int64_t V, count, ignore_index;
+  bool has_next;                       // whether as many rows follow, and the same thread is going to visit them
   double grad;                         // of the sum of the losses
   alignas(64) int64_t labels[kGroup];  // in [0, V) or ignore_index
   // results, 0 where a row is ignored
