@@ -164,20 +164,28 @@ struct Rows {
   double weight(int64_t label) const {
     return inputs.weight != nullptr ? element(inputs.weight, inputs.logits.dtype, label) : 1.0;
   }
-  // Whether every label is a class or ignored, without a branch or a division per row.
+  // Whether every label is a class or ignored, in operations that every machine has for vectors.
   template <typename Label>
   bool labels_fit() const {
     const LabelsView& labels = inputs.labels;
-    const int64_t ignore_index = inputs.options.ignore_index;
-    bool fit = true;
+    const uint64_t ignore_index = static_cast<uint64_t>(inputs.options.ignore_index),
+                   last = static_cast<uint64_t>(V) - 1;
+    uint64_t bad = 0;  // its highest bit
+    const auto look_at = [&](Label label) {
+      const uint64_t y = static_cast<uint64_t>(static_cast<int64_t>(label)), difference = y ^ ignore_index;
+      bad |= (y | (last - y)) & (difference | (0 - difference));
+    };
+    const int64_t n = inputs.logits.T - inputs.options.shift;
     for (int64_t b = 0; b < inputs.logits.B; ++b) {
-      const Label* of_b = static_cast<const Label*>(labels.data) + b * labels.stride_b;
-      for (int64_t t = inputs.options.shift; t < inputs.logits.T; ++t) {
-        const int64_t y = of_b[t * labels.stride_t];
-        fit &= (y == ignore_index) | (static_cast<uint64_t>(y) < static_cast<uint64_t>(V));
+      const Label* from =
+          static_cast<const Label*>(labels.data) + b * labels.stride_b + inputs.options.shift * labels.stride_t;
+      if (labels.stride_t == 1) {
+        for (int64_t t = 0; t < n; ++t) look_at(from[t]);
+      } else {
+        for (int64_t t = 0; t < n; ++t) look_at(from[t * labels.stride_t]);
       }
     }
-    return fit;
+    return bad >> 63 == 0;
   }
   void check_labels() const {
     if (inputs.labels.is_int32 ? labels_fit<int32_t>() : labels_fit<int64_t>()) return;

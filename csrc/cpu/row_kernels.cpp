@@ -72,12 +72,18 @@ ACCUMLOSS_INLINE typename Vectors<Acc>::Real broadcast(Acc value) {
   return value - typename Vectors<Acc>::Real{};
 }
 
-// r -> (exp(r) - 1 - r) / r^2 on |r| <= ln(2) / 2
-ACCUMLOSS_INLINE Vectors<float>::Real exp_tail(Vectors<float>::Real r) {  // minimax, 3.3e-9 of exp(r)
-  Vectors<float>::Real p = r * 0.00138131449136f + 0.00836941882809f;
-  p = p * r + 0.0416684567812f;
-  p = p * r + 0.166665147915f;
-  return p * r + 0.499999930507f;
+// r -> p = (exp(r) - 1 - r) / r^2 on |r| <= ln(2) / 2, of kCount vectors
+template <int kCount>
+ACCUMLOSS_INLINE void exp_tails(const Vectors<float>::Real* r, Vectors<float>::Real* p) {  // minimax, 3.3e-9 of exp(r)
+  for (int k = 0; k < kCount; ++k) p[k] = r[k] * 0.00138131449136f + 0.00836941882809f;
+  for (int k = 0; k < kCount; ++k) p[k] = p[k] * r[k] + 0.0416684567812f;
+  for (int k = 0; k < kCount; ++k) p[k] = p[k] * r[k] + 0.166665147915f;
+  for (int k = 0; k < kCount; ++k) p[k] = p[k] * r[k] + 0.499999930507f;
+}
+ACCUMLOSS_INLINE Vectors<float>::Real exp_tail(Vectors<float>::Real r) {
+  Vectors<float>::Real p;
+  exp_tails<1>(&r, &p);
+  return p;
 }
 ACCUMLOSS_INLINE Vectors<double>::Real exp_tail(Vectors<double>::Real r) {  // Taylor, 4e-18
   Vectors<double>::Real p = r * (1.0 / 6227020800.0) + 1.0 / 479001600.0;
@@ -93,6 +99,11 @@ ACCUMLOSS_INLINE Vectors<double>::Real exp_tail(Vectors<double>::Real r) {  // T
   return p * r + 0.5;
 }
 
+template <int kCount>
+ACCUMLOSS_INLINE void exp_tails(const Vectors<double>::Real* r, Vectors<double>::Real* p) {
+  for (int k = 0; k < kCount; ++k) p[k] = exp_tail(r[k]);
+}
+
 // x - n log(2)
 ACCUMLOSS_INLINE Vectors<double>::Real remainder(Vectors<double>::Real x, Vectors<double>::Real n) {
   return (x - n * Vectors<double>::kLn2High) - n * Vectors<double>::kLn2Low;
@@ -105,16 +116,16 @@ ACCUMLOSS_INLINE Vectors<float>::Real remainder(Vectors<float>::Real x, Vectors<
 #endif
 }
 
-// exp(x + low) where zero is not set, for x in [kLowest, 88] and NaN; low (or nothing) is what x was rounded by.
-template <typename Acc, typename... Low>
-ACCUMLOSS_INLINE typename Vectors<Acc>::Real exp_or_zero(typename Vectors<Acc>::Real x, typename Vectors<Acc>::Int zero,
-                                                         Low... low) {
+// exp(x) where zero is not set, for x in [kLowest, 88] and NaN.
+template <typename Acc>
+ACCUMLOSS_INLINE typename Vectors<Acc>::Real exp_or_zero(typename Vectors<Acc>::Real x,
+                                                         typename Vectors<Acc>::Int zero) {
   using V = Vectors<Acc>;
   using Real = typename V::Real;
   using Int = typename V::Int;
   const Real shifted = x * Acc(1.4426950408889634) + V::kMagic;
   const Real n = shifted - V::kMagic;
-  const Real r = (remainder(x, n) + ... + low);
+  const Real r = remainder(x, n);
   const Real e = (exp_tail(r) * r + Acc(1)) * r + Acc(1);
   const Real power = reinterpret_cast<Real>(reinterpret_cast<Int>(shifted) << V::kMantissaBits);  // 2^n
   return zero ? Real{} : e * power;
@@ -136,15 +147,34 @@ ACCUMLOSS_INLINE Vectors<double>::Real maximum(Vectors<double>::Real a, Vectors<
   return a > b ? a : b;
 }
 
-// exp(z - reference), d = z - reference; for fp32 logits with what that subtraction rounds away, which is up to 4e-6.
-template <typename T, typename Acc>
-ACCUMLOSS_INLINE typename Vectors<Acc>::Real exp_of_difference(typename Vectors<Acc>::Real z,
-                                                               typename Vectors<Acc>::Real reference,
-                                                               typename Vectors<Acc>::Real d) {
-  const auto zero = d < Vectors<Acc>::kLowest;
-  if (!std::is_same<T, float>::value) return exp_or_zero<Acc>(d, zero);
-  const auto back = d - z;
-  return exp_or_zero<Acc>(d, zero, (z - (d - back)) - (reference + back));
+// e = exp(z - reference) of kCount vectors, d = z - reference; for fp32 logits with what that subtraction rounds away,
+// which is up to 4e-6. Side by side in each step: what waits for a result waits outside of the core's schedulers.
+template <typename T, typename Acc, int kCount>
+ACCUMLOSS_INLINE void exps_of_differences(const typename Vectors<Acc>::Real* z, typename Vectors<Acc>::Real reference,
+                                          typename Vectors<Acc>::Real* d, typename Vectors<Acc>::Real* e) {
+  using V = Vectors<Acc>;
+  using Real = typename V::Real;
+  using Int = typename V::Int;
+  constexpr bool kHasLow = std::is_same<T, float>::value;
+  Real low[kCount], shifted[kCount], n[kCount], r[kCount];
+  for (int k = 0; k < kCount; ++k) d[k] = z[k] - reference;
+  if (kHasLow) {
+    Real back[kCount];
+    for (int k = 0; k < kCount; ++k) back[k] = d[k] - z[k];
+    for (int k = 0; k < kCount; ++k) low[k] = (z[k] - (d[k] - back[k])) - (reference + back[k]);
+  }
+  for (int k = 0; k < kCount; ++k) shifted[k] = d[k] * Acc(1.4426950408889634) + V::kMagic;
+  for (int k = 0; k < kCount; ++k) n[k] = shifted[k] - V::kMagic;
+  for (int k = 0; k < kCount; ++k) r[k] = remainder(d[k], n[k]);
+  if (kHasLow)
+    for (int k = 0; k < kCount; ++k) r[k] = r[k] + low[k];
+  exp_tails<kCount>(r, e);
+  for (int k = 0; k < kCount; ++k) e[k] = e[k] * r[k] + Acc(1);
+  for (int k = 0; k < kCount; ++k) e[k] = e[k] * r[k] + Acc(1);
+  for (int k = 0; k < kCount; ++k) {
+    const Real power = reinterpret_cast<Real>(reinterpret_cast<Int>(shifted[k]) << V::kMantissaBits);  // 2^n
+    e[k] = d[k] < V::kLowest ? Real{} : e[k] * power;
+  }
 }
 
 // exp(z - origin) of the logits of a row, z at most some 80 above the origin. The origin is what the caller asked for,
@@ -160,16 +190,17 @@ struct ExpFrom {
   ACCUMLOSS_INLINE explicit ExpFrom(Acc origin) : origin_(origin) {}
   ACCUMLOSS_INLINE double origin() const { return origin_; }
   // u = (z - origin) / kUnit; where kClamps, raised to where the exponential is zero, so that u exp() is 0 at -inf
-  template <bool kClamps>
-  ACCUMLOSS_INLINE Real exp(Real z, Real* u) const {
-    const Real d = z - origin_;
-    *u = d;
-    if constexpr (kClamps) *u = d < Vectors<Acc>::kLowest ? broadcast<Acc>(Vectors<Acc>::kLowest) : d;
-    return exp_of_difference<T, Acc>(z, broadcast(origin_), d);
-  }
   template <bool kClamps, int kCount>
   ACCUMLOSS_INLINE void exps(const Real* z, Real* u, Real* e) const {
-    for (int k = 0; k < kCount; ++k) e[k] = exp<kClamps>(z[k], u + k);
+    exps_of_differences<T, Acc, kCount>(z, broadcast(origin_), u, e);
+    for (int k = 0; kClamps && k < kCount; ++k)
+      u[k] = u[k] < Vectors<Acc>::kLowest ? broadcast<Acc>(Vectors<Acc>::kLowest) : u[k];
+  }
+  template <bool kClamps>
+  ACCUMLOSS_INLINE Real exp(Real z, Real* u) const {
+    Real e;
+    exps<kClamps, 1>(&z, u, &e);
+    return e;
   }
 };
 
@@ -697,7 +728,7 @@ constexpr int kGroupsAtOnce = kVectorBytes == 64 && std::is_same<T, BFloat16>::v
 template <typename T>
 constexpr int64_t kSpan = std::is_same<T, BFloat16>::value ? 2 * kBlock : kBlock;
 template <int kCount>
-using Groups = std::integral_constant<int, kCount>;
+using Count = std::integral_constant<int, kCount>;
 
 // copy = the classes [begin, begin + kLanes), with -inf for the label and past the end.
 template <typename T>
@@ -736,14 +767,14 @@ void push_plain(const RowSegment& row, RowState<double>* state, typename AccOf<T
       if (i == target_group || stop > end) {
         copy_masked(row, i, copy);
         if (kMayBeLogits && stop > end) to = rest;
-        work(copy, to, std::true_type(), Groups<1>());
+        work(copy, to, std::true_type(), Count<1>());
         i += kLanes;
       } else {
         stop = i + (end - i) / kLanes * kLanes;
         if (i < target_group && target_group < stop) stop = target_group;
         for (; i + kStep * kLanes <= stop; i += kStep * kLanes, group += kStep * kLanes, to += kStep * kLanes)
-          work(group, to, clamps, Groups<kStep>());
-        for (; i < stop; i += kLanes, group += kLanes, to += kLanes) work(group, to, clamps, Groups<1>());
+          work(group, to, clamps, Count<kStep>());
+        for (; i < stop; i += kLanes, group += kLanes, to += kLanes) work(group, to, clamps, Count<1>());
       }
       if (stores && kMayBeLogits && stop > end)
         std::memcpy(exps + stop - kLanes, rest, static_cast<size_t>(end - stop + kLanes) * sizeof(Acc));
@@ -1240,8 +1271,9 @@ void transposed_rows(ShortRows& rows, void* grad) {
     const Real max = load(group.others_max + r), reference = max == -kInfinity ? Real{} : max;
     Real products = {};
     for (int64_t j = 0; j < V; ++j) {
-      const Real v = load(z + j * kGroup + r), d = v - reference;
-      const Real e = exp_of_difference<T, float>(v, reference, d);
+      const Real v = load(z + j * kGroup + r);
+      Real d, e;
+      exps_of_differences<T, float, 1>(&v, reference, &d, &e);
       store(e, z + j * kGroup + r);
       if (kMetrics) products += e * maximum(broadcast(kLowest), d);
     }
@@ -1294,6 +1326,7 @@ void grouped_rows(ShortRows& rows, void* grad) {
   constexpr int kWidth = Vectors<float>::kWidth;
   constexpr int kVectors = kLanes / kWidth;
   constexpr int kHalf = kLanes / 2;
+  constexpr int64_t kTogether = 192;  // classes, of which a group fits into the first-level cache
   constexpr float kInfinity = std::numeric_limits<float>::infinity();
   constexpr float kLowest = Vectors<float>::kLowest;
   const int64_t V = rows.V, count = rows.count, stride = round_up(V, kHalf);
@@ -1310,6 +1343,7 @@ void grouped_rows(ShortRows& rows, void* grad) {
     num_items += static_cast<int>(group.items[r] & 1);
   }
   if (num_items < kGroup) {
+    std::memset(group.others_max, 0, sizeof group.others_max);
     std::memset(lanes, 0, sizeof lanes);
     if (kMetrics) std::memset(more_lanes, 0, sizeof more_lanes);
   }
@@ -1331,8 +1365,8 @@ void grouped_rows(ShortRows& rows, void* grad) {
     }
   };
 
-  for (int i = 0; i < num_items; ++i) {
-    const int r = items[i];
+  // the logits of the classes other than the label go to exps; their maximum is left
+  const auto find_max = [&](int r) __attribute__((always_inline)) {
     const T* const row = r + 1 < count ? x + r * V : last;
     float* const e = exps + r * stride;
     const Int label = static_cast<int32_t>(group.labels[r]) - Int{};
@@ -1348,11 +1382,50 @@ void grouped_rows(ShortRows& rows, void* grad) {
       max[k] = maximum(v, max[k]);
       store(v, e + j);
     });
-    for (int k = 1; k < kVectors; ++k) max[0] = maximum(max[k], max[0]);
-    store(max[0], lanes + r * kWidth);
     std::memcpy(&targets[r], row + group.labels[r], sizeof(T));
+    for (int k = 1; k < kVectors; ++k) max[0] = maximum(max[k], max[0]);
+    return max[0];
+  };
+  const auto sum_up = [&](int r) __attribute__((always_inline)) {
+    float* const e = exps + r * stride;
+    const float largest = group.others_max[r];
+    const Real reference = broadcast(largest == -kInfinity ? 0.f : largest);
+    Real sums[kVectors] = {}, products[kVectors] = {};
+    const auto visit = [&](int64_t begin, auto vectors) __attribute__((always_inline)) {
+      constexpr int kCount = decltype(vectors)::value;
+      Real v[kCount], d[kCount], exp[kCount];
+      for (int i = 0; i < kCount; ++i) {
+        const int64_t j = begin + i * kWidth;
+        v[i] = load(e + j);
+        if (i * kWidth * sizeof(T) % 64 == 0) __builtin_prefetch(to_write + r * V + j + ahead, 1);
+      }
+      exps_of_differences<T, float, kCount>(v, reference, d, exp);
+      for (int i = 0; i < kCount; ++i) {
+        sums[i % kVectors] += exp[i];
+        if (kMetrics) products[i % kVectors] += exp[i] * (d[i] < kLowest ? broadcast(kLowest) : d[i]);
+        store(exp[i], e + begin + i * kWidth);
+      }
+    };
+    // as many at once as there are registers for; then what is left, a multiple of kHalf classes
+    constexpr int64_t kStep = kVectorBytes == 64 ? 2 * kLanes : kLanes;
+    int64_t j = 0;
+    for (; j + kStep <= stride; j += kStep) visit(j, Count<kStep / kWidth>());
+    if (stride - j == 3 * kHalf) visit(j, Count<3 * kHalf / kWidth>());
+    if (stride - j == 2 * kHalf) visit(j, Count<2 * kHalf / kWidth>());
+    if (stride - j == kHalf) visit(j, Count<kHalf / kWidth>());
+    store(sum_vectors<float>(sums), lanes + r * kWidth);
+    if (kMetrics) store(sum_vectors<float>(products), more_lanes + r * kWidth);
+  };
+  if (stride <= kTogether) {
+    for (int i = 0; i < num_items; ++i) store(find_max(items[i]), lanes + items[i] * kWidth);
+    fold_rows(lanes, kGroup, group.others_max, Larger());
+    for (int i = 0; i < num_items; ++i) sum_up(items[i]);
+  } else {  // row by row, while they are in the cache; the next one's maximum while this one's is awaited
+    for (int i = 0; i <= num_items; ++i) {
+      if (i < num_items) group.others_max[items[i]] = fold<float, kWidth>(find_max(items[i]), Larger());
+      if (i > 0) sum_up(items[i - 1]);
+    }
   }
-  fold_rows(lanes, kGroup, group.others_max, Larger());
   for (int r = 0; r < kGroup; r += kWidth) store(load(targets + r), group.target + r);
   if (kMetrics) {
     for (int r = 0; r < kGroup; ++r) group.is_argmax[r] = group.target[r] > group.others_max[r];
@@ -1361,24 +1434,6 @@ void grouped_rows(ShortRows& rows, void* grad) {
       if (group.target[r] == group.others_max[r])
         group.is_argmax[r] = label_is_argmax<T>(x + r * V, V, group.labels[r]);
     }
-  }
-
-  for (int i = 0; i < num_items; ++i) {
-    const int r = items[i];
-    float* const e = exps + r * stride;
-    const float largest = group.others_max[r];
-    const Real reference = broadcast(largest == -kInfinity ? 0.f : largest);
-    Real sums[kVectors] = {}, products[kVectors] = {};
-    for_each_vector([&](int64_t j, int k, auto) __attribute__((always_inline)) {
-      const Real v = load(e + j), d = v - reference;
-      const Real exp = exp_of_difference<T, float>(v, reference, d);
-      if (k * kWidth * sizeof(T) % 64 == 0) __builtin_prefetch(to_write + r * V + j + ahead, 1);
-      sums[k] += exp;
-      if (kMetrics) products[k] += exp * (d < kLowest ? broadcast(kLowest) : d);
-      store(exp, e + j);
-    });
-    store(sum_vectors<float>(sums), lanes + r * kWidth);
-    if (kMetrics) store(sum_vectors<float>(products), more_lanes + r * kWidth);
   }
   fold_rows(lanes, kGroup, group.sums, Add());
   if (kMetrics) fold_rows(more_lanes, kGroup, group.weighted, Add());
@@ -1389,6 +1444,10 @@ void grouped_rows(ShortRows& rows, void* grad) {
   alignas(64) T label_grads[kGroup];
   for (int r = 0; r < kGroup; r += kWidth) store_result(load(group.label_grad + r), label_grads + r);
   for (int r = 0; r < count; ++r) {
+    if (stride > kTogether && group.has_grad[r] == 0) {  // of short rows, a mispredicted branch would cost as much
+      std::memset(static_cast<void*>(out + r * V), 0, static_cast<size_t>(V) * sizeof(T));
+      continue;
+    }
     const float* const e = exps + r * stride;
     const Real factor = broadcast(group.other_factor[r]);
     const Int has_grad = group.has_grad[r] - Int{};
