@@ -3,6 +3,7 @@
 #include <sys/mman.h>
 #include <unistd.h>
 
+#include <cstdint>
 #include <cstdlib>
 #include <cstring>
 #include <mutex>
@@ -36,6 +37,29 @@ size_t most_kept() {
   static const size_t most =
       static_cast<size_t>(sysconf(_SC_PHYS_PAGES)) * static_cast<size_t>(sysconf(_SC_PAGESIZE)) / 8;
   return most;
+}
+
+// bytes at the start of a huge page, made of such where the system has them on request: a first visit takes a third of
+// the time then, and the next ones miss fewer addresses. Null where there is no memory.
+void* map(size_t bytes) {
+  constexpr size_t kHugePage = size_t(2) << 20;
+  const size_t page = static_cast<size_t>(sysconf(_SC_PAGESIZE)), size = (bytes + page - 1) / page * page;
+  const auto map_any = [](size_t size) {
+    void* data = mmap(nullptr, size, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+    return data == MAP_FAILED ? nullptr : data;
+  };
+#if defined(MADV_HUGEPAGE)
+  if (size >= 2 * kHugePage) {
+    char* const data = static_cast<char*>(map_any(size + kHugePage));
+    if (data == nullptr) return nullptr;
+    const size_t before = (kHugePage - reinterpret_cast<uintptr_t>(data) % kHugePage) % kHugePage;
+    if (before != 0) munmap(data, before);
+    if (before != kHugePage) munmap(data + before + size, kHugePage - before);
+    madvise(data + before, size, MADV_HUGEPAGE);
+    return data + before;
+  }
+#endif
+  return map_any(size);
 }
 
 void unmap(Block* block) {
@@ -83,8 +107,8 @@ void* take_memory(size_t bytes, void** handle) {
   Block* block = take_waiting(bytes);
   if (block == nullptr || block->bytes < bytes) {
     unmap(block);
-    void* data = mmap(nullptr, bytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
-    if (data == MAP_FAILED) return nullptr;
+    void* data = map(bytes);
+    if (data == nullptr) return nullptr;
     block = new Block{data, bytes};
   }
   *handle = block;
