@@ -198,6 +198,28 @@ def test_equal_logits_of_any_magnitude(dtype, magnitude):
         assert_within(g, p, ulp(p, dtype) + p.abs() * fp32_gradient_limit(), str(magnitude))
 
 
+@pytest.mark.parametrize("V", [32768, 32800, 33333])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
+def test_large_gradients_past_the_caches_are_the_same_bits(dtype, V):
+    """From 64 MiB on rows that lie at 64 bytes are streamed where they are not in place; those of fewer rows are not."""
+    rows = 2**27 // (V * dtype.itemsize) // 2 + 1
+    logits = (torch.randn(rows, V, generator=torch.Generator().manual_seed(0)) * 3).to(dtype)
+    labels = torch.randint(0, V, (rows,), generator=torch.Generator().manual_seed(1))
+    labels[::3] = -100
+    g = torch.tensor(0.5)
+    lse, nll = ops.cross_entropy(logits, labels)[3:7:3]
+    with_grad = ops.cross_entropy_with_grad(g, logits, labels)[-1]
+    backward = ops.cross_entropy_backward(g, logits, labels, lse, nll)
+    assert with_grad.nbytes >= 2**26
+    for part in torch.arange(rows).chunk(3):
+        lse, nll = ops.cross_entropy(logits[part], labels[part])[3:7:3]
+        wanted = ops.cross_entropy_backward(g, logits[part], labels[part], lse, nll)
+        assert torch.equal(backward[part], wanted)
+        assert torch.equal(with_grad[part], ops.cross_entropy_with_grad(g, logits[part], labels[part])[-1])
+    ops.cross_entropy_with_grad_(g, logits, labels)
+    assert torch.equal(with_grad, logits)
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
 def test_short_rows_write_nothing_beside_their_gradient(dtype):
     """Vectors reach past the end of a row; not past that of the last."""

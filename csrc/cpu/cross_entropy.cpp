@@ -3,6 +3,9 @@
 #include "../cross_entropy.h"
 
 #include <torch/csrc/stable/ops.h>
+#if defined(__x86_64__)
+#include <emmintrin.h>
+#endif
 
 #include <algorithm>
 #include <atomic>
@@ -25,9 +28,10 @@ namespace accumloss {
 namespace cpu {
 namespace {
 
-constexpr int64_t kTaskElements = 32768;         // of logits in one task, at least
-constexpr int64_t kShortTaskElements = 8192;     // of the logits of short rows
-constexpr int64_t kShortRowElements = 64;        // as many take the time that a short row takes whatever its length
+constexpr int64_t kTaskElements = 32768;      // of logits in one task, at least
+constexpr int64_t kShortTaskElements = 8192;  // of the logits of short rows
+constexpr int64_t kShortRowElements = 64;     // as many take the time that a short row takes whatever its length
+constexpr int64_t kStreamedBytes = int64_t(64) << 20;  // of a gradient, at least
 constexpr int64_t kTasks = 256;                  // at most, or one for each row: prefetches run into the next task
 constexpr int64_t kSerialElements = 32768;       // below, the threads cost more than they save
 constexpr int64_t kSplitElements = 16 * kBlock;  // of one row, where rows are split
@@ -310,16 +314,44 @@ struct Exponentials {
 
 // Where push leaves the exponentials of a row: its gradient's own place where they fit into it, else scratch. Metrics
 // may ask for the logits again, so that their place will not do.
-void* exps_of(const Rows& rows, const Exponentials& scratch, const LogitsView& grad_logits, int64_t row) {
+void* exps_of(const Rows& rows, const Exponentials& scratch, const LogitsView& grad_logits, int64_t row,
+              bool streams = false) {
   const LossOptions& options = rows.inputs.options;
   const bool fits = grad_logits.dtype == Dtype::kFloat32 || grad_logits.dtype == Dtype::kFloat64;
   char* const grad = row_data(grad_logits, row);
   const bool logits_stay = !options.metrics || grad != row_data(rows.inputs.logits, row);
-  return fits && is_plain(options) && logits_stay ? grad : scratch.exps;
+  return fits && is_plain(options) && logits_stay && !streams ? grad : scratch.exps;
 }
 
-void zero_row(const LogitsView& grad, int64_t row) {
-  std::memset(row_data(grad, row), 0, static_cast<size_t>(grad.V * element_size(grad.dtype)));
+// Whether rows of a gradient may go past the caches, which it is too large to stay in: lines that are written whole are
+// not read then.
+bool streams_rows(const LogitsView& grad) {
+  const int64_t size = element_size(grad.dtype);
+  return grad.B * grad.T * grad.V * size >= kStreamedBytes && grad.V % 32 == 0 && grad.stride_t * size % 64 == 0 &&
+         (grad.B == 1 || grad.stride_b * size % 64 == 0) && reinterpret_cast<uintptr_t>(grad.data) % 64 == 0;
+}
+// Whether the gradient of rows that count does so too. In place its lines are in the cache.
+bool streams_gradient(const Rows& rows, const LogitsView& grad) {
+  return streams_rows(grad) && is_plain(rows.inputs.options) && grad.data != rows.inputs.logits.data;
+}
+
+// Orders what this thread streamed before what it does next.
+void finish_streaming() {
+#if defined(__x86_64__)
+  _mm_sfence();
+#endif
+}
+
+void zero_row(const LogitsView& grad, int64_t row, bool streams = false) {
+  char* const data = row_data(grad, row);
+  const int64_t bytes = grad.V * element_size(grad.dtype);
+#if defined(__x86_64__)
+  if (streams) {
+    for (int64_t i = 0; i < bytes; i += 16) _mm_stream_si128(reinterpret_cast<__m128i*>(data + i), _mm_setzero_si128());
+    return;
+  }
+#endif
+  std::memset(data, 0, static_cast<size_t>(bytes));
 }
 
 // Short rows, in groups: whichever of sums, (lse, nll) and grad_logits is not null. The backward is a forward here too.
@@ -420,10 +452,13 @@ void backward(const CrossEntropyInputs& inputs, const double* lse, const void* n
   const double grad = element(grad_loss_sum, dtype, 0);
   if (rows.is_short() && grad_logits.stride_t == rows.V)
     return run_short(rows, nullptr, nullptr, nullptr, grad, &grad_logits);
+  const bool streams_zeros = streams_rows(grad_logits);
+  const bool streams = !rows.is_split() && streams_gradient(rows, grad_logits);
   const auto write = [&](int64_t row, int64_t begin, int64_t end) {
     const int64_t y = rows.label(row);
     const RowGrad<double> gradient = rows.gradient(lse[row], element(nll, dtype, row), y, grad);
-    rows.kernels.write_grad(rows.segment(row, y, begin, end, 0), inputs.options, gradient, row_data(grad_logits, row));
+    rows.kernels.write_grad(rows.segment(row, y, begin, end, 0), inputs.options, gradient, streams,
+                            row_data(grad_logits, row));
   };
 
   if (rows.is_split()) {
@@ -438,10 +473,11 @@ void backward(const CrossEntropyInputs& inputs, const double* lse, const void* n
   rows.for_each_task(no_local, [&](int64_t begin, int64_t end, int64_t, Nothing) {
     for (int64_t row = begin; row < end; ++row) {
       if (rows.ignored(rows.label(row)))
-        zero_row(grad_logits, row);
+        zero_row(grad_logits, row, streams_zeros);
       else
         write(row, 0, rows.V);
     }
+    if (streams_zeros) finish_streaming();
   });
 }
 
@@ -478,7 +514,7 @@ void forward_with_grad(const CrossEntropyInputs& inputs, const CrossEntropySums&
       const RowGrad<double> gradient = rows.gradient(result.lse, result.nll, y, grad);
       rows.for_each_segment([&](int64_t begin, int64_t end, int64_t) {
         rows.kernels.write_grad_from_exps(rows.segment(row, y, begin, end, target_logit), inputs.options, gradient,
-                                          exps, scratch.references, row_data(grad_logits, row));
+                                          exps, scratch.references, false, row_data(grad_logits, row));
       });
     }
     total.write(sums, dtype);
@@ -486,24 +522,26 @@ void forward_with_grad(const CrossEntropyInputs& inputs, const CrossEntropySums&
   }
 
   std::vector<Sums> parts(static_cast<size_t>(rows.num_tasks()));
+  const bool streams_zeros = streams_rows(grad_logits), streams = streams_gradient(rows, grad_logits);
   const auto make_scratch = [&] { return Exponentials(rows.V, dtype); };
   rows.for_each_task(make_scratch, [&](int64_t begin, int64_t end, int64_t i, const Exponentials& scratch) {
     for (int64_t row = begin; row < end; ++row) {
       const int64_t y = rows.label(row);
       if (rows.ignored(y)) {
-        zero_row(grad_logits, row);
+        zero_row(grad_logits, row, streams_zeros);
         continue;
       }
       const double target_logit = rows.target_logit(row, y);
       const RowSegment segment = rows.segment(row, y, 0, rows.V, target_logit);
-      void* exps = exps_of(rows, scratch, grad_logits, row);
+      void* exps = exps_of(rows, scratch, grad_logits, row, streams);
       RowState<double> state;
       rows.kernels.push(segment, inputs.options, &state, exps, scratch.references);
       const RowResult result = rows.result(state, y, target_logit);
       parts[i].add(sums_of_row(rows, state, result, row, y, target_logit));
       rows.kernels.write_grad_from_exps(segment, inputs.options, rows.gradient(result.lse, result.nll, y, grad), exps,
-                                        scratch.references, row_data(grad_logits, row));
+                                        scratch.references, streams, row_data(grad_logits, row));
     }
+    if (streams_zeros) finish_streaming();
   });
   ordered_sum(parts).write(sums, dtype);
 }

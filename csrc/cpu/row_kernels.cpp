@@ -417,6 +417,17 @@ ACCUMLOSS_INLINE void store(FloatReal v, Float16* x) {
 }
 #endif
 
+// v to x past the caches, x at a multiple of the vector's size; the machine's order of stores does not cover it.
+ACCUMLOSS_INLINE void stream_bytes(FloatReal v, void* x) {
+#if defined(__AVX512F__)
+  _mm512_stream_ps(static_cast<float*>(x), v);
+#elif defined(__AVX2__)
+  _mm256_stream_ps(static_cast<float*>(x), v);
+#else
+  *static_cast<FloatReal*>(x) = v;
+#endif
+}
+
 // Groups -------------------------------------------------------------------------------------------------------------
 
 // kLanes consecutive elements as vectors, in the order in which they are cheapest to take apart and to put together:
@@ -433,6 +444,13 @@ struct Group {
   }
   static ACCUMLOSS_INLINE void store(const Real* v, T* x) {
     for (int k = 0; k < kVectors; ++k) cpu::store(v[k], x + k * kWidth);
+  }
+  // x at a multiple of 64 bytes
+  static ACCUMLOSS_INLINE void stream(const Real* v, T* x) {
+    if constexpr (std::is_same<T, float>::value)
+      for (int k = 0; k < kVectors; ++k) stream_bytes(v[k], x + k * kWidth);
+    else
+      store(v, x);
   }
 };
 
@@ -454,10 +472,14 @@ struct Group<BFloat16> {
   // Round to nearest, ties to even. A NaN stays one: those that get here have the bits of a bf16, or of the machine's
   // own.
   static ACCUMLOSS_INLINE void store(const Real* v, BFloat16* x) {
-    for (int k = 0; k < kVectors / 2; ++k) {
-      const FloatUnsigned low = round_to_bfloat16(v[k]), high = round_to_bfloat16(v[k + kVectors / 2]);
-      *reinterpret_cast<UnalignedPairs*>(x + 2 * k * kWidth) = (low >> 16) | (high & 0xffff0000u);
-    }
+    for (int k = 0; k < kVectors / 2; ++k) *reinterpret_cast<UnalignedPairs*>(x + 2 * k * kWidth) = pairs(v, k);
+  }
+  static ACCUMLOSS_INLINE void stream(const Real* v, BFloat16* x) {
+    for (int k = 0; k < kVectors / 2; ++k) stream_bytes(reinterpret_cast<Real>(pairs(v, k)), x + 2 * k * kWidth);
+  }
+  static ACCUMLOSS_INLINE FloatUnsigned pairs(const Real* v, int k) {
+    const FloatUnsigned low = round_to_bfloat16(v[k]), high = round_to_bfloat16(v[k + kVectors / 2]);
+    return (low >> 16) | (high & 0xffff0000u);
   }
 };
 
@@ -872,7 +894,7 @@ ACCUMLOSS_INLINE void set_target(const RowSegment& row, const RowGrad<double>& g
   store_block(value, 1, grad + row.target);
 }
 
-template <typename T>
+template <typename T, bool kStreams>
 void write_grad_plain(const RowSegment& row, const RowGrad<double>& gradient, T* grad) {
   using Acc = typename AccOf<T>::type;
   using V = Vectors<Acc>;
@@ -888,14 +910,17 @@ void write_grad_plain(const RowSegment& row, const RowGrad<double>& gradient, T*
       Real u;
       v[k] = exp_from.template exp<false>(v[k], &u) * probability;
     }
-    Group<T>::store(v, to);
+    if (kStreams)
+      Group<T>::stream(v, to);
+    else
+      Group<T>::store(v, to);
   };
   int64_t i = row.begin;
   for (; i + kLanes <= row.end; i += kLanes) {
     prefetch(x + i);
     visit(x + i, grad + i);
   }
-  if (i < row.end) {
+  if (!kStreams && i < row.end) {
     T tail[kLanes] = {};
     const size_t bytes = static_cast<size_t>(row.end - i) * sizeof(T);
     std::memcpy(tail, x + i, bytes);
@@ -905,7 +930,7 @@ void write_grad_plain(const RowSegment& row, const RowGrad<double>& gradient, T*
   set_target(row, gradient, grad);
 }
 
-template <typename T>
+template <typename T, bool kStreams>
 void write_grad_from_exps_plain(const RowSegment& row, const RowGrad<double>& gradient,
                                 const typename AccOf<T>::type* exps, const typename AccOf<T>::type* references,
                                 T* grad) {
@@ -926,11 +951,14 @@ void write_grad_from_exps_plain(const RowSegment& row, const RowGrad<double>& gr
     const auto visit = [&](const Acc* from, T* to) {
       Real v[kVectors];
       for (int k = 0; k < kVectors; ++k) v[k] = load(from + k * V::kWidth) * factor;
-      Group<T>::store(v, to);
+      if (kStreams)
+        Group<T>::stream(v, to);
+      else
+        Group<T>::store(v, to);
     };
     int64_t i = begin;
     for (; i + kLanes <= end; i += kLanes) visit(exps + i, grad + i);
-    if (i < end) {
+    if (!kStreams && i < end) {
       alignas(64) Acc rest[kLanes] = {};
       T tail[kLanes];
       const bool may_end_here = std::is_same<T, Acc>::value;  // see push_plain
@@ -1034,11 +1062,14 @@ ACCUMLOSS_INLINE void finish_grad_block(const RowSegment& row, int64_t begin, in
 }
 
 template <typename T>
-void write_grad(const RowSegment& row, const LossOptions& options, const RowGrad<double>& gradient, void* grad) {
+void write_grad(const RowSegment& row, const LossOptions& options, const RowGrad<double>& gradient, bool streams,
+                void* grad) {
   using Acc = typename AccOf<T>::type;
   using Real = typename Vectors<Acc>::Real;
   constexpr int kWidth = Vectors<Acc>::kWidth;
-  if (is_plain(options)) return write_grad_plain(row, gradient, static_cast<T*>(grad));
+  if (is_plain(options))
+    return streams ? write_grad_plain<T, true>(row, gradient, static_cast<T*>(grad))
+                   : write_grad_plain<T, false>(row, gradient, static_cast<T*>(grad));
   const T* x = static_cast<const T*>(row.x);
   const Transform<Acc> transform(options);
   const RoundedLse<Acc> rounded(gradient);
@@ -1061,12 +1092,15 @@ void write_grad(const RowSegment& row, const LossOptions& options, const RowGrad
 
 template <typename T>
 void write_grad_from_exps(const RowSegment& row, const LossOptions& options, const RowGrad<double>& gradient,
-                          const void* exps, const void* references, void* grad) {
+                          const void* exps, const void* references, bool streams, void* grad) {
   using Acc = typename AccOf<T>::type;
   constexpr int kWidth = Vectors<Acc>::kWidth;
-  if (is_plain(options))
-    return write_grad_from_exps_plain(row, gradient, static_cast<const Acc*>(exps), static_cast<const Acc*>(references),
-                                      static_cast<T*>(grad));
+  if (is_plain(options)) {
+    const Acc* e = static_cast<const Acc*>(exps);
+    const Acc* r = static_cast<const Acc*>(references);
+    return streams ? write_grad_from_exps_plain<T, true>(row, gradient, e, r, static_cast<T*>(grad))
+                   : write_grad_from_exps_plain<T, false>(row, gradient, e, r, static_cast<T*>(grad));
+  }
   const Transform<Acc> transform(options);
   alignas(64) Acc z[kBlock];
   alignas(64) Acc g[kBlock];

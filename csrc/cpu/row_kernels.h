@@ -55,11 +55,13 @@ struct RowKernels {
   // is_plain() and the logits are of Acc.
   void (*push)(const RowSegment& row, const LossOptions& options, RowState<double>* state, void* exps,
                void* references);
-  // Writes dL/dx of the segment to grad, which may be x.
-  void (*write_grad)(const RowSegment& row, const LossOptions& options, const RowGrad<double>& gradient, void* grad);
+  // Writes dL/dx of the segment to grad, which may be x. Where streams, past the caches: for is_plain() options, a
+  // segment of a multiple of 32 classes whose gradient begins at 64 bytes.
+  void (*write_grad)(const RowSegment& row, const LossOptions& options, const RowGrad<double>& gradient, bool streams,
+                     void* grad);
   // The same from the exponentials that push left behind, which may lie where the gradient goes.
   void (*write_grad_from_exps)(const RowSegment& row, const LossOptions& options, const RowGrad<double>& gradient,
-                               const void* exps, const void* references, void* grad);
+                               const void* exps, const void* references, bool streams, void* grad);
   // whether x[target] is the first of the largest logits (torch.argmax); asked only where the label ties
   bool (*label_is_argmax)(const void* x, int64_t V, int64_t target);
   // The results of a group, and where grad (count, V) is not null its gradient; grad may be x. Null for double.
