@@ -63,7 +63,7 @@ def _labels(*shape: int, classes: int, ignored: float = 0.25, seed: int = 1, ign
 
 def short_cases(dtype: torch.dtype) -> Iterator[Case]:
     """Rows of every length around the borders between the CPU kernels for short rows, more than these take at a time."""
-    for V in (3, 8, 9, 15, 16, 17, 24, 31, 32, 33, 47, 48, 49, 64, 100, 128, 300, 511, 512, 513):
+    for V in (3, 8, 10, 11, 15, 16, 17, 24, 31, 32, 33, 47, 48, 49, 64, 100, 128, 300, 511, 512, 513):
         weight = torch.linspace(0.25, 3.0, V) if V % 2 else None
         if weight is not None and dtype == torch.float64:
             weight = weight.double()

@@ -224,7 +224,7 @@ def test_large_gradients_past_the_caches_are_the_same_bits(dtype, V):
 def test_short_rows_write_nothing_beside_their_gradient(dtype):
     """Vectors reach past the end of a row; not past that of the last."""
     for rows in (1, 31, 32, 33, 64, 77):
-        for V in (2, 8, 9, 15, 16, 17, 33, 100, 511):
+        for V in (2, 10, 11, 15, 16, 17, 33, 100, 511):
             memory = torch.randn(rows * V + 96, generator=torch.Generator().manual_seed(V)).to(dtype)
             before, logits = memory.clone(), memory[32 : 32 + rows * V].view(rows, V)
             labels = torch.randint(0, V, (rows,), generator=torch.Generator().manual_seed(rows))

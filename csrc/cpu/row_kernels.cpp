@@ -1165,7 +1165,7 @@ struct GroupSums {
   alignas(64) float weighted[kGroup];  // of exp(z - others_max) (z - others_max); with metrics
   alignas(64) float other_factor[kGroup], label_grad[kGroup];
   alignas(64) int32_t has_grad[kGroup];   // all bits, or none for a row of zeros, whatever its logits
-  alignas(64) int64_t is_argmax[kGroup];  // 1 where the label is the first of the largest logits; with metrics
+  alignas(64) int32_t is_argmax[kGroup];  // all bits where the label is the first of the largest logits; with metrics
 };
 
 // value where mask has all bits, 0, and not NaN, where it has none. A select would become a branch, which labels that
@@ -1198,6 +1198,26 @@ ACCUMLOSS_INLINE void begin_group(ShortRows& rows, GroupSums& group) {
   if (rows.weight != nullptr)
     for (int r = 0; r < kGroup; ++r) group.weights[r] = keep(rows.weight[group.labels[r]], group.items[r]);
   for (int r = 0; r < kGroup; ++r) group.factors[r] = keep(rows.grad * group.weights[r], group.items[r]);
+}
+
+// is_argmax of the group; comes_first(r) is asked where the label of a row that counts ties with another class.
+template <typename ComesFirst>
+ACCUMLOSS_INLINE void find_argmax(GroupSums& group, const ComesFirst& comes_first) {
+  using Int = Vectors<float>::Int;
+  constexpr int kWidth = Vectors<float>::kWidth;
+  Int any_tie = {};
+  for (int r = 0; r < kGroup; r += kWidth) {
+    const auto target = load(group.target + r), other = load(group.others_max + r);
+    const Int leads = target > other;
+    any_tie |= target == other;
+    std::memcpy(group.is_argmax + r, &leads, sizeof leads);
+  }
+  int32_t ties[kWidth], tie = 0;
+  std::memcpy(ties, &any_tie, sizeof ties);
+  for (int k = 0; k < kWidth; ++k) tie |= ties[k];
+  for (int r = 0; tie != 0 && r < kGroup; ++r)
+    if (group.target[r] == group.others_max[r] && group.items[r] != 0)
+      group.is_argmax[r] = -static_cast<int>(comes_first(r));
 }
 
 // row_result and RowGrad of row.h, for a vector of rows at a time, in float: the rounding of the one difference that
@@ -1258,7 +1278,7 @@ ACCUMLOSS_INLINE void finish_group(ShortRows& rows, bool metrics, GroupSums& gro
   }
   rows.entropy_sum = sum_group(terms);
   for (int r = 0; r < kGroup; ++r)
-    rows.num_correct += group.is_argmax[r] & group.items[r] & static_cast<int64_t>(rows.nll[r] == rows.nll[r]);
+    rows.num_correct -= group.is_argmax[r] & group.items[r] & -static_cast<int64_t>(rows.nll[r] == rows.nll[r]);
 }
 
 // At most kShort classes: class by class, a lane for each row. z (V, kGroup).
@@ -1288,19 +1308,12 @@ void transposed_rows(ShortRows& rows, void* grad) {
     for (int64_t j = 0; j < V; ++j) max = maximum(load(z + j * kGroup + r), max);
     store(max, group.others_max + r);
   }
-  if (kMetrics) {
-    int ties = 0;
-    for (int64_t r = 0; r < kGroup; ++r) {
-      group.is_argmax[r] = group.target[r] > group.others_max[r];
-      ties |= group.target[r] == group.others_max[r];
-    }
-    for (int64_t r = 0; ties != 0 && r < count; ++r) {  // the label leads where it comes first
-      if (group.target[r] != group.others_max[r]) continue;
+  if (kMetrics)
+    find_argmax(group, [&](int r) __attribute__((always_inline)) {
       int64_t j = 0;
       while (j < group.labels[r] && z[j * kGroup + r] != group.target[r]) ++j;
-      group.is_argmax[r] = j == group.labels[r];
-    }
-  }
+      return j == group.labels[r];
+    });
   for (int64_t r = 0; r < kGroup; r += kWidth) {
     const Real max = load(group.others_max + r), reference = max == -kInfinity ? Real{} : max;
     Real products = {};
@@ -1436,7 +1449,7 @@ void grouped_rows(ShortRows& rows, void* grad) {
       exps_of_differences<T, float, kCount>(v, reference, d, exp);
       for (int i = 0; i < kCount; ++i) {
         sums[i % kVectors] += exp[i];
-        if (kMetrics) products[i % kVectors] += exp[i] * (d[i] < kLowest ? broadcast(kLowest) : d[i]);
+        if (kMetrics) products[i % kVectors] += exp[i] * maximum(broadcast(kLowest), d[i]);
         store(exp[i], e + begin + i * kWidth);
       }
     };
@@ -1461,14 +1474,9 @@ void grouped_rows(ShortRows& rows, void* grad) {
     }
   }
   for (int r = 0; r < kGroup; r += kWidth) store(load(targets + r), group.target + r);
-  if (kMetrics) {
-    for (int r = 0; r < kGroup; ++r) group.is_argmax[r] = group.target[r] > group.others_max[r];
-    for (int i = 0; i < num_items; ++i) {
-      const int r = items[i];
-      if (group.target[r] == group.others_max[r])
-        group.is_argmax[r] = label_is_argmax<T>(x + r * V, V, group.labels[r]);
-    }
-  }
+  if (kMetrics)
+    find_argmax(
+        group, [&](int r) __attribute__((always_inline)) { return label_is_argmax<T>(x + r * V, V, group.labels[r]); });
   fold_rows(lanes, kGroup, group.sums, Add());
   if (kMetrics) fold_rows(more_lanes, kGroup, group.weighted, Add());
   finish_group(rows, kMetrics, group);

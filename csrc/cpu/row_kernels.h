@@ -12,7 +12,7 @@ constexpr int64_t kBlock = 512;
 
 // Rows of at most kMedium classes are processed kGroup at a time where no option but a weight is set; those of at most
 // kShort one to a lane.
-constexpr int64_t kShort = 8;
+constexpr int64_t kShort = 10;
 constexpr int64_t kMedium = 512;
 constexpr int64_t kGroup = 32;
 
