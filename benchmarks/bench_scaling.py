@@ -30,6 +30,7 @@ ELEMENTS = 2**25  # of the logits, along the classes
 CLASSES = (9, 33, 100, 316, 1000, 4096, 16384, 32000, 50257, 128256, 262144)
 ROWS = (2, 8, 32, 128, 512, 2048, 4096)
 MOST_ROWS = 65536
+FORWARD = "forward alone"
 
 
 class Seen:
@@ -64,6 +65,10 @@ def sweeps(quick: bool) -> Iterable[tuple[str, int, Shape, list[str]]]:
             for ignored in (0.0, 0.5, 0.9):
                 competitors = [peers.STOCK, peers.COMPILE] if ignored == 0 else []
                 yield "classes", most, Shape(rows, vocab, dtype, ignored), [*competitors, *ours]
+    for dtype in ("bf16", "fp32"):
+        for vocab in (4096, 128256):
+            for ignored in (0.0, 0.9):
+                yield FORWARD, most, Shape(max(elements // vocab, 2), vocab, dtype, ignored), ["accumloss"]
     for rows in ROWS[::3] if quick else ROWS:
         yield "rows", most, Shape(rows, 32000, "bf16"), [peers.STOCK, *ours]
     for threads in sorted({1, 2, most}):
@@ -140,16 +145,17 @@ def goals(lines: Sequence[dict]) -> list[tuple[str, str, str, bool]]:
         found.append(
             ("metrics add, on average", "<= 5 %", f"{mean:.1f} % ({min(pairs):.1f} to {max(pairs):.1f})", mean <= 5)
         )
-    for peer in ("accumloss", "accumloss forward"):
+    for sweep, peer in (("classes", "accumloss"), ("classes", "accumloss forward"), (FORWARD, "accumloss")):
         faster = []
-        for full in of("classes", peer, lambda line: line["vocab"] >= 4096 and line["ignored"] == 0):
+        for full in of(sweep, peer, lambda line: line["vocab"] >= 4096 and line["ignored"] == 0):
             ignored = of(
-                "classes",
+                sweep,
                 peer,
                 lambda l, f=full: l["ignored"] == 0.9 and (l["vocab"], l["dtype"]) == (f["vocab"], f["dtype"]),
             )
             faster += [full["ms_median"] / line["ms_median"] for line in ignored]
-        at_least(f"90 % ignored over none ignored, V >= 4096, {peer}", 5, faster)
+        what = "without a gradient" if sweep == FORWARD else peer
+        at_least(f"90 % ignored over none ignored, V >= 4096, {what}", 5, faster)
     by_rows = [(line["rows"], line["ms_median"]) for line in of("rows", "accumloss forward") if line["rows"] >= 128]
     if len(by_rows) > 2:
         intercept, slope, distance = straight_line(by_rows)
@@ -190,7 +196,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
         torch.compiler.reset()
         torch.set_num_threads(threads)
         more = {"classes": 1, "metrics": 8}.get(sweep, 3) if options.rounds is None else 1  # what is compared closely
-        results = harness.measure(shape, {name: available[name] for name in names}, more * rounds, adaptive=False)
+        results = harness.measure(
+            shape,
+            {name: available[name] for name in names},
+            more * rounds,
+            adaptive=False,
+            is_forward_only=sweep == FORWARD,
+        )
         torch.set_num_threads(most)
         lines += [{"sweep": sweep, "threads": threads, **line} for line in harness.figures("fresh", shape, results)]
     call = dict.fromkeys(FIELDS)
