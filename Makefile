@@ -33,7 +33,7 @@ bench: $(VENV)/.installed-bench
 	$(BIN)/python benchmarks/bench_scaling.py
 	$(BIN)/python benchmarks/plot.py
 
-# Head and loss together, some 15 minutes, a third of them F.linear_cross_entropy's.
+# Head and loss together, some 19 minutes, a third of them F.linear_cross_entropy's.
 bench-linear: $(VENV)/.installed-bench
 	$(BIN)/python benchmarks/bench_linear.py $(ARGS)
 
