@@ -201,7 +201,7 @@ def test_equal_logits_of_any_magnitude(dtype, magnitude):
 @pytest.mark.parametrize("V", [32768, 32800, 33333])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
 def test_large_gradients_past_the_caches_are_the_same_bits(dtype, V):
-    """From 64 MiB on rows that lie at 64 bytes are streamed where they are not in place; those of fewer rows are not."""
+    """From 32 MiB on rows are streamed where they are not in place; a third of these is less."""
     rows = 2**27 // (V * dtype.itemsize) // 2 + 1
     logits = (torch.randn(rows, V, generator=torch.Generator().manual_seed(0)) * 3).to(dtype)
     labels = torch.randint(0, V, (rows,), generator=torch.Generator().manual_seed(1))
@@ -234,6 +234,37 @@ def test_short_rows_write_nothing_beside_their_gradient(dtype):
             assert torch.equal(logits, wanted[-1]) and torch.equal(found[0], wanted[0]), (rows, V)
             assert torch.equal(memory[:32], before[:32]) and torch.equal(memory[-64:], before[-64:]), (rows, V)
             assert (logits[::3] == 0).all() and (logits != before[32:-64].view(rows, V)).any()
+
+
+@pytest.mark.parametrize("V", [600, 4096, 5001, 33333])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_ignored_rows_change_no_bit(dtype, V):
+    """Rows above the short ones are summed as if those that are ignored were not there."""
+    rows = 2**20 // V + 20  # more than are split along the classes
+    logits = (torch.randn(rows, V, generator=torch.Generator().manual_seed(V)) * 3).to(dtype)
+    labels = torch.randint(0, V, (rows,), generator=torch.Generator().manual_seed(1))
+    labels[torch.rand(rows, generator=torch.Generator().manual_seed(2)) < 0.7] = -100
+    labels[0] = labels[-1] = -100
+    kept = labels != -100
+    g = torch.tensor(0.5, dtype=torch.float64 if dtype == torch.float64 else torch.float32)
+    everything, counted = (logits, labels), (logits[kept], labels[kept])
+    sums, wanted = (ops.cross_entropy(*of, metrics=True) for of in (everything, counted))
+    for a, b in zip(sums[:3], wanted[:3], strict=True):
+        assert torch.equal(a, b)
+    assert torch.equal(sums[3][kept], wanted[3]) and (sums[3][~kept] == 0).all()
+    found = [
+        ops.cross_entropy_with_grad(g, *everything)[-1],
+        ops.cross_entropy_backward(g, *everything, sums[3], sums[6]),
+    ]
+    expected_grads = [
+        ops.cross_entropy_with_grad(g, *counted)[-1],
+        ops.cross_entropy_backward(g, *counted, wanted[3], wanted[6]),
+    ]
+    for a, b in zip(found, expected_grads, strict=True):
+        assert torch.equal(a[kept], b) and (a[~kept] == 0).all()
+    in_place = logits.clone()
+    ops.cross_entropy_with_grad_(g, in_place, labels)
+    assert torch.equal(in_place, found[0])
 
 
 @pytest.mark.parametrize("poison", [float("nan"), float("inf")])

@@ -31,7 +31,7 @@ namespace {
 constexpr int64_t kTaskElements = 32768;      // of logits in one task, at least
 constexpr int64_t kShortTaskElements = 8192;  // of the logits of short rows
 constexpr int64_t kShortRowElements = 64;     // as many take the time that a short row takes whatever its length
-constexpr int64_t kStreamedBytes = int64_t(64) << 20;  // of a gradient, at least
+constexpr int64_t kStreamedBytes = int64_t(32) << 20;  // of a gradient, at least
 constexpr int64_t kTasks = 256;                  // at most, or one for each row: prefetches run into the next task
 constexpr int64_t kSerialElements = 32768;       // below, the threads cost more than they save
 constexpr int64_t kSplitElements = 16 * kBlock;  // of one row, where rows are split
@@ -66,8 +66,15 @@ const InstructionSet& instruction_set() {
 
 // Threads ----------------------------------------------------------------------------------------------------------
 
-// Runs task(i, local) for every i in [0, num_tasks) on torch's threads, whichever is free next; local is what
-// make_local() returned for the thread.
+// Consecutive tasks that begin on one thread.
+struct alignas(64) TaskRange {
+  std::atomic<int64_t> next;
+  int64_t end;
+};
+
+// Runs task(i, local) for every i in [0, num_tasks) on torch's threads: each takes the next one of a range of its own,
+// so that what it fetches ahead is its own, and then what others have left; local is what make_local() returned for
+// the thread.
 template <typename MakeLocal, typename Task>
 void run_tasks(int64_t num_tasks, int64_t elements, const MakeLocal& make_local, const Task& task) {
   const int64_t threads = elements <= kSerialElements ? 1 : torch::stable::get_num_threads();
@@ -76,14 +83,22 @@ void run_tasks(int64_t num_tasks, int64_t elements, const MakeLocal& make_local,
     for (int64_t i = 0; i < num_tasks; ++i) task(i, local);
     return;
   }
-  std::atomic<int64_t> next{0};
+  const int64_t workers = std::min(threads, num_tasks);
+  const std::unique_ptr<TaskRange[]> ranges(new TaskRange[static_cast<size_t>(workers)]);
+  for (int64_t worker = 0; worker < workers; ++worker) {
+    ranges[worker].next = worker * num_tasks / workers;
+    ranges[worker].end = (worker + 1) * num_tasks / workers;
+  }
   std::atomic<bool> failed{false};
   std::exception_ptr error;  // an exception must not cross torch's C interface: it would lose its message
-  torch::stable::parallel_for(0, threads < num_tasks ? threads : num_tasks, 1, [&](int64_t begin, int64_t end) {
+  torch::stable::parallel_for(0, workers, 1, [&](int64_t begin, int64_t end) {
     for (int64_t worker = begin; worker < end; ++worker) {
       try {
         const auto local = make_local();
-        for (int64_t i = next++; i < num_tasks; i = next++) task(i, local);
+        for (int64_t turn = 0; turn < workers; ++turn) {
+          TaskRange& range = ranges[(worker + turn) % workers];
+          for (int64_t i = range.next++; i < range.end; i = range.next++) task(i, local);
+        }
       } catch (...) {
         if (!failed.exchange(true)) error = std::current_exception();
       }
@@ -221,19 +236,6 @@ struct Rows {
     return RowGrad<double>(lse, nll, weight(y), weight_sum, V, grad, inputs.options);
   }
 
-  int64_t rows_per_task() const {
-    const int64_t elements = std::max(N * V / kTasks, kTaskElements);
-    return std::max(elements / V, int64_t{1});
-  }
-  int64_t num_tasks() const { return (N + rows_per_task() - 1) / rows_per_task(); }
-  // task(begin, end, index, local) for consecutive ranges of rows
-  template <typename MakeLocal, typename Task>
-  void for_each_task(const MakeLocal& make_local, const Task& task) const {
-    run_tasks(num_tasks(), N * V, make_local, [&](int64_t i, const auto& local) {
-      const int64_t begin = i * rows_per_task();
-      task(begin, begin + rows_per_task() < N ? begin + rows_per_task() : N, i, local);
-    });
-  }
   // Whether short_rows serves: short rows without gaps, no option that it leaves out.
   bool is_short() const {
     const LossOptions& options = inputs.options;
@@ -252,6 +254,94 @@ struct Rows {
       task(begin, begin + kSplitElements < V ? begin + kSplitElements : V, i);
     });
   }
+};
+
+// The rows that count, and the others, in tasks: what counts is shared out in equal parts wherever it lies.
+class RowLists {
+ public:
+  explicit RowLists(const Rows& rows) : rows_(rows) {
+    int64_t labels[kGroup];
+    for (int64_t begin = 0; begin < rows.N; begin += kGroup) {
+      const int64_t count = std::min(rows.N - begin, kGroup);
+      rows.labels_of(begin, count, labels);
+      for (int64_t r = 0; r < count; ++r) {
+        if (rows.ignored(labels[r]))
+          ignored_.push_back(begin + r);
+        else
+          counted_.push_back({begin + r, labels[r]});
+      }
+    }
+  }
+
+  struct Counted {
+    int64_t row, label;
+  };
+  const Counted& counted(int64_t i) const { return counted_[i]; }
+  int64_t ignored(int64_t i) const { return ignored_[i]; }
+  int64_t num_ignored() const { return static_cast<int64_t>(ignored_.size()); }
+
+  int64_t num_tasks() const { return Parts(num_counted(), rows_.V).count(); }
+  // visit(begin, end, index, local) for consecutive ranges of the rows that count
+  template <typename MakeLocal, typename Visit>
+  void for_each_task(const MakeLocal& make_local, const Visit& visit) const {
+    const Parts parts(num_counted(), rows_.V);
+    run_tasks(parts.count(), num_counted() * rows_.V, make_local,
+              [&](int64_t i, const auto& local) { visit(parts.begin(i), parts.end(i), i, local); });
+  }
+  // the same, and ignore(begin, end) for ranges of those that do not
+  template <typename MakeLocal, typename Visit, typename Ignore>
+  void for_each_task(const MakeLocal& make_local, const Visit& visit, const Ignore& ignore) const {
+    const Parts parts(num_counted(), rows_.V), others(num_ignored(), rows_.V);
+    run_tasks(parts.count() + others.count(), rows_.N * rows_.V, make_local, [&](int64_t i, const auto& local) {
+      if (i < parts.count())
+        visit(parts.begin(i), parts.end(i), i, local);
+      else
+        ignore(others.begin(i - parts.count()), others.end(i - parts.count()));
+    });
+  }
+
+  // z_y, and a fetch of the next row's
+  double target_logit(int64_t i) const {
+    if (i + 1 < num_counted()) __builtin_prefetch(data(i + 1) + counted_[i + 1].label * size());
+    return rows_.target_logit(counted_[i].row, counted_[i].label);
+  }
+  // A whole row. What it fetches ahead are rows that count.
+  RowSegment segment(int64_t i, double target_logit) const {
+    RowSegment segment = rows_.segment(counted_[i].row, counted_[i].label, 0, rows_.V, target_logit);
+    const int64_t bytes = rows_.V * size(), last = (kPrefetchBytes + bytes - 1) / bytes;
+    segment.turn = ((last * bytes - kPrefetchBytes) / size() + kLanes - 1) / kLanes * kLanes;
+    segment.ahead_before = ahead(i, last - 1);
+    segment.ahead_after = ahead(i, last);
+    return segment;
+  }
+
+ private:
+  // So many rows in parts of at least kTaskElements, and at most kTasks of them.
+  class Parts {
+   public:
+    Parts(int64_t rows, int64_t V)
+        : rows_(rows), rows_each_(std::max(std::max(rows * V / kTasks, kTaskElements) / V, int64_t{1})) {}
+    int64_t count() const { return (rows_ + rows_each_ - 1) / rows_each_; }
+    int64_t begin(int64_t i) const { return i * rows_each_; }
+    int64_t end(int64_t i) const { return std::min((i + 1) * rows_each_, rows_); }
+
+   private:
+    int64_t rows_, rows_each_;
+  };
+
+  int64_t num_counted() const { return static_cast<int64_t>(counted_.size()); }
+  int64_t size() const { return element_size(rows_.inputs.logits.dtype); }
+  const char* data(int64_t i) const { return row_data(rows_.inputs.logits, counted_[i].row); }
+  // How far from a byte of row i lies what comes kPrefetchBytes after it when the rows that count are strung together,
+  // where that is in row i + rows.
+  int64_t ahead(int64_t i, int64_t rows) const {
+    if (i + rows >= num_counted()) return 0;
+    return data(i + rows) - data(i) + kPrefetchBytes - rows * rows_.V * size();
+  }
+
+  const Rows& rows_;
+  std::vector<Counted> counted_;
+  std::vector<int64_t> ignored_;
 };
 
 struct Sums {
@@ -326,13 +416,11 @@ void* exps_of(const Rows& rows, const Exponentials& scratch, const LogitsView& g
 // Whether rows of a gradient may go past the caches, which it is too large to stay in: lines that are written whole are
 // not read then.
 bool streams_rows(const LogitsView& grad) {
-  const int64_t size = element_size(grad.dtype);
-  return grad.B * grad.T * grad.V * size >= kStreamedBytes && grad.V % 32 == 0 && grad.stride_t * size % 64 == 0 &&
-         (grad.B == 1 || grad.stride_b * size % 64 == 0) && reinterpret_cast<uintptr_t>(grad.data) % 64 == 0;
+  return grad.B * grad.T * grad.V * element_size(grad.dtype) >= kStreamedBytes;
 }
 // Whether the gradient of rows that count does so too. In place its lines are in the cache.
 bool streams_gradient(const Rows& rows, const LogitsView& grad) {
-  return streams_rows(grad) && is_plain(rows.inputs.options) && grad.data != rows.inputs.logits.data;
+  return streams_rows(grad) && grad.data != rows.inputs.logits.data;
 }
 
 // Orders what this thread streamed before what it does next.
@@ -345,13 +433,21 @@ void finish_streaming() {
 void zero_row(const LogitsView& grad, int64_t row, bool streams = false) {
   char* const data = row_data(grad, row);
   const int64_t bytes = grad.V * element_size(grad.dtype);
+  int64_t streamed = 0, before = bytes;
 #if defined(__x86_64__)
   if (streams) {
-    for (int64_t i = 0; i < bytes; i += 16) _mm_stream_si128(reinterpret_cast<__m128i*>(data + i), _mm_setzero_si128());
-    return;
+    before = std::min(static_cast<int64_t>(-reinterpret_cast<uintptr_t>(data) % 64), bytes);
+    streamed = (bytes - before) / 64 * 64;
+    for (char* to = data + before; to < data + before + streamed; to += 16)
+      _mm_stream_si128(reinterpret_cast<__m128i*>(to), _mm_setzero_si128());
   }
 #endif
-  std::memset(data, 0, static_cast<size_t>(bytes));
+  std::memset(data, 0, static_cast<size_t>(before));
+  std::memset(data + before + streamed, 0, static_cast<size_t>(bytes - before - streamed));
+}
+void zero_rows(const RowLists& lists, int64_t begin, int64_t end, const LogitsView& grad, bool streams) {
+  for (int64_t i = begin; i < end; ++i) zero_row(grad, lists.ignored(i), streams);
+  if (streams) finish_streaming();
 }
 
 // Short rows, in groups: whichever of sums, (lse, nll) and grad_logits is not null. The backward is a forward here too.
@@ -428,18 +524,15 @@ void forward(const CrossEntropyInputs& inputs, const CrossEntropySums& sums, dou
     return;
   }
 
-  std::vector<Sums> parts(static_cast<size_t>(rows.num_tasks()));
-  rows.for_each_task(no_local, [&](int64_t begin, int64_t end, int64_t i, Nothing) {
-    for (int64_t row = begin; row < end; ++row) {
-      const int64_t y = rows.label(row);
-      if (rows.ignored(y)) {
-        ignore(row);
-        continue;
-      }
-      const double target_logit = rows.target_logit(row, y);
+  const RowLists lists(rows);
+  for (int64_t i = 0; i < lists.num_ignored(); ++i) ignore(lists.ignored(i));
+  std::vector<Sums> parts(static_cast<size_t>(lists.num_tasks()));
+  lists.for_each_task(no_local, [&](int64_t begin, int64_t end, int64_t task, Nothing) {
+    for (int64_t i = begin; i < end; ++i) {
+      const double target_logit = lists.target_logit(i);
       RowState<double> state;
-      rows.kernels.push(rows.segment(row, y, 0, rows.V, target_logit), inputs.options, &state, nullptr, nullptr);
-      parts[i].add(finish(state, row, y, target_logit));
+      rows.kernels.push(lists.segment(i, target_logit), inputs.options, &state, nullptr, nullptr);
+      parts[task].add(finish(state, lists.counted(i).row, lists.counted(i).label, target_logit));
     }
   });
   ordered_sum(parts).write(sums, dtype);
@@ -454,31 +547,30 @@ void backward(const CrossEntropyInputs& inputs, const double* lse, const void* n
     return run_short(rows, nullptr, nullptr, nullptr, grad, &grad_logits);
   const bool streams_zeros = streams_rows(grad_logits);
   const bool streams = !rows.is_split() && streams_gradient(rows, grad_logits);
-  const auto write = [&](int64_t row, int64_t begin, int64_t end) {
-    const int64_t y = rows.label(row);
-    const RowGrad<double> gradient = rows.gradient(lse[row], element(nll, dtype, row), y, grad);
-    rows.kernels.write_grad(rows.segment(row, y, begin, end, 0), inputs.options, gradient, streams,
-                            row_data(grad_logits, row));
+  const auto write = [&](int64_t row, const RowSegment& segment) {
+    const RowGrad<double> gradient = rows.gradient(lse[row], element(nll, dtype, row), segment.target, grad);
+    rows.kernels.write_grad(segment, inputs.options, gradient, streams, row_data(grad_logits, row));
   };
 
   if (rows.is_split()) {
     for (int64_t row = 0; row < rows.N; ++row) {
-      if (rows.ignored(rows.label(row)))
+      const int64_t y = rows.label(row);
+      if (rows.ignored(y))
         zero_row(grad_logits, row);
       else
-        rows.for_each_segment([&](int64_t begin, int64_t end, int64_t) { write(row, begin, end); });
+        rows.for_each_segment(
+            [&](int64_t begin, int64_t end, int64_t) { write(row, rows.segment(row, y, begin, end, 0)); });
     }
     return;
   }
-  rows.for_each_task(no_local, [&](int64_t begin, int64_t end, int64_t, Nothing) {
-    for (int64_t row = begin; row < end; ++row) {
-      if (rows.ignored(rows.label(row)))
-        zero_row(grad_logits, row, streams_zeros);
-      else
-        write(row, 0, rows.V);
-    }
-    if (streams_zeros) finish_streaming();
-  });
+  const RowLists lists(rows);
+  lists.for_each_task(
+      no_local,
+      [&](int64_t begin, int64_t end, int64_t, Nothing) {
+        for (int64_t i = begin; i < end; ++i) write(lists.counted(i).row, lists.segment(i, 0));
+        if (streams) finish_streaming();
+      },
+      [&](int64_t begin, int64_t end) { zero_rows(lists, begin, end, grad_logits, streams_zeros); });
 }
 
 void forward_with_grad(const CrossEntropyInputs& inputs, const CrossEntropySums& sums, const void* grad_loss_sum,
@@ -521,28 +613,28 @@ void forward_with_grad(const CrossEntropyInputs& inputs, const CrossEntropySums&
     return;
   }
 
-  std::vector<Sums> parts(static_cast<size_t>(rows.num_tasks()));
+  const RowLists lists(rows);
+  std::vector<Sums> parts(static_cast<size_t>(lists.num_tasks()));
   const bool streams_zeros = streams_rows(grad_logits), streams = streams_gradient(rows, grad_logits);
   const auto make_scratch = [&] { return Exponentials(rows.V, dtype); };
-  rows.for_each_task(make_scratch, [&](int64_t begin, int64_t end, int64_t i, const Exponentials& scratch) {
-    for (int64_t row = begin; row < end; ++row) {
-      const int64_t y = rows.label(row);
-      if (rows.ignored(y)) {
-        zero_row(grad_logits, row, streams_zeros);
-        continue;
-      }
-      const double target_logit = rows.target_logit(row, y);
-      const RowSegment segment = rows.segment(row, y, 0, rows.V, target_logit);
-      void* exps = exps_of(rows, scratch, grad_logits, row, streams);
-      RowState<double> state;
-      rows.kernels.push(segment, inputs.options, &state, exps, scratch.references);
-      const RowResult result = rows.result(state, y, target_logit);
-      parts[i].add(sums_of_row(rows, state, result, row, y, target_logit));
-      rows.kernels.write_grad_from_exps(segment, inputs.options, rows.gradient(result.lse, result.nll, y, grad), exps,
-                                        scratch.references, streams, row_data(grad_logits, row));
-    }
-    if (streams_zeros) finish_streaming();
-  });
+  lists.for_each_task(
+      make_scratch,
+      [&](int64_t begin, int64_t end, int64_t task, const Exponentials& scratch) {
+        for (int64_t i = begin; i < end; ++i) {
+          const int64_t row = lists.counted(i).row, y = lists.counted(i).label;
+          const double target_logit = lists.target_logit(i);
+          const RowSegment segment = lists.segment(i, target_logit);
+          void* exps = exps_of(rows, scratch, grad_logits, row, streams);
+          RowState<double> state;
+          rows.kernels.push(segment, inputs.options, &state, exps, scratch.references);
+          const RowResult result = rows.result(state, y, target_logit);
+          parts[task].add(sums_of_row(rows, state, result, row, y, target_logit));
+          rows.kernels.write_grad_from_exps(segment, inputs.options, rows.gradient(result.lse, result.nll, y, grad),
+                                            exps, scratch.references, streams, row_data(grad_logits, row));
+        }
+        if (streams) finish_streaming();
+      },
+      [&](int64_t begin, int64_t end) { zero_rows(lists, begin, end, grad_logits, streams_zeros); });
   ordered_sum(parts).write(sums, dtype);
 }
 

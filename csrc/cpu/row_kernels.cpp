@@ -26,8 +26,6 @@ constexpr int kVectorBytes = 32;
 #else
 constexpr int kVectorBytes = 16;
 #endif
-constexpr int kLanes = 32;            // partial sums
-constexpr int kPrefetchBytes = 8192;  // how far ahead of the loads
 
 struct BFloat16 {
   uint16_t bits;
@@ -445,13 +443,6 @@ struct Group {
   static ACCUMLOSS_INLINE void store(const Real* v, T* x) {
     for (int k = 0; k < kVectors; ++k) cpu::store(v[k], x + k * kWidth);
   }
-  // x at a multiple of 64 bytes
-  static ACCUMLOSS_INLINE void stream(const Real* v, T* x) {
-    if constexpr (std::is_same<T, float>::value)
-      for (int k = 0; k < kVectors; ++k) stream_bytes(v[k], x + k * kWidth);
-    else
-      store(v, x);
-  }
 };
 
 // A pair of elements is one word: the one of even index its lower half.
@@ -472,14 +463,10 @@ struct Group<BFloat16> {
   // Round to nearest, ties to even. A NaN stays one: those that get here have the bits of a bf16, or of the machine's
   // own.
   static ACCUMLOSS_INLINE void store(const Real* v, BFloat16* x) {
-    for (int k = 0; k < kVectors / 2; ++k) *reinterpret_cast<UnalignedPairs*>(x + 2 * k * kWidth) = pairs(v, k);
-  }
-  static ACCUMLOSS_INLINE void stream(const Real* v, BFloat16* x) {
-    for (int k = 0; k < kVectors / 2; ++k) stream_bytes(reinterpret_cast<Real>(pairs(v, k)), x + 2 * k * kWidth);
-  }
-  static ACCUMLOSS_INLINE FloatUnsigned pairs(const Real* v, int k) {
-    const FloatUnsigned low = round_to_bfloat16(v[k]), high = round_to_bfloat16(v[k + kVectors / 2]);
-    return (low >> 16) | (high & 0xffff0000u);
+    for (int k = 0; k < kVectors / 2; ++k) {
+      const FloatUnsigned low = round_to_bfloat16(v[k]), high = round_to_bfloat16(v[k + kVectors / 2]);
+      *reinterpret_cast<UnalignedPairs*>(x + 2 * k * kWidth) = (low >> 16) | (high & 0xffff0000u);
+    }
   }
 };
 
@@ -487,21 +474,21 @@ struct Group<BFloat16> {
 
 ACCUMLOSS_INLINE int64_t round_up(int64_t n, int64_t multiple) { return (n + multiple - 1) / multiple * multiple; }
 
-// Of the group that lies kPrefetchBytes ahead.
+// The group that lies so many bytes ahead.
 template <typename T>
-ACCUMLOSS_INLINE void prefetch(const T* group) {
-  const auto ahead = reinterpret_cast<uintptr_t>(group) + kPrefetchBytes;  // no pointer may say so
+ACCUMLOSS_INLINE void prefetch(const T* group, int64_t ahead) {
+  const auto from = reinterpret_cast<uintptr_t>(group) + static_cast<uintptr_t>(ahead);  // no pointer may say so
   for (size_t line = 0; line < sizeof(T) * kLanes; line += 64)
-    __builtin_prefetch(reinterpret_cast<const void*>(ahead + line));
+    __builtin_prefetch(reinterpret_cast<const void*>(from + line));
 }
 
 // buffer[i] = x[i], i < n; entries up to the next multiple of kLanes are overwritten with anything finite.
 template <typename T, typename Acc>
-ACCUMLOSS_INLINE void load_block(const T* x, int64_t n, Acc* buffer) {
+ACCUMLOSS_INLINE void load_block(const T* x, int64_t n, Acc* buffer, int64_t ahead = kPrefetchBytes) {
   constexpr int kWidth = Vectors<Acc>::kWidth;
   int64_t i = 0;
   for (; i + kLanes <= n; i += kLanes) {
-    prefetch(x + i);
+    prefetch(x + i, ahead);
     for (int k = 0; k < kLanes; k += kWidth) store(load(x + i + k), buffer + i + k);
   }
   if (i < n) {
@@ -776,27 +763,29 @@ void push_plain(const RowSegment& row, RowState<double>* state, typename AccOf<T
   constexpr bool kMayBeLogits = std::is_same<T, Acc>::value;
   const bool is_over_logits = kStore && static_cast<const void*>(exps) == row.x;
   const int64_t target_group = row.begin + (row.target - row.begin) / kLanes * kLanes;
-  // work(logits, exponentials, clamps, groups) for the groups of [begin, end), one or kStep at a time, and whether it
-  // stores the exponentials. A group that was copied has -inf in it, where exp() is asked to clamp.
+  // work(logits, exponentials, ahead, clamps, groups) for the groups of [begin, end), one or kStep at a time, and
+  // whether it stores the exponentials. A group that was copied has -inf in it, where exp() is asked to clamp.
   const auto for_each_group = [&](int64_t begin, int64_t end, bool stores, auto clamps,
                                   const auto& work) __attribute__((always_inline)) {
     alignas(64) T copy[kLanes];
     alignas(64) Acc rest[kLanes];
     for (int64_t i = begin; i < end;) {
+      const int64_t ahead = row.ahead(i);
       const T* group = static_cast<const T*>(row.x) + i;
       Acc* to = kStore ? exps + i : nullptr;
       int64_t stop = i + kLanes;
       if (i == target_group || stop > end) {
         copy_masked(row, i, copy);
         if (kMayBeLogits && stop > end) to = rest;
-        work(copy, to, std::true_type(), Count<1>());
+        work(copy, to, 0, std::true_type(), Count<1>());
         i += kLanes;
       } else {
         stop = i + (end - i) / kLanes * kLanes;
         if (i < target_group && target_group < stop) stop = target_group;
+        if (i < row.turn && row.turn < stop) stop = row.turn;
         for (; i + kStep * kLanes <= stop; i += kStep * kLanes, group += kStep * kLanes, to += kStep * kLanes)
-          work(group, to, clamps, Count<kStep>());
-        for (; i < stop; i += kLanes, group += kLanes, to += kLanes) work(group, to, clamps, Count<1>());
+          work(group, to, ahead, clamps, Count<kStep>());
+        for (; i < stop; i += kLanes, group += kLanes, to += kLanes) work(group, to, ahead, clamps, Count<1>());
       }
       if (stores && kMayBeLogits && stop > end)
         std::memcpy(exps + stop - kLanes, rest, static_cast<size_t>(end - stop + kLanes) * sizeof(Acc));
@@ -823,7 +812,7 @@ void push_plain(const RowSegment& row, RowState<double>* state, typename AccOf<T
     const int64_t end = row.end - begin < kSpan<T> ? row.end : begin + kSpan<T>;
     if (begin == row.begin || is_over_logits) {
       for_each_group(begin, end, false, std::true_type(),
-                     [&](const T* group, Acc*, auto, auto groups) __attribute__((always_inline)) {
+                     [&](const T* group, Acc*, int64_t, auto, auto groups) __attribute__((always_inline)) {
                        for (int g = 0; g < decltype(groups)::value; ++g) {
                          Real v[kVectors];
                          Group<T>::load(group + g * kLanes, v);
@@ -837,21 +826,22 @@ void push_plain(const RowSegment& row, RowState<double>* state, typename AccOf<T
       for (int k = 0; k < kVectors; ++k) sums[k] = products[k] = Real{};
       const ExpFrom<T> exp_from(reference);
       for_each_group(begin, end, kStore, clamps_all,
-                     [&](const T* group, Acc* to, auto clamps, auto groups) __attribute__((always_inline)) {
-                       constexpr int kCount = decltype(groups)::value * kVectors;
-                       Real v[kCount], u[kCount], e[kCount];
-                       for (int g = 0; g < kCount / kVectors; ++g) {
-                         prefetch(group + g * kLanes);
-                         Group<T>::load(group + g * kLanes, v + g * kVectors);
-                       }
-                       for (int k = 0; k < kCount; ++k) max[k % kVectors] = maximum(v[k], max[k % kVectors]);
-                       exp_from.template exps<decltype(clamps)::value, kCount>(v, u, e);
-                       for (int k = 0; k < kCount; ++k) {
-                         sums[k % kVectors] += e[k];
-                         if (kWeighted) products[k % kVectors] += e[k] * u[k];
-                         if (kStore) store(e[k], to + k * V::kWidth);
-                       }
-                     });
+                     [&](const T* group, Acc* to, int64_t ahead, auto clamps, auto groups)
+                         __attribute__((always_inline)) {
+                           constexpr int kCount = decltype(groups)::value * kVectors;
+                           Real v[kCount], u[kCount], e[kCount];
+                           for (int g = 0; g < kCount / kVectors; ++g) {
+                             prefetch(group + g * kLanes, ahead);
+                             Group<T>::load(group + g * kLanes, v + g * kVectors);
+                           }
+                           for (int k = 0; k < kCount; ++k) max[k % kVectors] = maximum(v[k], max[k % kVectors]);
+                           exp_from.template exps<decltype(clamps)::value, kCount>(v, u, e);
+                           for (int k = 0; k < kCount; ++k) {
+                             sums[k % kVectors] += e[k];
+                             if (kWeighted) products[k % kVectors] += e[k] * u[k];
+                             if (kStore) store(e[k], to + k * V::kWidth);
+                           }
+                         });
     };
     visit(std::false_type());
     if (any_above<Acc>(max, reference + kHeadroom)) {
@@ -886,15 +876,17 @@ struct RoundedLse {
         probability(static_cast<Acc>(gradient.probability * std::exp(static_cast<double>(lse) - gradient.lse_high))) {}
 };
 
+// In what follows grad points at the class row.begin.
+
 template <typename T>
 ACCUMLOSS_INLINE void set_target(const RowSegment& row, const RowGrad<double>& gradient, T* grad) {
   using Acc = typename AccOf<T>::type;
   if (row.target < row.begin || row.target >= row.end) return;
   alignas(64) Acc value[kLanes] = {static_cast<Acc>(gradient.target)};
-  store_block(value, 1, grad + row.target);
+  store_block(value, 1, grad + (row.target - row.begin));
 }
 
-template <typename T, bool kStreams>
+template <typename T>
 void write_grad_plain(const RowSegment& row, const RowGrad<double>& gradient, T* grad) {
   using Acc = typename AccOf<T>::type;
   using V = Vectors<Acc>;
@@ -910,27 +902,24 @@ void write_grad_plain(const RowSegment& row, const RowGrad<double>& gradient, T*
       Real u;
       v[k] = exp_from.template exp<false>(v[k], &u) * probability;
     }
-    if (kStreams)
-      Group<T>::stream(v, to);
-    else
-      Group<T>::store(v, to);
+    Group<T>::store(v, to);
   };
   int64_t i = row.begin;
   for (; i + kLanes <= row.end; i += kLanes) {
-    prefetch(x + i);
-    visit(x + i, grad + i);
+    prefetch(x + i, row.ahead(i));
+    visit(x + i, grad + (i - row.begin));
   }
-  if (!kStreams && i < row.end) {
+  if (i < row.end) {
     T tail[kLanes] = {};
     const size_t bytes = static_cast<size_t>(row.end - i) * sizeof(T);
     std::memcpy(tail, x + i, bytes);
     visit(tail, tail);
-    std::memcpy(grad + i, tail, bytes);
+    std::memcpy(grad + (i - row.begin), tail, bytes);
   }
   set_target(row, gradient, grad);
 }
 
-template <typename T, bool kStreams>
+template <typename T>
 void write_grad_from_exps_plain(const RowSegment& row, const RowGrad<double>& gradient,
                                 const typename AccOf<T>::type* exps, const typename AccOf<T>::type* references,
                                 T* grad) {
@@ -951,20 +940,17 @@ void write_grad_from_exps_plain(const RowSegment& row, const RowGrad<double>& gr
     const auto visit = [&](const Acc* from, T* to) {
       Real v[kVectors];
       for (int k = 0; k < kVectors; ++k) v[k] = load(from + k * V::kWidth) * factor;
-      if (kStreams)
-        Group<T>::stream(v, to);
-      else
-        Group<T>::store(v, to);
+      Group<T>::store(v, to);
     };
     int64_t i = begin;
-    for (; i + kLanes <= end; i += kLanes) visit(exps + i, grad + i);
-    if (!kStreams && i < end) {
+    for (; i + kLanes <= end; i += kLanes) visit(exps + i, grad + (i - row.begin));
+    if (i < end) {
       alignas(64) Acc rest[kLanes] = {};
       T tail[kLanes];
       const bool may_end_here = std::is_same<T, Acc>::value;  // see push_plain
       std::memcpy(rest, exps + i, static_cast<size_t>(may_end_here ? end - i : kLanes) * sizeof(Acc));
       visit(rest, tail);
-      std::memcpy(grad + i, tail, static_cast<size_t>(end - i) * sizeof(T));
+      std::memcpy(grad + (i - row.begin), tail, static_cast<size_t>(end - i) * sizeof(T));
     }
   }
   set_target(row, gradient, grad);
@@ -1001,7 +987,7 @@ void push(const RowSegment& row, const LossOptions& options, RowState<double>* s
   for (int64_t begin = row.begin; begin < row.end; begin += kBlock) {
     const int64_t n = row.end - begin < kBlock ? row.end - begin : kBlock;
     const int64_t padded = round_up(n, kLanes);
-    load_block(x + begin, n, z);
+    load_block(x + begin, n, z, row.ahead(begin));
     if (!transform.is_identity()) transform_block(z, padded, transform);
     if (row.target >= begin && row.target < begin + n) z[row.target - begin] = -kInfinity;
     if (options.label_smoothing > 0) {
@@ -1058,18 +1044,15 @@ ACCUMLOSS_INLINE void finish_grad_block(const RowSegment& row, int64_t begin, in
     load_block(static_cast<const T*>(row.x) + begin, n, z);
     multiply_by_slope(z, padded, transform, g);
   }
-  store_block(g, n, grad + begin);
+  store_block(g, n, grad + (begin - row.begin));
 }
 
 template <typename T>
-void write_grad(const RowSegment& row, const LossOptions& options, const RowGrad<double>& gradient, bool streams,
-                void* grad) {
+void write_grad_to(const RowSegment& row, const LossOptions& options, const RowGrad<double>& gradient, T* grad) {
   using Acc = typename AccOf<T>::type;
   using Real = typename Vectors<Acc>::Real;
   constexpr int kWidth = Vectors<Acc>::kWidth;
-  if (is_plain(options))
-    return streams ? write_grad_plain<T, true>(row, gradient, static_cast<T*>(grad))
-                   : write_grad_plain<T, false>(row, gradient, static_cast<T*>(grad));
+  if (is_plain(options)) return write_grad_plain<T>(row, gradient, grad);
   const T* x = static_cast<const T*>(row.x);
   const Transform<Acc> transform(options);
   const RoundedLse<Acc> rounded(gradient);
@@ -1079,41 +1062,83 @@ void write_grad(const RowSegment& row, const LossOptions& options, const RowGrad
   for (int64_t begin = row.begin; begin < row.end; begin += kBlock) {
     const int64_t n = row.end - begin < kBlock ? row.end - begin : kBlock;
     const int64_t padded = round_up(n, kLanes);
-    load_block(x + begin, n, z);
+    load_block(x + begin, n, z, row.ahead(begin));
     if (!transform.is_identity()) transform_block(z, padded, transform);
     for (int64_t i = 0; i < padded; i += kWidth) {
       Real d = load(z + i) - lse;
       store(exp_clamped<Acc>(d) * probability, g + i);
     }
     finish_grad_block(row, begin, n, transform, static_cast<Acc>(gradient.smoothing), static_cast<Acc>(gradient.target),
-                      z, static_cast<T*>(grad), g);
+                      z, grad, g);
   }
+}
+
+template <typename T>
+void write_grad_from_exps_to(const RowSegment& row, const LossOptions& options, const RowGrad<double>& gradient,
+                             const typename AccOf<T>::type* exps, const typename AccOf<T>::type* references, T* grad) {
+  using Acc = typename AccOf<T>::type;
+  constexpr int kWidth = Vectors<Acc>::kWidth;
+  if (is_plain(options)) return write_grad_from_exps_plain<T>(row, gradient, exps, references, grad);
+  const Transform<Acc> transform(options);
+  alignas(64) Acc z[kBlock];
+  alignas(64) Acc g[kBlock];
+  for (int64_t begin = row.begin; begin < row.end; begin += kBlock) {
+    const int64_t n = row.end - begin < kBlock ? row.end - begin : kBlock;
+    const double reference = references[begin / kBlock];
+    const Acc factor = static_cast<Acc>(gradient.probability * std::exp(reference - gradient.lse_high));
+    load_block(exps + begin, n, g);
+    for (int64_t i = 0; i < n; i += kWidth) store(load(g + i) * factor, g + i);
+    finish_grad_block(row, begin, n, transform, static_cast<Acc>(gradient.smoothing), static_cast<Acc>(gradient.target),
+                      z, grad, g);
+  }
+}
+
+// What is written past the caches is put together here first: lines are written whole wherever rows begin.
+constexpr int64_t kStaged = 2048;
+
+// to = from, past the caches but for the lines at the ends, which are shared with others.
+template <typename T>
+ACCUMLOSS_INLINE void stream(const T* from, int64_t n, T* to) {
+  const char* const source = reinterpret_cast<const char*>(from);
+  char* const target = reinterpret_cast<char*>(to);
+  const int64_t bytes = n * static_cast<int64_t>(sizeof(T));
+  int64_t begin = static_cast<int64_t>(-reinterpret_cast<uintptr_t>(target) % 64);
+  if (begin > bytes) begin = bytes;
+  const int64_t end = begin + (bytes - begin) / 64 * 64;
+  std::memcpy(target, source, static_cast<size_t>(begin));
+  for (int64_t i = begin; i < end; i += kVectorBytes)
+    stream_bytes(load(reinterpret_cast<const float*>(source + i)), target + i);
+  std::memcpy(target + end, source + end, static_cast<size_t>(bytes - end));
+}
+
+// write(row, grad) with grad at the class row.begin, for the segment as it is or in parts that go past the caches
+template <typename T, typename Write>
+ACCUMLOSS_INLINE void write_or_stream(const RowSegment& row, bool streams, T* grad, const Write& write) {
+  if (!streams) return write(row, grad + row.begin);
+  alignas(64) T staged[kStaged];
+  RowSegment part = row;
+  for (; part.begin < row.end; part.begin = part.end) {
+    part.end = row.end - part.begin < kStaged ? row.end : part.begin + kStaged;
+    write(part, staged);
+    stream(staged, part.end - part.begin, grad + part.begin);
+  }
+}
+
+template <typename T>
+void write_grad(const RowSegment& row, const LossOptions& options, const RowGrad<double>& gradient, bool streams,
+                void* grad) {
+  write_or_stream(row, streams, static_cast<T*>(grad),
+                  [&](const RowSegment& part, T* to) { write_grad_to<T>(part, options, gradient, to); });
 }
 
 template <typename T>
 void write_grad_from_exps(const RowSegment& row, const LossOptions& options, const RowGrad<double>& gradient,
                           const void* exps, const void* references, bool streams, void* grad) {
   using Acc = typename AccOf<T>::type;
-  constexpr int kWidth = Vectors<Acc>::kWidth;
-  if (is_plain(options)) {
-    const Acc* e = static_cast<const Acc*>(exps);
-    const Acc* r = static_cast<const Acc*>(references);
-    return streams ? write_grad_from_exps_plain<T, true>(row, gradient, e, r, static_cast<T*>(grad))
-                   : write_grad_from_exps_plain<T, false>(row, gradient, e, r, static_cast<T*>(grad));
-  }
-  const Transform<Acc> transform(options);
-  alignas(64) Acc z[kBlock];
-  alignas(64) Acc g[kBlock];
-  for (int64_t begin = row.begin; begin < row.end; begin += kBlock) {
-    const int64_t n = row.end - begin < kBlock ? row.end - begin : kBlock;
-    const Acc* e = static_cast<const Acc*>(exps) + begin;
-    const double reference = static_cast<const Acc*>(references)[begin / kBlock];
-    const Acc factor = static_cast<Acc>(gradient.probability * std::exp(reference - gradient.lse_high));
-    load_block(e, n, g);
-    for (int64_t i = 0; i < n; i += kWidth) store(load(g + i) * factor, g + i);
-    finish_grad_block(row, begin, n, transform, static_cast<Acc>(gradient.smoothing), static_cast<Acc>(gradient.target),
-                      z, static_cast<T*>(grad), g);
-  }
+  write_or_stream(row, streams, static_cast<T*>(grad), [&](const RowSegment& part, T* to) {
+    write_grad_from_exps_to<T>(part, options, gradient, static_cast<const Acc*>(exps),
+                               static_cast<const Acc*>(references), to);
+  });
 }
 
 template <typename T>

@@ -9,12 +9,16 @@ namespace cpu {
 
 // Elements that one step widens, transforms and exponentiates while they are in the first-level cache.
 constexpr int64_t kBlock = 512;
+constexpr int kLanes = 32;  // partial sums, each of every 32nd class
 
 // Rows of at most kMedium classes are processed kGroup at a time where no option but a weight is set; those of at most
 // kShort one to a lane.
 constexpr int64_t kShort = 10;
 constexpr int64_t kMedium = 512;
 constexpr int64_t kGroup = 32;
+
+// How far ahead of the loads logits are fetched.
+constexpr int64_t kPrefetchBytes = 8192;
 
 constexpr int64_t num_blocks(int64_t V) { return (V + kBlock - 1) / kBlock; }
 
@@ -31,6 +35,11 @@ struct RowSegment {
   int64_t begin, end;
   int64_t target;    // y, anywhere in [0, V)
   double reference;  // row_reference(z_y)
+  // Who reads the logits of a class fetches what lies so many bytes ahead: before turn, a multiple of kLanes, and from
+  // there on.
+  int64_t turn = 0, ahead_before = kPrefetchBytes, ahead_after = kPrefetchBytes;
+
+  int64_t ahead(int64_t j) const { return j < turn ? ahead_before : ahead_after; }
 };
 
 // Up to kGroup short rows, consecutive in memory.
@@ -55,8 +64,7 @@ struct RowKernels {
   // is_plain() and the logits are of Acc.
   void (*push)(const RowSegment& row, const LossOptions& options, RowState<double>* state, void* exps,
                void* references);
-  // Writes dL/dx of the segment to grad, which may be x. Where streams, past the caches: for is_plain() options, a
-  // segment of a multiple of 32 classes whose gradient begins at 64 bytes.
+  // Writes dL/dx of the segment to grad, which may be x. Where streams, past the caches, and grad is not x.
   void (*write_grad)(const RowSegment& row, const LossOptions& options, const RowGrad<double>& gradient, bool streams,
                      void* grad);
   // The same from the exponentials that push left behind, which may lie where the gradient goes.
