@@ -32,10 +32,10 @@ constexpr int64_t kTaskElements = 32768;      // of logits in one task, at least
 constexpr int64_t kShortTaskElements = 8192;  // of the logits of short rows
 constexpr int64_t kShortRowElements = 64;     // as many take the time that a short row takes whatever its length
 constexpr int64_t kStreamedBytes = int64_t(32) << 20;  // of a gradient, at least
-constexpr int64_t kTasks = 256;                  // at most, or one for each row: prefetches run into the next task
-constexpr int64_t kSerialElements = 32768;       // below, the threads cost more than they save
-constexpr int64_t kSplitElements = 16 * kBlock;  // of one row, where rows are split
-constexpr int64_t kSplitRows = 8;                // at most so many rows are split
+constexpr int64_t kTasks = 256;                        // at most, or one for each row
+constexpr int64_t kSerialElements = 32768;             // below, the threads cost more than they save
+constexpr int64_t kSplitElements = 16 * kBlock;        // of one row, where rows are split
+constexpr int64_t kSplitRows = 8;                      // at most so many rows that count are split
 
 // Selection --------------------------------------------------------------------------------------------------------
 
@@ -244,7 +244,6 @@ struct Rows {
            (logits.B == 1 || logits.stride_b == logits.T * V) && options.label_smoothing == 0 && options.z_loss == 0 &&
            options.softcap == 0 && options.logit_scale == 1;
   }
-  bool is_split() const { return N <= kSplitRows && V > 2 * kSplitElements; }
   int64_t num_segments() const { return (V + kSplitElements - 1) / kSplitElements; }
   // task(begin, end, index) for consecutive ranges of the classes of one row
   template <typename Task>
@@ -277,8 +276,10 @@ class RowLists {
     int64_t row, label;
   };
   const Counted& counted(int64_t i) const { return counted_[i]; }
-  int64_t ignored(int64_t i) const { return ignored_[i]; }
-  int64_t num_ignored() const { return static_cast<int64_t>(ignored_.size()); }
+  const std::vector<Counted>& counted() const { return counted_; }
+  const std::vector<int64_t>& ignored() const { return ignored_; }
+  // Whether the threads share each row that counts.
+  bool is_split() const { return num_counted() <= kSplitRows && rows_.V > 2 * kSplitElements; }
 
   int64_t num_tasks() const { return Parts(num_counted(), rows_.V).count(); }
   // visit(begin, end, index, local) for consecutive ranges of the rows that count
@@ -288,7 +289,14 @@ class RowLists {
     run_tasks(parts.count(), num_counted() * rows_.V, make_local,
               [&](int64_t i, const auto& local) { visit(parts.begin(i), parts.end(i), i, local); });
   }
-  // the same, and ignore(begin, end) for ranges of those that do not
+  // ignore(begin, end) for ranges of those that do not
+  template <typename Ignore>
+  void for_each_ignored_task(const Ignore& ignore) const {
+    const Parts others(num_ignored(), rows_.V);
+    run_tasks(others.count(), num_ignored() * rows_.V, no_local,
+              [&](int64_t i, Nothing) { ignore(others.begin(i), others.end(i)); });
+  }
+  // both
   template <typename MakeLocal, typename Visit, typename Ignore>
   void for_each_task(const MakeLocal& make_local, const Visit& visit, const Ignore& ignore) const {
     const Parts parts(num_counted(), rows_.V), others(num_ignored(), rows_.V);
@@ -330,6 +338,7 @@ class RowLists {
   };
 
   int64_t num_counted() const { return static_cast<int64_t>(counted_.size()); }
+  int64_t num_ignored() const { return static_cast<int64_t>(ignored_.size()); }
   int64_t size() const { return element_size(rows_.inputs.logits.dtype); }
   const char* data(int64_t i) const { return row_data(rows_.inputs.logits, counted_[i].row); }
   // How far from a byte of row i lies what comes kPrefetchBytes after it when the rows that count are strung together,
@@ -404,8 +413,7 @@ struct Exponentials {
 
 // Where push leaves the exponentials of a row: its gradient's own place where they fit into it, else scratch. Metrics
 // may ask for the logits again, so that their place will not do.
-void* exps_of(const Rows& rows, const Exponentials& scratch, const LogitsView& grad_logits, int64_t row,
-              bool streams = false) {
+void* exps_of(const Rows& rows, const Exponentials& scratch, const LogitsView& grad_logits, int64_t row, bool streams) {
   const LossOptions& options = rows.inputs.options;
   const bool fits = grad_logits.dtype == Dtype::kFloat32 || grad_logits.dtype == Dtype::kFloat64;
   char* const grad = row_data(grad_logits, row);
@@ -430,7 +438,7 @@ void finish_streaming() {
 #endif
 }
 
-void zero_row(const LogitsView& grad, int64_t row, bool streams = false) {
+void zero_row(const LogitsView& grad, int64_t row, bool streams) {
   char* const data = row_data(grad, row);
   const int64_t bytes = grad.V * element_size(grad.dtype);
   int64_t streamed = 0, before = bytes;
@@ -445,8 +453,9 @@ void zero_row(const LogitsView& grad, int64_t row, bool streams = false) {
   std::memset(data, 0, static_cast<size_t>(before));
   std::memset(data + before + streamed, 0, static_cast<size_t>(bytes - before - streamed));
 }
-void zero_rows(const RowLists& lists, int64_t begin, int64_t end, const LogitsView& grad, bool streams) {
-  for (int64_t i = begin; i < end; ++i) zero_row(grad, lists.ignored(i), streams);
+void zero_rows(const RowLists& lists, int64_t begin, int64_t end, const LogitsView& grad) {
+  const bool streams = streams_rows(grad);
+  for (int64_t i = begin; i < end; ++i) zero_row(grad, lists.ignored()[i], streams);
   if (streams) finish_streaming();
 }
 
@@ -497,20 +506,17 @@ void forward(const CrossEntropyInputs& inputs, const CrossEntropySums& sums, dou
     set_element(nll, dtype, row, result.nll);
     return sums_of_row(rows, state, result, row, y, target_logit);
   };
-  const auto ignore = [&](int64_t row) {
+  const RowLists lists(rows);
+  for (const int64_t row : lists.ignored()) {
     lse[row] = 0;
     set_element(nll, dtype, row, 0);
-  };
+  }
 
-  if (rows.is_split()) {
+  if (lists.is_split()) {
     Sums total;
     std::vector<RowState<double>> states(static_cast<size_t>(rows.num_segments()));
-    for (int64_t row = 0; row < rows.N; ++row) {
-      const int64_t y = rows.label(row);
-      if (rows.ignored(y)) {
-        ignore(row);
-        continue;
-      }
+    for (const auto& counted : lists.counted()) {
+      const int64_t row = counted.row, y = counted.label;
       const double target_logit = rows.target_logit(row, y);
       rows.for_each_segment([&](int64_t begin, int64_t end, int64_t i) {
         states[i] = RowState<double>();
@@ -524,8 +530,6 @@ void forward(const CrossEntropyInputs& inputs, const CrossEntropySums& sums, dou
     return;
   }
 
-  const RowLists lists(rows);
-  for (int64_t i = 0; i < lists.num_ignored(); ++i) ignore(lists.ignored(i));
   std::vector<Sums> parts(static_cast<size_t>(lists.num_tasks()));
   lists.for_each_task(no_local, [&](int64_t begin, int64_t end, int64_t task, Nothing) {
     for (int64_t i = begin; i < end; ++i) {
@@ -545,32 +549,30 @@ void backward(const CrossEntropyInputs& inputs, const double* lse, const void* n
   const double grad = element(grad_loss_sum, dtype, 0);
   if (rows.is_short() && grad_logits.stride_t == rows.V)
     return run_short(rows, nullptr, nullptr, nullptr, grad, &grad_logits);
-  const bool streams_zeros = streams_rows(grad_logits);
-  const bool streams = !rows.is_split() && streams_gradient(rows, grad_logits);
+  const RowLists lists(rows);
+  const bool streams = streams_gradient(rows, grad_logits);
   const auto write = [&](int64_t row, const RowSegment& segment) {
     const RowGrad<double> gradient = rows.gradient(lse[row], element(nll, dtype, row), segment.target, grad);
     rows.kernels.write_grad(segment, inputs.options, gradient, streams, row_data(grad_logits, row));
   };
 
-  if (rows.is_split()) {
-    for (int64_t row = 0; row < rows.N; ++row) {
-      const int64_t y = rows.label(row);
-      if (rows.ignored(y))
-        zero_row(grad_logits, row);
-      else
-        rows.for_each_segment(
-            [&](int64_t begin, int64_t end, int64_t) { write(row, rows.segment(row, y, begin, end, 0)); });
-    }
+  const auto zero = [&](int64_t begin, int64_t end) { zero_rows(lists, begin, end, grad_logits); };
+  if (lists.is_split()) {
+    lists.for_each_ignored_task(zero);
+    for (const auto& counted : lists.counted())
+      rows.for_each_segment([&](int64_t begin, int64_t end, int64_t) {
+        write(counted.row, rows.segment(counted.row, counted.label, begin, end, 0));
+        if (streams) finish_streaming();
+      });
     return;
   }
-  const RowLists lists(rows);
   lists.for_each_task(
       no_local,
       [&](int64_t begin, int64_t end, int64_t, Nothing) {
         for (int64_t i = begin; i < end; ++i) write(lists.counted(i).row, lists.segment(i, 0));
         if (streams) finish_streaming();
       },
-      [&](int64_t begin, int64_t end) { zero_rows(lists, begin, end, grad_logits, streams_zeros); });
+      zero);
 }
 
 void forward_with_grad(const CrossEntropyInputs& inputs, const CrossEntropySums& sums, const void* grad_loss_sum,
@@ -582,18 +584,18 @@ void forward_with_grad(const CrossEntropyInputs& inputs, const CrossEntropySums&
   if (rows.is_short() && grad_logits.stride_t == rows.V)
     return run_short(rows, &sums, nullptr, nullptr, grad, &grad_logits);
 
-  if (rows.is_split()) {
+  const RowLists lists(rows);
+  const bool streams = streams_gradient(rows, grad_logits);
+  const auto zero = [&](int64_t begin, int64_t end) { zero_rows(lists, begin, end, grad_logits); };
+  if (lists.is_split()) {
+    lists.for_each_ignored_task(zero);
     Sums total;
     std::vector<RowState<double>> states(static_cast<size_t>(rows.num_segments()));
     const Exponentials scratch(rows.V, dtype);
-    for (int64_t row = 0; row < rows.N; ++row) {
-      const int64_t y = rows.label(row);
-      if (rows.ignored(y)) {
-        zero_row(grad_logits, row);
-        continue;
-      }
+    for (const auto& counted : lists.counted()) {
+      const int64_t row = counted.row, y = counted.label;
       const double target_logit = rows.target_logit(row, y);
-      void* exps = exps_of(rows, scratch, grad_logits, row);
+      void* exps = exps_of(rows, scratch, grad_logits, row, streams);
       rows.for_each_segment([&](int64_t begin, int64_t end, int64_t i) {
         states[i] = RowState<double>();
         rows.kernels.push(rows.segment(row, y, begin, end, target_logit), inputs.options, &states[i], exps,
@@ -606,16 +608,15 @@ void forward_with_grad(const CrossEntropyInputs& inputs, const CrossEntropySums&
       const RowGrad<double> gradient = rows.gradient(result.lse, result.nll, y, grad);
       rows.for_each_segment([&](int64_t begin, int64_t end, int64_t) {
         rows.kernels.write_grad_from_exps(rows.segment(row, y, begin, end, target_logit), inputs.options, gradient,
-                                          exps, scratch.references, false, row_data(grad_logits, row));
+                                          exps, scratch.references, streams, row_data(grad_logits, row));
+        if (streams) finish_streaming();
       });
     }
     total.write(sums, dtype);
     return;
   }
 
-  const RowLists lists(rows);
   std::vector<Sums> parts(static_cast<size_t>(lists.num_tasks()));
-  const bool streams_zeros = streams_rows(grad_logits), streams = streams_gradient(rows, grad_logits);
   const auto make_scratch = [&] { return Exponentials(rows.V, dtype); };
   lists.for_each_task(
       make_scratch,
@@ -634,7 +635,7 @@ void forward_with_grad(const CrossEntropyInputs& inputs, const CrossEntropySums&
         }
         if (streams) finish_streaming();
       },
-      [&](int64_t begin, int64_t end) { zero_rows(lists, begin, end, grad_logits, streams_zeros); });
+      zero);
   ordered_sum(parts).write(sums, dtype);
 }
 
