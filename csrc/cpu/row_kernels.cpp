@@ -1106,8 +1106,11 @@ ACCUMLOSS_INLINE void stream(const T* from, int64_t n, T* to) {
   if (begin > bytes) begin = bytes;
   const int64_t end = begin + (bytes - begin) / 64 * 64;
   std::memcpy(target, source, static_cast<size_t>(begin));
-  for (int64_t i = begin; i < end; i += kVectorBytes)
-    stream_bytes(load(reinterpret_cast<const float*>(source + i)), target + i);
+  for (int64_t i = begin; i < end; i += kVectorBytes) {
+    FloatReal v;
+    std::memcpy(&v, source + i, sizeof v);
+    stream_bytes(v, target + i);
+  }
   std::memcpy(target + end, source + end, static_cast<size_t>(bytes - end));
 }
 
