@@ -252,8 +252,8 @@ def test_ignored_rows_change_no_bit(dtype, rows, V):
     g = torch.tensor(0.5, dtype=torch.float64 if dtype == torch.float64 else torch.float32)
     everything, counted = (logits, labels), (logits[kept], labels[kept])
     sums, wanted = (ops.cross_entropy(*of, metrics=True) for of in (everything, counted))
-    for a, b in zip(sums[:3], wanted[:3], strict=True):
-        assert torch.equal(a, b)
+    for i in (0, 1, 2, 4, 5):
+        assert torch.equal(sums[i], wanted[i]), i
     assert torch.equal(sums[3][kept], wanted[3]) and (sums[3][~kept] == 0).all()
     found = [
         ops.cross_entropy_with_grad(g, *everything)[-1],
