@@ -1,4 +1,4 @@
-# make demo | test | lint | bench | bench-linear | bench-step | bench-gpu | census | cuda-report | clean
+# make demo | test | test-slow | test-all | lint | bench | bench-linear | bench-step | bench-gpu | census | cuda-report | clean
 #
 # All of it happens in .venv, which the first target that needs it makes. A torch 2.10 or newer that PYTHON already has
 # is used from where it is; otherwise, or where TORCH is given (make test TORCH=torch==2.15.0), it is installed.
@@ -11,7 +11,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check
 SOURCES := pyproject.toml setup.py CMakeLists.txt \
            $(shell find accumloss build_tools csrc -name '*.py' -o -name '*.h' -o -name '*.cpp' -o -name '*.cu*')
 
-.PHONY: demo test lint bench bench-linear bench-step bench-gpu census cuda-report clean
+.PHONY: demo test test-slow test-all lint bench bench-linear bench-step bench-gpu census cuda-report clean
 .DELETE_ON_ERROR:
 .SECONDARY:
 
@@ -19,8 +19,19 @@ demo: $(VENV)/.installed-demo
 	cd $(VENV) && bin/python -m accumloss demo --out "$(CURDIR)/accumloss-demo" $(ARGS)
 
 # The pytest program, unlike python -m pytest, leaves the working directory out of sys.path: the installed package is tested.
+# A worker for each core; tests of one group (tests/conftest.py) share one. The groups run in the order of the files.
+PYTEST = $(BIN)/pytest --numprocesses auto --dist loadgroup --no-loadscope-reorder
+
+# Every behaviour, in minutes.
 test: $(VENV)/.installed-test
-	$(BIN)/pytest $(ARGS)
+	$(PYTEST) -m "not slow" $(ARGS)
+
+# What the fast tier can do without: more of the same kinds, compilers, sanitizers, large shapes.
+test-slow: $(VENV)/.installed-test
+	$(PYTEST) -m slow $(ARGS)
+
+test-all: $(VENV)/.installed-test
+	$(PYTEST) $(ARGS)
 
 lint: $(VENV)/.installed-dev
 	$(BIN)/ruff check .

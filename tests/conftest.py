@@ -1,6 +1,8 @@
-"""`python -m pytest` puts the repository on sys.path, where ./accumloss lacks _C after a normal install."""
+"""What all tests share: the installed package, one thread of torch a worker, groups for pytest-xdist, no silent skips in CI."""
 
 import importlib.machinery
+import os
+import re
 import sys
 from pathlib import Path
 
@@ -9,15 +11,64 @@ import torch
 
 ROOT = Path(__file__).resolve().parents[1]
 
+# `python -m pytest` puts the repository on sys.path, where ./accumloss lacks _C after a normal install.
 elsewhere = [path for path in sys.path if Path(path or ".").resolve() != ROOT]
 if importlib.machinery.PathFinder.find_spec("accumloss", elsewhere):  # installed, and not as editable
     sys.path[:] = elsewhere
 
+# What a machine may lack without a fault of ours. Anything else that a test needs is installed by `make test`.
+SKIPS_IN_CI = re.compile(
+    r"no CUDA device|built without CUDA|a GPU is present|there is a GPU to ask|no nvcc|no nvdisasm|no CUDA toolkit"
+    r"|this machine has no|of device memory are not free|one CUDA device|refused|computes in fp32"
+    r"|transformers \d|no cgroup"
+)
 
-@pytest.fixture(scope="module")
-def one_thread():
-    """Tiny tensors: threads would only wait for each other."""
-    threads = torch.get_num_threads()
+
+@pytest.fixture(scope="session", autouse=True)
+def _one_thread():
+    """Most tensors here are tiny and every core has a worker: threads would only wait for each other."""
+    before = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
-    torch.set_num_threads(threads)
+    torch.set_num_threads(before)
+
+
+@pytest.fixture
+def threads():
+    """torch.set_num_threads, taken back after the test."""
+    before = torch.get_num_threads()
+    yield torch.set_num_threads
+    torch.set_num_threads(before)
+
+
+@pytest.hookimpl(tryfirst=True)  # before xdist reads the groups
+def pytest_collection_modifyitems(items):
+    """A test function with all of its parameters is what a worker takes at once, unless it names a group of its own."""
+    for item in items:
+        if item.get_closest_marker("xdist_group") is None:
+            name = getattr(item, "originalname", item.name)
+            item.add_marker(pytest.mark.xdist_group(f"{item.path.stem}::{name}"))
+        for marker in item.iter_markers("slow"):
+            assert marker.args and isinstance(marker.args[0], str), f"{item.nodeid}: slow needs a reason"
+
+
+def _fail_a_skip(report):
+    if os.environ.get("CI") and report.outcome == "skipped" and not hasattr(report, "wasxfail"):
+        reason = report.longrepr[2] if isinstance(report.longrepr, tuple) else str(report.longrepr)
+        if not SKIPS_IN_CI.search(reason):
+            report.outcome = "failed"
+            report.longrepr = f"skipped, which CI takes for a failure: {reason}"
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport():
+    report = yield
+    _fail_a_skip(report)
+    return report
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_make_collect_report():
+    report = yield
+    _fail_a_skip(report)
+    return report

@@ -27,7 +27,6 @@ EXACT = ACCUMULATED_GRADIENT[torch.float32]
 SPLITS = {"whole": [8], "halves": [4, 4], "uneven": [3, 1, 4], "single rows": [1] * 8}
 
 
-pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def sums_of(model, inputs, labels, **options):

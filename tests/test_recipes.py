@@ -24,7 +24,6 @@ SIZES = ([2, 2, 2, 2], [1, 4, 1, 2])  # of the micro-batches of each window
 LR = 0.1
 
 
-pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def micro_batches():

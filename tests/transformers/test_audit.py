@@ -17,7 +17,6 @@ from accumloss.__main__ import main
 from accumloss.auditing import AuditError, audit_rows, census, measure, worker
 from accumloss.auditing.report import verdict
 
-torch.set_num_threads(1)
 
 
 @pytest.fixture(scope="module")
