@@ -1,7 +1,8 @@
 """accumloss: exact gradient accumulation and cheap cross-entropy for PyTorch."""
 
+from typing import TYPE_CHECKING, Any
+
 from .accumulation import Accumulator
-from .auditing import audit
 from .functional import (
     causal_lm_loss,
     cross_entropy,
@@ -27,6 +28,9 @@ from .transformers import (
     registered_losses,
     unregister_from_transformers,
 )
+
+if TYPE_CHECKING:
+    from .auditing import audit
 
 __version__ = build_info()["version"]
 
@@ -60,3 +64,16 @@ __all__ = [
     "token_classification_loss",
     "unregister_from_transformers",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    """The audit is imported when it is first asked for."""
+    if name == "audit":
+        from .auditing import audit
+
+        return audit
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 
 import torch
 
+from .._compat import not_compiled
 from ..functional import Divisor
 from ..sums import TokenSums
 from . import step as steps
@@ -33,7 +34,7 @@ class _Term:
         self.evaluation, self.items = evaluation, items
         self.metrics = evaluation.metrics and not evaluation.terms
 
-    @torch.compiler.disable
+    @not_compiled
     def __call__(self, loss: torch.Tensor, sums: TokenSums | None) -> torch.Tensor:
         return self.evaluation.observe(loss, self.items, sums)
 

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 
 from .. import functional
+from .._compat import not_compiled
 from . import step as steps
 from .deferred import DeferredLogits
 from .settings import settings
@@ -29,7 +30,7 @@ def divisor(labels: torch.Tensor, given: Any, **rule: Any) -> Any:
     return _counted(labels, given, **rule)
 
 
-@torch.compiler.disable
+@not_compiled
 def _counted(labels: torch.Tensor, given: Any, **rule: Any) -> Any:
     step = steps.current()
     return given if step is None else step.divisor(labels, given, **rule)

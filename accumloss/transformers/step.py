@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 
 import torch
 
+from .._compat import not_compiled
 from ..functional import Divisor, Observer
 
 
@@ -408,13 +409,13 @@ def current() -> Step | None:
     return _current
 
 
-@torch.compiler.disable
+@not_compiled
 def share(of: Callable[[Step], Any]) -> Any:
     """What the current step says that something is multiplied by; 1 where there is none."""
     return 1.0 if _current is None else of(_current)
 
 
-@torch.compiler.disable
+@not_compiled
 def part(value: torch.Tensor, share: Callable[[Step], Any]) -> torch.Tensor:
     """A mean of one micro-batch as a part of the current step's, which is as large as share says."""
     return value if _current is None else _current.part(value, share(_current))

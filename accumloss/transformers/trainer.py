@@ -26,6 +26,7 @@ from typing import Any
 
 import torch
 
+from .._compat import not_compiled
 from ..sums import TokenSums
 from . import evaluation as evaluations
 from . import hook, losses, mapping, rebind
@@ -68,7 +69,7 @@ class Metrics:
         self.sums: Any = None  # items, correct ones, entropy: (3,) float64
         self.to_log: dict[str, float] = {}
 
-    @torch.compiler.disable
+    @not_compiled
     def __call__(self, loss: torch.Tensor, sums: TokenSums | None) -> torch.Tensor:
         step = steps.current()
         if sums is not None and step is not None and step.observer is self:
