@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import gc
 import json
 import logging
 import os
@@ -77,6 +78,7 @@ def run(options: argparse.Namespace) -> int:
 def run_one(options: argparse.Namespace) -> int:
     _quiet()
     subject = models.from_factory(options.factory) if options.factory else models.from_name(options.model)
+    gc.freeze()  # Trainer collects garbage after each training: all that is imported takes most of that time
     steps = 1 + len(WAYS) * len([size for size in options.batch_sizes if 0 < size < len(subject.rows)])
     with report.progress(steps, "steps") as advance:
         found = audit_rows(

@@ -32,6 +32,9 @@ def from_name(name: str) -> Subject:
     """
     if Path(name).is_dir():
         return _from_checkpoint(name)
+    cls = tiny.loss_bearing_class(name)
+    if cls is not None:
+        return _tiny(cls)
     classes = tiny.loss_bearing_classes()
     if name in classes:
         return _tiny(_class(classes, name))

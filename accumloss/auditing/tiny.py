@@ -22,7 +22,7 @@ import torch
 from .inputs import CannotBuild, configs_of, head_of, label_names, rows
 from .measure import collate, loss_of, named_line
 
-__all__ = ["CannotBuild", "build", "head_of", "loss_bearing_classes", "rows", "tiny_config"]
+__all__ = ["CannotBuild", "build", "head_of", "loss_bearing_class", "loss_bearing_classes", "rows", "tiny_config"]
 
 WIDTH, INNER, HEADS, HEAD_DIM, LAYERS = 32, 64, 2, 16, 2
 VOCAB, FIRST_SPECIAL = 96, 64  # ordinary ids lie below FIRST_SPECIAL
@@ -241,11 +241,20 @@ def _classes() -> dict[str, type]:
     from transformers import PreTrainedModel
 
     _import_modeling_modules()
-    found = {}
-    for cls in _subclasses(PreTrainedModel):
-        if cls.__module__.startswith("transformers.models.") and isinstance(cls.config_class, type) and _has_loss(cls):
-            found[cls.__name__] = cls
-    return found
+    return {cls.__name__: cls for cls in _subclasses(PreTrainedModel) if _bears_loss(cls)}
+
+
+def loss_bearing_class(name: str) -> type | None:
+    """The class of that name in transformers if its forward computes a loss; the others are not imported."""
+    import transformers
+
+    cls = getattr(transformers, name, None)
+    is_model = isinstance(cls, type) and issubclass(cls, transformers.PreTrainedModel)
+    return cls if is_model and _bears_loss(cls) else None
+
+
+def _bears_loss(cls: Any) -> bool:
+    return cls.__module__.startswith("transformers.models.") and isinstance(cls.config_class, type) and _has_loss(cls)
 
 
 def _import_modeling_modules() -> None:
