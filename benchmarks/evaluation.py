@@ -37,7 +37,7 @@ FIELDS = ("class", "head", "way", "processes", "batch_size", "eval_loss", "trans
 def evaluations(processes: int) -> list[dict[str, object]]:
     found: list[dict[str, object]] = []
     for head in EVALUATED:
-        name, config, targets, _ = HEADS[head]
+        name, config, targets = HEADS[head]
         model, examples = build(name, **config).eval(), rows(targets)[:7]
         for way in ("stock", "accumloss"):
             for size in BATCH_SIZES:

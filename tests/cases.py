@@ -10,7 +10,7 @@ import torch
 from accumloss import LossOptions
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Case:
     name: str
     logits: torch.Tensor  # (..., V), any strides

@@ -1,5 +1,6 @@
 """What all tests share: the installed package, one thread of torch a worker, groups for pytest-xdist, no silent skips in CI."""
 
+import gc
 import importlib.machinery
 import os
 import re
@@ -33,6 +34,13 @@ def _one_thread():
     torch.set_num_threads(before)
 
 
+@pytest.fixture(scope="module", autouse=True)
+def _modules_are_no_garbage():
+    """Trainer collects garbage after each training: what torch and transformers are made of takes most of that time."""
+    gc.collect()
+    gc.freeze()
+
+
 @pytest.fixture
 def threads():
     """torch.set_num_threads, taken back after the test."""
@@ -41,15 +49,25 @@ def threads():
     torch.set_num_threads(before)
 
 
+# Module fixtures that are dear: whoever asks for one goes to the worker that has it. Those that start two ranks go to one
+# worker, so that no four processes share two cores.
+DEAR = {"two_ranks": "torchrun", "ranks": "torchrun", "by_capability": "instruction sets", "demo_result": "demo"}
+
+
 @pytest.hookimpl(tryfirst=True)  # before xdist reads the groups
 def pytest_collection_modifyitems(items):
-    """A test function with all of its parameters is what a worker takes at once, unless it names a group of its own."""
+    """Names what one worker takes at once: a test function with all of its parameters, or what shares a dear fixture.
+
+    The groups of several functions come first, so that none is left to one worker at the end.
+    """
     for item in items:
         if item.get_closest_marker("xdist_group") is None:
-            name = getattr(item, "originalname", item.name)
-            item.add_marker(pytest.mark.xdist_group(f"{item.path.stem}::{name}"))
+            dear = [group for fixture, group in DEAR.items() if fixture in item.fixturenames]
+            name = f"{item.path.stem}::{getattr(item, 'originalname', item.name)}"
+            item.add_marker(pytest.mark.xdist_group(dear[0] if dear else name))
         for marker in item.iter_markers("slow"):
             assert marker.args and isinstance(marker.args[0], str), f"{item.nodeid}: slow needs a reason"
+    items.sort(key=lambda item: "::" in item.get_closest_marker("xdist_group").args[0])
 
 
 def _fail_a_skip(report):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from typing import NamedTuple
 
 import torch
@@ -18,15 +19,38 @@ class Expected(NamedTuple):
     grad_bound: torch.Tensor  # (..., V)
 
 
+class _Exact(NamedTuple):
+    """What does not depend on the incoming gradient, in which the gradient is linear."""
+
+    sums: tuple[torch.Tensor, ...]
+    rows: reference.Rows
+    grad: torch.Tensor  # (..., V) of loss_sum
+    z: torch.Tensor  # (..., V)
+    terms: torch.Tensor  # (..., V) sum of the magnitudes that an entry of grad is the difference of
+
+
+_known: weakref.WeakKeyDictionary[Case, _Exact] = weakref.WeakKeyDictionary()
+
+
 def expected(case: Case, device: str = "cpu", grad_loss_sum: float = 1.0) -> Expected:
-    """The float64 answer for the case's (rounded) logits, on CPU."""
-    case = case.to("cpu")
+    """The float64 answer for the case's (rounded) logits, on CPU; computed once for each case."""
+    if case not in _known:
+        _known[case] = _exact(case.to("cpu"))
+    sums, rows, grad, z, terms = _known[case]
+    options = case.options
+    grad, terms = grad * grad_loss_sum, terms * abs(grad_loss_sum)
+    is_transformed = options.softcap > 0 or options.logit_scale != 1
+    bound = gradient_bound(grad, z, rows.lse, terms, case.logits.dtype, device, is_transformed)
+    return Expected(sums, rows, grad, bound)
+
+
+def _exact(case: Case) -> _Exact:
     options = case.options
     logits = case.logits.double().detach().requires_grad_()
     rows = reference.rows(logits, case.labels, case.weight, options, shift=case.shift)
     sums = reference.cross_entropy(logits, case.labels, case.weight, options, shift=case.shift)
     if case.logits.numel():
-        (grad,) = torch.autograd.grad(sums[0] * grad_loss_sum, logits)
+        (grad,) = torch.autograd.grad(sums[0], logits)
     else:
         grad = torch.zeros_like(logits)
     grad = torch.where(rows.is_item.unsqueeze(-1), grad, torch.zeros_like(grad))
@@ -50,10 +74,8 @@ def expected(case: Case, device: str = "cpu", grad_loss_sum: float = 1.0) -> Exp
             slope = options.logit_scale / torch.cosh(options.logit_scale * logits / options.softcap) ** 2
         if logits.dtype == case.logits.dtype:  # the oracle's own rounding: its smoothing gradient is a sum over V
             terms = terms + share * weight.sum()
-        terms = terms * slope * abs(grad_loss_sum)
-        is_transformed = options.softcap > 0 or options.logit_scale != 1
-        bound = gradient_bound(grad, z, rows.lse, terms, case.logits.dtype, device, is_transformed)
-    return Expected(sums, rows, grad, bound)
+        detached = reference.Rows(*(value.detach() for value in rows))
+        return _Exact(tuple(value.detach() for value in sums), detached, grad, z, terms * slope)
 
 
 def z_scale(case: Case) -> float:

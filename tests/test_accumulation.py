@@ -5,10 +5,7 @@ import doctest
 import gc
 import json
 import math
-import os
 import random
-import subprocess
-import sys
 import weakref
 from pathlib import Path
 
@@ -18,6 +15,7 @@ import torch.nn.functional as F
 from tolerances import ACCUMULATED_GRADIENT, SUM
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
+from torchrun import torchrun
 from windows import KEPT, TinyLM, error, gradients, loss_sum, norm, one_batch, split, targets, window
 
 import accumloss
@@ -25,8 +23,6 @@ from accumloss import Accumulator, accumulation
 
 EXACT = ACCUMULATED_GRADIENT[torch.float32]
 SPLITS = {"whole": [8], "halves": [4, 4], "uneven": [3, 1, 4], "single rows": [1] * 8}
-
-
 
 
 def sums_of(model, inputs, labels, **options):
@@ -674,11 +670,7 @@ ITEMS = sum(KEPT) - len(KEPT)
 def ranks(tmp_path_factory):
     """What each of two ranks found: case -> figures. One torchrun for all of the cases."""
     out = tmp_path_factory.mktemp("ranks")
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
-    command += [str(HERE / "distributed_accumulation.py"), str(out)]
-    environment = {**os.environ, "PYTHONPATH": str(HERE), "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=150)
-    assert done.returncode == 0, done.stderr[-3000:]
+    torchrun(HERE / "distributed_accumulation.py", out)
     return [json.loads((out / f"rank{rank}.json").read_text()) for rank in range(2)]
 
 

@@ -1,5 +1,6 @@
 """The ops on CPU against float64: values, gradients, and the properties that any partition or order must keep."""
 
+import functools
 import math
 import os
 import subprocess
@@ -25,11 +26,15 @@ from accumloss import LossOptions
 ops = torch.ops.accumloss
 
 
+@functools.cache  # the oracle knows a case by its identity
+def all_cases() -> list[tuple[torch.dtype, Case]]:
+    return [(dtype, case) for dtype in DTYPES for case in (*sample_cases(dtype), *short_cases(dtype))]
+
+
 def pytest_generate_tests(metafunc):
     if "case" in metafunc.fixturenames:
-        cases = [(dtype, case) for dtype in DTYPES for case in (*sample_cases(dtype), *short_cases(dtype))]
-        ids = [f"{str(dtype).removeprefix('torch.')}-{case.name}" for dtype, case in cases]
-        metafunc.parametrize("case", [case for _, case in cases], ids=ids)
+        ids = [f"{str(dtype).removeprefix('torch.')}-{case.name}" for dtype, case in all_cases()]
+        metafunc.parametrize("case", [case for _, case in all_cases()], ids=ids)
 
 
 def accumulation(case: Case) -> torch.dtype:
@@ -64,17 +69,17 @@ def gradients(case: Case, grad_loss_sum: float):
     yield "with_grad_", in_place
 
 
-@pytest.mark.parametrize("grad_loss_sum", [1.0, -0.37])
-def test_gradients_match_float64(case, grad_loss_sum):
-    wanted = expected(case, grad_loss_sum=float(torch.tensor(grad_loss_sum, dtype=accumulation(case))))
-    found = dict(gradients(case, grad_loss_sum))
-    for way, grad in found.items():
-        assert grad.dtype == case.logits.dtype and grad.shape == case.logits.shape
-        assert_within(grad, wanted.grad, wanted.grad_bound, f"{case.name}, {way}")
-        assert (grad[~wanted.rows.is_item] == 0).all(), f"{case.name}, {way}: ignored rows"
-    if case.logits.is_contiguous():  # other strides may take another way
-        assert torch.equal(found["backward"].nan_to_num(), found["backward_"].nan_to_num())
-        assert torch.equal(found["with_grad"].nan_to_num(), found["with_grad_"].nan_to_num())
+def test_gradients_match_float64(case):
+    for grad_loss_sum in (1.0, -0.37):
+        wanted = expected(case, grad_loss_sum=float(torch.tensor(grad_loss_sum, dtype=accumulation(case))))
+        found = dict(gradients(case, grad_loss_sum))
+        for way, grad in found.items():
+            assert grad.dtype == case.logits.dtype and grad.shape == case.logits.shape
+            assert_within(grad, wanted.grad, wanted.grad_bound, f"{case.name}, {way}, {grad_loss_sum}")
+            assert (grad[~wanted.rows.is_item] == 0).all(), f"{case.name}, {way}: ignored rows"
+        if case.logits.is_contiguous():  # other strides may take another way
+            assert torch.equal(found["backward"].nan_to_num(), found["backward_"].nan_to_num())
+            assert torch.equal(found["with_grad"].nan_to_num(), found["with_grad_"].nan_to_num())
 
 
 def test_sums_are_the_same_with_and_without_the_gradient(case):
@@ -328,22 +333,19 @@ def test_correct_predictions_are_those_of_argmax(dtype):
 
 @pytest.mark.parametrize("options", [{}, {"label_smoothing": 0.1, "z_loss": 1e-3}], ids=["plain", "options"])
 @pytest.mark.parametrize("shape", [(40, 5000), (1, 100_000), (7, 33_000), (5000, 9), (9000, 5), (3000, 120)])
-def test_same_bits_for_any_number_of_threads(shape, options):
+def test_same_bits_for_any_number_of_threads(shape, options, threads):
     logits = (torch.randn(shape, generator=torch.Generator().manual_seed(0)) * 3).bfloat16()
     labels = torch.randint(0, shape[-1], shape[:-1], generator=torch.Generator().manual_seed(1))
     weight = torch.rand(shape[-1], generator=torch.Generator().manual_seed(2))
     options = LossOptions(**options).as_kwargs()
     one = torch.ones(())
-    before, results = torch.get_num_threads(), []
-    try:
-        for threads in (1, 2, 3, 5, 2):
-            torch.set_num_threads(threads)
-            forward = ops.cross_entropy(logits, labels, weight, metrics=True, **options)
-            grad = ops.cross_entropy_backward(one, logits, labels, forward[3], forward[6], weight, **options)
-            fused = ops.cross_entropy_with_grad(one, logits, labels, weight, metrics=True, **options)
-            results.append((*forward, grad, *fused))
-    finally:
-        torch.set_num_threads(before)
+    results = []
+    for count in (1, 2, 3, 5, 2):
+        threads(count)
+        forward = ops.cross_entropy(logits, labels, weight, metrics=True, **options)
+        grad = ops.cross_entropy_backward(one, logits, labels, forward[3], forward[6], weight, **options)
+        fused = ops.cross_entropy_with_grad(one, logits, labels, weight, metrics=True, **options)
+        results.append((*forward, grad, *fused))
     for result in results[1:]:
         for a, b in zip(results[0], result, strict=True):
             assert torch.equal(a, b)
@@ -352,48 +354,54 @@ def test_same_bits_for_any_number_of_threads(shape, options):
 CAPABILITY_PROGRAM = """
 import sys, torch, accumloss
 sys.path.insert(0, sys.argv[1])
-from cases import DTYPES, sample_cases, short_cases
-from oracle import check_sums, expected
-from tolerances import assert_within
 import test_cross_entropy as t
 assert accumloss.build_info()["cpu_capability"] == sys.argv[2], accumloss.build_info()
-bits = []
-for dtype in DTYPES:
-    for case in (*sample_cases(dtype), *short_cases(dtype)):
-        wanted = expected(case)
-        found = t.ops.cross_entropy(case.logits, case.labels, case.weight, metrics=True, **case.kwargs)
-        check_sums(found, case, wanted)
-        bits += found
-        for way, grad in t.gradients(case, 1.0):
-            assert_within(grad, wanted.grad, wanted.grad_bound, case.name + ", " + way)
-            bits.append(grad)
+torch.set_num_threads(1)
 x = torch.arange(-(2**15), 2**15, dtype=torch.int32).to(torch.int16).view(torch.float16)  # every half
 scaled = x.clone()
-torch.ops.accumloss.scale_(scaled, torch.tensor(0.625))
+t.ops.scale_(scaled, torch.tensor(0.625))
 assert torch.equal(torch.nan_to_num(scaled), torch.nan_to_num((x.float() * 0.625).half()))
-torch.save(bits, sys.argv[3])
+torch.save([t.everything(case) for _, case in t.all_cases()], sys.argv[3])
 """
 
 
-def run_capability(name: str, path: Path) -> list[torch.Tensor]:
-    here = str(Path(__file__).parent)
-    command = [sys.executable, "-P", "-c", CAPABILITY_PROGRAM, here, name, str(path)]
-    environment = {**os.environ, "ACCUMLOSS_CPU_CAPABILITY": name}
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
-    if done.returncode != 0 and "expected one of" in done.stderr:
-        pytest.skip(f"this machine has no {name}: {done.stderr.strip().splitlines()[-1]}")
-    assert done.returncode == 0, done.stderr
-    return torch.load(path)
+def everything(case: Case) -> tuple[tuple[torch.Tensor, ...], dict[str, torch.Tensor]]:
+    """All sums of a case, and its gradient by each way."""
+    sums = ops.cross_entropy(case.logits, case.labels, case.weight, metrics=True, **case.kwargs)
+    return sums, dict(gradients(case, 1.0))
+
+
+@pytest.fixture(scope="module")
+def by_capability(tmp_path_factory):
+    """Instruction set: everything() of every case, each computed once in a process of its own."""
+
+    @functools.cache
+    def run(name: str):
+        path = tmp_path_factory.mktemp(name) / "bits.pt"
+        command = [sys.executable, "-P", "-c", CAPABILITY_PROGRAM, str(Path(__file__).parent), name, str(path)]
+        environment = {**os.environ, "ACCUMLOSS_CPU_CAPABILITY": name}
+        done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+        if done.returncode != 0 and "expected one of" in done.stderr:
+            pytest.skip(f"this machine has no {name}: {done.stderr.strip().splitlines()[-1]}")
+        assert done.returncode == 0, done.stderr
+        return torch.load(path)
+
+    return run
 
 
 @pytest.mark.parametrize("name", ["portable", "avx2", "avx512"])
-def test_every_instruction_set(name, tmp_path):
-    run_capability(name, tmp_path / "bits.pt")
+def test_every_instruction_set(name, by_capability):
+    for (_, case), (sums, grads) in zip(all_cases(), by_capability(name), strict=True):
+        wanted = expected(case)
+        check_sums(sums, case, wanted)
+        for way, grad in grads.items():
+            assert_within(grad, wanted.grad, wanted.grad_bound, f"{case.name}, {way}")
 
 
-def test_avx2_and_avx512_give_the_same_bits(tmp_path):
-    for a, b in zip(run_capability("avx2", tmp_path / "a"), run_capability("avx512", tmp_path / "b"), strict=True):
-        assert torch.equal(a.nan_to_num(), b.nan_to_num())
+def test_avx2_and_avx512_give_the_same_bits(by_capability):
+    for (sums, grads), (others, other_grads) in zip(by_capability("avx2"), by_capability("avx512"), strict=True):
+        for a, b in zip((*sums, *grads.values()), (*others, *other_grads.values()), strict=True):
+            assert torch.equal(a.nan_to_num(), b.nan_to_num())
 
 
 def test_unknown_instruction_set_is_refused():

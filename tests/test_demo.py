@@ -30,18 +30,18 @@ def small():
 
 
 @pytest.fixture(scope="module")
-def result(small, tmp_path_factory):
+def demo_result(small, tmp_path_factory):
     out = tmp_path_factory.mktemp("demo") / "new" / "folder"
     demo.main(demo.Settings(out=out, steps=STEPS), as_json=True)
     return json.loads((out / "summary.json").read_text()), out
 
 
-def rows_of(result, task, way):
-    return {row["accumulation"]: row for row in result[0][task]["rows"] if row["way"] == way}
+def rows_of(demo_result, task, way):
+    return {row["accumulation"]: row for row in demo_result[0][task]["rows"] if row["way"] == way}
 
 
-def test_demo_writes_its_files(result):
-    summary, out = result
+def test_demo_writes_its_files(demo_result):
+    summary, out = demo_result
     files = ["curves.csv", "deviation.png", "loss.png", "masked_lm.png", "summary.json"]
     assert sorted(path.name for path in out.iterdir()) == files
     assert sorted(Path(name).name for name in summary["files"]) == files
@@ -49,8 +49,8 @@ def test_demo_writes_its_files(result):
         assert (out / name).read_bytes().startswith(b"\x89PNG")
 
 
-def test_demo_tables_are_what_the_curves_say(result):
-    summary, out = result
+def test_demo_tables_are_what_the_curves_say(demo_result):
+    summary, out = demo_result
     with (out / "curves.csv").open(newline="") as file:
         lines = list(csv.DictReader(file))
     assert len(lines) == STEPS * len(runs.DEPTHS) * sum(map(len, runs.WAYS.values()))
@@ -65,8 +65,8 @@ def test_demo_tables_are_what_the_curves_say(result):
             assert row["step_ms"] > 0
 
 
-def test_demo_shows_that_trainer_adds_up_the_means_of_a_masked_lm(result):
-    stock = rows_of(result, runs.MASKED_LM, runs.TRANSFORMERS)
+def test_demo_shows_that_trainer_adds_up_the_means_of_a_masked_lm(demo_result):
+    stock = rows_of(demo_result, runs.MASKED_LM, runs.TRANSFORMERS)
     assert set(stock) == set(runs.DEPTHS)
     assert stock[4]["gradient_ratio"] > 3
     assert stock[16]["gradient_ratio"] > 12
@@ -76,8 +76,8 @@ def test_demo_shows_that_trainer_adds_up_the_means_of_a_masked_lm(result):
     assert stock[4]["max_weight_deviation"] > 2
 
 
-def test_demo_accumloss_is_exact_for_a_masked_lm(result):
-    exact = rows_of(result, runs.MASKED_LM, runs.ACCUMLOSS)
+def test_demo_accumloss_is_exact_for_a_masked_lm(demo_result):
+    exact = rows_of(demo_result, runs.MASKED_LM, runs.ACCUMLOSS)
     assert set(exact) == set(runs.DEPTHS)
     for row in exact.values():
         assert row["gradient_ratio"] == pytest.approx(1, abs=TRAINER_GRADIENT)
@@ -85,9 +85,9 @@ def test_demo_accumloss_is_exact_for_a_masked_lm(result):
         assert row["max_weight_deviation"] <= TRAINER_GRADIENT  # plain SGD: the distance trained is made of gradients
 
 
-def test_demo_shows_the_mean_of_means_and_that_accumloss_has_it_not(result):
-    sick = rows_of(result, runs.CAUSAL_LM, runs.MEAN_OF_MEANS)
-    well = rows_of(result, runs.CAUSAL_LM, runs.ACCUMLOSS)
+def test_demo_shows_the_mean_of_means_and_that_accumloss_has_it_not(demo_result):
+    sick = rows_of(demo_result, runs.CAUSAL_LM, runs.MEAN_OF_MEANS)
+    well = rows_of(demo_result, runs.CAUSAL_LM, runs.ACCUMLOSS)
     assert set(sick) == set(well) == set(runs.DEPTHS)
     for depth in runs.DEPTHS:
         # the losses are fp32 sums over the same tokens in another grouping
@@ -99,13 +99,13 @@ def test_demo_shows_the_mean_of_means_and_that_accumloss_has_it_not(result):
             assert sick[depth]["max_weight_deviation"] > 100 * well[depth]["max_weight_deviation"]
 
 
-def test_demo_full_batch_deviates_from_nothing(result):
+def test_demo_full_batch_deviates_from_nothing(demo_result):
     for task in runs.WAYS:
-        full = rows_of(result, task, runs.TRANSFORMERS)[1]
+        full = rows_of(demo_result, task, runs.TRANSFORMERS)[1]
         assert full["gradient_ratio"] == 1
         assert full["max_loss_deviation"] == full["max_weight_deviation"] == 0
     # one micro-batch has one mean: no disease
-    one = rows_of(result, runs.CAUSAL_LM, runs.MEAN_OF_MEANS)[1]
+    one = rows_of(demo_result, runs.CAUSAL_LM, runs.MEAN_OF_MEANS)[1]
     assert one["max_loss_deviation"] <= TRAINER_LOSS * one["last_loss"]
 
 
@@ -159,8 +159,8 @@ def test_demo_models_start_equal(module):
     assert torch.equal(torch.get_rng_state(), state)
 
 
-def test_demo_tables_print(result, capsys):
-    summary, _ = result
+def test_demo_tables_print(demo_result, capsys):
+    summary, _ = demo_result
     report.print_tables(summary)
     printed = capsys.readouterr().out
     for words in ("mean of means", "transformers", "accumloss", "deviation", "BertForMaskedLM", "curves.csv"):
@@ -168,8 +168,8 @@ def test_demo_tables_print(result, capsys):
     assert max(map(len, printed.splitlines()[:-1])) <= 120
 
 
-def test_demo_shows_what_has_diverged(result, tmp_path, capsys):
-    summary, out = result
+def test_demo_shows_what_has_diverged(demo_result, tmp_path, capsys):
+    summary, out = demo_result
     assert math.isnan(runs.largest([1.0, math.nan, 2.0]))
     assert runs.largest([1.0, math.inf, 2.0]) == math.inf
     row = runs.Row(runs.TRANSFORMERS, 16, math.nan, 16.0, math.inf, math.nan, 1.0, None)

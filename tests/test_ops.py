@@ -17,12 +17,25 @@ CONTRACT = {
 }  # fmt: skip
 
 
+OTHER_DTYPE = pytest.mark.slow("the fast tier has every case in one dtype, and every dtype")
+
+SECOND = pytest.mark.slow("three seconds a case, traced through the reference; the fast tier has one of each kind")
+
+
 def pytest_generate_tests(metafunc):
     if "case" in metafunc.fixturenames:
-        dtypes = getattr(metafunc.function, "dtypes", DTYPES)
-        cases = [(d, c) for d in dtypes for c in sample_cases(d, large=False) if c.name in CONTRACT]
-        ids = [f"{str(dtype).removeprefix('torch.')}-{case.name}" for dtype, case in cases]
-        metafunc.parametrize("case", [case for _, case in cases], ids=ids)
+        is_opcheck = metafunc.function is not test_gradcheck_and_gradgradcheck
+        is_second = metafunc.function is test_opcheck_of_the_second_derivative
+        parameters = []
+        for dtype in DTYPES if is_opcheck else (torch.float64,):
+            cases = [case for case in sample_cases(dtype, large=False) if case.name in CONTRACT]
+            for i, case in enumerate(cases):
+                marks = OTHER_DTYPE if is_opcheck and DTYPES[i % len(DTYPES)] != dtype else ()
+                if is_second and case.name not in ("shift", "everything"):
+                    marks = SECOND
+                name = f"{str(dtype).removeprefix('torch.')}-{case.name}"
+                parameters.append(pytest.param(case, id=name, marks=marks))
+        metafunc.parametrize("case", parameters)
 
 
 def test_opcheck(case):
@@ -34,7 +47,7 @@ def test_opcheck(case):
     leaf = logits.detach().requires_grad_()
     check(ops.cross_entropy.default, (leaf, labels, weight), {**kwargs, "metrics": True})
     _, _, _, lse, _, _, nll = ops.cross_entropy(logits, labels, weight, **kwargs)
-    check(ops.cross_entropy_backward.default, (g, leaf, labels, lse, nll, weight), kwargs)
+    check(ops.cross_entropy_backward.default, (g, logits, labels, lse, nll, weight), kwargs)
     check(ops.cross_entropy_with_grad.default, (g, logits, labels, weight), kwargs)
     dense = logits.clone(memory_format=torch.contiguous_format)
     check(ops.cross_entropy_backward_.default, (g, dense.clone(), labels, lse, nll, weight), kwargs)
@@ -44,6 +57,15 @@ def test_opcheck(case):
     check(ops.masked_lm.default, (leaf, labels, weight), lm)
     if logits.dim() > 1:
         check(ops.causal_lm.default, (leaf, labels, weight), lm)
+
+
+def test_opcheck_of_the_second_derivative(case):
+    """The backward's own formula, for logits that require grad."""
+    leaf = case.logits.detach().requires_grad_()
+    g = torch.tensor(0.5, dtype=torch.float64 if case.logits.dtype == torch.float64 else torch.float32)
+    _, _, _, lse, _, _, nll = ops.cross_entropy(case.logits, case.labels, case.weight, **case.kwargs)
+    arguments = (g, leaf, case.labels, lse, nll, case.weight)
+    torch.library.opcheck(ops.cross_entropy_backward.default, arguments, case.kwargs)
 
 
 def test_gradcheck_and_gradgradcheck(case):
@@ -58,9 +80,6 @@ def test_gradcheck_and_gradgradcheck(case):
     assert torch.autograd.gradcheck(loss_sum, (leaf,))
     if leaf.numel() and case.name != "no leading dimension":
         assert torch.autograd.gradgradcheck(loss_sum, (leaf,), fast_mode=True)
-
-
-test_gradcheck_and_gradgradcheck.dtypes = (torch.float64,)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

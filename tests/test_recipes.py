@@ -1,10 +1,7 @@
 """Runs the blocks of docs/recipes.md as they stand, each against the one batch of every optimizer step."""
 
 import copy
-import os
 import re
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -12,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from tolerances import ACCUMULATED_GRADIENT, SUM, UNIT
 from torch.optim.optimizer import register_optimizer_step_post_hook
+from torchrun import torchrun
 from windows import TinyLM, error, gradients, norm, split, targets, window
 
 import accumloss
@@ -22,8 +20,6 @@ BLOCKS = {name: text.split("```python\n")[1].split("```")[0] for name, text in S
 EXACT = ACCUMULATED_GRADIENT[torch.float32]
 SIZES = ([2, 2, 2, 2], [1, 4, 1, 2])  # of the micro-batches of each window
 LR = 0.1
-
-
 
 
 def micro_batches():
@@ -200,20 +196,13 @@ def windows():
 """
 
 
+@pytest.mark.xdist_group("torchrun")
 @pytest.mark.parametrize("recipe", ["DistributedDataParallel", "FSDP"])
 def test_torchrun(recipe, tmp_path):
     command = re.search(r"^torchrun (.*)$", SECTIONS[recipe], re.M)[1].split()
     (tmp_path / command[-1]).write_text(BLOCKS[recipe])
     (tmp_path / "mine.py").write_text(MINE)
-    environment = {
-        **os.environ,
-        "PYTHONPATH": str(Path(__file__).parent),
-        "OMP_NUM_THREADS": "1",
-        "CUDA_VISIBLE_DEVICES": "",
-    }
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", *command]
-    done = subprocess.run(torchrun, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=100)
-    assert done.returncode == 0, done.stderr[-3000:]
+    torchrun(*command, cwd=tmp_path)
     start, model = dict(TinyLM().named_parameters()), TinyLM()
     train_on_one_batch(model, 1.0)
     trained = torch.load(tmp_path / "weights.pt")

@@ -136,52 +136,49 @@ QWEN_VL = {
     "vision_config": {"depth": 1, "embed_dim": 16, "num_heads": 2, "hidden_size": 16},
 }
 
-# name: class, configuration, targets, whether stock is exact at 4 x 2
+# name: class, configuration, targets
 HEADS = {
-    "causal": ("LlamaForCausalLM", {}, "tokens", True),
-    "causal, no loss_type": ("GPT2LMHeadModel", {}, "tokens", True),  # exact, but divides by the wrong number: trap 3
-    "vision and language": ("Qwen2VLForConditionalGeneration", QWEN_VL, "tokens", True),
-    "masked": ("ModernBertForMaskedLM", {"pad_token_id": 0, "eos_token_id": 1}, "tokens", True),
-    "token classes": ("LlamaForTokenClassification", CLASSES, "tags", False),
-    "sequence class": ("LlamaForSequenceClassification", CLASSES, "class", False),
-    "regression": ("LlamaForSequenceClassification", {**CLASSES, "num_labels": 1}, "value", False),
+    "causal": ("LlamaForCausalLM", {}, "tokens"),
+    "causal, no loss_type": ("GPT2LMHeadModel", {}, "tokens"),  # stock divides by the wrong number: trap 3
+    "vision and language": ("Qwen2VLForConditionalGeneration", QWEN_VL, "tokens"),
+    "masked": ("ModernBertForMaskedLM", {"pad_token_id": 0, "eos_token_id": 1}, "tokens"),
+    "token classes": ("LlamaForTokenClassification", CLASSES, "tags"),
+    "sequence class": ("LlamaForSequenceClassification", CLASSES, "class"),
+    "regression": ("LlamaForSequenceClassification", {**CLASSES, "num_labels": 1}, "value"),
     "multi label": (
         "LlamaForSequenceClassification",
         {**CLASSES, "problem_type": "multi_label_classification"},
         "multi",
-        False,
     ),
-    "question answering": ("LlamaForQuestionAnswering", {}, "span", False),
-    "image class": ("ViTForImageClassification", VISION, "image", True),
+    "question answering": ("LlamaForQuestionAnswering", {}, "span"),
+    "image class": ("ViTForImageClassification", VISION, "image"),
     "image class, no kwargs": (  # accepts_loss_kwargs = False
         "ConvNextForImageClassification",
         {"image_size": 32, "hidden_sizes": [8] * 4, "depths": [1] * 4, "num_labels": LABELS},
         "image",
-        True,
     ),
     # these call PyTorch's losses in their forward
-    "masked, own loss": ("BertForMaskedLM", {}, "tokens", False),
-    "masked and sentence order": ("BertForPreTraining", {}, "pretraining", False),
-    "encoder-decoder, own loss": ("T5ForConditionalGeneration", T5, "tokens", False),
-    "decoder that does not shift": ("BartForCausalLM", BART, "tokens", False),
-    "token classes, own loss": ("BertForTokenClassification", CLASSES, "tags", False),
-    "sequence class, own loss": ("BertForSequenceClassification", CLASSES, "class", False),
-    "regression, own loss": ("BertForSequenceClassification", {"num_labels": 1}, "value", False),
+    "masked, own loss": ("BertForMaskedLM", {}, "tokens"),
+    "masked and sentence order": ("BertForPreTraining", {}, "pretraining"),
+    "encoder-decoder, own loss": ("T5ForConditionalGeneration", T5, "tokens"),
+    "decoder that does not shift": ("BartForCausalLM", BART, "tokens"),
+    "token classes, own loss": ("BertForTokenClassification", CLASSES, "tags"),
+    "sequence class, own loss": ("BertForSequenceClassification", CLASSES, "class"),
+    "regression, own loss": ("BertForSequenceClassification", {"num_labels": 1}, "value"),
     "multi label, own loss": (
         "BertForSequenceClassification",
         {**CLASSES, "problem_type": "multi_label_classification"},
         "multi",
-        False,
     ),
-    "question answering, own loss": ("BertForQuestionAnswering", {}, "span", False),
-    "multiple choice, own loss": ("BertForMultipleChoice", {}, "choice", False),
-    "segmentation": ("BeitForSemanticSegmentation", BEIT, "pixels", False),
+    "question answering, own loss": ("BertForQuestionAnswering", {}, "span"),
+    "multiple choice, own loss": ("BertForMultipleChoice", {}, "choice"),
+    "segmentation": ("BeitForSemanticSegmentation", BEIT, "pixels"),
 }
 
 
 @functools.cache
 def model_and_rows(head):
-    name, config, targets, _ = HEADS[head]
+    name, config, targets = HEADS[head]
     return build(name, **config), rows(targets)
 
 

@@ -18,7 +18,6 @@ from accumloss.auditing import AuditError, audit_rows, census, measure, worker
 from accumloss.auditing.report import verdict
 
 
-
 @pytest.fixture(scope="module")
 def bert():
     return build("BertForMaskedLM")

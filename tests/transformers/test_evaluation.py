@@ -5,27 +5,25 @@ import copy
 import functools
 import json
 import math
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 import transformers
 from tolerances import TRAINER_LOSS
+from torchrun import torchrun
 from training import COUNTS_POSITION_0, HEADS, IS_CURRENT, LENGTH, T5, build, make_trainer, rows, train
 from transformers import Seq2SeqTrainer, Seq2SeqTrainingArguments, Trainer
 
 import accumloss
 
 HERE = Path(__file__).resolve().parent
-TOKEN_HEADS = [head for head, (_, _, targets, _) in HEADS.items() if targets in ("tokens", "tags", "pixels")]
+TOKEN_HEADS = [head for head, (_, _, targets) in HEADS.items() if targets in ("tokens", "tags", "pixels")]
 
 
 @functools.cache
 def model_in_eval(head):
-    name, config, targets, _ = HEADS[head]
+    name, config, targets = HEADS[head]
     return build(name, **config).eval(), rows(targets)
 
 
@@ -260,8 +258,9 @@ def test_compiled_model():
 @pytest.mark.parametrize("head", ["causal", "masked and sentence order"])
 def test_metrics_of_a_compiled_model(head):
     model, examples = model_in_eval(head)
+    compiled_by_aot = {"torch_compile": True, "torch_compile_backend": "aot_eager"}  # the graphs, without the C++
     with accumloss.registered(metrics=True):
-        plain, compiled = (train(model, examples, 4, torch_compile=is_compiled) for is_compiled in (False, True))
+        plain, compiled = (train(model, examples, 4, **options) for options in ({}, compiled_by_aot))
         logs = [found.trainer.state.log_history[0] for found in (plain, compiled)]
     assert close(logs[0]["token_entropy"], logs[1]["token_entropy"])
     assert logs[0]["token_accuracy"] == logs[1]["token_accuracy"] and close(logs[0]["loss"], logs[1]["loss"])
@@ -364,41 +363,34 @@ def test_metrics_of_other_heads(head):
 # Two processes --------------------------------------------------------------------------------------------------------
 
 
-@functools.cache
-def two_ranks(folder):
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
-    command += [str(HERE / "distributed_evaluation.py"), str(folder)]
-    environment = {**os.environ, "PYTHONPATH": str(HERE.parent), "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr[-3000:]
-    return json.loads((folder / "result.json").read_text())
-
-
 @pytest.fixture(scope="module")
-def ranks_folder(tmp_path_factory):
-    return tmp_path_factory.mktemp("ranks")
+def two_ranks(tmp_path_factory):
+    """What rank 0 of two found. One torchrun for all of it."""
+    folder = tmp_path_factory.mktemp("ranks")
+    torchrun(HERE / "distributed_evaluation.py", folder)
+    return json.loads((folder / "result.json").read_text())
 
 
 @pytest.mark.parametrize("head", ["causal", "masked and sentence order", "multi label", "regression"])
 @pytest.mark.parametrize("count", [8, 7, 5, 1])
-def test_two_processes(head, count, ranks_folder):
+def test_two_processes(head, count, two_ranks):
     """7 and 5 rows do not divide among the ranks: what fills the last batch up is counted once."""
     model, examples = model_in_eval(head)
     wanted = evaluate(model, examples[:count], 8)["eval_loss"]
     for size in (1, 2, 3):
-        assert close(two_ranks(ranks_folder)[f"{head} {count} {size}"], wanted)
+        assert close(two_ranks[f"{head} {count} {size}"], wanted)
 
 
-def test_two_processes_log_the_metrics_of_both(ranks_folder):
+def test_two_processes_log_the_metrics_of_both(two_ranks):
     model, examples = learnable()
     accuracy, entropy = expected_metrics(model, examples)
-    found = two_ranks(ranks_folder)
+    found = two_ranks
     assert close(found["trained"]["token_accuracy"], accuracy) and close(found["trained"]["token_entropy"], entropy)
     assert close(found["evaluated"]["eval_token_accuracy"], accuracy)
 
 
-def test_stock_on_two_processes_is_not_that_of_one(ranks_folder):
+def test_stock_on_two_processes_is_not_that_of_one(two_ranks):
     model, examples = model_in_eval("causal")
     if IS_CURRENT:
-        stock = two_ranks(ranks_folder)["stock causal 7 2"]
+        stock = two_ranks["stock causal 7 2"]
         assert not close(stock, evaluate(model, examples[:7], 8, register=False)["eval_loss"])

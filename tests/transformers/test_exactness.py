@@ -28,6 +28,8 @@ from transformers import Seq2SeqTrainer, Seq2SeqTrainingArguments
 
 import accumloss
 
+STOCK_IS_EXACT = {"causal": True, "image class": True, "token classes": False, "masked, own loss": False}
+
 
 @functools.cache
 def whole(head):
@@ -36,7 +38,11 @@ def whole(head):
         return train(*model_and_rows(head), 1)
 
 
-@pytest.mark.parametrize("split", [(2, 4), (4, 2), (8, 1), (3, 3)], ids=str)
+MORE = pytest.mark.slow("the fast tier has one even split and the uneven one")
+SPLITS = [pytest.param((2, 4), marks=MORE), (4, 2), pytest.param((8, 1), marks=MORE), (3, 3)]
+
+
+@pytest.mark.parametrize("split", SPLITS, ids=str)
 @pytest.mark.parametrize("head", HEADS)
 def test_step_is_that_of_the_one_batch(head, split):
     accumulation, batch_size = split
@@ -49,15 +55,21 @@ def test_step_is_that_of_the_one_batch(head, split):
 
 
 @pytest.mark.parametrize("head", HEADS)
-def test_stock_is_exact_only_where_we_say_so(head):
-    stock_whole = train(*model_and_rows(head), 1)
-    stock = train(*model_and_rows(head), 4)
-    if IS_CURRENT:
-        assert (error(stock, stock_whole) <= TRAINER_GRADIENT) == HEADS[head][3]
+def test_one_batch_is_that_of_stock(head):
+    """The same loss and gradient as transformers' own, where there is nothing to accumulate."""
     miscounts = COUNTS_POSITION_0 and head in ("causal", "vision and language")
-    if head != "causal, no loss_type" and not miscounts:  # the same loss as stock's own, over one batch
-        assert error(whole(head), stock_whole) <= TRAINER_GRADIENT
-        assert loss_error(whole(head), stock_whole) <= TRAINER_LOSS
+    if head != "causal, no loss_type" and not miscounts:
+        stock = train(*model_and_rows(head), 1)
+        assert error(whole(head), stock) <= TRAINER_GRADIENT
+        assert loss_error(whole(head), stock) <= TRAINER_LOSS
+
+
+@pytest.mark.skipif(not IS_CURRENT, reason="transformers 5.23 and newer: what stock does wrong is of a version")
+@pytest.mark.parametrize("head", STOCK_IS_EXACT)
+def test_stock_is_exact_only_where_we_say_so(head):
+    """Of a sum and a mean that Trainer knows, and of two that it does not; docs/census.md has every class."""
+    stock_whole, stock = train(*model_and_rows(head), 1), train(*model_and_rows(head), 4)
+    assert (error(stock, stock_whole) <= TRAINER_GRADIENT) == STOCK_IS_EXACT[head]
 
 
 @pytest.mark.parametrize("accumulation", [2, 8])
@@ -192,7 +204,7 @@ def test_torch_compile(head):
 @pytest.mark.parametrize("head", ["causal", "token classes"])
 def test_lora(head):
     peft = pytest.importorskip("peft")
-    name, config, targets, _ = HEADS[head]
+    name, config, targets = HEADS[head]
     saved = ["lm_head"] if head == "causal" else ["score"]
     task = peft.TaskType.CAUSAL_LM if head == "causal" else peft.TaskType.TOKEN_CLS
     examples = rows(targets)

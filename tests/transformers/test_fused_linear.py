@@ -2,10 +2,8 @@
 
 import copy
 import json
-import os
 import pickle
 import re
-import subprocess
 import sys
 import warnings
 from pathlib import Path
@@ -16,6 +14,7 @@ import transformers
 from tolerances import SUM, TRAINER_GRADIENT, TRAINER_LOSS
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
+from torchrun import torchrun
 from training import norm
 
 import accumloss
@@ -74,12 +73,17 @@ ARCHITECTURES = [
 EXTRA = ["GPT2LMHeadModel", "BertLMHeadModel", "RoFormerForCausalLM", "GitForCausalLM"]
 
 
+# One for each way to the loss: plain, a softcap, a factor, a quotient, a bias, tied, rows chosen after the head, a cast, no
+# loss_type, a bias of its own parameter, labels over a part of the logits.
+FAST = ["Llama", "Gemma2", "Cohere", "Granite", "GPTJ", "Bloom", "Mamba", "RecurrentGemma", *EXTRA]
+
+
 def class_names():
-    for name in ARCHITECTURES:
-        found = f"{name}ForCausalLM"
+    for name in (*ARCHITECTURES, *EXTRA):
+        found = name if name in EXTRA else f"{name}ForCausalLM"
+        slow = pytest.mark.slow("another architecture whose head and loss are called as those of the fast tier are")
         if hasattr(transformers, found):
-            yield found
-    yield from (name for name in EXTRA if hasattr(transformers, name))
+            yield pytest.param(found, marks=[] if name in FAST else [slow])
 
 
 def relative_error(got, want):
@@ -514,13 +518,7 @@ def ranks(tmp_path_factory):
     """What two ranks found, under each engine."""
     here = Path(__file__).resolve().parents[1]
     out = tmp_path_factory.mktemp("ranks") / "found.json"
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(
-        [*command, str(here / "distributed_linear.py"), str(out)], env=environment, capture_output=True, text=True,
-        timeout=150,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr[-3000:]
+    torchrun(here / "distributed_linear.py", out)
     return json.loads(out.read_text())
 
 

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
-
 import pytest
 import torch
 import transformers
@@ -49,12 +47,16 @@ PATTERNS = {
 }
 
 
+@pytest.mark.parametrize(
+    "batch_sizes", [(3,), pytest.param((1, 2), marks=pytest.mark.slow("the uneven split is the harder one"))], ids=str
+)
 @pytest.mark.parametrize("name", PATTERNS.values(), ids=PATTERNS)
-def test_pattern_is_exact(name):
-    module = tiny.loss_bearing_classes().get(name)
-    if module is None:
+def test_pattern_is_exact(name, batch_sizes):
+    cls = tiny.loss_bearing_class(name)
+    if cls is None:
         pytest.skip(f"transformers {transformers.__version__} has no {name}")
-    line = worker.audit_class(module, name)
+    # stock, and the splits into equal parts, are the census's
+    line = worker.audit_class(cls.__module__, name, ways=("accumloss",), batch_sizes=batch_sizes)
     if line["status"] != "run" and not IS_CURRENT:
         pytest.skip(f"{name} does not run on transformers {transformers.__version__}: {line['reason']}")
     assert line["status"] == "run", line["reason"]
@@ -63,7 +65,8 @@ def test_pattern_is_exact(name):
 
 @pytest.mark.parametrize("name", ["CLIPModel", "RoCBertForPreTraining"])
 def test_coupled_losses_are_named(name):
-    line = worker.audit_class(tiny.loss_bearing_classes()[name], name)
+    module = tiny.loss_bearing_class(name).__module__
+    line = worker.audit_class(module, name, ways=("accumloss",), batch_sizes=(3,))
     assert not line["accumloss"]["exact"]
     assert census.verdict(line) == census.COUPLED and "scored against the other rows" in census.why_not_exact(line)
 
@@ -72,7 +75,7 @@ def test_unregistering_gives_losses_and_criteria_back():
     from transformers.loss import loss_for_object_detection as detection
 
     name = "DistilBertForMaskedLM"
-    model = tiny.build(getattr(importlib.import_module(tiny.loss_bearing_classes()[name]), name))
+    model = tiny.build(tiny.loss_bearing_class(name))
     get_loss = detection.ImageLoss.get_loss
     with accumloss.registered():
         rebind.rebind_modules_of(model)

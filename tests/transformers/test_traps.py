@@ -117,7 +117,7 @@ def test_trap_05_shift_labels_win():
 
 
 def test_trap_05_encoder_decoders_do_not_shift():
-    name, config, _, _ = HEADS["encoder-decoder, own loss"]
+    name, config, _ = HEADS["encoder-decoder, own loss"]
     with accumloss.registered():
         assert items(build(name, **config), rows()) == LABELS_IN_ALL
 
