@@ -21,7 +21,7 @@ import torch
 import torch.distributed as dist
 from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 
-from .sums import TokenSums, _at_least_one
+from .sums import TokenSums, _at_least_one, is_distributed
 
 Sums = TokenSums | torch.Tensor | tuple[torch.Tensor, int | torch.Tensor]
 Reduction = Literal["mean", "sum"]
@@ -94,7 +94,7 @@ class Accumulator:
             raise ValueError(f"Accumulator: expected max_items as an int >= 1, got {max_items!r}")
         engine = _engine(self._owner)
         self._group = process_group if process_group is not None else engine.group
-        self._ranks = dist.get_world_size(self._group) if _is_distributed() else 1
+        self._ranks = dist.get_world_size(self._group) if is_distributed() else 1
         if self._ranks > 1 and gradient_reduction is None and engine.reduction is None:
             raise ValueError(
                 f"Accumulator: expected gradient_reduction on {self._ranks} ranks, got None and no DDP or FSDP module to tell; "
@@ -246,7 +246,7 @@ class Accumulator:
         return list(self._owner.parameters()) if isinstance(self._owner, torch.nn.Module) else self._owner
 
     def _check_ranks(self, name: str) -> None:
-        ranks = dist.get_world_size(self._group) if _is_distributed() else 1
+        ranks = dist.get_world_size(self._group) if is_distributed() else 1
         if ranks != self._ranks:
             raise RuntimeError(
                 f"{name}: expected an Accumulator that was made after init_process_group, got one for {self._ranks} of {ranks} "
@@ -535,12 +535,8 @@ class _Engine(NamedTuple):
     hides_norm: bool = False  # shards without a mesh over which to take their norm
 
 
-def _is_distributed() -> bool:
-    return dist.is_available() and dist.is_initialized()
-
-
 def _engine(owner: Any) -> _Engine:
-    if not isinstance(owner, torch.nn.Module) or not _is_distributed():
+    if not isinstance(owner, torch.nn.Module) or not is_distributed():
         return _Engine()
     from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel  # a second to import, so only here
 
