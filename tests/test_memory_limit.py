@@ -312,6 +312,7 @@ print("alive")
 """
 
 
+@pytest.mark.slow("a process of its own; files stand in for control groups in every test above")
 @needs_kept_memory
 def test_a_process_in_a_small_group_is_not_killed():
     """Two gradients of 95 MiB in a group of 760 MiB: idle, they would take what the others need."""
