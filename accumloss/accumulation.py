@@ -11,17 +11,19 @@ gradients over W ranks have divided by W already, so there the factor is W / N.
 
 from __future__ import annotations
 
+import warnings
 import weakref
 from collections import defaultdict
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, Literal, NamedTuple
 
 import torch
 import torch.distributed as dist
 from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 
-from .sums import TokenSums, _at_least_one
+from .sums import TokenSums, _at_least_one, is_distributed
 
 Sums = TokenSums | torch.Tensor | tuple[torch.Tensor, int | torch.Tensor]
 Reduction = Literal["mean", "sum"]
@@ -94,21 +96,22 @@ class Accumulator:
             raise ValueError(f"Accumulator: expected max_items as an int >= 1, got {max_items!r}")
         engine = _engine(self._owner)
         self._group = process_group if process_group is not None else engine.group
-        self._ranks = dist.get_world_size(self._group) if _is_distributed() else 1
+        self._ranks = dist.get_world_size(self._group) if is_distributed() else 1
         if self._ranks > 1 and gradient_reduction is None and engine.reduction is None:
             raise ValueError(
                 f"Accumulator: expected gradient_reduction on {self._ranks} ranks, got None and no DDP or FSDP module to tell; "
                 'give "mean" where the gradients are averaged over the ranks, "sum" where they are added up'
             )
         self._factor = 1 if (gradient_reduction or engine.reduction) == "sum" else self._ranks  # undoes the averaging
-        self._is_sharded = engine.is_sharded
+        self._reduced_by_caller = gradient_reduction is not None
         self._hides_norm = engine.hides_norm
         self._scaler = scaler if scaler is not None and scaler.is_enabled() else None
         if max_items is None:
             max_items = 1 if self._scaler is None else DEFAULT_DIVISOR
         self._divisor = 1 << (max_items - 1).bit_length()
         self._window: _Window | None = None  # None between windows
-        self._mark: _Mark | None = None  # what a gradient was like when it was last known to be right
+        self._left: _Marks = {}  # the gradients that the last finish() left, until they are written to again
+        self._has_warned = False
         _watch_optimizers(self)
 
     def loss(
@@ -139,7 +142,6 @@ class Accumulator:
         """Records a micro-batch and back-propagates it, through ``scaler.scale`` where there is a scaler; else as ``loss()``."""
         loss = self._record("Accumulator.backward", sums, num_items, known_total)
         (loss if self._scaler is None else self._scaler.scale(loss)).backward()
-        self._mark = _mark(self._parameters())
 
     def finish(self, *, rescale: bool = True, max_norm: float | None = None) -> TokenSums:
         """Makes the gradients those of the window: one all_reduce of the sums, one pass over the gradients.
@@ -159,8 +161,8 @@ class Accumulator:
             items has num_items 0, mean_loss 0 and zero gradients.
 
         Raises:
-            RuntimeError: no micro-batch (on a single rank); one that was not back-propagated; gradients that were zeroed;
-                max_norm before ``scaler.unscale_``.
+            RuntimeError: no micro-batch (on a single rank); one that was not back-propagated; gradients that were zeroed,
+                clipped or scaled since; max_norm before ``scaler.unscale_``.
             ValueError: an int known_total that is not what was counted; max_norm out of range, or with FSDP1, whose
                 gradients are shards without a mesh.
         """
@@ -190,12 +192,12 @@ class Accumulator:
         if rescale and (window.known_total is None or max_norm is not None):
             _multiply_(grads, scale)
         self._window = None
-        self._mark = _mark(parameters)
+        self._left = _marks(parameters)
         return stats
 
     def reset(self) -> None:
         """Drops an unfinished window, after an error in its middle, say. The caller zeroes the gradients."""
-        self._window = self._mark = None
+        self._window, self._left = None, {}
 
     # ------------------------------------------------------------------------------------------------ a micro-batch
 
@@ -206,9 +208,9 @@ class Accumulator:
             _check_count(name, "known_total", known_total)
         if window is None:
             self._check_ranks(name)
-            window = _Window(known_total, leftover=self._mark)
+            window = _Window(known_total, left=self._left)
         else:
-            self._refuse_changes(name, window)
+            window.refuse_changes(name)
             window.check_known(name, known_total)
 
         loss_sum = checked.loss_sum
@@ -219,34 +221,17 @@ class Accumulator:
             loss = loss_sum * (self._factor / _at_least_one(total))
         else:
             loss = loss_sum * (self._factor / max(known_total, 1))
-        window.add(checked, loss)
-        self._window, self._mark = window, None
+        loss.register_hook(partial(_begin_backward, weakref.ref(self), window, window.add(checked)))
+        self._window, self._left = window, {}
         return loss
-
-    def _refuse_changes(self, name: str, window: _Window) -> None:
-        """Samples one gradient. Under FSDP, gradients that are not reduced yet are not in .grad, and None says nothing."""
-        mark = self._mark
-        lost = mark is not None and mark.parameter.grad is None
-        if mark is None and not window.pending and not self._is_sharded:
-            lost = all(p.grad is None for p in self._parameters())
-        if lost:
-            raise RuntimeError(
-                f"{name}: expected the gradients of the window's earlier micro-batches, got none; zero them after finish() "
-                "and optimizer.step() only, or drop the window with reset()"
-            )
-        if mark is not None and mark.is_changed():
-            raise RuntimeError(
-                f"{name}: expected gradients that nothing but backward() has changed in the middle of a window, got others; "
-                "zero, clip or scale them after finish(), add further losses to the sum, or drop the window with reset()"
-            )
 
     # -------------------------------------------------------------------------------------------------- a window
 
     def _parameters(self) -> list[torch.Tensor]:
-        return list(self._owner.parameters()) if isinstance(self._owner, torch.nn.Module) else self._owner
+        return _parameters_of(self._owner) if isinstance(self._owner, torch.nn.Module) else self._owner
 
     def _check_ranks(self, name: str) -> None:
-        ranks = dist.get_world_size(self._group) if _is_distributed() else 1
+        ranks = dist.get_world_size(self._group) if is_distributed() else 1
         if ranks != self._ranks:
             raise RuntimeError(
                 f"{name}: expected an Accumulator that was made after init_process_group, got one for {self._ranks} of {ranks} "
@@ -260,10 +245,7 @@ class Accumulator:
                 f"{name}: expected a backward of every loss, got none of {len(window.pending)} of {len(window.sums)}; "
                 "back-propagate what loss() returns, or drop the window with reset()"
             )
-        if self._mark is not None and self._mark.parameter.grad is None and self._window is not None:
-            raise RuntimeError(
-                f"{name}: expected the gradients of the window, got none; zero them after optimizer.step()"
-            )
+        window.refuse_changes(name, is_finish=True, may_be_reduced=self._reduced_by_caller)
         if max_norm is None:
             return
         if not max_norm > 0:
@@ -299,16 +281,36 @@ class Accumulator:
 
     # ------------------------------------------------------------------------------------------------ an optimizer
 
-    def _see_step(self, optimizer: torch.optim.Optimizer) -> None:
+    def _refuse_step(self, optimizer: torch.optim.Optimizer) -> None:
         """Called before (with a closure, after) each step of any optimizer."""
-        window, mark = self._window, self._mark
-        if window is None:
-            if mark is not None and mark.is_changed() and _holds(optimizer, [mark.parameter]):
-                self._mark = mark.again()  # clipped after finish(), say
-        elif _holds(optimizer, self._parameters()):
+        if self._window is not None and _holds(optimizer, self._parameters()):
             raise RuntimeError(
                 f"{type(optimizer).__name__}.step: expected Accumulator.finish() before it, got a window of "
-                f"{len(window.sums)} micro-batches whose gradients are sums; call finish() first"
+                f"{len(self._window.sums)} micro-batches whose gradients are sums; call finish() first"
+            )
+
+    def _see_step(self, optimizer: torch.optim.Optimizer) -> None:
+        """Called after each step of any optimizer: what is left now may have been clipped after finish()."""
+        if self._window is not None or not self._left:
+            return
+        stepped = [p for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
+        ours = [p for p in stepped if id(p) in self._left]
+        if not ours:
+            return
+        self._left.update(_marks(ours))
+        if not self._has_warned and len(ours) < len(stepped):
+            self._warn_of_others(optimizer, stepped)
+
+    def _warn_of_others(self, optimizer: torch.optim.Optimizer, stepped: list[torch.Tensor]) -> None:
+        accumulated = {id(p) for accumulator in list(_watched) for p in accumulator._parameters()}
+        others = sum(id(p) not in accumulated for p in stepped)
+        if others:
+            self._has_warned = True
+            warnings.warn(
+                f"{type(optimizer).__name__}.step: expected parameters of an Accumulator only, got {others} others with a gradient "
+                f"beside {len(stepped) - others}, which finish() has not rescaled; give all of them to the Accumulator, or the "
+                "others to an optimizer of their own",
+                stacklevel=2,
             )
 
 
@@ -323,9 +325,13 @@ class _Window:
     """Micro-batches of this rank. Their sums are added up in the end, not one by one: a stack each, and in fp64."""
 
     known_total: int | torch.Tensor | None = None
+    left: _Marks = field(default_factory=dict)  # gradients of the window before, which must be zeroed by now
     sums: list[TokenSums] = field(default_factory=list)
     pending: set[int] = field(default_factory=set)  # micro-batches that were not back-propagated yet
-    leftover: _Mark | None = None  # a gradient of the window before
+    written: _Marks = field(default_factory=dict)  # the gradients that the window has written, as they were after it
+    before: _Marks = field(default_factory=dict)  # all others, before the backward that runs
+    backward: int | None = None  # the backward that runs
+    running: set[int] = field(default_factory=set)  # and its micro-batches
 
     def check_known(self, name: str, known_total: int | torch.Tensor | None) -> None:
         if (known_total is None) != (self.known_total is None):
@@ -339,21 +345,75 @@ class _Window:
                 "all micro-batches and ranks"
             )
 
-    def add(self, sums: TokenSums, loss: torch.Tensor) -> None:
+    def add(self, sums: TokenSums) -> int:
+        """The index of the micro-batch."""
         index = len(self.sums)
         self.sums.append(sums.detach())
         self.pending.add(index)
-        loss.register_hook(lambda _: self.begin_backward(index))
+        return index
 
-    def begin_backward(self, index: int) -> None:
-        """Gradients may be zeroed until the first backward; Lightning zeroes them after the forward."""
-        if self.leftover is not None and self.leftover.is_unchanged():
+    def refuse_changes(self, name: str, is_finish: bool = False, may_be_reduced: bool = False) -> None:
+        """Raises where anything but a backward has written to the gradients of the window, or dropped them.
+
+        Not judged: unscale_ and all_reduce, which raise no version; another tensor in the place of a gradient, which
+        DistributedDataParallel puts there with views of its buckets, and a reduction that is not in place; and what is done
+        to gradients that the caller reduces.
+        """
+        lost, is_changed = 0, False
+        for parameter, grad, version in self.written.values():
+            now = parameter.grad
+            if now is None:
+                lost += 1
+            elif now._version != version and grad() is now and _version(now) != version:
+                is_changed = not may_be_reduced
+        if lost:
+            of = "" if is_finish else "'s earlier micro-batches"
+            raise RuntimeError(
+                f"{name}: expected the gradients of the window{of}, got none "
+                f"for {lost} of {len(self.written)} parameters; zero them after optimizer.step() only, or drop the window with "
+                "reset()"
+            )
+        if is_changed:
+            where = "before finish()" if is_finish else "in the middle of a window"
+            raise RuntimeError(
+                f"{name}: expected gradients that nothing but backward() has changed {where}, got others; zero, clip or scale "
+                "them after finish(), add further losses to the sum, or drop the window with reset()"
+            )
+
+    def pass_backward(self, index: int) -> None:
+        """A backward that cannot be watched."""
+        self.pending.discard(index)
+        self.left, self.written = {}, {}
+
+    def begin_backward(self, index: int, parameters: list[torch.Tensor]) -> bool:
+        """False where it is the second micro-batch of one backward."""
+        backward = torch._C._current_graph_task_id()
+        if self.backward == backward:
+            self.running.add(index)
+            return False
+        self.refuse_changes("Accumulator")  # Lightning zeroes between the loss and the first backward
+        self.left = {key: mark for key, mark in self.left.items() if _is_unchanged(mark)}
+        self.before = _marks(parameters, but=self.written)
+        self.backward, self.running = backward, {index}
+        return True
+
+    def end_backward(self, parameters: list[torch.Tensor]) -> None:
+        self.pending -= self.running
+        written = {}
+        for parameter in parameters:
+            key, grad = id(parameter), parameter.grad
+            if grad is None:
+                continue
+            before = self.before.get(key)
+            if before is None or not _is_unchanged(before):
+                written[key] = (parameter, weakref.ref(grad), _version(grad))
+        is_on_top = any(key in written for key in self.left)
+        self.written, self.before, self.backward = written, {}, None
+        if is_on_top:
             raise RuntimeError(
                 "Accumulator: expected gradients that were zeroed after the last window, got those of that window; call "
-                "optimizer.zero_grad() after optimizer.step()"
+                "optimizer.zero_grad() after optimizer.step(), and reset()"
             )
-        self.leftover = None
-        self.pending.discard(index)
 
     def pack(self, device: torch.device) -> torch.Tensor:
         """(7,) float64, on the device of the losses; on ``device`` where there is none. The same layout on all ranks."""
@@ -444,33 +504,77 @@ def _is_count(value: Any) -> bool:
 # ----------------------------------------------------------------------------------------------------------- gradients
 
 
-class _Mark(NamedTuple):
-    """A gradient and its version, to see whether anything has written to it since."""
-
-    parameter: torch.Tensor
-    grad: torch.Tensor
-    version: int
-
-    def is_unchanged(self) -> bool:
-        return self.parameter.grad is self.grad and _version(self.grad) == self.version
-
-    def is_changed(self) -> bool:
-        """Written to. Not: replaced by another tensor, which engines do with views of their buckets."""
-        return self.parameter.grad is self.grad and _version(self.grad) != self.version
-
-    def again(self) -> _Mark:
-        return self._replace(version=_version(self.grad))
+# A parameter, its gradient, and the gradient's version: whether anything has written to it since. The gradient by a weak
+# reference, so that one that is dropped is freed. A plain tuple, since there is one for each parameter and micro-batch.
+_Mark = tuple[torch.Tensor, "weakref.ref[torch.Tensor]", int]
+_Marks = dict[int, _Mark]  # by the id of the parameter
 
 
-def _mark(parameters: list[torch.Tensor]) -> _Mark | None:
-    """Of the first parameter that has a gradient."""
-    return next((_Mark(p, p.grad, _version(p.grad)) for p in parameters if p.grad is not None), None)
+def _marks(parameters: Iterable[torch.Tensor], but: _Marks | None = None) -> _Marks:
+    """Of all parameters that have a gradient."""
+    found = {}
+    for parameter in parameters:
+        grad = parameter.grad
+        if grad is not None and (but is None or id(parameter) not in but):
+            found[id(parameter)] = (parameter, weakref.ref(grad), _version(grad))
+    return found
+
+
+def _is_unchanged(mark: _Mark) -> bool:
+    parameter, grad, version = mark
+    now = parameter.grad
+    return now is not None and grad() is now and _version(now) == version
+
+
+def _begin_backward(accumulator: weakref.ref[Accumulator], window: _Window, index: int, _: torch.Tensor) -> None:
+    """A hook on the loss of a micro-batch: called when its backward begins, and calls when that has ended."""
+    if torch.compiler.is_compiling():  # compiled autograd, which traces hooks and has no such calls
+        window.pass_backward(index)
+        return
+    owner = accumulator()
+    if owner is None or owner._window is not window or not window.begin_backward(index, owner._parameters()):
+        return
+    _when_all_is_written(lambda: window.end_backward(owner._parameters()))
+
+
+def _when_all_is_written(work: Callable[[], None], turns: int = 4) -> None:
+    """Does the work when the backward that runs has ended, after the engines that write gradients then.
+
+    Autograd calls what is queued in its order. FSDP queues its work in a hook; DistributedDataParallel queues work that
+    queues some more. Going to the end of the queue a few times comes after both.
+    """
+    queue = torch.autograd.Variable._execution_engine.queue_callback
+    queue(work if turns == 0 else lambda: _when_all_is_written(work, turns - 1))
+
+
+def _parameters_of(module: torch.nn.Module) -> list[torch.Tensor]:
+    """list(module.parameters()), in a third of the time: this runs in every backward."""
+    found: dict[int, torch.Tensor] = {}
+    seen: set[int] = set()
+    waiting: list[torch.nn.Module | None] = [module]
+    while waiting:
+        module_or_none = waiting.pop()
+        if module_or_none is None or id(module_or_none) in seen:
+            continue
+        seen.add(id(module_or_none))
+        for parameter in module_or_none._parameters.values():
+            if parameter is not None:
+                found[id(parameter)] = parameter
+        waiting.extend(reversed(module_or_none._modules.values()))
+    return list(found.values())
 
 
 def _version(grad: torch.Tensor) -> int:
-    """Of a DTensor, the sum of its own (zero_() counts there) and its local tensor's (FSDP adds to that)."""
-    local = _local(grad)
-    return grad._version if local is grad else grad._version + local._version
+    """Negative where a tensor inside counts too, so that the version of the outer one alone never equals it.
+
+    Of a DTensor, the sum of its own (zero_() counts there) and its local tensor's (FSDP adds to that).
+    """
+    if type(grad) is torch.Tensor and not grad.is_sparse:
+        return grad._version
+    local = getattr(grad, "_local_tensor", None)  # to_local(), a hundred times as fast
+    if local is None:
+        local = _local(grad)
+    return grad._version if local is grad else -1 - grad._version - local._version
 
 
 @torch.no_grad()
@@ -531,16 +635,11 @@ class _Engine(NamedTuple):
 
     reduction: Reduction | None = None
     group: dist.ProcessGroup | None = None
-    is_sharded: bool = False
     hides_norm: bool = False  # shards without a mesh over which to take their norm
 
 
-def _is_distributed() -> bool:
-    return dist.is_available() and dist.is_initialized()
-
-
 def _engine(owner: Any) -> _Engine:
-    if not isinstance(owner, torch.nn.Module) or not _is_distributed():
+    if not isinstance(owner, torch.nn.Module) or not is_distributed():
         return _Engine()
     from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel  # a second to import, so only here
 
@@ -548,9 +647,9 @@ def _engine(owner: Any) -> _Engine:
         if isinstance(module, torch.nn.parallel.DistributedDataParallel):
             return _Engine("mean", module.process_group)
         if isinstance(module, FullyShardedDataParallel):
-            return _Engine("mean", is_sharded=True, hides_norm=True)
+            return _Engine("mean", hides_norm=True)
         if isinstance(module, FSDPModule):
-            return _Engine("mean", is_sharded=True)
+            return _Engine("mean")
     return _Engine()
 
 
@@ -578,18 +677,16 @@ def _watch_optimizers(accumulator: Accumulator) -> None:
 
 def _pre_hook(optimizer: torch.optim.Optimizer, args: tuple, kwargs: dict) -> None:
     if not _has_closure(args, kwargs):
-        _tell(optimizer)
+        for accumulator in list(_watched):
+            accumulator._refuse_step(optimizer)
 
 
 def _post_hook(optimizer: torch.optim.Optimizer, args: tuple, kwargs: dict) -> None:
-    if _has_closure(args, kwargs):  # backward and finish() are in the closure
-        _tell(optimizer)
+    for accumulator in list(_watched):
+        if _has_closure(args, kwargs):  # backward and finish() are in the closure
+            accumulator._refuse_step(optimizer)
+        accumulator._see_step(optimizer)
 
 
 def _has_closure(args: tuple, kwargs: dict) -> bool:
     return any(callable(argument) for argument in (*args[1:], kwargs.get("closure")))
-
-
-def _tell(optimizer: torch.optim.Optimizer) -> None:
-    for accumulator in list(_watched):
-        accumulator._see_step(optimizer)

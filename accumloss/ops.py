@@ -297,7 +297,8 @@ def empty_cache() -> int:
     """Returns the memory that waits for the next gradient on the CPU to the system, and its bytes to the caller.
 
     torch's allocator on the CPU, unlike the one on CUDA, keeps nothing: each large gradient would be mapped anew, which
-    takes longer than the loss. Two blocks are kept, the largest so far, each of at most an eighth of the machine's memory.
+    takes longer than the loss. Two blocks are kept, the largest so far, both together at most an eighth of the machine's
+    memory, or of what the control groups of the process (a container's, say) leave of their limits.
     ``ACCUMLOSS_KEEP_MEMORY=0`` in the environment turns that off. torch 2.10 has no way to keep it.
     """
     return _C.empty_cache()

@@ -50,8 +50,11 @@ class TokenSums:
     def all_reduce(self, group: dist.ProcessGroup | None = None) -> TokenSums:
         """The sums over all ranks of a process group, by one all_reduce in fp64; the result carries no gradient.
 
-        Every rank must have metrics, or none. Counts are exact to 2**53.
+        Without a process group, in a process by itself, these are the sums. Every rank must have metrics, or none. Counts
+        are exact to 2**53.
         """
+        if not is_distributed():
+            return self.detach()
         present = {field.name: getattr(self, field.name) for field in fields(self)}
         present = {name: value for name, value in present.items() if value is not None}
         packed = torch.stack([value.detach().to(torch.float64) for value in present.values()])
@@ -84,6 +87,11 @@ class TokenSums:
         if value is None:
             raise ValueError(f"TokenSums.{name}: expected sums from cross_entropy(..., metrics=True), got none")
         return value
+
+
+def is_distributed() -> bool:
+    """Whether this process is one of a group."""
+    return dist.is_available() and dist.is_initialized()
 
 
 def _add(a: torch.Tensor | None, b: torch.Tensor | None) -> torch.Tensor | None:

@@ -4,8 +4,11 @@
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 
+#include <limits>
+
 #include "cpu/instruction_set.h"
 #include "cpu/kept_memory.h"
+#include "cpu/memory_limit.h"
 #include "cross_entropy_ops.h"
 #include "cuda/plan.h"
 #if defined(ACCUMLOSS_WITH_CUDA)
@@ -169,6 +172,10 @@ PYBIND11_MODULE(_C, m) {
         "What this build was made from and with, and the CPU instruction set that is in use.");
   m.def("empty_cache", &accumloss::cpu::release_kept_memory,
         "Returns the kept memory to the system; the number of its bytes.");
+  m.def("most_kept", &accumloss::cpu::most_kept, pybind11::arg("wanted") = std::numeric_limits<size_t>::max(),
+        "The bytes that may be kept now, of all blocks together; where more than wanted, perhaps too few.");
+  m.def("read_limits_below", &accumloss::cpu::read_limits_below,
+        "For tests: the folder that most_kept takes for the root of the file system; empty for the root itself.");
   m.def("plan", &accumloss::plan, "The CUDA kernel that serves a call.");
   m.def("check", &accumloss::check, "Raises IndexError if a CUDA kernel has met a label outside [0, V).");
 }

@@ -145,6 +145,109 @@ def ddp_wrong_known_total():
         return {"raised": str(raised)}
 
 
+def windows_by_loss(model, scaler=None):
+    """Two windows whose backward is not ours; what the second one's gradients are."""
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
+    accumulator = accumloss.Accumulator(model, scaler=scaler, max_items=1)
+    for _ in range(2):
+        optimizer.zero_grad()
+        for micro_batch in mine():
+            loss = accumulator.loss(sums_of(model, *micro_batch))
+            (loss if scaler is None else scaler.scale(loss)).backward()
+        if scaler is not None:
+            scaler.unscale_(optimizer)
+            scaler.update()
+        stats = accumulator.finish()
+        found = figures(model, stats, accumulator)
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1e-3)
+        optimizer.step()
+    return found
+
+
+@case
+def ddp_windows_by_loss():
+    return windows_by_loss(DistributedDataParallel(TinyLM()))
+
+
+@case
+def ddp_bucket_views_windows_by_loss():
+    return windows_by_loss(DistributedDataParallel(TinyLM(), gradient_as_bucket_view=True))
+
+
+@case
+def ddp_windows_unscaled():
+    return windows_by_loss(DistributedDataParallel(TinyLM()), scaler=torch.amp.GradScaler("cpu"))
+
+
+def spoilt(model, spoil, in_the_middle):
+    """What is said of gradients that were spoilt before finish(), or in mid-window."""
+    accumulator = accumloss.Accumulator(model)
+    accumulator.loss(sums_of(model, *WINDOW)).backward()
+    spoil(model)
+    try:
+        if in_the_middle:
+            accumulator.loss(sums_of(model, *WINDOW))
+        else:
+            accumulator.finish()
+    except RuntimeError as raised:
+        return {"raised": str(raised)}
+    return {"raised": "nothing"}
+
+
+def clip(model):
+    torch.nn.utils.clip_grad_norm_(model.parameters(), 1e-3)
+
+
+def clip_one_by_one(model):
+    """Not by a foreach, which raises no version of a DTensor on the CPU."""
+    torch.nn.utils.clip_grad_norm_(model.parameters(), 1e-3, foreach=False)
+
+
+def zero_the_second(model):
+    module = model.module if isinstance(model, DistributedDataParallel) else model
+    torch.optim.SGD(module.head.parameters(), lr=0.1).zero_grad()
+
+
+@case
+def ddp_clipped_before_finish():
+    return spoilt(DistributedDataParallel(TinyLM()), clip, in_the_middle=False)
+
+
+@case
+def ddp_bucket_views_clipped_before_finish():
+    return spoilt(DistributedDataParallel(TinyLM(), gradient_as_bucket_view=True), clip, in_the_middle=False)
+
+
+@case
+def ddp_second_optimizer_zeroed():
+    return spoilt(DistributedDataParallel(TinyLM()), zero_the_second, in_the_middle=True)
+
+
+@case
+def fsdp_clipped_before_finish():
+    return spoilt(sharded(), clip_one_by_one, in_the_middle=False)
+
+
+@case
+def fsdp_second_optimizer_zeroed():
+    return spoilt(sharded(), zero_the_second, in_the_middle=True)
+
+
+@case
+def fsdp_windows_by_loss():
+    return windows_by_loss(sharded())
+
+
+@case
+def fsdp_windows_unscaled():
+    return windows_by_loss(sharded(), scaler=torch.amp.GradScaler("cpu"))
+
+
+@case
+def hand_mean_before_finish():
+    return by_hand("mean", True, mine())
+
+
 @case
 def ddp_zeroed_in_the_middle():
     model = DistributedDataParallel(TinyLM())

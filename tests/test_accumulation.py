@@ -608,13 +608,6 @@ def test_reset_drops_a_window():
     assert error(gradients(model), one_batch(model, inputs, labels)[0]) <= EXACT
 
 
-def test_legal_between_last_backward_and_finish():
-    model, accumulator = one_micro_batch()
-    for parameter in model.parameters():
-        parameter.grad.mul_(1.0)  # unscale_, an all_reduce
-    accumulator.finish()
-
-
 def test_caller_may_change_the_loss_in_place():
     model, (inputs, labels) = TinyLM(), window()
     accumulator = Accumulator(model)
@@ -686,11 +679,17 @@ def ranks(tmp_path_factory):
         "ddp_own_group",
         "ddp_compiled",
         "ddp_rank_without_items",
+        "ddp_windows_by_loss",
+        "ddp_bucket_views_windows_by_loss",
+        "ddp_windows_unscaled",
+        "fsdp_windows_by_loss",
+        "fsdp_windows_unscaled",
         "fsdp_every_backward_reduces",
         "fsdp_last_backward_reduces",
         "fsdp_sums",
         "fsdp1_with_its_own_clip",
         "hand_sum_before_finish",
+        "hand_mean_before_finish",
         "hand_mean_after_finish",
         "hand_rank_without_micro_batches",
         "hand_mean_rank_without_micro_batches",
@@ -736,6 +735,11 @@ def test_one_all_reduce_for_everything(ranks):
         ("ddp_wrong_known_total", "expected the known_total 40 over all micro-batches and ranks, got 39"),
         ("ddp_zeroed_in_the_middle", "nothing but backward() has changed in the middle of a window"),
         ("fsdp_zeroed_in_the_middle", "nothing but backward() has changed in the middle of a window"),
+        ("ddp_clipped_before_finish", "nothing but backward() has changed before finish()"),
+        ("ddp_bucket_views_clipped_before_finish", "nothing but backward() has changed before finish()"),
+        ("ddp_second_optimizer_zeroed", "got none for 2 of 5 parameters"),
+        ("fsdp_clipped_before_finish", "nothing but backward() has changed before finish()"),
+        ("fsdp_second_optimizer_zeroed", "got none for 2 of 5 parameters"),
         ("fsdp_backward_of_another_loss", "nothing but backward() has changed in the middle of a window"),
         ("fsdp_not_zeroed", "expected gradients that were zeroed after the last window"),
         ("hand_reduction_not_told", "expected gradient_reduction on 2 ranks, got None"),

@@ -1,6 +1,7 @@
 """The losses a user calls: stock equivalence, exact accumulation, num_items in every form, in-place, bad input."""
 
 import copy
+import dataclasses
 from types import SimpleNamespace
 
 import pytest
@@ -374,6 +375,20 @@ def test_token_sums_all_reduce(tmp_path):
     for name in ("loss_sum", "num_items", "total_weight", "num_correct", "entropy_sum"):
         a, b = getattr(sums, name), getattr(reduced, name)
         assert torch.equal(a, b) and a.dtype == b.dtype
+
+
+@pytest.mark.parametrize("metrics", [False, True])
+def test_token_sums_all_reduce_without_a_process_group(metrics):
+    """The line of the README, on one process: the sums as they are, without the gradient that the ranks' sums lack too."""
+    assert not torch.distributed.is_initialized()
+    logits, labels = batch()
+    micro_batches = [(logits.requires_grad_(), labels)] * 2
+    sums = sum(accumloss.cross_entropy(x, y, shift=1, metrics=metrics) for x, y in micro_batches)
+    reduced = sums.all_reduce()
+    for field in dataclasses.fields(TokenSums):
+        a, b = getattr(sums, field.name), getattr(reduced, field.name)
+        assert (a is None and b is None) or (torch.equal(a, b) and a.dtype == b.dtype)
+    assert sums.loss_sum.requires_grad and not reduced.loss_sum.requires_grad
 
 
 @pytest.mark.parametrize(

@@ -34,6 +34,11 @@ def add_parser(commands: Any) -> None:
     parser.add_argument(
         "--factory", metavar="PKG.MODULE:FUNCTION", help="a function of yours that returns (model, batches)"
     )
+    parser.add_argument(
+        "--trust-remote-code",
+        action="store_true",
+        help="run code that lies beside the weights of MODEL; never run otherwise",
+    )
     parser.add_argument("--all", action="store_true", help="the census: every class of the installed transformers")
     parser.add_argument(
         "--batch-sizes",
@@ -68,6 +73,9 @@ def run(options: argparse.Namespace) -> int:
     if (options.model is not None) + (options.factory is not None) + options.all != 1:
         print("audit: expected one of MODEL, --factory and --all", file=sys.stderr)
         return 2
+    if options.trust_remote_code and options.model is None:
+        print("audit: expected MODEL with --trust-remote-code", file=sys.stderr)
+        return 2
     try:
         return run_census(options) if options.all else run_one(options)
     except AuditError as error:
@@ -77,7 +85,10 @@ def run(options: argparse.Namespace) -> int:
 
 def run_one(options: argparse.Namespace) -> int:
     _quiet()
-    subject = models.from_factory(options.factory) if options.factory else models.from_name(options.model)
+    if options.factory:
+        subject = models.from_factory(options.factory)
+    else:
+        subject = models.from_name(options.model, options.trust_remote_code)
     gc.freeze()  # Trainer collects garbage after each training: all that is imported takes most of that time
     steps = 1 + len(WAYS) * len([size for size in options.batch_sizes if 0 < size < len(subject.rows)])
     with report.progress(steps, "steps") as advance:

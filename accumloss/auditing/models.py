@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib
+import io
+import pickle
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -23,15 +26,16 @@ class Subject(NamedTuple):
     note: str = ""
 
 
-def from_name(name: str) -> Subject:
+def from_name(name: str, trust_remote_code: bool = False) -> Subject:
     """The subject that a name stands for.
 
     Args:
         name: a folder with a config.json, a hub id, an architecture (BertForMaskedLM), a configuration class (BertConfig: its
             first architecture that computes a loss), or a model_type (bert).
+        trust_remote_code: whether code that lies beside the weights may run.
     """
     if Path(name).is_dir():
-        return _from_checkpoint(name)
+        return _from_checkpoint(name, trust_remote_code)
     cls = tiny.loss_bearing_class(name)
     if cls is not None:
         return _tiny(cls)
@@ -42,7 +46,7 @@ def from_name(name: str) -> Subject:
     if of_configuration:
         return _tiny(of_configuration[0], note=f"{name}: the first of its classes that computes a loss")
     if "/" in name:
-        return _from_checkpoint(name)
+        return _from_checkpoint(name, trust_remote_code)
     near = sorted(classes, key=lambda known: _distance(known, name))[:3]
     raise AuditError(
         f"audit: expected a folder, a hub id, or a class of transformers that computes a loss, got {name!r}; near: {', '.join(near)}"
@@ -78,32 +82,91 @@ def _tiny(cls: type, note: str = "") -> Subject:
         ) from error
 
 
-def _from_checkpoint(path: str) -> Subject:
+def _from_checkpoint(path: str, trust_remote_code: bool) -> Subject:
     """The model of a folder or of the hub, with its own weights, and random rows that fit its configuration."""
     import transformers
 
-    try:
-        config = transformers.AutoConfig.from_pretrained(path)
-    except (OSError, ValueError) as error:
-        raise AuditError(
-            f"audit: expected {path} to be a folder with a config.json or a model of the hub, got: {measure.one_line(error)}"
-        ) from error
-    names = [n for n in getattr(config, "architectures", None) or [] if n in tiny.loss_bearing_classes()]
-    if not names:
-        raise AuditError(
-            f"audit: expected an architecture of transformers that computes a loss in {path}, got {config.architectures}"
+    with _read(path, "be a folder with a config.json or a model of the hub"):
+        config = transformers.AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code)
+    loader = _loader(config, path, trust_remote_code)
+    with _read(path, "hold weights that fit its config.json"):
+        model = loader.from_pretrained(
+            path, dtype=torch.float32, trust_remote_code=trust_remote_code, weights_only=True
         )
-    cls = _class(tiny.loss_bearing_classes(), names[0])
+    name = type(model).__name__
     try:
-        model = cls.from_pretrained(path, dtype=torch.float32)  # type: ignore[attr-defined]
-    except (OSError, ValueError) as error:
-        raise AuditError(f"audit: expected the weights of {path}, got: {measure.one_line(error)}") from error
-    try:
-        return Subject(f"{cls.__name__} ({path})", model, tiny.rows(model), "its own weights, random rows")
+        return Subject(f"{name} ({path})", model, tiny.rows(model), "its own weights, random rows")
     except tiny.CannotBuild as error:
         raise AuditError(
-            f"audit: no rows could be made for {cls.__name__}: {error}; give batches of your own by --factory"
+            f"audit: no rows could be made for {name}: {error}; give batches of your own by --factory"
         ) from error
+
+
+def _loader(config: Any, path: str, trust_remote_code: bool) -> Any:
+    """What loads the model: its class in transformers, or where the code beside it may run, the auto class that names it."""
+    import transformers
+
+    names = getattr(config, "architectures", None) or []
+    beside = {
+        str(reference).rpartition(".")[2]: auto
+        for auto, reference in (getattr(config, "auto_map", None) or {}).items()
+        if auto.startswith("AutoModel")
+    }
+    for name in names:
+        if trust_remote_code and name in beside:
+            return getattr(transformers, beside[name])
+        cls = tiny.loss_bearing_class(name, is_exported=name in beside)
+        if cls is not None:
+            return cls
+    hint = f"; {_OWN_CODE}" if beside.keys() & set(names) else ""
+    raise AuditError(
+        f"audit: expected an architecture of transformers that computes a loss in {path}, got {names}{hint}"
+    )
+
+
+_OWN_CODE = "its code lies beside its weights: read it, and give --trust-remote-code where it may run"
+_PICKLE = (
+    "a pickle that does not hold tensors alone, and is not read because it may run code; load it with the program that made it, "
+    "where you trust it, and write safetensors by model.save_pretrained(folder)"
+)
+
+
+@contextlib.contextmanager
+def _read(path: str, expected: str) -> Iterator[None]:
+    """Whatever transformers and torch raise about the files of a checkpoint, in one line; their questions have no answer.
+
+    transformers asks on standard input whether code of the checkpoint may run wherever it is not told; what it is told here
+    does not reach every section of a configuration.
+    """
+    try:
+        with _nobody_to_ask():
+            yield
+    except Exception as error:
+        causes = list(_causes(error))
+        if any(isinstance(cause, pickle.UnpicklingError) for cause in causes):
+            got = _PICKLE
+        elif any("trust_remote_code" in str(cause) for cause in causes):
+            got = f"a model that transformers does not have; {_OWN_CODE}"
+        else:
+            got = measure.one_line(error) if isinstance(error, OSError | ValueError) else measure.named_line(error)
+        raise AuditError(f"audit: expected {path} to {expected}, got: {got}") from error
+
+
+def _causes(error: BaseException | None) -> Iterator[BaseException]:
+    while error is not None:
+        yield error
+        error = error.__cause__ or error.__context__
+
+
+@contextlib.contextmanager
+def _nobody_to_ask() -> Iterator[None]:
+    """Standard input at its end, and questions unseen, for as long as files of others are read."""
+    before, sys.stdin = sys.stdin, io.StringIO()
+    try:
+        with contextlib.redirect_stdout(io.StringIO()):
+            yield
+    finally:
+        sys.stdin = before
 
 
 def _class(classes: Mapping[str, str], name: str) -> type:

@@ -236,25 +236,26 @@ def loss_bearing_classes() -> dict[str, str]:
     return {name: cls.__module__ for name, cls in sorted(_classes().items())}
 
 
+def loss_bearing_class(name: str, is_exported: bool = False) -> type | None:
+    """One of those classes, or None; without importing them all where transformers exports it, or it would."""
+    import transformers
+
+    cls = getattr(transformers, name, None)
+    if cls is None and not is_exported:
+        cls = _classes().get(name)
+    return cls if isinstance(cls, type) and issubclass(cls, transformers.PreTrainedModel) and _bears_loss(cls) else None
+
+
+def _bears_loss(cls: Any) -> bool:
+    return cls.__module__.startswith("transformers.models.") and isinstance(cls.config_class, type) and _has_loss(cls)
+
+
 @functools.cache
 def _classes() -> dict[str, type]:
     from transformers import PreTrainedModel
 
     _import_modeling_modules()
     return {cls.__name__: cls for cls in _subclasses(PreTrainedModel) if _bears_loss(cls)}
-
-
-def loss_bearing_class(name: str) -> type | None:
-    """The class of that name in transformers if its forward computes a loss; the others are not imported."""
-    import transformers
-
-    cls = getattr(transformers, name, None)
-    is_model = isinstance(cls, type) and issubclass(cls, transformers.PreTrainedModel)
-    return cls if is_model and _bears_loss(cls) else None
-
-
-def _bears_loss(cls: Any) -> bool:
-    return cls.__module__.startswith("transformers.models.") and isinstance(cls.config_class, type) and _has_loss(cls)
 
 
 def _import_modeling_modules() -> None:

@@ -3,11 +3,14 @@
 #include <sys/mman.h>
 #include <unistd.h>
 
+#include <algorithm>
+#include <array>
 #include <cstdint>
 #include <cstdlib>
 #include <cstring>
 #include <mutex>
-#include <utility>
+
+#include "memory_limit.h"
 
 namespace accumloss {
 namespace cpu {
@@ -31,12 +34,6 @@ bool is_enabled() {
     return wanted == nullptr || std::strcmp(wanted, "0") != 0;
   }();
   return enabled;
-}
-
-size_t most_kept() {
-  static const size_t most =
-      static_cast<size_t>(sysconf(_SC_PHYS_PAGES)) * static_cast<size_t>(sysconf(_SC_PAGESIZE)) / 8;
-  return most;
 }
 
 // bytes at the start of a huge page, made of such where the system has them on request: fewer pages to fault in, and
@@ -87,17 +84,31 @@ Block* take_waiting(size_t bytes) {
   return taken;
 }
 
-// Lets a block wait; what there is no room for comes back, the smallest of all.
-Block* let_wait(Block* block) {
+size_t bytes_of(const Block* block) { return block == nullptr ? 0 : block->bytes; }
+
+size_t bytes_waiting() {
   const std::lock_guard<std::mutex> lock(mutex);
-  for (Block*& other : waiting) {
-    if (other == nullptr) {
-      other = block;
-      return nullptr;
-    }
-    if (other->bytes < block->bytes) std::swap(other, block);
+  size_t bytes = 0;
+  for (const Block* block : waiting) bytes += bytes_of(block);
+  return bytes;
+}
+
+// Lets a block wait: of all that do, the largest that come to no more than most bytes together. The others come back.
+std::array<Block*, kMost + 1> let_wait(Block* block, size_t most) {
+  const std::lock_guard<std::mutex> lock(mutex);
+  std::array<Block*, kMost + 1> all;
+  std::copy(std::begin(waiting), std::end(waiting), all.begin());
+  all[kMost] = block;
+  std::sort(all.begin(), all.end(), [](const Block* a, const Block* b) { return bytes_of(a) > bytes_of(b); });
+  std::fill(std::begin(waiting), std::end(waiting), nullptr);
+  int kept = 0;
+  for (Block*& candidate : all) {
+    if (candidate == nullptr || kept == kMost || candidate->bytes > most) continue;
+    most -= candidate->bytes;
+    waiting[kept++] = candidate;
+    candidate = nullptr;
   }
-  return block;
+  return all;
 }
 
 }  // namespace
@@ -116,9 +127,9 @@ void* take_memory(size_t bytes, void** handle) {
 }
 
 void release_memory(void*, void* handle) {
-  Block* block = static_cast<Block*>(handle);
-  if (block->bytes > most_kept()) return unmap(block);  // of each
-  unmap(let_wait(block));
+  Block* released = static_cast<Block*>(handle);
+  const size_t most = most_kept(bytes_waiting() + released->bytes);  // not under the mutex: it reads files
+  for (Block* block : let_wait(released, most)) unmap(block);
 }
 
 size_t release_kept_memory() {

@@ -3,7 +3,7 @@
 // malloc maps a large buffer anew for every call and unmaps it after, so that every gradient is page-faulted into
 // existence, which takes several times as long as the loss. Here the block of a gradient that was freed waits for the
 // next one: two blocks in a process, the largest, since a head's gradient and the scratch that it is made in are there
-// together. The system may take the pages of what waits where it is short of memory.
+// together. What waits is no more than memory_limit.h allows, both blocks together, asked whenever a block is kept.
 #pragma once
 
 #include <cstddef>
