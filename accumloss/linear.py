@@ -577,7 +577,7 @@ def check(name, hidden, weight, labels, bias, class_weight, num_valid, max_scrat
         if value is None and what == "num_valid":
             continue
         if isinstance(value, bool) or not isinstance(value, int) or not least <= value < 2**63:
-            raise ValueError(f"{name}: expected an int >= {least} for {what}, got {value!r}")
+            raise ValueError(f"{name}: expected {what} >= {least}, an int, got {value!r}")
 
 
 def _check(hidden, weight, labels, bias, class_weight, options, num_valid, max_scratch_bytes) -> None:
