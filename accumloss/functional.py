@@ -609,7 +609,7 @@ def _linear(
     class_weight = class_weight if class_weight is None else class_weight.to(hidden.device, non_blocking=True)
     divisor = _divisor(name, num_items_in_batch, hidden)
     kwargs: dict[str, Any] = {"shift": shift, "metrics": metrics, **options.as_kwargs()}
-    if torch.compiler.is_compiling() or hidden.is_meta:
+    if torch.compiler.is_compiling():
         kwargs.update(num_valid=num_valid, max_scratch_bytes=max_scratch_bytes)
         sums = list(linear.linear_cross_entropy(hidden, weight, labels, bias, class_weight, **kwargs))
         loss = sums[0] if divisor is None else sums[0] / divisor
@@ -688,9 +688,8 @@ def _divisor(name: str, num_items_in_batch: NumItems, like: torch.Tensor) -> tor
         value = first.to(acc)
         # NaN for what is no number of items, or none that acc holds: what it is cannot be known here without a sync.
         # Not clamp(min=1): what is passed may be the items of a step for each of its micro-batches, a fraction.
-        held = (value >= info.tiny) & (value <= info.max)
-        divisor = torch.where(held, value, torch.full_like(value, float("nan")))
-        return torch.where(first == 0, torch.ones_like(value), divisor)
+        is_held = value.clamp(info.tiny, info.max) == value
+        return torch.where(is_held, value, torch.where(first == 0, torch.ones_like(value), float("nan")))
     is_number = isinstance(num_items_in_batch, (int, float)) and not isinstance(num_items_in_batch, bool)
     if not is_number or not (num_items_in_batch == 0 or info.tiny <= num_items_in_batch <= info.max):
         raise ValueError(
