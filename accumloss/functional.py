@@ -84,7 +84,8 @@ def cross_entropy(
         TokenSums; ``loss_sum`` carries the gradient.
 
     Raises:
-        ValueError: an option is out of range.
+        TypeError: an unknown keyword.
+        ValueError: an option is out of range, of LossOptions or of the dtype that the loss is computed in.
         RuntimeError: shapes, dtypes or devices do not fit.
         IndexError: a label outside [0, V) that is not ignore_index. On CUDA the row's loss is NaN and its gradient zero,
             and the error is raised by the next call, or by check().
@@ -133,7 +134,8 @@ def causal_lm_loss(
         labels: (B, T) int64 or int32, not shifted; the first of a row is never a target. Unused with shift_labels.
         vocab_size: V, for the signature; an error where logits have another.
         num_items_in_batch: items of the whole optimizer step: int, or tensor of any device and of shape () or (n, 1).
-            None: the items of this call.
+            0 counts as 1, a fraction is legal. None: the items of this call. A tensor is not looked at: where it is NaN,
+            negative or infinite, so that a number would be refused, loss and gradient are NaN.
         ignore_index: labels that count nothing.
         shift_labels: (B, T) labels that are shifted already, as sequence-parallel training passes them; they win.
         weight: (V,) class weights. Without num_items_in_batch the divisor is then the items' total weight.
@@ -146,6 +148,7 @@ def causal_lm_loss(
         0-dim loss, fp32 (fp64 for fp64 logits).
 
     Raises:
+        TypeError: an unknown keyword, but for those that models of transformers pass along (accumloss/keywords.py).
         ValueError, RuntimeError, IndexError: as cross_entropy, and where num_items_in_batch or inplace do not fit.
     """
     options = LossOptions(ignore_index, label_smoothing, z_loss, softcap, logit_scale)

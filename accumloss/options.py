@@ -31,6 +31,7 @@ class LossOptions:
         logit_scale: multiplies the logits first, > 0. Cohere uses 0.0625.
 
     Raises:
+        TypeError: an unknown option.
         ValueError: an option is out of range.
     """
 
