@@ -481,7 +481,7 @@ def autocast(*tensors: torch.Tensor | None) -> list[Any]:
     first = tensors[0]
     assert first is not None
     device = first.device.type
-    if device == "meta" or not torch.is_autocast_enabled(device):
+    if not torch.amp.is_autocast_available(device) or not torch.is_autocast_enabled(device):
         return list(tensors)
     dtype = torch.get_autocast_dtype(device)
     return [t if t is None or t.dtype == torch.float64 else t.to(dtype) for t in tensors]

@@ -93,7 +93,7 @@ def _(like, rows, columns):
 @torch.library.register_fake("accumloss::scale_")
 def _(values, factor):
     if values.dim() < 1:
-        raise RuntimeError("scale_: expected values of shape (..., V), got a 0-dim tensor; unsqueeze it")
+        raise RuntimeError("scale_: expected values of shape (..., n), got a 0-dim tensor; pass values.view(1)")
     return None
 
 

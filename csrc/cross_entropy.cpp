@@ -397,7 +397,7 @@ InPlaceOutputs cross_entropy_with_grad_(const Backend& backend, const Tensor& gr
 
 void scale_(const Backend& backend, const Tensor& values, const Tensor& factor) {
   const Dtype dtype = dtype_of("scale_", values);
-  if (values.dim() < 1) fail("scale_", "values of shape (..., V), got a 0-dim tensor; unsqueeze it");
+  if (values.dim() < 1) fail("scale_", "values of shape (..., n), got a 0-dim tensor; pass values.view(1)");
   if (!values.is_contiguous()) fail("scale_", "contiguous values, got shape ", shape_string(values));
   if (factor.numel() != 1 || !same_device(factor, values))
     fail("scale_", "a factor with one element on the device of values, got shape ", shape_string(factor));
