@@ -14,7 +14,8 @@ from typing import Any, Literal, NamedTuple, Protocol
 import torch
 import torch.nn.functional as F
 
-from . import linear, ops
+from . import linear, ops, reference
+from .keywords import checked, checked_loss
 from .options import LossOptions
 from .sums import TokenSums
 
@@ -51,6 +52,7 @@ InPlace = Literal[False, "backward", "forward"]
 _GRAD_IN_FORWARD_DTYPES = (torch.bfloat16, torch.float32)
 
 
+@checked
 def cross_entropy(
     logits: torch.Tensor,
     labels: torch.Tensor,
@@ -82,7 +84,8 @@ def cross_entropy(
         TokenSums; ``loss_sum`` carries the gradient.
 
     Raises:
-        ValueError: an option is out of range.
+        TypeError: an unknown keyword.
+        ValueError: an option is out of range, of LossOptions or of the dtype that the loss is computed in.
         RuntimeError: shapes, dtypes or devices do not fit.
         IndexError: a label outside [0, V) that is not ignore_index. On CUDA the row's loss is NaN and its gradient zero,
             and the error is raised by the next call, or by check().
@@ -94,7 +97,11 @@ def cross_entropy(
         (2, 0.4402, 1.0)
     """
     _refuse_functorch("cross_entropy")
+    _check_tensors("cross_entropy", ("logits (..., V)", logits), ("labels (...)", labels))
+    _check_class_weight("cross_entropy", "weight", weight, logits.shape[-1:])
+    _check_shift("cross_entropy", shift)
     options = LossOptions(ignore_index, label_smoothing, z_loss, softcap, logit_scale)
+    options.check("cross_entropy", ops.accumulation_dtype(logits))
     outputs = ops.cross_entropy(logits, labels, weight, shift=shift, metrics=metrics, **options.as_kwargs())
     loss_sum, num_items, total_weight, _, num_correct, entropy_sum, _ = outputs
     if not metrics:
@@ -102,6 +109,7 @@ def cross_entropy(
     return TokenSums(loss_sum, num_items, total_weight, num_correct, entropy_sum)
 
 
+@checked_loss
 def causal_lm_loss(
     logits: torch.Tensor,
     labels: torch.Tensor | None,
@@ -116,7 +124,6 @@ def causal_lm_loss(
     softcap: float = 0.0,
     logit_scale: float = 1.0,
     inplace: InPlace = False,
-    **kwargs: Any,
 ) -> torch.Tensor:
     """Loss of a causal language model: position t predicts label t + 1; the shift is index arithmetic, not a copy.
 
@@ -127,7 +134,8 @@ def causal_lm_loss(
         labels: (B, T) int64 or int32, not shifted; the first of a row is never a target. Unused with shift_labels.
         vocab_size: V, for the signature; an error where logits have another.
         num_items_in_batch: items of the whole optimizer step: int, or tensor of any device and of shape () or (n, 1).
-            None: the items of this call.
+            0 counts as 1, a fraction is legal. None: the items of this call. A tensor is not looked at: where it is NaN,
+            negative or infinite, so that a number would be refused, loss and gradient are NaN.
         ignore_index: labels that count nothing.
         shift_labels: (B, T) labels that are shifted already, as sequence-parallel training passes them; they win.
         weight: (V,) class weights. Without num_items_in_batch the divisor is then the items' total weight.
@@ -135,23 +143,24 @@ def causal_lm_loss(
         inplace: "backward" or "forward" writes the gradient over the logits, which saves a buffer of their size: in
             backward, or at once together with the loss (num_items_in_batch must then be given, and the logits are gone
             after the call). Whatever else saved the logits for its own backward raises.
-        **kwargs: whatever else a model passes; ignored.
 
     Returns:
         0-dim loss, fp32 (fp64 for fp64 logits).
 
     Raises:
+        TypeError: an unknown keyword, but for those that models of transformers pass along (accumloss/keywords.py).
         ValueError, RuntimeError, IndexError: as cross_entropy, and where num_items_in_batch or inplace do not fit.
     """
     options = LossOptions(ignore_index, label_smoothing, z_loss, softcap, logit_scale)
-    _check_vocab_size("causal_lm_loss", logits, vocab_size)
-    if shift_labels is not None:
-        return _mean_loss("causal_lm_loss", logits, shift_labels, weight, options, 0, num_items_in_batch, inplace)
-    if labels is None:
+    targets, shift = (labels, 1) if shift_labels is None else (shift_labels, 0)
+    if targets is None:
         raise ValueError("causal_lm_loss: expected labels (B, T) or shift_labels (B, T), got neither")
-    return _mean_loss("causal_lm_loss", logits, labels, weight, options, 1, num_items_in_batch, inplace)
+    _check_tensors("causal_lm_loss", ("logits (B, T, V)", logits), ("labels (B, T)", targets))
+    _check_vocab_size("causal_lm_loss", logits, vocab_size)
+    return _mean_loss("causal_lm_loss", logits, targets, weight, options, shift, num_items_in_batch, inplace)
 
 
+@checked
 def linear_cross_entropy(
     hidden: torch.Tensor,
     weight: torch.Tensor,
@@ -209,6 +218,7 @@ def linear_cross_entropy(
     return replace(sums, loss_sum=loss_sum)
 
 
+@checked_loss
 def linear_causal_lm_loss(
     hidden: torch.Tensor,
     weight: torch.Tensor,
@@ -225,7 +235,6 @@ def linear_causal_lm_loss(
     logit_scale: float = 1.0,
     num_valid: int | None = None,
     max_scratch_bytes: int = linear.MAX_SCRATCH_BYTES,
-    **kwargs: Any,
 ) -> torch.Tensor:
     """causal_lm_loss of ``F.linear(hidden, weight, bias)``, without ever holding the logits; see linear_cross_entropy.
 
@@ -238,7 +247,6 @@ def linear_causal_lm_loss(
         shift_labels: (B, T) labels that are shifted already; they win.
         bias, class_weight: (V,) or None.
         num_valid, max_scratch_bytes: see linear_cross_entropy.
-        **kwargs: whatever else a model passes; ignored.
 
     Returns:
         0-dim loss, fp32 (fp64 for fp64 hidden states).
@@ -247,6 +255,7 @@ def linear_causal_lm_loss(
         raise ValueError("linear_causal_lm_loss: expected labels (B, T) or shift_labels (B, T), got neither")
     options = LossOptions(ignore_index, label_smoothing, z_loss, softcap, logit_scale)
     targets, shift = (shift_labels, 0) if shift_labels is not None else (labels, 1)
+    _check_tensors("linear_causal_lm_loss", ("labels (B, T)", targets))
     assert targets is not None
     given, _, metrics = _given(num_items_in_batch)
     divisor = num_items_in_batch
@@ -262,6 +271,7 @@ def linear_causal_lm_loss(
     return loss if given is None else given.observed(loss, sums if metrics else None)
 
 
+@checked_loss
 def masked_lm_loss(
     logits: torch.Tensor,
     labels: torch.Tensor,
@@ -275,7 +285,6 @@ def masked_lm_loss(
     softcap: float = 0.0,
     logit_scale: float = 1.0,
     inplace: InPlace = False,
-    **kwargs: Any,
 ) -> torch.Tensor:
     """Loss of a masked language model, and of any head with one label for each position; nothing is shifted.
 
@@ -283,7 +292,7 @@ def masked_lm_loss(
 
     Args:
         logits: (..., V).
-        labels: (...) int64 or int32.
+        labels: (...) int64 or int32. Logits (N, V) or labels (N,) may be flattened.
         vocab_size, num_items_in_batch, ignore_index, weight, label_smoothing, z_loss, softcap, logit_scale, inplace:
             as causal_lm_loss.
 
@@ -291,10 +300,12 @@ def masked_lm_loss(
         0-dim loss, fp32 (fp64 for fp64 logits).
     """
     options = LossOptions(ignore_index, label_smoothing, z_loss, softcap, logit_scale)
+    _check_tensors("masked_lm_loss", ("logits (..., V)", logits), ("labels (...)", labels))
     _check_vocab_size("masked_lm_loss", logits, vocab_size)
     return _mean_loss("masked_lm_loss", logits, labels, weight, options, 0, num_items_in_batch, inplace)
 
 
+@checked_loss
 def token_classification_loss(
     logits: torch.Tensor,
     labels: torch.Tensor,
@@ -304,8 +315,10 @@ def token_classification_loss(
     *,
     weight: torch.Tensor | None = None,
     label_smoothing: float = 0.0,
+    z_loss: float = 0.0,
+    softcap: float = 0.0,
+    logit_scale: float = 1.0,
     inplace: InPlace = False,
-    **kwargs: Any,
 ) -> torch.Tensor:
     """Loss of a token classification head. Equivalent to transformers' ``ForTokenClassification``.
 
@@ -313,16 +326,19 @@ def token_classification_loss(
         logits: (B, T, C).
         labels: (B, T) int64 or int32.
         config: with ``num_labels`` = C; an error where logits have another. None: not checked.
-        num_items_in_batch, ignore_index, weight, label_smoothing, inplace: as causal_lm_loss; items are tokens.
+        num_items_in_batch, ignore_index, weight, label_smoothing, z_loss, softcap, logit_scale, inplace: as
+            causal_lm_loss; items are tokens.
 
     Returns:
         0-dim loss, fp32 (fp64 for fp64 logits).
     """
-    options = LossOptions(ignore_index=ignore_index, label_smoothing=label_smoothing)
+    options = LossOptions(ignore_index, label_smoothing, z_loss, softcap, logit_scale)
+    _check_tensors("token_classification_loss", ("logits (B, T, C)", logits), ("labels (B, T)", labels))
     _check_vocab_size("token_classification_loss", logits, getattr(config, "num_labels", None), "config.num_labels")
     return _mean_loss("token_classification_loss", logits, labels, weight, options, 0, num_items_in_batch, inplace)
 
 
+@checked_loss
 def sequence_classification_loss(
     labels: torch.Tensor,
     pooled_logits: torch.Tensor,
@@ -332,7 +348,10 @@ def sequence_classification_loss(
     *,
     weight: torch.Tensor | None = None,
     label_smoothing: float = 0.0,
-    **kwargs: Any,
+    z_loss: float = 0.0,
+    softcap: float = 0.0,
+    logit_scale: float = 1.0,
+    inplace: InPlace = False,
 ) -> torch.Tensor:
     """Loss of a sequence classification head. Equivalent to transformers' ``ForSequenceClassificationLoss``.
 
@@ -351,39 +370,51 @@ def sequence_classification_loss(
         pooled_logits: (B, C).
         config: with ``num_labels`` and ``problem_type``.
         num_items_in_batch: items of the whole optimizer step in the unit above; see causal_lm_loss.
-        ignore_index, label_smoothing: single label only.
-        weight: (C,) class weights; not for regression.
+        ignore_index, label_smoothing, z_loss, inplace: as causal_lm_loss; single label only.
+        softcap, logit_scale, weight (C,): as causal_lm_loss; not for regression.
 
     Returns:
         0-dim loss, fp32 (fp64 for fp64 logits).
+
+    Raises:
+        ValueError, RuntimeError, IndexError: as causal_lm_loss, and for an option that the problem has no use for.
     """
     name = "sequence_classification_loss"
+    _check_tensors(name, ("labels (B,)", labels), ("pooled_logits (B, C)", pooled_logits))
+    options = LossOptions(ignore_index, label_smoothing, z_loss, softcap, logit_scale)
     num_labels = config.num_labels
     set_problem_type(config, labels)
+    problem = config.problem_type
     labels = labels.to(pooled_logits.device)
 
-    if config.problem_type == "single_label_classification":
-        options = LossOptions(ignore_index=ignore_index, label_smoothing=label_smoothing)
-        logits = pooled_logits.reshape(-1, num_labels)
-        return _mean_loss(name, logits, labels.reshape(-1), weight, options, 0, num_items_in_batch, False)
+    if problem == "single_label_classification":
+        _check_vocab_size(name, pooled_logits, num_labels, "config.num_labels")
+        return _mean_loss(name, pooled_logits, labels, weight, options, 0, num_items_in_batch, inplace)
 
     acc = ops.accumulation_dtype(pooled_logits)
     logits, targets = pooled_logits.to(acc), labels.to(acc)
-    if config.problem_type == "regression":
-        if weight is not None:
-            raise ValueError(f"{name}: expected no class weights for regression, got {tuple(weight.shape)}")
-        if num_labels == 1:
-            logits, targets = logits.flatten(), targets.flatten()
+    unused: dict[str, Any] = {"ignore_index": ignore_index, "label_smoothing": label_smoothing, "z_loss": z_loss}
+    if problem == "regression":
+        unused.update(softcap=softcap, logit_scale=logit_scale, weight=weight, inplace=inplace)
+        _refuse_options(name, problem, unused)
+        if num_labels == 1 and logits.shape != targets.shape:  # (B, 1) and (B,)
+            columns = logits if logits.shape[-1:] == (1,) else logits.unsqueeze(-1)
+            logits, targets = columns.squeeze(-1), _like_rows(name, columns, targets)
         _check_same_shape(name, logits, targets)
         loss_sum = F.mse_loss(logits, targets, reduction="sum")
-    elif config.problem_type == "multi_label_classification":
+    elif problem == "multi_label_classification":
+        _refuse_options(name, problem, {**unused, "inplace": inplace})
+        options.check(name, acc)
         _check_same_shape(name, logits, targets)
+        _check_class_weight(name, "weight", weight, logits.shape[-1:])
+        if options.softcap != 0 or options.logit_scale != 1:
+            logits = reference.transform(logits, options)
         weight = weight if weight is None else weight.to(logits.device, acc)
         loss_sum = F.binary_cross_entropy_with_logits(logits, targets, weight=weight, reduction="sum")
     else:
         raise ValueError(
             f"{name}: expected config.problem_type regression, single_label_classification or "
-            f"multi_label_classification, got {config.problem_type!r}"
+            f"multi_label_classification, got {problem!r}"
         )
     divisor = _divisor(name, num_items_in_batch, loss_sum)
     loss = loss_sum / (max(targets.numel(), 1) if divisor is None else divisor)
@@ -401,13 +432,19 @@ def set_problem_type(config: Any, labels: torch.Tensor) -> None:
             config.problem_type = "multi_label_classification"
 
 
+@checked_loss
 def question_answering_loss(
     start_logits: torch.Tensor,
     end_logits: torch.Tensor,
     start_positions: torch.Tensor | None,
     end_positions: torch.Tensor | None,
     num_items_in_batch: NumItems | tuple[NumItems, NumItems] = None,
-    **kwargs: Any,
+    *,
+    label_smoothing: float = 0.0,
+    z_loss: float = 0.0,
+    softcap: float = 0.0,
+    logit_scale: float = 1.0,
+    inplace: InPlace = False,
 ) -> torch.Tensor | None:
     """Loss of an extractive question answering head, the mean of its two ends. ``ForQuestionAnsweringLoss``.
 
@@ -417,26 +454,44 @@ def question_answering_loss(
             ones count as 0. None for either: no loss.
         num_items_in_batch: examples of the whole optimizer step, for both ends, or a pair of one for each. None: each
             end is divided by its own items.
+        label_smoothing, z_loss, softcap, logit_scale, inplace: as causal_lm_loss, for each end; the classes are the
+            positions, which have no weights, and those that are ignored are given.
 
     Returns:
         0-dim loss, fp32 (fp64 for fp64 logits), or None.
     """
     if start_positions is None or end_positions is None:
         return None
-    ignore_index = start_logits.shape[1]
-    options = LossOptions(ignore_index=ignore_index)
+    name = "question_answering_loss"
+    _check_tensors(
+        name, ("start_logits (B, T)", start_logits), ("end_logits (B, T)", end_logits),
+        ("start_positions (B,)", start_positions), ("end_positions (B,)", end_positions),
+    )  # fmt: skip
+    if start_logits.dim() != 2 or start_logits.shape != end_logits.shape:
+        raise RuntimeError(
+            f"{name}: expected start_logits and end_logits of one shape (B, T), got {tuple(start_logits.shape)} and "
+            f"{tuple(end_logits.shape)}"
+        )
+    B, ignore_index = start_logits.shape
+    options = LossOptions(ignore_index, label_smoothing, z_loss, softcap, logit_scale)
     if isinstance(num_items_in_batch, tuple) and not isinstance(num_items_in_batch, Divisor):
+        if len(num_items_in_batch) != 2:
+            raise ValueError(f"{name}: expected a pair for num_items_in_batch, got {len(num_items_in_batch)} values")
         start_items, end_items = num_items_in_batch
     else:
         start_items = end_items = num_items_in_batch
 
-    def one(logits: torch.Tensor, positions: torch.Tensor, count: NumItems) -> torch.Tensor:
-        labels = positions.reshape(positions.shape[0]).to(logits.device).clamp(0, ignore_index)
-        return _mean_loss("question_answering_loss", logits, labels, None, options, 0, count, False)
+    def one(end: str, logits: torch.Tensor, positions: torch.Tensor, count: NumItems) -> torch.Tensor:
+        if positions.shape not in ((B,), (B, 1)):
+            raise RuntimeError(f"{name}: expected {end} of shape ({B},) or ({B}, 1), got {tuple(positions.shape)}")
+        labels = positions.reshape(B).to(logits.device).clamp(0, ignore_index)
+        return _mean_loss(name, logits, labels, None, options, 0, count, inplace)
 
-    return (one(start_logits, start_positions, start_items) + one(end_logits, end_positions, end_items)) / 2
+    start = one("start_positions", start_logits, start_positions, start_items)
+    return (start + one("end_positions", end_logits, end_positions, end_items)) / 2
 
 
+@checked_loss
 def semantic_segmentation_loss(
     logits: torch.Tensor,
     labels: torch.Tensor,
@@ -447,7 +502,10 @@ def semantic_segmentation_loss(
     *,
     weight: torch.Tensor | None = None,
     label_smoothing: float = 0.0,
-    **kwargs: Any,
+    z_loss: float = 0.0,
+    softcap: float = 0.0,
+    logit_scale: float = 1.0,
+    inplace: InPlace = False,
 ) -> torch.Tensor:
     """Loss of a semantic segmentation head. Equivalent to transformers' ``ForSemanticSegmentationLoss``.
 
@@ -461,21 +519,31 @@ def semantic_segmentation_loss(
         num_items_in_batch: pixels that count, of the whole optimizer step; see causal_lm_loss.
         auxiliary_logits: (B, C, h', w') of a second head on the same labels, or None.
         auxiliary_loss_weight: factor of the second head's loss.
-        weight, label_smoothing: as causal_lm_loss.
+        weight, label_smoothing, z_loss, softcap, logit_scale: as causal_lm_loss, of the enlarged logits.
+        inplace: as causal_lm_loss, over the enlarged logits, which nobody else sees: the caller's stay.
 
     Returns:
         0-dim loss, fp32 (fp64 for fp64 logits).
     """
-    options = LossOptions(ignore_index=ignore_index, label_smoothing=label_smoothing)
+    name = "semantic_segmentation_loss"
+    options = LossOptions(ignore_index, label_smoothing, z_loss, softcap, logit_scale)
 
-    def one(head: torch.Tensor) -> torch.Tensor:
+    def one(what: str, head: torch.Tensor) -> torch.Tensor:
+        _check_tensors(name, (f"{what} (B, C, h, w)", head), ("labels (B, H, W)", labels))
+        if head.dim() != 4 or labels.dim() != 3 or head.shape[0] != labels.shape[0]:
+            raise RuntimeError(
+                f"{name}: expected {what} (B, C, h, w) and labels (B, H, W), got {tuple(head.shape)} and "
+                f"{tuple(labels.shape)}"
+            )
         inner = head.contiguous(memory_format=torch.channels_last)  # small: before it is enlarged
         enlarged = F.interpolate(inner, size=labels.shape[-2:], mode="bilinear", align_corners=False)
         by_pixel = enlarged.permute(0, 2, 3, 1)  # (B, H, W, C)
-        return _mean_loss("semantic_segmentation_loss", by_pixel, labels, weight, options, 0, num_items_in_batch, False)
+        return _mean_loss(name, by_pixel, labels, weight, options, 0, num_items_in_batch, inplace)
 
-    loss = one(logits)
-    return loss if auxiliary_logits is None else loss + auxiliary_loss_weight * one(auxiliary_logits)
+    loss = one("logits", logits)
+    if auxiliary_logits is None:
+        return loss
+    return loss + auxiliary_loss_weight * one("auxiliary_logits", auxiliary_logits)
 
 
 def _mean_loss(
@@ -492,12 +560,13 @@ def _mean_loss(
     if inplace not in (False, "backward", "forward"):
         raise ValueError(f'{name}: expected False, "backward" or "forward" for inplace, got {inplace!r}')
     _refuse_functorch(name)
+    options.check(name, ops.accumulation_dtype(logits))
+    labels = _like_rows(name, logits, labels, shift)
+    _check_class_weight(name, "weight", weight, logits.shape[-1:])
     if labels.device != logits.device:
         labels = labels.to(logits.device, non_blocking=True)
     if weight is not None and weight.device != logits.device:
         weight = weight.to(logits.device, non_blocking=True)
-    if shift == 0 and labels.shape != logits.shape[:-1] and labels.numel() * logits.shape[-1] == logits.numel():
-        logits, labels = logits.flatten(0, -2), labels.flatten()  # one of them came flattened
 
     divisor = _divisor(name, num_items_in_batch, logits)
     given, expected_grad, metrics = _given(num_items_in_batch)
@@ -535,6 +604,10 @@ def _linear(
 ) -> tuple[torch.Tensor, TokenSums]:
     """loss_sum divided by num_items_in_batch (None: not divided), which carries the gradient, and the sums."""
     _refuse_functorch(name)
+    _check_tensors(name, ("hidden (..., H)", hidden), ("weight (V, H)", weight), ("labels (...)", labels))
+    _check_shift(name, shift)
+    linear.check(name, hidden, weight, labels, bias, class_weight, num_valid, max_scratch_bytes)
+    options.check(name, ops.accumulation_dtype(hidden))
     labels = labels.to(hidden.device, non_blocking=True)
     class_weight = class_weight if class_weight is None else class_weight.to(hidden.device, non_blocking=True)
     divisor = _divisor(name, num_items_in_batch, hidden)
@@ -603,19 +676,30 @@ def _divisor(name: str, num_items_in_batch: NumItems, like: torch.Tensor) -> tor
     acc = ops.accumulation_dtype(like)
     if isinstance(num_items_in_batch, Divisor):
         return num_items_in_batch.value.to(like.device, acc, non_blocking=True)
+    info = torch.finfo(acc)
     if isinstance(num_items_in_batch, torch.Tensor):
+        shape, dtype = tuple(num_items_in_batch.shape), num_items_in_batch.dtype
         if num_items_in_batch.numel() == 0:
             raise ValueError(f"{name}: expected num_items_in_batch of shape () or (n, 1), got an empty tensor")
-        first = (
-            num_items_in_batch.detach() if num_items_in_batch.dim() == 0 else num_items_in_batch.detach().flatten()[0]
-        )
-        first = first.to(like.device, acc, non_blocking=True)
-        # not clamp(min=1): what is passed may be the items of a step for each of its micro-batches, a fraction
-        return torch.where(first > 0, first, torch.ones_like(first))
+        if len(shape) > 2 or (len(shape) == 2 and shape[1] != 1):
+            raise ValueError(f"{name}: expected num_items_in_batch of shape (), (n,) or (n, 1), got {shape}")
+        if dtype == torch.bool or dtype.is_complex:
+            raise ValueError(f"{name}: expected num_items_in_batch of an integer or floating dtype, got {dtype}")
+        first = num_items_in_batch.detach()
+        first = first.flatten()[0] if shape else first
+        first = first.to(like.device, non_blocking=True)
+        value = first.to(acc)
+        # NaN for what is no number of items, or none that acc holds: what it is cannot be known here without a sync.
+        # Not clamp(min=1): what is passed may be the items of a step for each of its micro-batches, a fraction.
+        is_held = value.clamp(info.tiny, info.max) == value
+        return torch.where(is_held, value, torch.where(first == 0, torch.ones_like(value), float("nan")))
     is_number = isinstance(num_items_in_batch, (int, float)) and not isinstance(num_items_in_batch, bool)
-    if not is_number or not 0 <= num_items_in_batch < float("inf"):
-        raise ValueError(f"{name}: expected num_items_in_batch >= 0, got {num_items_in_batch!r}")
-    return torch.full((), num_items_in_batch if num_items_in_batch > 0 else 1, dtype=acc, device=like.device)
+    if not is_number or not (num_items_in_batch == 0 or info.tiny <= num_items_in_batch <= info.max):
+        raise ValueError(
+            f"{name}: expected num_items_in_batch >= 0, got {num_items_in_batch!r}; it is 0 or a number in "
+            f"[{info.tiny:.4g}, {info.max:.4g}], which {acc} holds, or a tensor of one; None counts the items of the call"
+        )
+    return torch.full((), float(num_items_in_batch) if num_items_in_batch else 1.0, dtype=acc, device=like.device)
 
 
 def _refuse_functorch(name: str) -> None:
@@ -627,8 +711,57 @@ def _refuse_functorch(name: str) -> None:
 
 
 def _check_vocab_size(name: str, logits: torch.Tensor, size: int | None, source: str = "vocab_size") -> None:
-    if size is not None and logits.shape[-1] != size:
+    if size is not None and (logits.dim() < 1 or logits.shape[-1] != size):
         raise ValueError(f"{name}: expected logits of shape (..., {source} = {size}), got {tuple(logits.shape)}")
+
+
+def _check_tensors(name: str, *given: tuple[str, Any]) -> None:
+    """given: what each is, with its shape; and the value."""
+    for what, value in given:
+        if not isinstance(value, torch.Tensor):
+            got = "None" if value is None else f"a {type(value).__name__}"
+            raise (ValueError if value is None else TypeError)(f"{name}: expected a tensor {what}, got {got}")
+
+
+def _check_shift(name: str, shift: Any) -> None:
+    if isinstance(shift, bool) or not isinstance(shift, int) or not 0 <= shift < 2**63:
+        raise ValueError(f"{name}: expected shift >= 0, an int, got {shift!r}")
+
+
+def _check_class_weight(name: str, what: str, weight: Any, shape: torch.Size) -> None:
+    if weight is None:
+        return
+    if not isinstance(weight, torch.Tensor):
+        raise TypeError(f"{name}: expected a tensor {what} (V,) or None, got a {type(weight).__name__}")
+    if weight.shape != shape:
+        raise RuntimeError(f"{name}: expected {what} of shape (V,) = {tuple(shape)}, got {tuple(weight.shape)}")
+
+
+def _refuse_options(name: str, problem: str, given: dict[str, Any]) -> None:
+    """Options that have no meaning for a problem: none of them may be anything but its default."""
+    defaults = {**LossOptions().as_kwargs(), "weight": None, "inplace": False}
+    for option, value in given.items():
+        default = defaults[option]
+        if value is not default and (isinstance(value, torch.Tensor) or value != default):
+            got = f"a tensor {tuple(value.shape)}" if isinstance(value, torch.Tensor) else repr(value)
+            raise ValueError(f"{name}: expected no {option} for {problem}, got {got}")
+
+
+def _like_rows(name: str, logits: torch.Tensor, labels: torch.Tensor, shift: int = 0) -> torch.Tensor:
+    """labels in the shape of the rows of logits (..., V): theirs, or one of the two flattened where nothing is shifted."""
+    if logits.dim() < 1:
+        raise RuntimeError(f"{name}: expected logits of shape (..., V), got a 0-dim tensor")
+    rows = logits.shape[:-1]
+    if labels.shape == rows:
+        return labels
+    is_flat = shift == 0 and (labels.dim() == 1 or logits.dim() == 2)
+    if not is_flat or labels.numel() * logits.shape[-1] != logits.numel():
+        flattened = ", or either of them flattened" if shift == 0 else ""
+        raise RuntimeError(
+            f"{name}: expected labels of shape {tuple(rows)}, as logits {tuple(logits.shape)} without the classes"
+            f"{flattened}, got {tuple(labels.shape)}"
+        )
+    return labels.reshape(rows)
 
 
 def _check_same_shape(name: str, logits: torch.Tensor, labels: torch.Tensor) -> None:

@@ -16,7 +16,8 @@ import torch
 import torch.nn.functional as F
 
 from . import ops, reference
-from .options import LossOptions
+from .keywords import checked
+from .options import SCHEMA, LossOptions
 
 MAX_SCRATCH_BYTES = 256 * 2**20
 _BLOCK_BYTES = 8 * 2**20  # of a product that is added to an accumulator
@@ -56,6 +57,7 @@ class LinearPlan(NamedTuple):
     has_buffer: bool = False
 
 
+@checked
 def linear_plan(
     rows: int,
     hidden_size: int,
@@ -362,24 +364,29 @@ def _add_product(grad_weight: torch.Tensor, grad_logits: torch.Tensor, hidden: t
     mutates_args=(),
     schema=(
         "(Tensor hidden, Tensor weight, Tensor labels, Tensor? bias=None, Tensor? class_weight=None, *, "
-        "bool[] needs, int shift=0, int ignore_index=-100, float label_smoothing=0.0, float z_loss=0.0, "
-        "float softcap=0.0, float logit_scale=1.0, bool metrics=False, int? num_valid=None, "
+        f"bool[] needs, int shift=0, {SCHEMA}, bool metrics=False, int? num_valid=None, "
         f"int max_scratch_bytes={MAX_SCRATCH_BYTES}) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)"
     ),
 )
 def _with_grad(hidden, weight, labels, bias=None, class_weight=None, **given):
-    needs, num_valid = Needs(*given.pop("needs")), given.pop("num_valid", None)
-    limits = (num_valid, given.pop("max_scratch_bytes", MAX_SCRATCH_BYTES))
-    options = {"shift": 0, "metrics": False, **LossOptions().as_kwargs(), **given}
+    needs, options, limits = _given(given)
     factor = torch.ones((), dtype=ops.accumulation_dtype(hidden), device=hidden.device)
     sums, *grads = _compute(factor, hidden, weight, labels, bias, class_weight, needs, options, limits)
     return (*sums, *[hidden.new_empty(0) if grad is None else grad for grad in grads])
 
 
+def _given(given: dict[str, Any]) -> tuple[Needs, dict[str, Any], tuple[int | None, int]]:
+    """The keywords of the op: needs, the options of all rows, and num_valid with max_scratch_bytes."""
+    options = {"shift": 0, "metrics": False, **LossOptions().as_kwargs(), **given}
+    limits = (options.pop("num_valid", None), options.pop("max_scratch_bytes", MAX_SCRATCH_BYTES))
+    return Needs(*options.pop("needs")), options, limits
+
+
 @_with_grad.register_fake
 def _(hidden, weight, labels, bias=None, class_weight=None, **given):
+    needs, options, limits = _given(given)
+    _check(hidden, weight, labels, bias, class_weight, options, *limits)
     acc = ops.accumulation_dtype(hidden)
-    needs = Needs(*given["needs"])
     sums = [hidden.new_empty((), dtype=d if d == torch.int64 else acc) for d in _SUM_DTYPES]
     weight_dtype = torch.float32 if hidden.dtype == torch.float16 else hidden.dtype
     grads = [
@@ -407,7 +414,7 @@ def _backward(ctx, grad_loss_sum, *_):
     inputs = (hidden, weight, bias)
     found: Any
     if torch.is_grad_enabled():
-        options = {k: v for k, v in ctx.given.items() if k not in ("needs", "num_valid", "max_scratch_bytes")}
+        _, options, _ = _given(ctx.given)
         found = _differentiable_grads(grad_loss_sum, inputs, needs, labels, class_weight, options)
     else:
         found = [
@@ -437,32 +444,24 @@ def linear_cross_entropy(
     bias: torch.Tensor | None = None,  # (V,)
     class_weight: torch.Tensor | None = None,  # (V,)
     *,
-    shift: int = 0,
-    ignore_index: int = -100,
-    label_smoothing: float = 0.0,
-    z_loss: float = 0.0,
-    softcap: float = 0.0,
-    logit_scale: float = 1.0,
-    metrics: bool = False,
     num_valid: int | None = None,
     max_scratch_bytes: int = MAX_SCRATCH_BYTES,
+    **options: Any,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     """torch.ops.accumloss.linear_cross_entropy: the fields of TokenSums; the first carries the gradient."""
     hidden, weight, bias = autocast(hidden, weight, bias)
-    _check(hidden, weight, labels, bias)
+    _check(hidden, weight, labels, bias, class_weight, options, num_valid, max_scratch_bytes)
     needs = needs_of(hidden, weight, bias)
     return _with_grad(
-        hidden, weight, labels, bias, class_weight, needs=list(needs), shift=shift, ignore_index=ignore_index,
-        label_smoothing=label_smoothing, z_loss=z_loss, softcap=softcap, logit_scale=logit_scale, metrics=metrics,
-        num_valid=num_valid, max_scratch_bytes=max_scratch_bytes,
+        hidden, weight, labels, bias, class_weight, needs=list(needs), num_valid=num_valid,
+        max_scratch_bytes=max_scratch_bytes, **options,
     )[:5]  # fmt: skip
 
 
 torch.library.define(
     "accumloss::linear_cross_entropy",
     "(Tensor hidden, Tensor weight, Tensor labels, Tensor? bias=None, Tensor? class_weight=None, *, int shift=0, "
-    "int ignore_index=-100, float label_smoothing=0.0, float z_loss=0.0, float softcap=0.0, float logit_scale=1.0, "
-    f"bool metrics=False, int? num_valid=None, int max_scratch_bytes={MAX_SCRATCH_BYTES}) "
+    f"{SCHEMA}, bool metrics=False, int? num_valid=None, int max_scratch_bytes={MAX_SCRATCH_BYTES}) "
     "-> (Tensor, Tensor, Tensor, Tensor, Tensor)",
 )
 torch.library.impl("accumloss::linear_cross_entropy", "CompositeImplicitAutograd")(linear_cross_entropy)
@@ -482,7 +481,7 @@ def autocast(*tensors: torch.Tensor | None) -> list[Any]:
     first = tensors[0]
     assert first is not None
     device = first.device.type
-    if not torch.is_autocast_enabled(device):
+    if not torch.amp.is_autocast_available(device) or not torch.is_autocast_enabled(device):
         return list(tensors)
     dtype = torch.get_autocast_dtype(device)
     return [t if t is None or t.dtype == torch.float64 else t.to(dtype) for t in tensors]
@@ -539,9 +538,7 @@ def _finish(grad: torch.Tensor | None, ratio: torch.Tensor, like: torch.Tensor |
 def _compute(factor, hidden, weight, labels, bias, class_weight, needs, options, limits) -> _Outputs:
     """_run for hidden (..., H) and labels (...) that are not shifted."""
     shift = options["shift"]
-    if shift < 0:
-        raise ValueError(f"linear_cross_entropy: expected shift >= 0, got {shift}")
-    _check(hidden, weight, labels, bias)
+    _check(hidden, weight, labels, bias, class_weight, options, *limits)
     targets = reference.shift_labels(labels, shift, options["ignore_index"]) if labels.dim() else labels
     rows = hidden.detach().reshape(-1, hidden.shape[-1])
     of_rows = {name: value for name, value in options.items() if name != "shift"}
@@ -551,8 +548,8 @@ def _compute(factor, hidden, weight, labels, bias, class_weight, needs, options,
     return found if found.hidden is None else found._replace(hidden=found.hidden.view(hidden.shape))
 
 
-def _check(hidden, weight, labels, bias) -> None:
-    name = "linear_cross_entropy"
+def check(name, hidden, weight, labels, bias, class_weight, num_valid, max_scratch_bytes) -> None:
+    """Shapes, and the limits; devices and dtypes are seen where the tensors are in place and cast."""
     for what, tensor in (("weight", weight), ("hidden", hidden), ("bias", bias)):
         if tensor is not None and hasattr(tensor, "placements"):
             raise RuntimeError(
@@ -563,19 +560,39 @@ def _check(hidden, weight, labels, bias) -> None:
         raise RuntimeError(
             f"{name}: expected hidden (..., H) and weight (V, H), got {tuple(hidden.shape)} and {tuple(weight.shape)}"
         )
+    if weight.numel() == 0:
+        raise RuntimeError(f"{name}: expected weight (V, H) with V and H >= 1, got {tuple(weight.shape)}")
     if labels.shape != hidden.shape[:-1]:
         raise RuntimeError(
             f"{name}: expected labels of shape {tuple(hidden.shape[:-1])}, as hidden without H, got {tuple(labels.shape)}"
         )
-    if bias is not None and bias.shape != weight.shape[:1]:
-        raise RuntimeError(f"{name}: expected bias of shape ({weight.shape[0]},), got {tuple(bias.shape)}")
+    for what, tensor in (("bias", bias), ("class_weight", class_weight)):
+        if tensor is not None and not isinstance(tensor, torch.Tensor):
+            raise TypeError(f"{name}: expected a tensor {what} (V,) or None, got a {type(tensor).__name__}")
+        if tensor is not None and tensor.shape != weight.shape[:1]:
+            raise RuntimeError(
+                f"{name}: expected {what} of shape (V,) = ({weight.shape[0]},), got {tuple(tensor.shape)}"
+            )
+    for what, value, least in (("num_valid", num_valid, 0), ("max_scratch_bytes", max_scratch_bytes, 1)):
+        if value is None and what == "num_valid":
+            continue
+        if isinstance(value, bool) or not isinstance(value, int) or not least <= value < 2**63:
+            raise ValueError(f"{name}: expected {what} >= {least}, an int, got {value!r}")
+
+
+def _check(hidden, weight, labels, bias, class_weight, options, num_valid, max_scratch_bytes) -> None:
+    """Everything that can be known without a look at the values."""
+    name = "linear_cross_entropy"
+    check(name, hidden, weight, labels, bias, class_weight, num_valid, max_scratch_bytes)
+    ops.check_options(name, hidden, **options)
     if labels.dtype not in (torch.int64, torch.int32):
         raise RuntimeError(f"{name}: expected int64 or int32 labels, got {labels.dtype}")
-    for what, tensor in (("weight", weight), ("labels", labels), ("bias", bias)):
+    for what, tensor in (("weight", weight), ("labels", labels), ("bias", bias), ("class_weight", class_weight)):
         if tensor is not None and tensor.device != hidden.device:
             raise RuntimeError(f"{name}: expected {what} on hidden's device {hidden.device}, got {tensor.device}")
     for what, tensor in (("weight", weight), ("bias", bias)):
         if tensor is not None and tensor.dtype != hidden.dtype:
             raise RuntimeError(f"{name}: expected {what} of hidden's dtype {hidden.dtype}, got {tensor.dtype}")
-    if hidden.dtype not in (torch.bfloat16, torch.float16, torch.float32, torch.float64):
-        raise RuntimeError(f"{name}: expected bfloat16, float16, float32 or float64, got {hidden.dtype}")
+    for what, tensor in (("hidden", hidden), ("class_weight", class_weight)):
+        if tensor is not None and tensor.dtype not in ops.DTYPES:
+            raise RuntimeError(f"{name}: expected {what} of bfloat16, float16, float32 or float64, got {tensor.dtype}")

@@ -15,6 +15,7 @@ import torch
 from torch.autograd.function import once_differentiable
 
 from . import reference
+from .keywords import checked
 from .options import LossOptions
 
 try:
@@ -33,6 +34,15 @@ def accumulation_dtype(logits: torch.Tensor) -> torch.dtype:
     return torch.float64 if logits.dtype == torch.float64 else torch.float32
 
 
+def check_options(
+    function: str, logits: torch.Tensor, *, shift: int = 0, metrics: bool = False, **options: Any
+) -> None:
+    """What the real kernels refuse of the options, for those that look at shapes and dtypes only."""
+    if shift < 0:
+        raise ValueError(f"{function}: expected shift >= 0, got {shift}")
+    LossOptions(**options).check(function, accumulation_dtype(logits))
+
+
 # Fake kernels --------------------------------------------------------------------------------------------------------
 
 
@@ -44,6 +54,7 @@ def _fake_sums(logits: torch.Tensor) -> tuple[torch.Tensor, ...]:
 
 @torch.library.register_fake("accumloss::cross_entropy")
 def _(logits, labels, weight=None, **options):
+    check_options("cross_entropy", logits, **options)
     loss_sum, num_items, total_weight, num_correct, entropy_sum = _fake_sums(logits)
     lse = logits.new_empty(labels.shape, dtype=torch.float64)
     nll = logits.new_empty(labels.shape, dtype=accumulation_dtype(logits))
@@ -52,21 +63,25 @@ def _(logits, labels, weight=None, **options):
 
 @torch.library.register_fake("accumloss::cross_entropy_backward")
 def _(grad_loss_sum, logits, labels, lse, nll, weight=None, **options):
+    check_options("cross_entropy_backward", logits, **options)
     return logits.new_empty(logits.shape)
 
 
 @torch.library.register_fake("accumloss::cross_entropy_backward_")
 def _(grad_loss_sum, logits, labels, lse, nll, weight=None, **options):
+    check_options("cross_entropy_backward_", logits, **options)
     return None
 
 
 @torch.library.register_fake("accumloss::cross_entropy_with_grad")
 def _(grad_loss_sum, logits, labels, weight=None, **options):
+    check_options("cross_entropy_with_grad", logits, **options)
     return *_fake_sums(logits), logits.new_empty(logits.shape)
 
 
 @torch.library.register_fake("accumloss::cross_entropy_with_grad_")
 def _(grad_loss_sum, logits, labels, weight=None, **options):
+    check_options("cross_entropy_with_grad_", logits, **options)
     return _fake_sums(logits)
 
 
@@ -77,6 +92,8 @@ def _(like, rows, columns):
 
 @torch.library.register_fake("accumloss::scale_")
 def _(values, factor):
+    if values.dim() < 1:
+        raise RuntimeError("scale_: expected values of shape (..., n), got a 0-dim tensor; pass values.view(1)")
     return None
 
 
@@ -315,10 +332,11 @@ class CudaPlan(NamedTuple):
     bytes_per_element: float  # of device memory, read and written, where nothing is ignored
 
 
-_DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
+DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 _CALLS = ("forward", "backward", "with_grad")
 
 
+@checked
 def plan(
     logits: torch.Tensor | int,  # (..., V), or V
     dtype: torch.dtype = torch.bfloat16,
@@ -356,7 +374,7 @@ def plan(
         device = logits.device if logits.is_cuda else None
     else:
         V = logits
-    if V < 1 or dtype not in _DTYPES:
+    if V < 1 or dtype not in DTYPES:
         raise ValueError(f"plan: expected V >= 1 and a floating dtype of logits, got V = {V} and {dtype}")
     if arch is None:
         if not torch.cuda.is_available():
@@ -367,4 +385,4 @@ def plan(
         capability = int(arch[3:])
     else:
         raise ValueError(f'plan: expected arch such as "sm_90", got {arch!r}')
-    return CudaPlan(*_C.plan(V, _DTYPES.index(dtype), _CALLS.index(call), capability, aligned))
+    return CudaPlan(*_C.plan(V, DTYPES.index(dtype), _CALLS.index(call), capability, aligned))

@@ -1,14 +1,18 @@
-"""The options of a cross-entropy, validated once."""
+"""The options of a cross-entropy: the one list of them in Python, validated once."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any
+
+import torch
+
+from . import keywords
 
 
 @dataclass(frozen=True)
 class LossOptions:
-    """What changes a row's loss, besides its logits and label. Mirrors ``csrc/options.h`` field by field.
+    """What changes a row's loss, besides its logits and label. The list of ``csrc/options.h``, in its order.
 
     For logits ``x`` (V,), label ``y`` and class weights ``w`` (V,; 1 where none are given)::
 
@@ -27,6 +31,7 @@ class LossOptions:
         logit_scale: multiplies the logits first, > 0. Cohere uses 0.0625.
 
     Raises:
+        TypeError: an unknown option.
         ValueError: an option is out of range.
     """
 
@@ -37,12 +42,32 @@ class LossOptions:
     logit_scale: float = 1.0
 
     def __post_init__(self) -> None:
-        if isinstance(self.ignore_index, bool) or not isinstance(self.ignore_index, int):
-            raise ValueError(f"LossOptions: expected an int for ignore_index, got {self.ignore_index!r}")
+        is_int = isinstance(self.ignore_index, int) and not isinstance(self.ignore_index, bool)
+        if not is_int or not -(2**63) <= self.ignore_index < 2**63:
+            raise ValueError(f"LossOptions: expected an int for ignore_index (64 bits), got {self.ignore_index!r}")
         _check("label_smoothing", self.label_smoothing, 0.0, "a number in [0, 1]", maximum=1.0)
         _check("z_loss", self.z_loss, 0.0, "a finite number >= 0")
         _check("softcap", self.softcap, 0.0, "a finite number >= 0 (0 turns it off)")
         _check("logit_scale", self.logit_scale, _SMALLEST, "a finite number > 0")
+
+    def check(self, function: str, dtype: torch.dtype) -> None:
+        """Raises ValueError where the accumulation dtype, fp64 for fp64 logits and else fp32, does not hold an option.
+
+        Nor may ``softcap / logit_scale``, where the cap begins, be beyond it: the kernels divide one by the other.
+        """
+        info = torch.finfo(dtype)
+        for name, value, is_off in (
+            ("label_smoothing", self.label_smoothing, self.label_smoothing == 0),
+            ("z_loss", self.z_loss, self.z_loss == 0),
+            ("softcap", self.softcap, self.softcap == 0),
+            ("logit_scale", self.logit_scale, False),
+            ("softcap / logit_scale", self.softcap / self.logit_scale, self.softcap == 0),
+        ):
+            if not is_off and not info.tiny <= value <= info.max:
+                raise ValueError(
+                    f"{function}: expected {name} in [{info.tiny:.4g}, {info.max:.4g}], which {dtype} holds (fp64 logits are "
+                    f"computed in fp64, all others in fp32), got {value!r}"
+                )
 
     def as_kwargs(self) -> dict[str, Any]:
         """The options as the keyword arguments of the ops."""
@@ -55,6 +80,10 @@ class LossOptions:
         }
 
 
+NAMES = tuple(field.name for field in fields(LossOptions))
+# As csrc/bindings.cpp writes them: for ops that are defined in Python.
+SCHEMA = ", ".join(f"{field.type} {field.name}={field.default}" for field in fields(LossOptions))
+
 _SMALLEST = 5e-324  # > 0
 _LARGEST = 1.7976931348623157e308  # finite
 
@@ -63,3 +92,6 @@ def _check(name: str, value: Any, minimum: float, expected: str, maximum: float 
     is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
     if not is_number or not minimum <= value <= maximum:
         raise ValueError(f"LossOptions: expected {expected} for {name}, got {value!r}")
+
+
+LossOptions.__init__ = keywords.checked(LossOptions.__init__, "LossOptions")  # type: ignore[method-assign]

@@ -61,6 +61,11 @@ def rows(
         dtype: of the computation and the result.
     """
     options = options or LossOptions()
+    if logits.dim() < 1 or labels.shape != logits.shape[:-1]:
+        raise RuntimeError(
+            f"reference.rows: expected labels of shape {tuple(logits.shape[:-1])}, as logits without the classes, got "
+            f"{tuple(labels.shape)}"
+        )
     num_classes = logits.shape[-1]
     labels = shift_labels(labels.long(), shift, options.ignore_index)
     is_item = labels != options.ignore_index

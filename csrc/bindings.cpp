@@ -18,37 +18,37 @@
 namespace accumloss {
 namespace {
 
-#define ACCUMLOSS_LOSS_OPTIONS                                                                        \
-  "int shift=0, int ignore_index=-100, float label_smoothing=0., float z_loss=0., float softcap=0., " \
-  "float logit_scale=1., bool metrics=False"
-#define ACCUMLOSS_LM_OPTIONS \
-  "int ignore_index=-100, float label_smoothing=0., float z_loss=0., float softcap=0., float logit_scale=1."
+// The options as a schema and as the types of a call have them, each after a comma.
+#define AS_SCHEMA(type, schema_type, name, value) ", " #schema_type " " #name "=" #value
+#define AS_TYPE(type, schema_type, name, value) , type
+#define LM_OPTIONS ACCUMLOSS_LOSS_OPTIONS(AS_SCHEMA)
+#define ALL_OPTIONS ", int shift=0" LM_OPTIONS ", bool metrics=False"
 
 STABLE_TORCH_LIBRARY(accumloss, m) {
-  m.def("cross_entropy(Tensor logits, Tensor labels, Tensor? weight=None, *, " ACCUMLOSS_LOSS_OPTIONS
+  m.def("cross_entropy(Tensor logits, Tensor labels, Tensor? weight=None, *" ALL_OPTIONS
         ") -> (Tensor loss_sum, Tensor num_items, Tensor total_weight, Tensor lse, Tensor num_correct, "
         "Tensor entropy_sum, Tensor nll)");
   m.def(
       "cross_entropy_backward(Tensor grad_loss_sum, Tensor logits, Tensor labels, Tensor lse, Tensor nll, "
-      "Tensor? weight=None, *, " ACCUMLOSS_LOSS_OPTIONS ") -> Tensor");
+      "Tensor? weight=None, *" ALL_OPTIONS ") -> Tensor");
   m.def(
       "cross_entropy_backward_(Tensor grad_loss_sum, Tensor(a!) logits, Tensor labels, Tensor lse, Tensor nll, "
-      "Tensor? weight=None, *, " ACCUMLOSS_LOSS_OPTIONS ") -> ()");
+      "Tensor? weight=None, *" ALL_OPTIONS ") -> ()");
   m.def(
       "cross_entropy_with_grad(Tensor grad_loss_sum, Tensor logits, Tensor labels, Tensor? weight=None, "
-      "*, " ACCUMLOSS_LOSS_OPTIONS
+      "*" ALL_OPTIONS
       ") -> (Tensor loss_sum, Tensor num_items, Tensor total_weight, Tensor num_correct, Tensor entropy_sum, "
       "Tensor grad_logits)");
   m.def(
       "cross_entropy_with_grad_(Tensor grad_loss_sum, Tensor(a!) logits, Tensor labels, Tensor? weight=None, "
-      "*, " ACCUMLOSS_LOSS_OPTIONS
+      "*" ALL_OPTIONS
       ") -> (Tensor loss_sum, Tensor num_items, Tensor total_weight, Tensor num_correct, Tensor entropy_sum)");
   m.def("scale_(Tensor(a!) values, Tensor factor) -> ()");
   m.def("scratch(Tensor like, int rows, int columns) -> Tensor");
   // Both are cross_entropy through the dispatcher, in ops.py: there an error keeps its type and message.
-  m.def("causal_lm(Tensor logits, Tensor labels, Tensor? weight=None, *, " ACCUMLOSS_LM_OPTIONS
+  m.def("causal_lm(Tensor logits, Tensor labels, Tensor? weight=None, *" LM_OPTIONS
         ") -> (Tensor loss_sum, Tensor num_items)");
-  m.def("masked_lm(Tensor logits, Tensor labels, Tensor? weight=None, *, " ACCUMLOSS_LM_OPTIONS
+  m.def("masked_lm(Tensor logits, Tensor labels, Tensor? weight=None, *" LM_OPTIONS
         ") -> (Tensor loss_sum, Tensor num_items)");
 }
 
@@ -76,46 +76,27 @@ const Backend& ready_cuda() {
 using BackendOf = const Backend& (*)();
 using OptionalTensor = std::optional<Tensor>;
 
-LossOptions options_of(int64_t shift, int64_t ignore_index, double label_smoothing, double z_loss, double softcap,
-                       double logit_scale, bool metrics) {
-  return {shift, ignore_index, label_smoothing, z_loss, softcap, logit_scale, metrics};
-}
-
-// The ops as the dispatcher calls them: options spread out.
-template <BackendOf backend>
+// The ops as the dispatcher calls them: the options spread out, in the order of the fields of LossOptions.
+template <BackendOf backend, typename... Option>
 struct Ops {
-  static ForwardOutputs forward(Tensor logits, Tensor labels, OptionalTensor weight, int64_t shift,
-                                int64_t ignore_index, double label_smoothing, double z_loss, double softcap,
-                                double logit_scale, bool metrics) {
-    return cross_entropy(backend(), logits, labels, weight,
-                         options_of(shift, ignore_index, label_smoothing, z_loss, softcap, logit_scale, metrics));
+  static ForwardOutputs forward(Tensor logits, Tensor labels, OptionalTensor weight, Option... option) {
+    return cross_entropy(backend(), logits, labels, weight, LossOptions{option...});
   }
   static Tensor backward(Tensor grad_loss_sum, Tensor logits, Tensor labels, Tensor lse, Tensor nll,
-                         OptionalTensor weight, int64_t shift, int64_t ignore_index, double label_smoothing,
-                         double z_loss, double softcap, double logit_scale, bool metrics) {
-    return cross_entropy_backward(
-        backend(), grad_loss_sum, logits, labels, lse, nll, weight,
-        options_of(shift, ignore_index, label_smoothing, z_loss, softcap, logit_scale, metrics));
+                         OptionalTensor weight, Option... option) {
+    return cross_entropy_backward(backend(), grad_loss_sum, logits, labels, lse, nll, weight, LossOptions{option...});
   }
   static void backward_(Tensor grad_loss_sum, Tensor logits, Tensor labels, Tensor lse, Tensor nll,
-                        OptionalTensor weight, int64_t shift, int64_t ignore_index, double label_smoothing,
-                        double z_loss, double softcap, double logit_scale, bool metrics) {
-    cross_entropy_backward_(backend(), grad_loss_sum, logits, labels, lse, nll, weight,
-                            options_of(shift, ignore_index, label_smoothing, z_loss, softcap, logit_scale, metrics));
+                        OptionalTensor weight, Option... option) {
+    cross_entropy_backward_(backend(), grad_loss_sum, logits, labels, lse, nll, weight, LossOptions{option...});
   }
   static WithGradOutputs with_grad(Tensor grad_loss_sum, Tensor logits, Tensor labels, OptionalTensor weight,
-                                   int64_t shift, int64_t ignore_index, double label_smoothing, double z_loss,
-                                   double softcap, double logit_scale, bool metrics) {
-    return cross_entropy_with_grad(
-        backend(), grad_loss_sum, logits, labels, weight,
-        options_of(shift, ignore_index, label_smoothing, z_loss, softcap, logit_scale, metrics));
+                                   Option... option) {
+    return cross_entropy_with_grad(backend(), grad_loss_sum, logits, labels, weight, LossOptions{option...});
   }
   static InPlaceOutputs with_grad_(Tensor grad_loss_sum, Tensor logits, Tensor labels, OptionalTensor weight,
-                                   int64_t shift, int64_t ignore_index, double label_smoothing, double z_loss,
-                                   double softcap, double logit_scale, bool metrics) {
-    return cross_entropy_with_grad_(
-        backend(), grad_loss_sum, logits, labels, weight,
-        options_of(shift, ignore_index, label_smoothing, z_loss, softcap, logit_scale, metrics));
+                                   Option... option) {
+    return cross_entropy_with_grad_(backend(), grad_loss_sum, logits, labels, weight, LossOptions{option...});
   }
   static void scale(Tensor values, Tensor factor) { scale_(backend(), values, factor); }
   static Tensor scratch(Tensor like, int64_t rows, int64_t columns) {
@@ -125,13 +106,14 @@ struct Ops {
 
 template <BackendOf backend>
 void register_ops(torch::stable::detail::StableLibrary& m) {
-  m.impl("cross_entropy", TORCH_BOX(&Ops<backend>::forward));
-  m.impl("cross_entropy_backward", TORCH_BOX(&Ops<backend>::backward));
-  m.impl("cross_entropy_backward_", TORCH_BOX(&Ops<backend>::backward_));
-  m.impl("cross_entropy_with_grad", TORCH_BOX(&Ops<backend>::with_grad));
-  m.impl("cross_entropy_with_grad_", TORCH_BOX(&Ops<backend>::with_grad_));
-  m.impl("scale_", TORCH_BOX(&Ops<backend>::scale));
-  m.impl("scratch", TORCH_BOX(&Ops<backend>::scratch));
+  using OpsOfBackend = Ops<backend, int64_t ACCUMLOSS_LOSS_OPTIONS(AS_TYPE), bool>;
+  m.impl("cross_entropy", TORCH_BOX(&OpsOfBackend::forward));
+  m.impl("cross_entropy_backward", TORCH_BOX(&OpsOfBackend::backward));
+  m.impl("cross_entropy_backward_", TORCH_BOX(&OpsOfBackend::backward_));
+  m.impl("cross_entropy_with_grad", TORCH_BOX(&OpsOfBackend::with_grad));
+  m.impl("cross_entropy_with_grad_", TORCH_BOX(&OpsOfBackend::with_grad_));
+  m.impl("scale_", TORCH_BOX(&OpsOfBackend::scale));
+  m.impl("scratch", TORCH_BOX(&OpsOfBackend::scratch));
 }
 
 STABLE_TORCH_LIBRARY_IMPL(accumloss, CPU, m) { register_ops<ready_cpu>(m); }

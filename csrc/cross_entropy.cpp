@@ -2,6 +2,7 @@
 #include <torch/csrc/stable/ops.h>
 
 #include <cmath>
+#include <limits>
 #include <sstream>
 #include <stdexcept>
 #include <vector>
@@ -119,16 +120,49 @@ bool same_device(const Tensor& a, const Tensor& b) {
   return a.is_cpu() == b.is_cpu() && a.get_device_index() == b.get_device_index();
 }
 
-void check_options(const char* function, const LossOptions& options) {
-  if (options.shift < 0) fail(function, "shift >= 0, got ", options.shift);
+// An option that is out of range, or that the kernels' arithmetic does not hold: ValueError in Python.
+[[noreturn]] void fail_option(const char* function, const char* expected, double got) {
+  std::ostringstream message;
+  message << function << ": expected " << expected << ", got " << got;
+  throw std::invalid_argument(message.str());
+}
+
+// fp32 has no softcap of 1e308 and no logit_scale of 1e-50; nor may the point where a cap begins be beyond its range,
+// since the kernels divide one by the other.
+template <typename Acc>
+void check_held(const char* function, const char* name, double value) {
+  if (value >= std::numeric_limits<Acc>::min() && value <= std::numeric_limits<Acc>::max()) return;
+  std::ostringstream expected;
+  expected << name << " in [" << std::numeric_limits<Acc>::min() << ", " << std::numeric_limits<Acc>::max()
+           << "], which " << (sizeof(Acc) == 8 ? "fp64" : "fp32")
+           << " holds (fp64 logits are computed in fp64, all others in fp32)";
+  fail_option(function, expected.str().c_str(), value);
+}
+
+template <typename Acc>
+void check_all_held(const char* function, const LossOptions& options) {
+  if (options.label_smoothing != 0) check_held<Acc>(function, "label_smoothing", options.label_smoothing);
+  if (options.z_loss != 0) check_held<Acc>(function, "z_loss", options.z_loss);
+  check_held<Acc>(function, "logit_scale", options.logit_scale);
+  if (options.softcap == 0) return;
+  check_held<Acc>(function, "softcap", options.softcap);
+  check_held<Acc>(function, "softcap / logit_scale", options.softcap / options.logit_scale);
+}
+
+void check_options(const char* function, const LossOptions& options, Dtype dtype) {
+  if (options.shift < 0) fail_option(function, "shift >= 0", static_cast<double>(options.shift));
   if (!(options.label_smoothing >= 0 && options.label_smoothing <= 1))
-    fail(function, "label_smoothing in [0, 1], got ", options.label_smoothing);
+    fail_option(function, "label_smoothing in [0, 1]", options.label_smoothing);
   if (!(options.z_loss >= 0 && std::isfinite(options.z_loss)))
-    fail(function, "finite z_loss >= 0, got ", options.z_loss);
+    fail_option(function, "finite z_loss >= 0", options.z_loss);
   if (!(options.softcap >= 0 && std::isfinite(options.softcap)))
-    fail(function, "finite softcap >= 0 (0 turns it off), got ", options.softcap);
+    fail_option(function, "finite softcap >= 0 (0 turns it off)", options.softcap);
   if (!(options.logit_scale > 0 && std::isfinite(options.logit_scale)))
-    fail(function, "finite logit_scale > 0, got ", options.logit_scale);
+    fail_option(function, "finite logit_scale > 0", options.logit_scale);
+  if (dtype == Dtype::kFloat64)
+    check_all_held<double>(function, options);
+  else
+    check_all_held<float>(function, options);
 }
 
 // Views ------------------------------------------------------------------------------------------------------------
@@ -258,7 +292,7 @@ struct Call {
       if (!same_device(*given_weight, logits))
         fail(function, "weight on the device of logits; move it with .to(logits.device)");
     }
-    check_options(function, options);
+    check_options(function, options, inputs.logits.dtype);
   }
 };
 
@@ -363,6 +397,7 @@ InPlaceOutputs cross_entropy_with_grad_(const Backend& backend, const Tensor& gr
 
 void scale_(const Backend& backend, const Tensor& values, const Tensor& factor) {
   const Dtype dtype = dtype_of("scale_", values);
+  if (values.dim() < 1) fail("scale_", "values of shape (..., n), got a 0-dim tensor; pass values.view(1)");
   if (!values.is_contiguous()) fail("scale_", "contiguous values, got shape ", shape_string(values));
   if (factor.numel() != 1 || !same_device(factor, values))
     fail("scale_", "a factor with one element on the device of values, got shape ", shape_string(factor));

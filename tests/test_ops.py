@@ -222,11 +222,11 @@ def error_cases():
     yield X, Y[0], {}, RuntimeError, r"got \(3,\); labels are class indices"
     yield X, Y, {"weight": torch.ones(4)}, RuntimeError, r"weight of shape \(V,\) = \(5,\), got \(4,\)"
     yield X, Y, {"weight": torch.ones(5).long()}, RuntimeError, "weight of a floating dtype, got Long"
-    yield X, Y, {"shift": -1}, RuntimeError, "shift >= 0, got -1"
-    yield X, Y, {"label_smoothing": 1.5}, RuntimeError, r"label_smoothing in \[0, 1\], got 1.5"
-    yield X, Y, {"z_loss": -1.0}, RuntimeError, "finite z_loss >= 0, got -1"
-    yield X, Y, {"softcap": float("inf")}, RuntimeError, "finite softcap >= 0 .* got inf"
-    yield X, Y, {"logit_scale": 0.0}, RuntimeError, "finite logit_scale > 0, got 0"
+    yield X, Y, {"shift": -1}, ValueError, "shift >= 0, got -1"
+    yield X, Y, {"label_smoothing": 1.5}, ValueError, r"label_smoothing in \[0, 1\], got 1.5"
+    yield X, Y, {"z_loss": -1.0}, ValueError, "finite z_loss >= 0, got -1"
+    yield X, Y, {"softcap": float("inf")}, ValueError, "finite softcap >= 0 .* got inf"
+    yield X, Y, {"logit_scale": 0.0}, ValueError, "finite logit_scale > 0, got 0"
     yield X, Y + 5, {}, IndexError, r"labels in \[0, 5\) or ignore_index -100, got 5 for row 0 of 6; check vocab_size"
     bad = Y.clone()
     bad[1, 2] = -1

@@ -8,12 +8,14 @@ from typing import Any
 import torch
 
 from .. import transformers as integration
+from ..keywords import checked
 from . import measure
 from .measure import EXACT, WAYS, AuditError, Report, StepResult
 
 __all__ = ["EXACT", "AuditError", "Report", "StepResult", "audit"]
 
 
+@checked
 def audit(
     model: torch.nn.Module,
     batches: Sequence[Mapping[str, Any]],

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -9,6 +10,7 @@ from typing import Any
 
 import torch
 
+from ..keywords import checked, named_by
 from . import deferred, losses, mapping, trainer
 from .deferred import Explanation
 from .hook import compute_loss_func
@@ -33,6 +35,7 @@ _is_registered = False
 _models: weakref.WeakKeyDictionary[Any, Any] = weakref.WeakKeyDictionary()
 
 
+@checked
 def register_with_transformers(
     model: Any = None,
     *,
@@ -93,6 +96,7 @@ def register_with_transformers(
     settings.fused_linear = fused_linear
 
 
+@checked
 def unregister_from_transformers(model: Any = None) -> None:
     """Undoes register_with_transformers: the very same objects are back in their places.
 
@@ -115,6 +119,7 @@ def unregister_from_transformers(model: Any = None) -> None:
         settings.reset()
 
 
+@functools.partial(checked, also=named_by(register_with_transformers))
 @contextmanager
 def registered(model: Any = None, **options: bool) -> Iterator[None]:
     """register_with_transformers for the length of a with block; afterwards everything is as it was before."""
@@ -130,6 +135,7 @@ def registered(model: Any = None, **options: bool) -> Iterator[None]:
             vars(settings).update(options_before)
 
 
+@checked
 def explain(model: Any) -> Explanation:
     """How the loss of a model is computed in training: from the hidden states, from the logits, or by transformers; and why.
 

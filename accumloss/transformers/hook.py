@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import torch
 
+from ..keywords import checked
 from . import losses
 
 
+@functools.partial(checked, also=losses.options_named_by("masked_lm"))
 def compute_loss_func(
     outputs: Any,
     labels: torch.Tensor | None,
@@ -35,6 +38,7 @@ def compute_loss_func(
         0-dim loss.
 
     Raises:
+        TypeError: an unknown option.
         ValueError: no labels, no logits, or outputs that do not say whether they are shifted.
     """
     if labels is None:

@@ -2,18 +2,19 @@
 
 Inside a Trainer step (step.py) the divisor is counted; anywhere else it is num_items_in_batch, or the items of the call.
 They are plain functions: a model takes a Module that is assigned to ``loss_function`` for a submodule and goes on without.
+A model calls them with whatever it has: what is no option of the loss is left out, as transformers' own leave it.
 """
 
 from __future__ import annotations
 
 import functools
-import inspect
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 
-from .. import functional
+from .. import functional, keywords, options
 from .._compat import not_compiled
 from . import step as steps
 from .deferred import DeferredLogits
@@ -36,6 +37,20 @@ def _counted(labels: torch.Tensor, given: Any, **rule: Any) -> Any:
     return given if step is None else step.divisor(labels, given, **rule)
 
 
+OPTIONS = ("weight", "inplace", *options.NAMES)  # of a loss over logits; each has those that mean something for it
+
+
+@functools.cache
+def options_named_by(kind: str) -> tuple[str, ...]:
+    """The options of accumloss.<kind>_loss."""
+    named = keywords.named_by(getattr(functional, f"{kind}_loss"))
+    return tuple(name for name in named if name in OPTIONS)
+
+
+def _options_of(kind: str, given: dict[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in given.items() if name in options_named_by(kind)}
+
+
 def smoothed(options: dict[str, Any]) -> dict[str, Any]:
     """The options of a cross-entropy, with Trainer's label smoothing where it has one and they have none."""
     if steps.is_active and not torch.compiler.is_compiling():
@@ -52,12 +67,30 @@ def _inplace(options: dict[str, Any]) -> dict[str, Any]:
     return options
 
 
+def _is_flattened(shape: Sequence[int], other: Sequence[int]) -> bool:
+    """Whether one of two shapes comes from the other by folding neighbouring dimensions, so that their elements pair."""
+    if math.prod(shape) != math.prod(other) or math.prod(shape) == 0:
+        return math.prod(shape) == math.prod(other)
+    coarse, fine = sorted(([size for size in shape if size > 1], [size for size in other if size > 1]), key=len)
+    sizes = iter(fine)
+    for wanted in coarse:
+        size = next(sizes)
+        while size < wanted:
+            size *= next(sizes)
+        if size != wanted:
+            return False
+    return True
+
+
 def _in_shape_of(labels: torch.Tensor, logits: torch.Tensor, vocab_size: int | None) -> torch.Tensor:
     """The logits as (*labels.shape, V): some heads come flattened, or with several heads side by side."""
     V = logits.shape[-1] if vocab_size is None else vocab_size
-    if logits.shape != (*labels.shape, V) and logits.numel() == labels.numel() * V:
-        return logits.view(*labels.shape, V)
-    return logits
+    if logits.shape == (*labels.shape, V) or logits.numel() != labels.numel() * V:
+        return logits
+    heads = () if logits.shape[-1] == V else (logits.shape[-1] // V,)
+    if not _is_flattened(labels.shape, (*logits.shape[:-1], *heads)):
+        return logits  # refused by the loss, which names the shapes
+    return logits.reshape(*labels.shape, V)
 
 
 def _fused(
@@ -76,7 +109,7 @@ def _fused(
     if linear is None or (vocab_size is not None and vocab_size != logits.shape[-1]):
         return None
     given = linear.options(options)
-    if given is None or linear.hidden.numel() != labels.numel() * linear.hidden.shape[-1]:
+    if given is None or not _is_flattened(labels.shape, linear.hidden.shape[:-1]):
         return None
     hidden = linear.hidden.reshape(*labels.shape, linear.hidden.shape[-1])  # some heads come flattened
     targets = {"labels": labels} if shift else {"labels": None, "shift_labels": labels}
@@ -96,7 +129,7 @@ def causal_lm_loss(
     **kwargs: Any,
 ) -> torch.Tensor:
     """accumloss.causal_lm_loss in the place of ``ForCausalLMLoss``."""
-    options = _inplace(smoothed(kwargs))
+    options = _inplace(smoothed(_options_of("causal_lm", kwargs)))
     targets, shift = (labels, 1) if shift_labels is None else (shift_labels, 0)
     if targets is not None:
         num_items_in_batch = divisor(
@@ -124,7 +157,7 @@ def masked_lm_loss(
     **kwargs: Any,
 ) -> torch.Tensor:
     """accumloss.masked_lm_loss in the place of ``ForMaskedLMLoss``."""
-    options = _inplace(smoothed(kwargs))
+    options = _inplace(smoothed(_options_of("masked_lm", kwargs)))
     count = divisor(labels, num_items_in_batch, ignore_index=ignore_index, weight=options.get("weight"))
     fused = _fused(logits, labels, vocab_size, 0, count, ignore_index, options)
     if fused is not None:
@@ -142,7 +175,7 @@ def token_classification_loss(
     **kwargs: Any,
 ) -> torch.Tensor:
     """accumloss.token_classification_loss in the place of ``ForTokenClassification``."""
-    options = _inplace(smoothed(kwargs))
+    options = _inplace(smoothed(_options_of("token_classification", kwargs)))
     count = divisor(
         labels,
         num_items_in_batch,
@@ -150,7 +183,7 @@ def token_classification_loss(
         weight=options.get("weight"),
     )
     return functional.token_classification_loss(
-        logits.view(-1, config.num_labels), labels, config, count, ignore_index, **options
+        _in_shape_of(labels, logits, config.num_labels), labels, config, count, ignore_index, **options
     )
 
 
@@ -165,7 +198,8 @@ def sequence_classification_loss(
     """accumloss.sequence_classification_loss in the place of ``ForSequenceClassificationLoss``."""
     functional.set_problem_type(config, labels)
     is_single = config.problem_type == "single_label_classification"
-    options = smoothed(kwargs) if is_single else kwargs
+    options = _options_of("sequence_classification", kwargs)
+    options = smoothed(options) if is_single else options
     count = divisor(
         labels,
         num_items_in_batch,
@@ -190,7 +224,9 @@ def question_answering_loss(
         divisor(positions, num_items_in_batch, length=logits.shape[1])
         for logits, positions in ((start_logits, start_positions), (end_logits, end_positions))
     )
-    return functional.question_answering_loss(start_logits, end_logits, start_positions, end_positions, counts)
+    return functional.question_answering_loss(
+        start_logits, end_logits, start_positions, end_positions, counts, **_options_of("question_answering", kwargs)
+    )
 
 
 def semantic_segmentation_loss(
@@ -203,7 +239,7 @@ def semantic_segmentation_loss(
     **kwargs: Any,
 ) -> torch.Tensor:
     """accumloss.semantic_segmentation_loss in the place of ``ForSemanticSegmentationLoss``."""
-    options = smoothed(kwargs)
+    options = smoothed(_options_of("semantic_segmentation", kwargs))
     count = divisor(
         labels,
         num_items_in_batch,
@@ -236,7 +272,7 @@ def underlying(loss: Any) -> Loss | None:
     return loss if any(loss is ours for ours in REPLACEMENTS.values()) else None
 
 
-def make_loss(kind: str = "causal_lm", **options: Any) -> Loss:
+def make_loss(kind: str = "causal_lm", **given: Any) -> Loss:
     """A loss with options of its own, for one model or for transformers' LOSS_MAPPING.
 
     Equivalent to transformers' loss of that kind with, for example, a class-weighted or smoothed cross-entropy in it; its
@@ -245,14 +281,16 @@ def make_loss(kind: str = "causal_lm", **options: Any) -> Loss:
     Args:
         kind: causal_lm, masked_lm, token_classification, sequence_classification, question_answering or
             semantic_segmentation.
-        **options: of accumloss.<kind>_loss: ignore_index, label_smoothing, z_loss, softcap, logit_scale, weight (V,),
-            inplace. With ``weight``, the mean over a step is divided by the total weight of its labels, as in PyTorch.
+        **given: options of accumloss.<kind>_loss: ignore_index, label_smoothing, z_loss, softcap, logit_scale, weight (V,),
+            inplace, as far as it has them. With ``weight``, the mean over a step is divided by the total weight of its
+            labels, as in PyTorch.
 
     Returns:
         A function with transformers' signature; picklable.
 
     Raises:
-        ValueError: an unknown kind or option, or an option out of range.
+        TypeError: an option that the loss has not.
+        ValueError: an unknown kind, or an option out of range.
 
     Example:
         >>> loss = make_loss("causal_lm", label_smoothing=0.1, z_loss=1e-4)
@@ -262,12 +300,9 @@ def make_loss(kind: str = "causal_lm", **options: Any) -> Loss:
     """
     if kind not in KINDS:
         raise ValueError(f"make_loss: expected a kind of {', '.join(KINDS)}, got {kind!r}")
-    known = set(inspect.signature(getattr(functional, f"{kind}_loss")).parameters) & _OPTIONS
-    for name in options:
+    known = options_named_by(kind)
+    for name in given:
         if name not in known:
-            raise ValueError(f"make_loss: expected options of {kind}_loss ({', '.join(sorted(known))}), got {name!r}")
-    functional.LossOptions(**{k: v for k, v in options.items() if k in functional.LossOptions.__annotations__})
-    return functools.partial(KINDS[kind], **options)
-
-
-_OPTIONS = {"ignore_index", "label_smoothing", "z_loss", "softcap", "logit_scale", "weight", "inplace"}
+            keywords.refuse("make_loss", name, known, f"; these are the options of {kind}_loss")
+    functional.LossOptions(**{name: value for name, value in given.items() if name in options.NAMES})
+    return functools.partial(KINDS[kind], **given)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import dataclasses
 import hashlib
 import os
 import pathlib
@@ -16,6 +17,8 @@ import subprocess
 import tempfile
 
 import torch
+
+from accumloss import LossOptions
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 KERNELS = ROOT / "csrc"
@@ -139,14 +142,10 @@ def run_sanitized(
     )
 
 
-class _Options(ctypes.Structure):
+class _Options(ctypes.Structure):  # csrc/options.h, whose list is that of LossOptions
     _fields_ = [
         ("shift", ctypes.c_int64),
-        ("ignore_index", ctypes.c_int64),
-        ("label_smoothing", ctypes.c_double),
-        ("z_loss", ctypes.c_double),
-        ("softcap", ctypes.c_double),
-        ("logit_scale", ctypes.c_double),
+        *((f.name, {"int": ctypes.c_int64, "float": ctypes.c_double}[f.type]) for f in dataclasses.fields(LossOptions)),
         ("metrics", ctypes.c_bool),
     ]
 

@@ -260,7 +260,7 @@ class Largest(TorchDispatchMode):
 def test_a_step_never_holds_the_logits(monkeypatch):
     from accumloss import functional, linear
 
-    monkeypatch.setitem(functional.linear_causal_lm_loss.__kwdefaults__, "max_scratch_bytes", 40 * 4 * 997)
+    monkeypatch.setitem(functional.linear_causal_lm_loss.__wrapped__.__kwdefaults__, "max_scratch_bytes", 40 * 4 * 997)
     model, inputs = llama(vocab_size=997), batch(4, 50, 997)
     logits = 4 * 50 * 997
     with Largest() as plain:

@@ -159,16 +159,31 @@ def test_make_loss_for_one_model():
 
 
 @pytest.mark.parametrize(
-    ("kind", "options", "message"),
+    ("kind", "options", "error", "message"),
     [
-        ("causal", {}, "make_loss: expected a kind of causal_lm, .*, got 'causal'"),
-        ("question_answering", {"softcap": 1.0}, "make_loss: expected options of question_answering_loss .*'softcap'"),
-        ("causal_lm", {"smoothing": 0.1}, "make_loss: expected options of causal_lm_loss .*, got 'smoothing'"),
-        ("causal_lm", {"label_smoothing": 2.0}, "LossOptions: expected a number in .0, 1. for label_smoothing"),
+        ("causal", {}, ValueError, "make_loss: expected a kind of causal_lm, .*, got 'causal'"),
+        (
+            "question_answering",
+            {"weight": None},
+            TypeError,
+            "make_loss: expected .*got 'weight'.*question_answering_loss",
+        ),
+        (
+            "causal_lm",
+            {"smoothing": 0.1},
+            TypeError,
+            "got 'smoothing' .the nearest is 'label_smoothing'.*of causal_lm_loss",
+        ),
+        (
+            "causal_lm",
+            {"label_smoothing": 2.0},
+            ValueError,
+            "LossOptions: expected a number in .0, 1. for label_smoothing",
+        ),
     ],
 )
-def test_make_loss_refuses(kind, options, message):
-    with pytest.raises(ValueError, match=message):
+def test_make_loss_refuses(kind, options, error, message):
+    with pytest.raises(error, match=message):
         accumloss.make_loss(kind, **options)
 
 

@@ -1,0 +1,88 @@
+"""Keyword arguments that a function does not know: refused by name, but for those that transformers' models pass along."""
+
+from __future__ import annotations
+
+import difflib
+import functools
+import inspect
+from collections.abc import Callable, Collection
+from typing import Any, ParamSpec, TypeVar, cast
+
+P = ParamSpec("P")
+R = TypeVar("R")
+
+# What transformers' models call ``loss_function`` with besides the arguments of the loss: they hand on what their forward
+# does not name. None of it says anything about the loss. A test reads the installed transformers and names what is missing.
+FROM_MODELS = frozenset(
+    {
+        # written at the call
+        "logits", "pad_token_id",
+        # transformers.utils.TransformersKwargs, and what a forward took by name in older versions
+        "attention_mask", "cache_position", "cu_seq_lens_k", "cu_seq_lens_q", "input_ids", "inputs_embeds", "is_causal",
+        "logits_to_keep", "max_length_k", "max_length_q", "num_logits_to_keep", "output_attentions",
+        "output_hidden_states", "output_router_logits", "past_key_values", "position_ids", "return_dict", "seq_idx",
+        "token_type_ids", "use_cache",
+        # what tokenizers, processors and collators make, for models that have no use for it
+        "aspect_ratio_ids", "aspect_ratio_mask", "chunk_sample_lengths", "image_grid_hw", "image_grid_thw", "image_input_ids",
+        "image_patch_indices_per_batch", "image_patch_indices_per_subsequence", "image_position_ids", "image_sizes", "images",
+        "indices", "input_features", "input_features_mask", "input_values", "length", "mm_token_type_ids", "n_quantizers",
+        "num_chunks_per_video", "num_crops", "num_frames_per_video", "num_soft_tokens_per_image", "num_tiles",
+        "offset_mapping", "overflow_to_sample_mapping", "padding_mask", "pixel_mask", "pixel_values", "pixel_values_videos",
+        "second_per_grid_ts", "special_tokens_mask", "video_grid_thw", "video_position_ids",
+    }
+)  # fmt: skip
+
+
+def refuse(function: str, unknown: str, known: Collection[str], remedy: str = "") -> None:
+    """Raises TypeError for a keyword that the function has not, and names the nearest that it has."""
+    nearest = difflib.get_close_matches(unknown, known, n=1, cutoff=0.0)
+    hint = f" (the nearest is {nearest[0]!r})" if nearest else ""
+    raise TypeError(f"{function}: expected keyword arguments {', '.join(known)}, got {unknown!r}{hint}{remedy}")
+
+
+def named_by(function: Callable[..., Any]) -> list[str]:
+    """The names that a function takes as keywords."""
+    kinds = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
+    return [name for name, p in inspect.signature(function).parameters.items() if p.kind in kinds and name != "self"]
+
+
+def checked(function: Callable[P, R], name: str = "", also: Collection[str] = ()) -> Callable[P, R]:
+    """The function, whose unknown keywords raise TypeError and name the nearest.
+
+    Args:
+        name: what errors call it; its own by default.
+        also: further names, which it takes as **kwargs.
+    """
+    known = [*named_by(function), *also]
+    name = name or function.__name__
+
+    @functools.wraps(function)
+    def call(*args: P.args, **kwargs: P.kwargs) -> R:
+        for given in kwargs:
+            if given not in known:
+                refuse(name, given, known)
+        return function(*args, **kwargs)
+
+    return call
+
+
+def checked_loss(function: Callable[P, R]) -> Callable[P, R]:
+    """checked for a loss that may be assigned to ``model.loss_function``: what every model passes along is left out."""
+    known = named_by(function)
+    name = function.__name__
+    remedy = (
+        "; where a model passes it to its loss_function, assign "
+        f'accumloss.make_loss("{name.removesuffix("_loss")}"), which takes whatever a model has'
+    )
+
+    @functools.wraps(function)
+    def call(*args: P.args, **kwargs: P.kwargs) -> R:
+        of_loss: dict[str, Any] = {}
+        for given, value in kwargs.items():
+            if given in known:
+                of_loss[given] = value
+            elif given not in FROM_MODELS:
+                refuse(name, given, known, remedy)
+        return cast(Callable[..., R], function)(*args, **of_loss)
+
+    return call
