@@ -14,7 +14,7 @@ from typing import Any, Literal, NamedTuple, Protocol
 import torch
 import torch.nn.functional as F
 
-from . import linear, ops
+from . import checks, linear, ops
 from .options import LossOptions
 from .sums import TokenSums
 
@@ -93,7 +93,7 @@ def cross_entropy(
         >>> sums.num_items.item(), round(sums.loss_sum.item(), 4), sums.accuracy.item()
         (2, 0.4402, 1.0)
     """
-    _refuse_functorch("cross_entropy")
+    _refuse_functorch("cross_entropy", logits, labels, weight)
     options = LossOptions(ignore_index, label_smoothing, z_loss, softcap, logit_scale)
     outputs = ops.cross_entropy(logits, labels, weight, shift=shift, metrics=metrics, **options.as_kwargs())
     loss_sum, num_items, total_weight, _, num_correct, entropy_sum, _ = outputs
@@ -491,7 +491,7 @@ def _mean_loss(
     """The one way from logits to a loss: sum, divided once."""
     if inplace not in (False, "backward", "forward"):
         raise ValueError(f'{name}: expected False, "backward" or "forward" for inplace, got {inplace!r}')
-    _refuse_functorch(name)
+    _refuse_functorch(name, logits, labels, weight, num_items_in_batch)
     if labels.device != logits.device:
         labels = labels.to(logits.device, non_blocking=True)
     if weight is not None and weight.device != logits.device:
@@ -534,7 +534,7 @@ def _linear(
     max_scratch_bytes: int,
 ) -> tuple[torch.Tensor, TokenSums]:
     """loss_sum divided by num_items_in_batch (None: not divided), which carries the gradient, and the sums."""
-    _refuse_functorch(name)
+    _refuse_functorch(name, hidden, weight, labels, bias, class_weight, num_items_in_batch)
     labels = labels.to(hidden.device, non_blocking=True)
     class_weight = class_weight if class_weight is None else class_weight.to(hidden.device, non_blocking=True)
     divisor = _divisor(name, num_items_in_batch, hidden)
@@ -618,7 +618,8 @@ def _divisor(name: str, num_items_in_batch: NumItems, like: torch.Tensor) -> tor
     return torch.full((), num_items_in_batch if num_items_in_batch > 0 else 1, dtype=acc, device=like.device)
 
 
-def _refuse_functorch(name: str) -> None:
+def _refuse_functorch(name: str, *tensors: Any) -> None:
+    checks.refuse_forward_ad(name, *tensors)
     if torch._C._are_functorch_transforms_active():
         raise RuntimeError(
             f"{name}: expected no torch.func transform (grad, vjp, vmap, ...) around it, got one; "

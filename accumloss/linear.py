@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 import torch
 import torch.nn.functional as F
 
-from . import ops, reference
+from . import checks, ops, reference
 from .options import LossOptions
 
 MAX_SCRATCH_BYTES = 256 * 2**20
@@ -368,6 +368,7 @@ def _add_product(grad_weight: torch.Tensor, grad_logits: torch.Tensor, hidden: t
     ),
 )
 def _with_grad(hidden, weight, labels, bias=None, class_weight=None, **given):
+    checks.refuse_forward_ad("torch.ops.accumloss.linear_cross_entropy_with_grad", hidden, weight, bias, class_weight)
     needs, num_valid = Needs(*given.pop("needs")), given.pop("num_valid", None)
     limits = (num_valid, given.pop("max_scratch_bytes", MAX_SCRATCH_BYTES))
     options = {"shift": 0, "metrics": False, **LossOptions().as_kwargs(), **given}
@@ -378,6 +379,7 @@ def _with_grad(hidden, weight, labels, bias=None, class_weight=None, **given):
 
 @_with_grad.register_fake
 def _(hidden, weight, labels, bias=None, class_weight=None, **given):
+    _check(hidden, weight, labels, bias, class_weight, given)
     acc = ops.accumulation_dtype(hidden)
     needs = Needs(*given["needs"])
     sums = [hidden.new_empty((), dtype=d if d == torch.int64 else acc) for d in _SUM_DTYPES]
@@ -448,13 +450,17 @@ def linear_cross_entropy(
     max_scratch_bytes: int = MAX_SCRATCH_BYTES,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     """torch.ops.accumloss.linear_cross_entropy: the fields of TokenSums; the first carries the gradient."""
+    checks.refuse_forward_ad("torch.ops.accumloss.linear_cross_entropy", hidden, weight, labels, bias, class_weight)
     hidden, weight, bias = autocast(hidden, weight, bias)
-    _check(hidden, weight, labels, bias)
+    options = {
+        "shift": shift, "ignore_index": ignore_index, "label_smoothing": label_smoothing, "z_loss": z_loss,
+        "softcap": softcap, "logit_scale": logit_scale, "metrics": metrics,
+    }  # fmt: skip
+    _check(hidden, weight, labels, bias, class_weight, {**options, "max_scratch_bytes": max_scratch_bytes})
     needs = needs_of(hidden, weight, bias)
     return _with_grad(
-        hidden, weight, labels, bias, class_weight, needs=list(needs), shift=shift, ignore_index=ignore_index,
-        label_smoothing=label_smoothing, z_loss=z_loss, softcap=softcap, logit_scale=logit_scale, metrics=metrics,
-        num_valid=num_valid, max_scratch_bytes=max_scratch_bytes,
+        hidden, weight, labels, bias, class_weight, needs=list(needs), **options, num_valid=num_valid,
+        max_scratch_bytes=max_scratch_bytes,
     )[:5]  # fmt: skip
 
 
@@ -482,7 +488,7 @@ def autocast(*tensors: torch.Tensor | None) -> list[Any]:
     first = tensors[0]
     assert first is not None
     device = first.device.type
-    if not torch.is_autocast_enabled(device):
+    if not torch.amp.is_autocast_available(device) or not torch.is_autocast_enabled(device):
         return list(tensors)
     dtype = torch.get_autocast_dtype(device)
     return [t if t is None or t.dtype == torch.float64 else t.to(dtype) for t in tensors]
@@ -513,6 +519,7 @@ class LinearGradInForward(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad_loss, *_):
+        checks.refuse_forward_ad("accumloss", grad_loss)
         hidden, weight, labels, bias, class_weight, divisor = ctx.saved_tensors
         inputs, wanted = (hidden, weight, bias), grad_loss / divisor
         grads, ctx.grads = ctx.grads, None
@@ -539,9 +546,7 @@ def _finish(grad: torch.Tensor | None, ratio: torch.Tensor, like: torch.Tensor |
 def _compute(factor, hidden, weight, labels, bias, class_weight, needs, options, limits) -> _Outputs:
     """_run for hidden (..., H) and labels (...) that are not shifted."""
     shift = options["shift"]
-    if shift < 0:
-        raise ValueError(f"linear_cross_entropy: expected shift >= 0, got {shift}")
-    _check(hidden, weight, labels, bias)
+    _check(hidden, weight, labels, bias, class_weight, {**options, "max_scratch_bytes": limits[1]})
     targets = reference.shift_labels(labels, shift, options["ignore_index"]) if labels.dim() else labels
     rows = hidden.detach().reshape(-1, hidden.shape[-1])
     of_rows = {name: value for name, value in options.items() if name != "shift"}
@@ -551,7 +556,8 @@ def _compute(factor, hidden, weight, labels, bias, class_weight, needs, options,
     return found if found.hidden is None else found._replace(hidden=found.hidden.view(hidden.shape))
 
 
-def _check(hidden, weight, labels, bias) -> None:
+def _check(hidden, weight, labels, bias, class_weight, options) -> None:
+    """Of the op and of its fake. options: those of LossOptions, shift, metrics and max_scratch_bytes; others are left."""
     name = "linear_cross_entropy"
     for what, tensor in (("weight", weight), ("hidden", hidden), ("bias", bias)):
         if tensor is not None and hasattr(tensor, "placements"):
@@ -563,6 +569,8 @@ def _check(hidden, weight, labels, bias) -> None:
         raise RuntimeError(
             f"{name}: expected hidden (..., H) and weight (V, H), got {tuple(hidden.shape)} and {tuple(weight.shape)}"
         )
+    if weight.shape[0] < 1 or weight.shape[1] < 1:
+        raise RuntimeError(f"{name}: expected weight (V, H) with V and H >= 1, got {tuple(weight.shape)}")
     if labels.shape != hidden.shape[:-1]:
         raise RuntimeError(
             f"{name}: expected labels of shape {tuple(hidden.shape[:-1])}, as hidden without H, got {tuple(labels.shape)}"
@@ -579,3 +587,11 @@ def _check(hidden, weight, labels, bias) -> None:
             raise RuntimeError(f"{name}: expected {what} of hidden's dtype {hidden.dtype}, got {tensor.dtype}")
     if hidden.dtype not in (torch.bfloat16, torch.float16, torch.float32, torch.float64):
         raise RuntimeError(f"{name}: expected bfloat16, float16, float32 or float64, got {hidden.dtype}")
+    if class_weight is not None:
+        checks.check_class_weight(name, "class_weight", class_weight, weight.shape[0], hidden, "hidden")
+    of_loss = {k: v for k, v in options.items() if k not in ("needs", "num_valid", "max_scratch_bytes")}
+    checks.check_options(name, **of_loss)
+    if of_loss.get("shift", 0) > 0 and hidden.dim() < 2:
+        raise RuntimeError(f"{name}: expected hidden (..., T, H) where shift > 0, got {tuple(hidden.shape)}")
+    if options.get("max_scratch_bytes", MAX_SCRATCH_BYTES) < 1:
+        raise RuntimeError(f"{name}: expected max_scratch_bytes >= 1, got {options['max_scratch_bytes']}")

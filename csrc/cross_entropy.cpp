@@ -409,6 +409,7 @@ void scale_(const Backend& backend, const Tensor& values, const Tensor& factor) 
 }
 
 Tensor scratch(const Backend& backend, const Tensor& like, int64_t rows, int64_t columns) {
+  dtype_of("scratch", like);
   if (rows < 0 || columns < 0) fail("scratch", "rows and columns >= 0, got ", rows, " and ", columns);
   return backend_empty(backend, like, {rows, columns});
 }
