@@ -590,8 +590,10 @@ def _check(hidden, weight, labels, bias, class_weight, options) -> None:
     if class_weight is not None:
         checks.check_class_weight(name, "class_weight", class_weight, weight.shape[0], hidden, "hidden")
     of_loss = {k: v for k, v in options.items() if k not in ("needs", "num_valid", "max_scratch_bytes")}
+    if of_loss.get("shift", 0) < 0:
+        raise ValueError(f"{name}: expected shift >= 0, got {of_loss['shift']}")
     checks.check_options(name, **of_loss)
     if of_loss.get("shift", 0) > 0 and hidden.dim() < 2:
         raise RuntimeError(f"{name}: expected hidden (..., T, H) where shift > 0, got {tuple(hidden.shape)}")
     if options.get("max_scratch_bytes", MAX_SCRATCH_BYTES) < 1:
-        raise RuntimeError(f"{name}: expected max_scratch_bytes >= 1, got {options['max_scratch_bytes']}")
+        raise ValueError(f"{name}: expected max_scratch_bytes >= 1, got {options['max_scratch_bytes']}")
