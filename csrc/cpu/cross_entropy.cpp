@@ -235,7 +235,15 @@ struct Rows {
   RowSegment segment(int64_t row, int64_t y, int64_t begin, int64_t end, double target_logit) const {
     return {row_data(inputs.logits, row), inputs.weight, begin, end, y, row_reference(target_logit)};
   }
-  RowResult result(const RowState<double>& state, int64_t y, double target_logit) const {
+  RowResult result(RowState<double> state, int64_t row, int64_t y, double target_logit) const {
+    if (inputs.options.metrics && is_far_below(target_logit, state.max)) {
+      // the sums of the entropy again, relative to the largest logit; rare: the label's class is masked
+      RowSegment whole = segment(row, y, 0, V, target_logit);
+      whole.reference = entropy_reference(target_logit, state.max);
+      RowState<double> again;
+      kernels.push(whole, inputs.options, &again, nullptr, nullptr);
+      state.weighted = again.weighted;
+    }
     return row_result(state, target_logit, weight(y), weight_sum, V, inputs.options);
   }
   bool is_correct(double others_max, double nll, int64_t row, int64_t y, double target_logit) const {
@@ -513,7 +521,7 @@ void forward(const CrossEntropyInputs& inputs, const CrossEntropySums& sums, dou
   const Dtype dtype = inputs.logits.dtype;
   if (rows.is_short()) return run_short(rows, &sums, lse, nll, 0, nullptr);
   const auto finish = [&](const RowState<double>& state, int64_t row, int64_t y, double target_logit) {
-    const RowResult result = rows.result(state, y, target_logit);
+    const RowResult result = rows.result(state, row, y, target_logit);
     lse[row] = result.lse;
     set_element(nll, dtype, row, result.nll);
     return sums_of_row(rows, state, result, row, y, target_logit);
@@ -614,7 +622,7 @@ void forward_with_grad(const CrossEntropyInputs& inputs, const CrossEntropySums&
       });
       RowState<double> state;
       for (const RowState<double>& part : states) state.merge(part);
-      const RowResult result = rows.result(state, y, target_logit);
+      const RowResult result = rows.result(state, row, y, target_logit);
       total.add(sums_of_row(rows, state, result, row, y, target_logit));
       const RowGrad<double> gradient = rows.gradient(result.lse, result.nll, y, grad);
       rows.for_each_segment([&](int64_t begin, int64_t end, int64_t) {
@@ -639,7 +647,7 @@ void forward_with_grad(const CrossEntropyInputs& inputs, const CrossEntropySums&
           void* exps = exps_of(rows, scratch, grad_logits, row, streams);
           RowState<double> state;
           rows.kernels.push(segment, inputs.options, &state, exps, scratch.references);
-          const RowResult result = rows.result(state, y, target_logit);
+          const RowResult result = rows.result(state, row, y, target_logit);
           parts[task].add(sums_of_row(rows, state, result, row, y, target_logit));
           rows.kernels.write_grad_from_exps(segment, inputs.options, rows.gradient(result.lse, result.nll, y, grad),
                                             exps, scratch.references, streams, row_data(grad_logits, row));
