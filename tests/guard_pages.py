@@ -1,6 +1,8 @@
 """The ops on memory that ends at, or begins after, a page that must not be touched: a program, which a fault kills.
 
-    python guard_pages.py CASES SEED
+    python guard_pages.py CASES SEED [large]
+
+Under guard_malloc.c, preloaded, what the ops allocate is guarded too. ``large``: gradients of 32 MiB and more.
 
 Each case is named before it runs, so that the last line names the one that was killed. Inputs are read-only where the op
 does not write over them. What the ops return must be the bits that they return for copies in ordinary memory.
@@ -58,6 +60,44 @@ def layout(generator: torch.Generator, x: torch.Tensor, kind: int) -> torch.Tens
     return x.transpose(0, 1).contiguous().transpose(0, 1) if x.dim() > 2 else x
 
 
+def guard_outputs(on: bool) -> None:
+    """Where guard_malloc.c is preloaded: whether memory that is allocated from now on is guarded."""
+    if hasattr(libc, "guard_malloc"):
+        libc.guard_malloc(int(on))
+
+
+def run_large() -> None:
+    """Gradients that go past the caches: rows that begin anywhere, ignored ones between them."""
+    ops = torch.ops.accumloss
+    for dtype in (torch.bfloat16, torch.float16, torch.float32, torch.float64):
+        for V, kwargs in ((32768, {}), (33333, {}), (33333, {"label_smoothing": 0.1})):
+            N = (33 << 20) // (V * dtype.itemsize) + 1
+            x = torch.randn(N, V, generator=torch.Generator().manual_seed(V)).to(dtype)
+            y = torch.arange(N) * 7 % V
+            y[1::3] = -100
+            one = torch.ones((), dtype=torch.float64 if dtype == torch.float64 else torch.float32)
+            _, _, _, lse, _, _, nll = ops.cross_entropy(x, y, **kwargs)
+            for at_end in (True, False):
+                print(f"large: {dtype} {N} x {V} {kwargs}, {'ends' if at_end else 'begins'} at a guard", flush=True)
+                guards = [Guarded(t, at_end) for t in (x, y, lse, nll)]
+                for guard in guards:
+                    guard.protect(PROT_READ)
+                inside = [guard.tensor for guard in guards]
+                guard_outputs(True)
+                both = ops.cross_entropy_with_grad(one, *inside[:2], **kwargs)[-1]
+                backward = ops.cross_entropy_backward(one, *inside, **kwargs)
+                guard_outputs(False)
+                assert torch.equal(both, ops.cross_entropy_with_grad(one, x, y, **kwargs)[-1])
+                assert torch.equal(backward, ops.cross_entropy_backward(one, x, y, lse, nll, **kwargs))
+                guards[0].protect(PROT_READ | PROT_WRITE)
+                ops.cross_entropy_with_grad_(one, *inside[:2], **kwargs)
+                assert torch.equal(inside[0], both)
+                del both, backward, inside
+                for guard in guards:
+                    guard.close()
+    print("all of them", flush=True)
+
+
 def run(count: int, seed: int) -> None:
     ops = torch.ops.accumloss
     generator = torch.Generator().manual_seed(seed)
@@ -106,7 +146,9 @@ def run(count: int, seed: int) -> None:
             None if t is None else torch.empty_strided(t.shape, t.stride(), dtype=t.dtype).copy_(t) for t in given
         ]
         function = getattr(ops, op)
+        guard_outputs(True)
         found = function(*[None if g is None else g.tensor for g in guards], **kwargs)
+        guard_outputs(False)
         wanted = function(*ordinary, **kwargs)
         if written >= 0:
             found, wanted = [*(found or ()), guards[written].tensor], [*(wanted or ()), ordinary[written]]
@@ -123,4 +165,7 @@ if __name__ == "__main__":
     import accumloss  # noqa: F401
 
     torch.set_num_threads(1)
-    run(int(sys.argv[1]), int(sys.argv[2]))
+    if sys.argv[3:] == ["large"]:
+        run_large()
+    else:
+        run(int(sys.argv[1]), int(sys.argv[2]))

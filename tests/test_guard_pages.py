@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -50,3 +51,46 @@ def test_a_byte_beside_a_tensor_kills():
 @pytest.mark.parametrize("name", SETS)
 def test_nothing_beside_any_of_many_tensors_is_touched(name):
     run(name, 2000, 1)
+
+
+@pytest.fixture(scope="session")
+def guard_malloc(tmp_path_factory):
+    """The environment of a process that guards what it allocates, and keeps no memory."""
+    if shutil.which("gcc") is None:
+        pytest.skip("this machine has no gcc")
+    library = tmp_path_factory.mktemp("guard") / "guard_malloc.so"
+    source = PROGRAM.with_name("guard_malloc.c")
+    subprocess.run(["gcc", "-O1", "-shared", "-fPIC", str(source), "-o", str(library)], check=True)
+    return {"LD_PRELOAD": str(library), "ACCUMLOSS_KEEP_MEMORY": "0"}
+
+
+@pytest.mark.slow("2000 more draws of the same, and what is allocated")
+@pytest.mark.parametrize("name", SETS)
+def test_nothing_beside_an_output_is_touched(name, guard_malloc):
+    run(name, 2000, 2, **guard_malloc)
+
+
+@pytest.mark.slow("gradients of 32 MiB in all dtypes")
+@pytest.mark.parametrize("name", SETS)
+def test_nothing_beside_a_large_gradient_is_touched(name, guard_malloc):
+    run(name, 0, 0, "large", **guard_malloc)
+
+
+@pytest.mark.slow("what the two above rest on")
+def test_a_byte_beside_an_output_kills(guard_malloc):
+    """A write into the bytes that alignment leaves, and one into the page behind."""
+    for size, offset, signals in ((60, 60, -signal.SIGABRT), (64, 64, -signal.SIGSEGV), (64, -1, -signal.SIGABRT)):
+        script = (
+            "import ctypes, torch\n"
+            "libc = ctypes.CDLL(None)\n"
+            "before = libc.guard_malloc(1)\n"
+            f"x = torch.empty({size}, dtype=torch.uint8)\n"
+            "assert libc.guard_malloc(0) > before\n"
+            "print('guarded', flush=True)\n"
+            f"ctypes.memset(x.data_ptr() + {offset}, 0, 1)\n"
+            "del x\n"
+        )
+        environment = {**os.environ, **guard_malloc}
+        command = [sys.executable, "-c", script]
+        result = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
+        assert result.stdout == "guarded\n" and result.returncode == signals, (size, offset, result)
