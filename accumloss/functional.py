@@ -14,7 +14,7 @@ from typing import Any, Literal, NamedTuple, Protocol
 import torch
 import torch.nn.functional as F
 
-from . import linear, ops, reference
+from . import checks, linear, ops, reference
 from .keywords import checked, checked_loss
 from .options import LossOptions
 from .sums import TokenSums
@@ -96,7 +96,7 @@ def cross_entropy(
         >>> sums.num_items.item(), round(sums.loss_sum.item(), 4), sums.accuracy.item()
         (2, 0.4402, 1.0)
     """
-    _refuse_functorch("cross_entropy")
+    _refuse_functorch("cross_entropy", logits, labels, weight)
     _check_tensors("cross_entropy", ("logits (..., V)", logits), ("labels (...)", labels))
     _check_class_weight("cross_entropy", "weight", weight, logits.shape[-1:])
     _check_shift("cross_entropy", shift)
@@ -559,7 +559,7 @@ def _mean_loss(
     """The one way from logits to a loss: sum, divided once."""
     if inplace not in (False, "backward", "forward"):
         raise ValueError(f'{name}: expected False, "backward" or "forward" for inplace, got {inplace!r}')
-    _refuse_functorch(name)
+    _refuse_functorch(name, logits, labels, weight, num_items_in_batch)
     options.check(name, ops.accumulation_dtype(logits))
     labels = _like_rows(name, logits, labels, shift)
     _check_class_weight(name, "weight", weight, logits.shape[-1:])
@@ -603,7 +603,7 @@ def _linear(
     max_scratch_bytes: int,
 ) -> tuple[torch.Tensor, TokenSums]:
     """loss_sum divided by num_items_in_batch (None: not divided), which carries the gradient, and the sums."""
-    _refuse_functorch(name)
+    _refuse_functorch(name, hidden, weight, labels, bias, class_weight, num_items_in_batch)
     _check_tensors(name, ("hidden (..., H)", hidden), ("weight (V, H)", weight), ("labels (...)", labels))
     _check_shift(name, shift)
     linear.check(name, hidden, weight, labels, bias, class_weight, num_valid, max_scratch_bytes)
@@ -702,7 +702,8 @@ def _divisor(name: str, num_items_in_batch: NumItems, like: torch.Tensor) -> tor
     return torch.full((), float(num_items_in_batch) if num_items_in_batch else 1.0, dtype=acc, device=like.device)
 
 
-def _refuse_functorch(name: str) -> None:
+def _refuse_functorch(name: str, *tensors: Any) -> None:
+    checks.refuse_forward_ad(name, *tensors)
     if torch._C._are_functorch_transforms_active():
         raise RuntimeError(
             f"{name}: expected no torch.func transform (grad, vjp, vmap, ...) around it, got one; "

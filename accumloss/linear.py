@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 import torch
 import torch.nn.functional as F
 
-from . import ops, reference
+from . import checks, ops, reference
 from .keywords import checked
 from .options import SCHEMA, LossOptions
 
@@ -369,6 +369,7 @@ def _add_product(grad_weight: torch.Tensor, grad_logits: torch.Tensor, hidden: t
     ),
 )
 def _with_grad(hidden, weight, labels, bias=None, class_weight=None, **given):
+    checks.refuse_forward_ad("torch.ops.accumloss.linear_cross_entropy_with_grad", hidden, weight, bias, class_weight)
     needs, options, limits = _given(given)
     factor = torch.ones((), dtype=ops.accumulation_dtype(hidden), device=hidden.device)
     sums, *grads = _compute(factor, hidden, weight, labels, bias, class_weight, needs, options, limits)
@@ -449,6 +450,7 @@ def linear_cross_entropy(
     **options: Any,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     """torch.ops.accumloss.linear_cross_entropy: the fields of TokenSums; the first carries the gradient."""
+    checks.refuse_forward_ad("torch.ops.accumloss.linear_cross_entropy", hidden, weight, labels, bias, class_weight)
     hidden, weight, bias = autocast(hidden, weight, bias)
     _check(hidden, weight, labels, bias, class_weight, options, num_valid, max_scratch_bytes)
     needs = needs_of(hidden, weight, bias)
@@ -512,6 +514,7 @@ class LinearGradInForward(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad_loss, *_):
+        checks.refuse_forward_ad("accumloss", grad_loss)
         hidden, weight, labels, bias, class_weight, divisor = ctx.saved_tensors
         inputs, wanted = (hidden, weight, bias), grad_loss / divisor
         grads, ctx.grads = ctx.grads, None
@@ -584,7 +587,7 @@ def _check(hidden, weight, labels, bias, class_weight, options, num_valid, max_s
     """Everything that can be known without a look at the values."""
     name = "linear_cross_entropy"
     check(name, hidden, weight, labels, bias, class_weight, num_valid, max_scratch_bytes)
-    ops.check_options(name, hidden, **options)
+    checks.check_options(name, hidden, **options)
     if labels.dtype not in (torch.int64, torch.int32):
         raise RuntimeError(f"{name}: expected int64 or int32 labels, got {labels.dtype}")
     for what, tensor in (("weight", weight), ("labels", labels), ("bias", bias), ("class_weight", class_weight)):
@@ -596,3 +599,7 @@ def _check(hidden, weight, labels, bias, class_weight, options, num_valid, max_s
     for what, tensor in (("hidden", hidden), ("class_weight", class_weight)):
         if tensor is not None and tensor.dtype not in ops.DTYPES:
             raise RuntimeError(f"{name}: expected {what} of bfloat16, float16, float32 or float64, got {tensor.dtype}")
+    if class_weight is not None:
+        checks.check_class_weight(name, "class_weight", class_weight, weight.shape[0], hidden, "hidden")
+    if options.get("shift", 0) > 0 and hidden.dim() < 2:
+        raise RuntimeError(f"{name}: expected hidden (..., T, H) where shift > 0, got {tuple(hidden.shape)}")

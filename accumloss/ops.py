@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import torch
 from torch.autograd.function import once_differentiable
 
-from . import reference
+from . import checks, reference
 from .keywords import checked
 from .options import LossOptions
 
@@ -34,15 +34,6 @@ def accumulation_dtype(logits: torch.Tensor) -> torch.dtype:
     return torch.float64 if logits.dtype == torch.float64 else torch.float32
 
 
-def check_options(
-    function: str, logits: torch.Tensor, *, shift: int = 0, metrics: bool = False, **options: Any
-) -> None:
-    """What the real kernels refuse of the options, for those that look at shapes and dtypes only."""
-    if shift < 0:
-        raise ValueError(f"{function}: expected shift >= 0, got {shift}")
-    LossOptions(**options).check(function, accumulation_dtype(logits))
-
-
 # Fake kernels --------------------------------------------------------------------------------------------------------
 
 
@@ -54,47 +45,56 @@ def _fake_sums(logits: torch.Tensor) -> tuple[torch.Tensor, ...]:
 
 @torch.library.register_fake("accumloss::cross_entropy")
 def _(logits, labels, weight=None, **options):
-    check_options("cross_entropy", logits, **options)
+    checks.check_call("cross_entropy", logits, labels, weight, options)
     loss_sum, num_items, total_weight, num_correct, entropy_sum = _fake_sums(logits)
     lse = logits.new_empty(labels.shape, dtype=torch.float64)
     nll = logits.new_empty(labels.shape, dtype=accumulation_dtype(logits))
     return loss_sum, num_items, total_weight, lse, num_correct, entropy_sum, nll
 
 
+def _check_backward(function, grad_loss_sum, logits, labels, lse, nll, weight, options):
+    checks.check_call(function, logits, labels, weight, options)
+    checks.check_grad(function, grad_loss_sum, logits)
+    checks.check_saved(function, "lse", lse, torch.float64, labels, logits)
+    checks.check_saved(function, "nll", nll, accumulation_dtype(logits), labels, logits)
+
+
 @torch.library.register_fake("accumloss::cross_entropy_backward")
 def _(grad_loss_sum, logits, labels, lse, nll, weight=None, **options):
-    check_options("cross_entropy_backward", logits, **options)
+    _check_backward("cross_entropy_backward", grad_loss_sum, logits, labels, lse, nll, weight, options)
     return logits.new_empty(logits.shape)
 
 
 @torch.library.register_fake("accumloss::cross_entropy_backward_")
 def _(grad_loss_sum, logits, labels, lse, nll, weight=None, **options):
-    check_options("cross_entropy_backward_", logits, **options)
-    return None
+    checks.check_in_place("cross_entropy_backward_", logits)
+    _check_backward("cross_entropy_backward_", grad_loss_sum, logits, labels, lse, nll, weight, options)
 
 
 @torch.library.register_fake("accumloss::cross_entropy_with_grad")
 def _(grad_loss_sum, logits, labels, weight=None, **options):
-    check_options("cross_entropy_with_grad", logits, **options)
+    checks.check_call("cross_entropy_with_grad", logits, labels, weight, options)
+    checks.check_grad("cross_entropy_with_grad", grad_loss_sum, logits)
     return *_fake_sums(logits), logits.new_empty(logits.shape)
 
 
 @torch.library.register_fake("accumloss::cross_entropy_with_grad_")
 def _(grad_loss_sum, logits, labels, weight=None, **options):
-    check_options("cross_entropy_with_grad_", logits, **options)
+    checks.check_in_place("cross_entropy_with_grad_", logits)
+    checks.check_call("cross_entropy_with_grad_", logits, labels, weight, options)
+    checks.check_grad("cross_entropy_with_grad_", grad_loss_sum, logits)
     return _fake_sums(logits)
 
 
 @torch.library.register_fake("accumloss::scratch")
 def _(like, rows, columns):
+    checks.check_scratch(like, rows, columns)
     return like.new_empty(rows, columns)
 
 
 @torch.library.register_fake("accumloss::scale_")
 def _(values, factor):
-    if values.dim() < 1:
-        raise RuntimeError("scale_: expected values of shape (..., n), got a 0-dim tensor; pass values.view(1)")
-    return None
+    checks.check_scale(values, factor)
 
 
 # Language models: cross_entropy with the shift set. Autograd, fake tensors and the compiler see only cross_entropy. -------
@@ -111,6 +111,33 @@ def _(logits, labels, weight=None, **options):
 
 
 # Autograd ------------------------------------------------------------------------------------------------------------
+
+
+class _RefusingForwardAD(torch.library.Library):
+    """Registers kernels that refuse tangents before they do what they are for: below them a tangent is lost in silence."""
+
+    def impl(self, op_name, fn, dispatch_key="", **kwargs):
+        def kernel(keyset, *args, **options):
+            checks.refuse_forward_ad(f"torch.ops.accumloss.{op_name}", *args)
+            return fn(keyset, *args, **options)
+
+        super().impl(op_name, kernel, dispatch_key, **kwargs)
+
+
+_library = _RefusingForwardAD("accumloss", "IMPL")
+
+
+def _pass_on(op: Any) -> Any:
+    """A kernel for an op without a formula."""
+
+    def kernel(keyset, *args, **options):
+        return op.redispatch(keyset & torch._C._after_ADInplaceOrView_keyset, *args, **options)
+
+    return kernel
+
+
+for _name in ("cross_entropy_backward_", "cross_entropy_with_grad_", "scale_"):
+    _library.impl(_name, _pass_on(getattr(_ops, _name).default), "ADInplaceOrView", with_keyset=True)
 
 
 def _setup_forward(ctx: Any, inputs: tuple, keyword_only_inputs: dict, output: tuple) -> None:
@@ -130,7 +157,7 @@ def _backward(ctx: Any, grad_loss_sum: torch.Tensor | None, *_: None) -> tuple:
     return grad, None, None
 
 
-torch.library.register_autograd("accumloss::cross_entropy", _backward, setup_context=_setup_forward)
+torch.library.register_autograd("accumloss::cross_entropy", _backward, setup_context=_setup_forward, lib=_library)
 
 
 def _setup_backward(ctx: Any, inputs: tuple, keyword_only_inputs: dict, output: torch.Tensor) -> None:
@@ -154,7 +181,9 @@ def _double_backward(ctx: Any, grad_grad: torch.Tensor) -> tuple:
     return grad_g.to(grad_loss_sum.dtype), grad_x.to(logits.dtype), None, None, None, None
 
 
-torch.library.register_autograd("accumloss::cross_entropy_backward", _double_backward, setup_context=_setup_backward)
+torch.library.register_autograd(
+    "accumloss::cross_entropy_backward", _double_backward, setup_context=_setup_backward, lib=_library
+)
 
 
 def _setup_refused(ctx: Any, inputs: tuple, keyword_only_inputs: dict, output: tuple) -> None:
@@ -168,14 +197,17 @@ def _refuse_backward(ctx: Any, *grads: Any) -> None:
     )
 
 
-torch.library.register_autograd("accumloss::cross_entropy_with_grad", _refuse_backward, setup_context=_setup_refused)
+torch.library.register_autograd(
+    "accumloss::cross_entropy_with_grad", _refuse_backward, setup_context=_setup_refused, lib=_library
+)
 
 
 # The gradient in forward, and in place -------------------------------------------------------------------------------
 
 
-# Skips the autograd key, whose kernel in Python would only find that no gradient is recorded, in 20 us.
+# Skip the autograd keys, whose kernels in Python would only find that no gradient is recorded, in 20 us.
 _below_autograd = torch._C._AutoDispatchBelowAutograd
+_below_ad_inplace = torch._C._AutoDispatchBelowADInplaceOrView
 
 
 class GradInForward(torch.autograd.Function):
@@ -199,6 +231,7 @@ class GradInForward(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad_loss, *_):
+        checks.refuse_forward_ad("accumloss", grad_loss)
         grad, ctx.grad = ctx.grad, None
         if torch.is_grad_enabled():
             logits, labels, weight, divisor = ctx.saved_tensors
@@ -226,6 +259,7 @@ class InPlaceForward(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx, grad_loss, *_):
+        checks.refuse_forward_ad("accumloss", grad_loss)
         grad, ctx.grad = ctx.grad, None
         if grad is None:
             raise RuntimeError(
@@ -250,7 +284,9 @@ def _scale_to(grad: torch.Tensor, grad_loss: torch.Tensor, expected_grad: float)
 
     Both are rounded to the dtype of the loss before they are divided, so that equal ones give exactly 1.
     """
-    _ops.scale_(grad, grad_loss if expected_grad == 1 else grad_loss / torch.full_like(grad_loss, expected_grad))
+    factor = grad_loss if expected_grad == 1 else grad_loss / torch.full_like(grad_loss, expected_grad)
+    with _below_ad_inplace():
+        _ops.scale_(grad, factor)
 
 
 class InPlaceBackward(torch.autograd.Function):
@@ -268,6 +304,7 @@ class InPlaceBackward(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx, grad_loss, *_):
+        checks.refuse_forward_ad("accumloss", grad_loss)
         logits, labels, lse, nll, weight, divisor = ctx.saved_tensors  # raises where the logits changed since
         data = logits.detach()
         _ops.cross_entropy_backward_(grad_loss / divisor, data, labels, lse, nll, weight, **ctx.options)

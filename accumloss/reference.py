@@ -81,7 +81,8 @@ def rows(
     else:
         nll = torch.logaddexp(torch.zeros_like(others), others - target)
         nll = torch.where(torch.isneginf(target), torch.where(torch.isneginf(others), torch.nan, torch.inf), nll)
-    lse = torch.where(torch.isneginf(target), others, target + nll)
+    # a label that far below adds nothing, and would swallow the digits of lse: that of a masked class often does
+    lse = torch.where(others - target > 1024, others, target + nll)
 
     surprise = torch.where(is_label, nll.unsqueeze(-1), lse.unsqueeze(-1) - z)  # -log p, (..., V)
     loss = (1 - options.label_smoothing) * w.take(y.squeeze(-1)) * nll

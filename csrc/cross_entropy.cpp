@@ -1,10 +1,13 @@
 // Checks, allocation and the bodies of the ops. Knows no device: a Backend does the work.
 #include <torch/csrc/stable/ops.h>
 
+#include <algorithm>
 #include <cmath>
 #include <limits>
 #include <sstream>
 #include <stdexcept>
+#include <string>
+#include <utility>
 #include <vector>
 
 #include "cross_entropy_ops.h"
@@ -116,8 +119,24 @@ Tensor backend_empty(const Backend& backend, const Tensor& like, IntHeaderOnlyAr
   return Tensor(tensor);
 }
 
-bool same_device(const Tensor& a, const Tensor& b) {
-  return a.is_cpu() == b.is_cpu() && a.get_device_index() == b.get_device_index();
+std::string device_string(const Tensor& tensor) {
+  int32_t type = 0;
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(tensor.get(), &type));
+  if (type == aoti_torch_device_type_cpu()) return "cpu";
+  std::ostringstream out;
+  out << (type == aoti_torch_device_type_cuda() ? std::string("cuda") : "a device of type " + std::to_string(type));
+  if (tensor.get_device_index() >= 0) out << ":" << tensor.get_device_index();
+  return out.str();
+}
+
+void check_device(const char* function, const char* name, const Tensor& tensor, const Tensor& like,
+                  const char* like_name = "logits") {
+  int32_t type = 0, wanted = 0;
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(tensor.get(), &type));
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(like.get(), &wanted));
+  if (type == wanted && tensor.get_device_index() == like.get_device_index()) return;
+  fail(function, name, " on the device of ", like_name, ", ", device_string(like), ", got ", device_string(tensor),
+       "; move it with .to(", like_name, ".device)");
 }
 
 // An option that is out of range, or that the kernels' arithmetic does not hold: ValueError in Python.
@@ -171,13 +190,15 @@ void check_options(const char* function, const LossOptions& options, Dtype dtype
 bool collapse_rows(const Tensor& tensor, int64_t leading, int64_t* stride_b, int64_t* stride_t) {
   *stride_t = leading > 0 ? tensor.stride(leading - 1) : 0;
   *stride_b = 0;
-  int64_t next = 0;  // stride that the dimension outside must have; 0: none seen yet
+  bool has_inner = false;  // whether a dimension inside of this one has more than one entry
+  int64_t next = 0;        // stride that this dimension must have then; may be 0, of one that is expanded
   for (int64_t i = leading - 2; i >= 0; --i) {
     if (tensor.size(i) == 1) continue;
-    if (next == 0)
+    if (!has_inner)
       *stride_b = tensor.stride(i);
     else if (tensor.stride(i) != next)
       return false;
+    has_inner = true;
     next = tensor.stride(i) * tensor.size(i);
   }
   return true;
@@ -213,19 +234,31 @@ LabelsView labels_view(const Tensor& labels) {
   return view;
 }
 
-// Whether the rows overlap or a dimension is expanded: such logits cannot be overwritten.
-bool is_writable(const Tensor& logits) {
-  const int64_t leading = logits.dim() - 1;
-  int64_t stride_b, stride_t;
-  if (logits.size(leading) > 1 && logits.stride(leading) != 1) return false;
-  if (!collapse_rows(logits, leading, &stride_b, &stride_t)) return false;
-  int64_t extent = logits.size(leading);
-  for (int64_t i = leading - 1; i >= 0; --i) {
-    if (logits.size(i) == 1) continue;
-    if (logits.stride(i) < extent) return false;
-    extent = logits.stride(i) * logits.size(i);
+// Whether no two of the rows share an element: those (b, t) apart lie |b stride_b + t stride_t| elements apart.
+bool rows_are_apart(const LogitsView& view) {
+  int64_t outer = view.stride_b, inner = view.stride_t, num_outer = view.B, num_inner = view.T;
+  if (num_inner == 1 || (num_outer > 1 && outer < inner)) {
+    std::swap(outer, inner);
+    std::swap(num_outer, num_inner);
+  }
+  if (num_inner > 1 && inner < view.V) return false;
+  for (int64_t b = 1; b < num_outer; ++b) {  // the rows next to row (b, 0) among rows (0, t)
+    const int64_t distance = b * outer;
+    const int64_t t = num_inner > 1 ? std::min(distance / inner, num_inner - 1) : 0;
+    if (distance - t * inner < view.V) return false;
+    if (t + 1 == num_inner) return true;  // all others are further away
+    if ((t + 1) * inner - distance < view.V) return false;
   }
   return true;
+}
+
+// Whether rows can be overwritten where they lie.
+bool is_writable(const char* function, const Tensor& logits) {
+  const int64_t leading = logits.dim() - 1;
+  int64_t stride_b, stride_t;
+  if (logits.numel() == 0) return true;
+  if (logits.size(leading) > 1 && logits.stride(leading) != 1) return false;
+  return collapse_rows(logits, leading, &stride_b, &stride_t) && rows_are_apart(logits_view(function, logits));
 }
 
 // A call's tensors, checked and in the form that the kernels read, and the inputs that point at them.
@@ -246,6 +279,7 @@ struct Call {
     if (!collapse_rows(labels, labels.dim(), &stride_b, &stride_t)) labels = torch::stable::contiguous(labels);
     inputs.labels = labels_view(labels);
     inputs.options = options;
+    inputs.options.shift = std::min(options.shift, inputs.logits.T);  // no row has a label then; t + shift is in range
     inputs.weight = nullptr;
     inputs.weight_sum = nullptr;
     if (given_weight.has_value()) {
@@ -280,8 +314,7 @@ struct Call {
     if (!matches)
       fail(function, "labels of shape ", shape_string(logits), " without its last dimension, got ",
            shape_string(labels), "; labels are class indices, one for each row of logits");
-    if (!same_device(labels, logits))
-      fail(function, "labels on the device of logits; move them with .to(logits.device)");
+    check_device(function, "labels", labels, logits);
     if (given_weight.has_value()) {
       if (given_weight->dim() != 1 || given_weight->size(0) != V)
         fail(function, "weight of shape (V,) = (", V, ",), got ", shape_string(*given_weight));
@@ -289,8 +322,7 @@ struct Call {
       if (type != ScalarType::BFloat16 && type != ScalarType::Half && type != ScalarType::Float &&
           type != ScalarType::Double)
         fail(function, "weight of a floating dtype, got ", dtype_string(type));
-      if (!same_device(*given_weight, logits))
-        fail(function, "weight on the device of logits; move it with .to(logits.device)");
+      check_device(function, "weight", *given_weight, logits);
     }
     check_options(function, options, inputs.logits.dtype);
   }
@@ -317,21 +349,24 @@ struct SumTensors {
 Tensor checked_grad(const char* function, const Tensor& grad_loss_sum, const Call& call) {
   if (grad_loss_sum.numel() != 1)
     fail(function, "grad_loss_sum with one element, got shape ", shape_string(grad_loss_sum));
-  if (!same_device(grad_loss_sum, call.logits)) fail(function, "grad_loss_sum on the device of logits");
+  check_device(function, "grad_loss_sum", grad_loss_sum, call.logits);
   return grad_loss_sum.scalar_type() == call.acc ? grad_loss_sum : torch::stable::to(grad_loss_sum, call.acc);
 }
 
 void check_in_place(const char* function, const Tensor& logits) {
-  if (logits.dim() >= 1 && !is_writable(logits))
-    fail(function,
-         "logits of shape (..., V) with unit stride along V and rows that do not overlap, since the gradient ",
-         "overwrites them; pass logits.contiguous(), or leave in-place off");
+  if (logits.dim() < 1 || is_writable(function, logits)) return;
+  std::ostringstream strides;
+  for (int64_t i = 0; i < logits.dim(); ++i) strides << (i > 0 ? ", " : "") << logits.stride(i);
+  fail(function, "logits of shape (..., V) with unit stride along V, at most two strides before it, and rows that do ",
+       "not overlap, since the gradient overwrites them, got shape ", shape_string(logits), " and strides (",
+       strides.str(), "); pass logits.contiguous(), or leave in-place off");
 }
 
 void check_saved(const char* function, const char* name, const Tensor& saved, ScalarType dtype, const Call& call) {
   if (saved.scalar_type() != dtype || saved.numel() != call.labels.numel() || !saved.is_contiguous())
     fail(function, name, " as cross_entropy returned it for these logits, got ", dtype_string(saved.scalar_type()),
          " of shape ", shape_string(saved));
+  check_device(function, name, saved, call.logits);
 }
 
 }  // namespace
@@ -399,8 +434,8 @@ void scale_(const Backend& backend, const Tensor& values, const Tensor& factor) 
   const Dtype dtype = dtype_of("scale_", values);
   if (values.dim() < 1) fail("scale_", "values of shape (..., n), got a 0-dim tensor; pass values.view(1)");
   if (!values.is_contiguous()) fail("scale_", "contiguous values, got shape ", shape_string(values));
-  if (factor.numel() != 1 || !same_device(factor, values))
-    fail("scale_", "a factor with one element on the device of values, got shape ", shape_string(factor));
+  if (factor.numel() != 1) fail("scale_", "a factor with one element, got shape ", shape_string(factor));
+  check_device("scale_", "factor", factor, values, "values");
   const ScalarType acc = dtype == Dtype::kFloat64 ? ScalarType::Double : ScalarType::Float;
   const Tensor f = factor.scalar_type() == acc ? factor : torch::stable::to(factor, acc);
   const LogitsView view = logits_view("scale_", values);
@@ -408,6 +443,7 @@ void scale_(const Backend& backend, const Tensor& values, const Tensor& factor) 
 }
 
 Tensor scratch(const Backend& backend, const Tensor& like, int64_t rows, int64_t columns) {
+  dtype_of("scratch", like);
   if (rows < 0 || columns < 0) fail("scratch", "rows and columns >= 0, got ", rows, " and ", columns);
   return backend_empty(backend, like, {rows, columns});
 }

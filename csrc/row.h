@@ -63,6 +63,7 @@ struct Transform {
 
 // Sums over the classes other than the label. The empty state is the identity of merge().
 // `reference` (the label's z where that is finite, else 0) only shifts the two linear sums, so that they stay small.
+// CUDA keeps the two so that float holds them: see RowView.
 template <typename Acc>
 struct RowState {
   Acc max = static_cast<Acc>(-kInfinity);  // max_j z_j
@@ -81,9 +82,24 @@ struct RowState {
     const Acc here = rescale(max, merged);
     const Acc there = rescale(other.max, merged);
     sum = sum * here + other.sum * there;
-    weighted = weighted * here + other.weighted * there;
+    weighted = (here == 0 ? 0 : weighted * here) + (there == 0 ? 0 : other.weighted * there);
     linear += other.linear;
     max = merged;
+  }
+
+  // Where weighted is relative to max: what it comes to relative to another one, in units of exp of that, scale being
+  // rescale(max, other_max). A sum of logits that far below may be beyond float, and counts nothing.
+  ACCUMLOSS_HD Acc weighted_about(Acc other_max, Acc scale) const {
+    if (sum == 0 || scale == 0) return 0;
+    return (max == other_max ? weighted : weighted + sum * (max - other_max)) * scale;
+  }
+  // merge() for such.
+  ACCUMLOSS_HD void merge_about_max(const RowState& other) {
+    const Acc merged = max > other.max ? max : other.max;
+    const Acc both =
+        weighted_about(merged, rescale(max, merged)) + other.weighted_about(merged, rescale(other.max, merged));
+    merge(other);
+    weighted = both;
   }
 };
 
@@ -98,7 +114,17 @@ struct RowResult {
 // reference of RowState
 ACCUMLOSS_HD double row_reference(double target) { return target - target == 0 ? target : 0.0; }
 
-// target: z_y; target_weight: w_y; weight_sum: W; V: classes.
+// A label so far below the largest logit has probability 0 in double too. Its z, of a masked class often the lowest
+// number that there is, is then no origin for lse and entropy, whose digits it would swallow: the largest logit is.
+constexpr double kFarBelow = 1024;
+ACCUMLOSS_HD bool is_far_below(double target, double others_max) { return others_max - target > kFarBelow; }
+// What RowState::weighted is relative to where row_result() takes it.
+ACCUMLOSS_HD double entropy_reference(double target, double others_max) {
+  return target - target == 0 && is_far_below(target, others_max) ? others_max : row_reference(target);
+}
+
+// target: z_y; target_weight: w_y; weight_sum: W; V: classes. others.linear is relative to row_reference(),
+// others.weighted to entropy_reference().
 template <typename Acc>
 ACCUMLOSS_HD RowResult row_result(const RowState<Acc>& others, double target, double target_weight, double weight_sum,
                                   int64_t V, const LossOptions& options) {
@@ -115,17 +141,18 @@ ACCUMLOSS_HD RowResult row_result(const RowState<Acc>& others, double target, do
   // S in units of exp(max), and nll = log((S + e_y) / e_y)
   const double sum = others.sum == 0 ? 0.0 : static_cast<double>(others.sum) * exp(others_max - max);
   row.nll = target == max ? log1p(sum) : (max - target) + log(sum + exp(target - max));
-  row.lse = target - target == 0 ? target + row.nll : max + log(sum);
+  row.lse = is_far_below(target, max) ? max + log(sum) : target + row.nll;
   row.loss = (1.0 - options.label_smoothing) * target_weight * row.nll;
-  const double reference = row_reference(target);
   if (options.label_smoothing > 0) {
+    const double reference = row_reference(target);
     const double linear = others.linear + target_weight * (target - reference);
     row.loss += options.label_smoothing / static_cast<double>(V) * (weight_sum * (row.lse - reference) - linear);
   }
   if (options.z_loss > 0) row.loss += options.z_loss * row.lse * row.lse;
   // H = lse - sum_j p_j z_j; the label's own term is zero by the choice of the reference
-  const double weighted = others.sum == 0 ? 0.0 : static_cast<double>(others.weighted) * exp(others_max - row.lse);
-  row.entropy = options.metrics ? (row.lse - reference) - weighted : 0.0;
+  const double share = others.sum == 0 ? 0.0 : exp(others_max - row.lse);
+  const double weighted = share == 0 ? 0.0 : static_cast<double>(others.weighted) * share;
+  row.entropy = options.metrics ? (row.lse - entropy_reference(target, others_max)) - weighted : 0.0;
   return row;
 }
 

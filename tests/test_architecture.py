@@ -29,6 +29,7 @@ STABLE_ABI = ("torch/csrc/stable/", "torch/headeronly/", "torch/csrc/inductor/ao
 LAYERS = [
     {"_C", "_compat", "keywords", "sums"},
     {"options"},
+    {"checks"},
     {"reference"},
     {"ops"},
     {"linear"},

@@ -161,9 +161,16 @@ struct Rows {
     return labels.is_int32 ? static_cast<const int32_t*>(labels.data)[offset]
                            : static_cast<const int64_t*>(labels.data)[offset];
   }
-  // The same of rows [begin, begin + count).
+  // The same of rows [begin, begin + count), each a class or ignore_index. What indexes by a label takes it from here:
+  // what lies in the tensor may be another one by now.
   void labels_of(int64_t begin, int64_t count, int64_t* y) const {
-    return inputs.labels.is_int32 ? labels_as<int32_t>(begin, count, y) : labels_as<int64_t>(begin, count, y);
+    inputs.labels.is_int32 ? labels_as<int32_t>(begin, count, y) : labels_as<int64_t>(begin, count, y);
+    uint64_t bad = 0;
+    for (int64_t i = 0; i < count; ++i) bad |= misfit(y[i]);
+    if (bad >> 63 == 0) return;
+    check_labels();  // names the first of all rows
+    for (int64_t i = 0; i < count; ++i)
+      if (misfit(y[i]) >> 63 != 0) refuse(begin + i, y[i]);
   }
   template <typename Label>
   void labels_as(int64_t begin, int64_t count, int64_t* y) const {
@@ -183,39 +190,42 @@ struct Rows {
   double weight(int64_t label) const {
     return inputs.weight != nullptr ? element(inputs.weight, inputs.logits.dtype, label) : 1.0;
   }
-  // Whether every label is a class or ignored, in operations that every machine has for vectors.
+  // A number whose highest bit says that a label is neither a class nor ignored, in operations that every machine has
+  // for vectors.
+  uint64_t misfit(int64_t label) const {
+    const uint64_t y = static_cast<uint64_t>(label), last = static_cast<uint64_t>(V) - 1,
+                   difference = y ^ static_cast<uint64_t>(inputs.options.ignore_index);
+    return (y | (last - y)) & (difference | (0 - difference));
+  }
   template <typename Label>
   bool labels_fit() const {
     const LabelsView& labels = inputs.labels;
-    const uint64_t ignore_index = static_cast<uint64_t>(inputs.options.ignore_index),
-                   last = static_cast<uint64_t>(V) - 1;
     uint64_t bad = 0;  // its highest bit
-    const auto look_at = [&](Label label) {
-      const uint64_t y = static_cast<uint64_t>(static_cast<int64_t>(label)), difference = y ^ ignore_index;
-      bad |= (y | (last - y)) & (difference | (0 - difference));
-    };
     const int64_t n = inputs.logits.T - inputs.options.shift;
     for (int64_t b = 0; b < inputs.logits.B; ++b) {
       const Label* from =
           static_cast<const Label*>(labels.data) + b * labels.stride_b + inputs.options.shift * labels.stride_t;
       if (labels.stride_t == 1) {
-        for (int64_t t = 0; t < n; ++t) look_at(from[t]);
+        for (int64_t t = 0; t < n; ++t) bad |= misfit(from[t]);
       } else {
-        for (int64_t t = 0; t < n; ++t) look_at(from[t * labels.stride_t]);
+        for (int64_t t = 0; t < n; ++t) bad |= misfit(from[t * labels.stride_t]);
       }
     }
     return bad >> 63 == 0;
   }
+  [[noreturn]] void refuse(int64_t row, int64_t label) const {
+    std::ostringstream message;
+    message << "cross_entropy: expected labels in [0, " << V << ") or ignore_index " << inputs.options.ignore_index
+            << ", got " << label << " for row " << row << " of " << N
+            << "; check vocab_size and the value that pads the labels";
+    throw std::out_of_range(message.str());
+  }
+  // All of them, before anything is written over the logits.
   void check_labels() const {
     if (inputs.labels.is_int32 ? labels_fit<int32_t>() : labels_fit<int64_t>()) return;
     for (int64_t row = 0; row < N; ++row) {
       const int64_t y = label(row);
-      if (ignored(y) || (y >= 0 && y < V)) continue;
-      std::ostringstream message;
-      message << "cross_entropy: expected labels in [0, " << V << ") or ignore_index " << inputs.options.ignore_index
-              << ", got " << y << " for row " << row << " of " << N
-              << "; check vocab_size and the value that pads the labels";
-      throw std::out_of_range(message.str());
+      if (misfit(y) >> 63 != 0) refuse(row, y);
     }
   }
 
@@ -225,7 +235,15 @@ struct Rows {
   RowSegment segment(int64_t row, int64_t y, int64_t begin, int64_t end, double target_logit) const {
     return {row_data(inputs.logits, row), inputs.weight, begin, end, y, row_reference(target_logit)};
   }
-  RowResult result(const RowState<double>& state, int64_t y, double target_logit) const {
+  RowResult result(RowState<double> state, int64_t row, int64_t y, double target_logit) const {
+    if (inputs.options.metrics && is_far_below(target_logit, state.max)) {
+      // the sums of the entropy again, relative to the largest logit; rare: the label's class is masked
+      RowSegment whole = segment(row, y, 0, V, target_logit);
+      whole.reference = entropy_reference(target_logit, state.max);
+      RowState<double> again;
+      kernels.push(whole, inputs.options, &again, nullptr, nullptr);
+      state.weighted = again.weighted;
+    }
     return row_result(state, target_logit, weight(y), weight_sum, V, inputs.options);
   }
   bool is_correct(double others_max, double nll, int64_t row, int64_t y, double target_logit) const {
@@ -255,7 +273,8 @@ struct Rows {
   }
 };
 
-// The rows that count, and the others, in tasks: what counts is shared out in equal parts wherever it lies.
+// The rows that count, and the others, in tasks: what counts is shared out in equal parts wherever it lies. All labels
+// are compared when they are listed.
 class RowLists {
  public:
   explicit RowLists(const Rows& rows) : rows_(rows) {
@@ -466,6 +485,8 @@ void run_short(const Rows& rows, const CrossEntropySums* sums, double* lse, void
   const int64_t rows_per_task = std::max(elements / rows.V / kGroup, int64_t{1}) * kGroup;
   const Dtype dtype = rows.inputs.logits.dtype;
   const bool metrics = rows.inputs.options.metrics && sums != nullptr;
+  const bool in_place = grad_logits != nullptr && grad_logits->data == rows.inputs.logits.data;
+  if (in_place) rows.check_labels();
   const int64_t num_tasks = (rows.N + rows_per_task - 1) / rows_per_task;
   std::vector<Sums> parts(static_cast<size_t>(num_tasks));
   run_tasks(num_tasks, rows.N * (rows.V + kShortRowElements), no_local, [&](int64_t i, Nothing) {
@@ -498,10 +519,9 @@ void run_short(const Rows& rows, const CrossEntropySums* sums, double* lse, void
 void forward(const CrossEntropyInputs& inputs, const CrossEntropySums& sums, double* lse, void* nll) {
   const Rows rows(inputs);
   const Dtype dtype = inputs.logits.dtype;
-  rows.check_labels();
   if (rows.is_short()) return run_short(rows, &sums, lse, nll, 0, nullptr);
   const auto finish = [&](const RowState<double>& state, int64_t row, int64_t y, double target_logit) {
-    const RowResult result = rows.result(state, y, target_logit);
+    const RowResult result = rows.result(state, row, y, target_logit);
     lse[row] = result.lse;
     set_element(nll, dtype, row, result.nll);
     return sums_of_row(rows, state, result, row, y, target_logit);
@@ -580,7 +600,6 @@ void forward_with_grad(const CrossEntropyInputs& inputs, const CrossEntropySums&
   const Rows rows(inputs);
   const Dtype dtype = inputs.logits.dtype;
   const double grad = element(grad_loss_sum, dtype, 0);
-  rows.check_labels();
   if (rows.is_short() && grad_logits.stride_t == rows.V)
     return run_short(rows, &sums, nullptr, nullptr, grad, &grad_logits);
 
@@ -603,7 +622,7 @@ void forward_with_grad(const CrossEntropyInputs& inputs, const CrossEntropySums&
       });
       RowState<double> state;
       for (const RowState<double>& part : states) state.merge(part);
-      const RowResult result = rows.result(state, y, target_logit);
+      const RowResult result = rows.result(state, row, y, target_logit);
       total.add(sums_of_row(rows, state, result, row, y, target_logit));
       const RowGrad<double> gradient = rows.gradient(result.lse, result.nll, y, grad);
       rows.for_each_segment([&](int64_t begin, int64_t end, int64_t) {
@@ -628,7 +647,7 @@ void forward_with_grad(const CrossEntropyInputs& inputs, const CrossEntropySums&
           void* exps = exps_of(rows, scratch, grad_logits, row, streams);
           RowState<double> state;
           rows.kernels.push(segment, inputs.options, &state, exps, scratch.references);
-          const RowResult result = rows.result(state, y, target_logit);
+          const RowResult result = rows.result(state, row, y, target_logit);
           parts[task].add(sums_of_row(rows, state, result, row, y, target_logit));
           rows.kernels.write_grad_from_exps(segment, inputs.options, rows.gradient(result.lse, result.nll, y, grad),
                                             exps, scratch.references, streams, row_data(grad_logits, row));

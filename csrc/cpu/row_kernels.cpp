@@ -696,6 +696,21 @@ double sum_linear(const Acc* z, const Acc* weight, int64_t n, double reference) 
   return sum;
 }
 
+// The same in double, for a block whose sum is beyond Acc, as that of masked classes is: of z, or of x times scale
+// where that is z. skipped: the label's position, or -1.
+template <typename T, typename Acc>
+__attribute__((noinline)) double sum_linear_wide(const T* x, double scale, const Acc* z, const Acc* weight, int64_t n,
+                                                 int64_t skipped, double reference) {
+  alignas(64) Acc buffer[kBlock];
+  if (x != nullptr) load_block(x, n, buffer);
+  double sum = 0;
+  for (int64_t i = 0; i < n; ++i) {
+    const double value = x != nullptr ? scale * static_cast<double>(buffer[i]) : static_cast<double>(z[i]);
+    if (i != skipped) sum += (value - reference) * (weight != nullptr ? static_cast<double>(weight[i]) : 1.0);
+  }
+  return sum;
+}
+
 // Plain rows: one loop loads, compares, exponentiates and sums; the exponentials stay in the lanes of Group.
 
 constexpr BFloat16 negative_infinity(BFloat16) { return {0xff80}; }
@@ -804,7 +819,7 @@ void push_plain(const RowSegment& row, RowState<double>* state, typename AccOf<T
     reference = largest;
     if (sum == 0) return;
     const double change = before - origin(), factor = std::exp(change);
-    weighted = (weighted + sum * change) * factor;
+    weighted = factor == 0 ? 0 : (weighted + sum * change) * factor;  // of doubles that far below it may be infinite
     sum *= factor;
   };
 
@@ -995,7 +1010,12 @@ void push(const RowSegment& row, const LossOptions& options, RowState<double>* s
       const bool here = at >= 0 && at < n;
       if (here) z[at] = static_cast<Acc>(row.reference);  // contributes nothing; row_result adds the label's own term
       const Acc* weight = row.weight != nullptr ? static_cast<const Acc*>(row.weight) + begin : nullptr;
-      state->linear += sum_linear(z, weight, n, row.reference);
+      double linear = sum_linear(z, weight, n, row.reference);
+      if (!(linear - linear == 0)) {
+        const T* of_block = transform.softcap > 0 ? nullptr : x + begin;  // z(x) may be beyond Acc as well
+        linear = sum_linear_wide(of_block, options.logit_scale, z, weight, n, here ? at : -1, row.reference);
+      }
+      state->linear += linear;
       if (here) z[at] = -kInfinity;
     }
     for (int64_t i = n; i < padded; ++i) z[i] = -kInfinity;
@@ -1004,7 +1024,7 @@ void push(const RowSegment& row, const LossOptions& options, RowState<double>* s
     if (block_max > state->max) {
       const double factor = state->sum == 0 ? 1.0 : std::exp(state->max - static_cast<double>(block_max));
       state->sum *= factor;
-      state->weighted *= factor;
+      state->weighted = factor == 0 ? 0 : state->weighted * factor;
       state->max = block_max;
     }
     // all -inf so far: any finite reference makes every exponential zero (and keeps a NaN)
@@ -1257,7 +1277,7 @@ ACCUMLOSS_INLINE void finish_group(ShortRows& rows, bool metrics, GroupSums& gro
   constexpr float kInfinity = std::numeric_limits<float>::infinity();
   alignas(64) float factor_of[kGroup], log_totals[kGroup], largest[kGroup];
   alignas(64) float others_scale[kGroup];                    // exp(others_max - lse)
-  alignas(64) float references[kGroup], terms_base[kGroup];  // row_reference; what the weighted sums are relative to
+  alignas(64) float references[kGroup], terms_base[kGroup];  // of the entropy; what the weighted sums are relative to
   for (int64_t r = 0; r < kGroup; ++r) factor_of[r] = static_cast<float>(group.factors[r]);
   for (int64_t r = 0; r < kGroup; r += kWidth) {
     const Real y = load(group.target + r), other = load(group.others_max + r);
@@ -1283,7 +1303,8 @@ ACCUMLOSS_INLINE void finish_group(ShortRows& rows, bool metrics, GroupSums& gro
     store((label_leads ? smaller : broadcast(1.f)) / total, others_scale + r);
     store(keep(-(factor * s), has_grad), group.label_grad + r);
     store(max, largest + r);
-    store(y - y == 0 ? y : Real{}, references + r);
+    const Real reference = other - y > static_cast<float>(kFarBelow) ? other : y;  // entropy_reference
+    store(y - y == 0 ? reference : Real{}, references + r);
     store(other == -kInfinity ? Real{} : other, terms_base + r);
   }
   alignas(64) double terms[kGroup];

@@ -95,13 +95,21 @@ __device__ __forceinline__ Acc pairwise_sum(const Acc* values) {
   }
 }
 
+// What RowState::linear is in units of: beside the logits of masked classes, often the lowest number that there is, a
+// sum of logits would not fit into float. A power of two changes no other bit.
+constexpr double kLinearUnit = 4294967296.0;
+
 // What the first visit of a row needs of the options. kGeneral false: no transform, no smoothing, no metrics.
+//
+// RowState::weighted is relative to RowState::max here, which is known only in the end: relative to the label, that of
+// a masked class would leave no digits to float. finish_row() takes it to what row_result() expects.
 template <typename Acc, bool kGeneral>
 struct RowView {
   int64_t label;
   Transform<Acc> transform;
   const Acc* weight;  // (V,), or null; for the smoothing
-  Acc reference;      // of RowState
+  Acc reference;      // of RowState::linear, in its unit
+  Acc unit_scale;     // logit_scale in that unit
   bool linear;
   bool metrics;
 
@@ -109,7 +117,8 @@ struct RowView {
       : label(y),
         transform(inputs.options),
         weight(static_cast<const Acc*>(inputs.weight)),
-        reference(static_cast<Acc>(row_reference(z_label))),
+        reference(static_cast<Acc>(row_reference(z_label) / kLinearUnit)),
+        unit_scale(static_cast<Acc>(inputs.options.logit_scale / kLinearUnit)),
         linear(inputs.options.label_smoothing > 0),
         metrics(inputs.options.metrics) {}
 
@@ -119,8 +128,13 @@ struct RowView {
 #pragma unroll
     for (int i = 0; i < kWidth; ++i) {
       if (kGeneral) {
-        z[i] = transform.value(z[i]);
-        if (linear && i != label_at) state.linear += (weight ? weight[j + i] : Acc(1)) * (z[i] - reference);
+        const Acc x = z[i];
+        z[i] = transform.value(x);
+        if (linear && i != label_at) {
+          // of x: without a cap, z may be beyond float
+          const Acc part = transform.softcap > 0 ? z[i] * static_cast<Acc>(1 / kLinearUnit) : x * unit_scale;
+          state.linear += (weight ? weight[j + i] : Acc(1)) * (part - reference);
+        }
       }
       if (i == label_at) z[i] = static_cast<Acc>(-kInfinity);
     }
@@ -139,12 +153,12 @@ struct RowView {
 #pragma unroll
     for (int i = 0; i < kCount; ++i) {
       const Acc e = exp_term(z[i] - shift);
-      if (kGeneral && metrics && e != 0) weighted += e * (z[i] - reference);
+      if (kGeneral && metrics && e != 0) weighted += e * (z[i] - shift);
       z[i] = e;
     }
+    if (kGeneral) state.weighted = state.weighted_about(merged, scale) + weighted;
     state.max = merged;
     state.sum = state.sum * scale + pairwise_sum<kCount>(z);
-    if (kGeneral) state.weighted = state.weighted * scale + weighted;
   }
 
   // held: where the vectors also go, or null.
@@ -228,7 +242,14 @@ struct RowWeights {
 template <typename Acc>
 __device__ __noinline__ RowResult finish_row(const RowState<Acc> state, Acc z_label, const RowWeights weights,
                                              const CrossEntropyInputs& inputs) {
-  return row_result(state, static_cast<double>(z_label), weights.target, weights.sum, inputs.logits.V, inputs.options);
+  const double target = static_cast<double>(z_label);
+  RowState<double> exact;
+  exact.max = state.max;
+  exact.sum = state.sum;
+  exact.weighted = state.weighted;
+  if (state.sum != 0) exact.weighted += exact.sum * (exact.max - entropy_reference(target, exact.max));
+  exact.linear = static_cast<double>(state.linear) * kLinearUnit;
+  return row_result(exact, target, weights.target, weights.sum, inputs.logits.V, inputs.options);
 }
 
 // exp(z - lse) is formed from the two pieces of lse, or, where the elements are too coarse to see the difference, the

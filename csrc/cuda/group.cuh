@@ -41,10 +41,11 @@ __device__ __forceinline__ RowState<Acc> warp_merge(RowState<Acc> state, unsigne
     merged = other > merged ? other : merged;
   }
   const Acc scale = RowState<Acc>::rescale(state.max, merged);
+  if (kGeneral) state.weighted = state.weighted_about(merged, scale);
   state.max = merged;
   state.sum = warp_sum<kLanes>(state.sum * scale, mask);
   if (kGeneral) {
-    state.weighted = warp_sum<kLanes>(state.weighted * scale, mask);
+    state.weighted = warp_sum<kLanes>(state.weighted, mask);
     state.linear = warp_sum<kLanes>(state.linear, mask);
   }
   return state;

@@ -291,7 +291,7 @@ __global__ void __launch_bounds__(kMaxThreads, 1)
     if (lane < blocks) cluster_store(&states[rank * warps + threadIdx.x / kWarp], lane, state);
     barrier_of(blocks);
     state = RowState<Acc>();
-    for (int i = lane; i < blocks * warps; i += kWarp) state.merge(states[i]);
+    for (int i = lane; i < blocks * warps; i += kWarp) state.merge_about_max(states[i]);
     state = warp_merge<kGeneral>(state);
 
     bool wins = z_label > state.max;

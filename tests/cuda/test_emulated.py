@@ -573,3 +573,30 @@ def test_emulated_sanitizer_catches_planted_fault(cache, tmp_path, sanitizer, fa
     result = emulated.run_sanitized(sanitizer, tmp_path, tuple({**FAULTS, **STAGED_FAULTS}[fault]))
     assert result.returncode != 0
     assert message in result.stderr
+
+
+@pytest.mark.parametrize("dtype", FLOATS[:3], ids=str)
+@pytest.mark.parametrize(
+    "plan, V", [("packed", 40), ("warp", 600), ("block", 1100), ("held", 1100), ("staged:2", 1100)]
+)
+def test_emulated_masked_classes(backend, plan, V, dtype):
+    """Half of the classes masked by the lowest number of the dtype, one label among them: see tests/test_masked_classes.py."""
+    backend.seed(41)
+    x = torch.randn(1, 3, V, generator=torch.Generator().manual_seed(V)) * 3
+    x[0, 0, V // 2 :] = x[0, 1:, : V // 2] = torch.finfo(dtype).min
+    labels = torch.tensor([[1, V - 1, 2]])  # the last is masked
+    for options in ({}, {"z_loss": 1e-3}, {"label_smoothing": 0.1}, {"label_smoothing": 0.1, "logit_scale": 1.5}):
+        if "label_smoothing" in options:
+            labels = torch.tensor([[1, V - 1, -100]])  # with a masked label the sum would be beyond float
+        logits, options = emulated.guarded(x.to(dtype)), {**options, "metrics": True}
+        with backend.plan(plan):
+            got = backend.forward(logits, labels, **options)
+            want = row_oracle.rows(logits, labels, **options)
+            near = 64 * U[dtype] * (1 + want.lse.abs())
+            assert_within("lse", got["lse"], want.lse, near * options.get("logit_scale", 1.0))
+            if "logit_scale" not in options:  # whose rounding row_oracle counts for masked classes too
+                check(backend, logits, labels, None, 1.0, options)
+                continue
+            loss = want.loss.sum()
+            assert_within("loss_sum", got["loss_sum"], loss, 64 * U[dtype] * loss)
+            assert_within("entropy_sum", got["entropy_sum"], want.entropy.sum(), (near + near * want.entropy).sum() * 4)

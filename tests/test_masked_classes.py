@@ -1,0 +1,145 @@
+"""Classes masked by the lowest number of their dtype, as models do it, where -inf would do: they have probability 0, and
+take no digit from anything else. The label may be one of them."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from cases import Case
+from oracle import expected, z_scale
+from tolerances import SUM, assert_close, assert_within, row_loss_bound
+
+from accumloss import LossOptions
+
+ops = torch.ops.accumloss
+OPTIONS = {
+    "plain": LossOptions(), "label smoothing": LossOptions(label_smoothing=0.1), "z-loss": LossOptions(z_loss=1e-3),
+    "softcap": LossOptions(softcap=30.0), "smaller": LossOptions(logit_scale=0.5),
+    "larger": LossOptions(logit_scale=1.5), "softcap, smoothing": LossOptions(label_smoothing=0.1, softcap=30.0),
+    "larger, smoothing": LossOptions(label_smoothing=0.1, logit_scale=1.5),
+    "everything": LossOptions(-100, 0.1, 1e-3, 20.0, 1.5),
+}  # fmt: skip
+SIZES = (40, 513, 1100)
+FAR = 1024.0  # csrc/row.h: a label further below the largest logit has no digit in lse and entropy
+
+
+def masked_cases(dtype: torch.dtype, V: int):
+    """Rows of one item each, so that sums fit: the first or the second half of the classes masked, or all but one."""
+    generator = torch.Generator().manual_seed(V)
+    x = (torch.randn(3, V, generator=generator) * 3).to(dtype)
+    lowest = torch.finfo(dtype).min
+    x[0, : V // 2] = lowest
+    x[1, V // 2 :] = lowest
+    x[2, 1:] = lowest
+    for row in range(3):
+        for label in (0, V // 2, V - 1):
+            yield row, label, x[row : row + 1].contiguous(), torch.tensor([label])
+
+
+def fits(value: torch.Tensor, dtype: torch.dtype) -> bool:
+    """Whether a number is finite as a result."""
+    acc = torch.float64 if dtype == torch.float64 else torch.float32
+    return bool(torch.isfinite(value.detach().to(acc)).all())
+
+
+def check(dtype: torch.dtype, V: int, name: str, weighted: bool) -> int:
+    options = OPTIONS[name]
+    weight = torch.linspace(0.5, 2.0, V) if weighted else None
+    acc = torch.float64 if dtype == torch.float64 else torch.float32
+    one = torch.ones((), dtype=acc)
+    count = 0
+    for row, label, x, y in masked_cases(dtype, V):
+        case = Case(f"{name}, {dtype}, V={V}, row {row}, label {label}, weights {weighted}", x, y, weight, options)
+        wanted = expected(case)
+        z = wanted.rows.lse - wanted.rows.nll
+        if not fits(z, dtype):
+            continue  # the label's z itself is beyond the computation: -inf, an infinite loss
+        count += 1
+        kwargs = {**case.kwargs, "metrics": True}
+        with_metrics = ops.cross_entropy(x, y, weight, **kwargs)
+        loss_sum, _, _, lse, num_correct, entropy_sum, nll = with_metrics
+        scale = z_scale(case) if options.softcap else abs(float(wanted.rows.lse.detach()))
+        bound = row_loss_bound(dtype, "cpu", scale)
+        e = wanted.sums
+        if fits(e[0], dtype):
+            assert_close(loss_sum, e[0], SUM + bound + 4 * row_loss_bound(dtype, "cpu"), f"{case.name}: loss_sum")
+        if fits(e[6], dtype):
+            assert_close(nll, e[6], bound, f"{case.name}: nll")
+        near = e[6].detach().clamp(max=FAR)
+        assert_within(lse, e[3], bound * (e[3].abs().detach() + near + 1), f"{case.name}: lse")
+        magnitude = wanted.rows.entropy.detach().abs().sum() + near.sum() + 1
+        assert_within(entropy_sum, e[5], (SUM + bound) * magnitude, f"{case.name}: entropy_sum")
+        assert num_correct.item() == e[4].item(), case.name
+        ways = {
+            "backward": ops.cross_entropy_backward(one, x, y, lse, nll, weight, **kwargs),
+            "with_grad": ops.cross_entropy_with_grad(one, x, y, weight, **kwargs)[-1],
+            "with_grad without metrics": ops.cross_entropy_with_grad(one, x, y, weight, **case.kwargs)[-1],
+        }
+        for way in ("backward_", "with_grad_"):
+            ways[way] = x.clone()
+            if way == "backward_":
+                ops.cross_entropy_backward_(one, ways[way], y, lse, nll, weight, **kwargs)
+            else:
+                sums = ops.cross_entropy_with_grad_(one, ways[way], y, weight, **kwargs)
+                for a, b in zip(sums, (*with_metrics[:3], *with_metrics[4:6]), strict=True):
+                    assert torch.equal(a, b), f"{case.name}: sums of {way}"
+        for way, grad in ways.items() if torch.isfinite(wanted.grad).all() else ():
+            assert_within(grad, wanted.grad, wanted.grad_bound, f"{case.name}: {way}")
+    return count
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32, torch.float64])
+@pytest.mark.parametrize("name", OPTIONS)
+def test_masked_classes_match_float64(name, dtype):
+    if dtype == torch.float64 and OPTIONS[name].label_smoothing and not OPTIONS[name].softcap:
+        return  # the oracle's own sum over the classes is beyond float64
+    for V in SIZES:
+        assert check(dtype, V, name, weighted=V % 2 == 0) >= 3
+
+
+@pytest.mark.parametrize("name", ["portable", "avx2", "avx512"])
+def test_masked_classes_in_every_instruction_set(name):
+    """In a process of its own, which the choice belongs to."""
+    script = (
+        "import sys; sys.path.insert(0, sys.argv[1])\n"
+        "import test_masked_classes as t, torch\n"
+        "for dtype in (torch.bfloat16, torch.float16, torch.float32):\n"
+        "    for option in ('plain', 'label smoothing', 'larger, smoothing', 'z-loss'):\n"
+        "        for V in (40, 513, 1100):\n"
+        "            assert t.check(dtype, V, option, V == 40) >= 3\n"
+    )
+    environment = {**os.environ, "ACCUMLOSS_CPU_CAPABILITY": name, "OMP_NUM_THREADS": "1"}
+    here = str(Path(__file__).resolve().parent)
+    result = subprocess.run(
+        [sys.executable, "-c", script, here], env=environment, capture_output=True, text=True, check=False, cwd="/"
+    )
+    if "expected one of" in result.stderr:
+        pytest.skip(f"this machine has no {name}")
+    assert result.returncode == 0, result.stderr[-3000:]
+
+
+def test_a_whole_evaluation_survives_one_masked_label():
+    """One label on a masked class among many rows: the entropies of all others keep their digits."""
+    for V in (100, 2000):
+        for dtype in (torch.bfloat16, torch.float32):
+            x = torch.randn(300, V, generator=torch.Generator().manual_seed(0)).to(dtype)
+            x[:, ::2] = torch.finfo(dtype).min
+            y = torch.arange(300) % (V // 2) * 2 + 1
+            clean = ops.cross_entropy(x[1:], y[1:], metrics=True)[5]
+            y[0] = 0
+            spoilt = ops.cross_entropy(x, y, metrics=True)[5]
+            own = ops.cross_entropy(x[:1], torch.tensor([1]), metrics=True)[5]
+            assert_close(spoilt, clean + own, SUM + row_loss_bound(dtype, "cpu"), f"{dtype}, V={V}")
+
+
+@pytest.mark.slow("other lengths of the same")
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+@pytest.mark.parametrize("name", OPTIONS)
+def test_masked_classes_of_every_length_match_float64(name, dtype):
+    for V in (2, 9, 10, 11, 64, 511, 512, 1024, 1025, 3000, 40001):
+        check(dtype, V, name, weighted=V % 2 == 1)
