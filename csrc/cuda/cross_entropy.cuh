@@ -273,7 +273,7 @@ __device__ __forceinline__ void write_gradient(const Group& group, const T* x, T
     Acc part[kWidth];
     Element<T>::unpack(raw, part);
     gradient<T, kGeneral, kWidth>(part, j, span.label_position(label, j), grad, transform, weight, smoothing);
-    store_vector(out + j, Element<T>::pack(part));
+    stream_vector(out + j, Element<T>::pack(part));
   };
   int64_t v = group.rank();
   for (; v + (kVectors - 1) * size < span.vectors; v += kVectors * size) {
@@ -300,7 +300,7 @@ __device__ __forceinline__ void write_zeros(const Group& group, T* out, int64_t 
   using Acc = typename Element<T>::Acc;
   constexpr Acc kZeros[RowSpan<T>::kWidth] = {};
   for (int64_t v = group.rank(); v < span.vectors; v += group.size()) {
-    store_vector(out + span.vector_index(v), Element<T>::pack(kZeros));
+    stream_vector(out + span.vector_index(v), Element<T>::pack(kZeros));
   }
   for (int64_t s = group.rank(); s < span.scalars(); s += group.size()) {
     out[span.scalar_index(s)] = Element<T>::narrow(Acc(0));
@@ -487,7 +487,7 @@ __global__ void __launch_bounds__(kScaleThreads)
       Element<T>::unpack(load_vector(x + span.vector_index(v)), part);
 #pragma unroll
       for (int i = 0; i < RowSpan<T>::kWidth; ++i) part[i] *= factor;
-      store_vector(x + span.vector_index(v), Element<T>::pack(part));
+      stream_vector(x + span.vector_index(v), Element<T>::pack(part));
     }
     for (int64_t s = group.rank(); s < span.scalars(); s += group.size()) {
       T& element = x[span.scalar_index(s)];

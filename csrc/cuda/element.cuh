@@ -156,9 +156,17 @@ __device__ __forceinline__ typename Element<T>::Raw load_vector(const T* x) {
   return *reinterpret_cast<const typename Element<T>::Raw*>(x);
 }
 
+// Into shared memory.
 template <typename T>
 __device__ __forceinline__ void store_vector(T* x, const typename Element<T>::Raw& raw) {
   *reinterpret_cast<typename Element<T>::Raw*>(x) = raw;
+}
+
+// Into global memory. An intrinsic, as nvcc splits a plain assignment of a vector into four stores of 4 bytes where it
+// has taken the address apart. Streaming: what is written here is not read again by the kernel.
+template <typename T>
+__device__ __forceinline__ void stream_vector(T* x, const typename Element<T>::Raw& raw) {
+  __stcs(reinterpret_cast<typename Element<T>::Raw*>(x), raw);
 }
 
 }  // namespace accumloss::cuda

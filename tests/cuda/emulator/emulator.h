@@ -117,6 +117,7 @@ T atomic_max(T* address, T value) {
   ::emulator::shuffle(EMULATOR_SITE("__shfl_down_sync"), mask, value, \
                       ::emulator::lane() + (int)(delta) < 32 ? ::emulator::lane() + (int)(delta) : ::emulator::lane())
 #define __expf(x) ::emulator::fast_exp(x)
+#define __stcs(address, value) ((void)(*(address) = (value)))
 #define atomicAdd(address, value) ::emulator::atomic_add(address, value)
 #define atomicMax(address, value) ::emulator::atomic_max(address, value)
 
