@@ -388,7 +388,7 @@ __device__ __forceinline__ void backward_row(const Group& group, const BackwardA
 }
 
 template <typename T, bool kGeneral, bool kGrad, bool kHeld>
-__global__ void __launch_bounds__(kMaxThreads, kGeneral ? 1 : 2)
+__global__ void __launch_bounds__(kGeneral ? kMaxThreads : kMaxBlockThreads, 1)
     forward_block_kernel(const __grid_constant__ ForwardArgs<typename Element<T>::Acc> args) {
   Partial* const total = args.partials + blockIdx.x;
   if (threadIdx.x == 0) *total = Partial{};

@@ -7,6 +7,8 @@
 
 #include <cstdint>
 
+#include "../cross_entropy.h"
+
 namespace accumloss::cuda {
 
 constexpr int kVectorBytes = 16;
@@ -18,6 +20,7 @@ struct Element;
 
 template <>
 struct Element<float> {
+  static constexpr Dtype kDtype = Dtype::kFloat32;
   using Acc = float;
   using Raw = float4;
   static constexpr bool kExactExponent = true;
@@ -31,6 +34,7 @@ struct Element<float> {
 
 template <>
 struct Element<double> {
+  static constexpr Dtype kDtype = Dtype::kFloat64;
   using Acc = double;
   using Raw = double2;
   static constexpr bool kExactExponent = true;
@@ -50,6 +54,7 @@ union Pairs {
 
 template <>
 struct Element<__nv_bfloat16> {
+  static constexpr Dtype kDtype = Dtype::kBFloat16;
   using Acc = float;
   using Raw = uint4;
   static constexpr bool kExactExponent = false;
@@ -74,6 +79,7 @@ struct Element<__nv_bfloat16> {
 
 template <>
 struct Element<__half> {
+  static constexpr Dtype kDtype = Dtype::kFloat16;
   using Acc = float;
   using Raw = uint4;
   static constexpr bool kExactExponent = true;

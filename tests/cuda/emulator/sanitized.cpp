@@ -17,7 +17,7 @@ const char* emulated_backward(const CrossEntropyInputs*, const double*, const vo
 const char* emulated_forward_with_grad(const CrossEntropyInputs*, const CrossEntropySums*, const void*,
                                        const LogitsView*);
 const char* emulated_scale(const LogitsView*, const void*);
-void emulated_device(int capability, int multiprocessors);
+void emulated_device(int capability, int multiprocessors, int clusters, int missing);
 }
 
 namespace {
@@ -59,7 +59,7 @@ void run(const char* plan, int64_t B, int64_t T, int64_t V, int64_t offset, bool
 }  // namespace
 
 int main() {
-  emulated_device(90, 0);  // one cluster, so that its stages are used again
+  emulated_device(90, 1, 1, 0);  // one cluster, so that its stages are used again
   emulator::seed(1);
   run("staged:1", 1, 12, 1101, 1, false);
   run("staged:2", 2, 7, 603, 3, true);
