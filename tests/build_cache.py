@@ -41,6 +41,13 @@ def sources(*files: Path, root: Path) -> list[tuple[str, bytes]]:
     return sorted((str(file.relative_to(root)), file.read_bytes()) for file in files)
 
 
+def unpack(files: list[tuple[str, bytes]], folder: Path) -> None:
+    """Writes what sources() has read: what is compiled is what the key was made of, whatever is edited meanwhile."""
+    for name, contents in files:
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_bytes(contents)
+
+
 @contextlib.contextmanager
 def _locked(file: Path) -> Iterator[None]:
     file.parent.mkdir(exist_ok=True)

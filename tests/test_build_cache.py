@@ -92,3 +92,5 @@ def test_sources_do_not_depend_on_where_they_lie(tmp_path):
         (tmp_path / clone / "csrc" / "x.h").write_text("int x;")
         keys.append(build_cache.sources(tmp_path / clone / "csrc" / "x.h", root=Path(tmp_path / clone)))
     assert keys[0] == keys[1] == [("csrc/x.h", b"int x;")]
+    build_cache.unpack(keys[0], tmp_path / "work")
+    assert (tmp_path / "work" / "csrc" / "x.h").read_bytes() == b"int x;"

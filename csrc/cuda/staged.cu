@@ -1,4 +1,4 @@
-// Launches the staged kernels. Compiled for sm_90 and newer only.
+// Launches the staged kernels. Compiled for sm_90 and newer only, and not for sm_120.
 #include "launch.cuh"
 #include "staged.cuh"
 #include "staged.h"

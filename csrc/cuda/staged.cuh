@@ -289,6 +289,7 @@ __global__ void __launch_bounds__(kMaxThreads, 1)
     RowState<Acc> state = warp_merge<kGeneral>(reduce_slice<T, kGeneral>(slice, staged, scalar, view));
     RowState<Acc>* const states = shared.states[item % 2];
     if (lane < blocks) cluster_store(&states[rank * warps + threadIdx.x / kWarp], lane, state);
+    // It also orders what was peeked of this row and the next before any block writes this row's gradient over it.
     barrier_of(blocks);
     state = RowState<Acc>();
     for (int i = lane; i < blocks * warps; i += kWarp) state.merge(states[i]);

@@ -55,19 +55,25 @@ def why_not() -> str | None:
 
 
 @functools.cache
+def _sources() -> list[tuple[str, bytes]]:
+    """csrc and the emulator, by their places in a folder that is compiled."""
+    kernels = [*KERNELS.glob("*.h"), *(file for file in KERNELS.glob("cuda/*") if file.is_file())]
+    own = build_cache.sources(*EMULATOR.iterdir(), root=EMULATOR.parent)
+    return build_cache.sources(*kernels, root=ROOT) + own
+
+
+@functools.cache
 def _contents() -> str:
     """All that any object depends on."""
     include = cuda_include()
     assert include is not None
-    files = [*KERNELS.glob("*.h"), *KERNELS.glob("cuda/*"), *EMULATOR.iterdir()]
     headers = re.search(r"#define CUDA_VERSION \d+", (include / "cuda.h").read_text())
-    return repr((build_cache.version_of("g++"), str(include), headers, build_cache.sources(*files, root=ROOT)))
+    return repr((build_cache.version_of("g++"), str(include), headers and headers[0], _sources()))
 
 
-def _copy_sources(work: pathlib.Path, patches: Patches, is_float: bool) -> None:
-    """csrc and the emulator, perhaps with a fault, perhaps with the staged kernels of float alone."""
-    shutil.copytree(KERNELS, work / "csrc", ignore=shutil.ignore_patterns("cpu"))
-    shutil.copytree(EMULATOR, work / "emulator")
+def _unpack(work: pathlib.Path, patches: Patches, is_float: bool) -> None:
+    """The sources, perhaps with a fault, perhaps with the staged kernels of float alone."""
+    build_cache.unpack(_sources(), work)
     for name, old, new in patches:
         text = (work / "csrc" / name).read_text()
         assert text.count(old) == 1, f"the fault's text occurs {text.count(old)} times in csrc/{name}: {old!r}"
@@ -89,7 +95,7 @@ def _objects(kind: str, sources: list[str], flags: list[str], patches: Patches =
     def make(folder: pathlib.Path) -> None:
         with tempfile.TemporaryDirectory() as directory:
             work = pathlib.Path(directory)
-            _copy_sources(work, patches, is_float)
+            _unpack(work, patches, is_float)
             for source in sources:
                 name = pathlib.Path(source).name
                 if source.endswith(".h"):
