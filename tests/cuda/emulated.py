@@ -85,11 +85,15 @@ def _unpack(work: pathlib.Path, patches: Patches, is_float: bool) -> None:
 
 def _compile(work: pathlib.Path, source: str, target: pathlib.Path, *flags: str) -> None:
     command = ["g++", *BASE, *flags, "-Iemulator", "-Icsrc/cuda", "-Icsrc", "-isystem", str(cuda_include())]
-    result = subprocess.run([*command, source, "-o", str(target)], cwd=work, capture_output=True, text=True, check=False)
+    result = subprocess.run(
+        [*command, source, "-o", str(target)], cwd=work, capture_output=True, text=True, check=False
+    )
     assert result.returncode == 0, result.stderr
 
 
-def _objects(kind: str, sources: list[str], flags: list[str], patches: Patches = (), is_float: bool = False) -> list[str]:
+def _objects(
+    kind: str, sources: list[str], flags: list[str], patches: Patches = (), is_float: bool = False
+) -> list[str]:
     """The objects of these sources, from the cache or compiled."""
 
     def make(folder: pathlib.Path) -> None:
@@ -113,26 +117,8 @@ def _header(*flags: str) -> list[str]:
     return ["-include", header.removesuffix(".o")]
 
 
-def build(patches: Patches = ()) -> pathlib.Path:
-    """The backend as a shared library.
-
-    Args:
-        patches: a fault to plant. The library is then built for float alone, and only the part of it is compiled that
-            the fault is in: a fault of what both parts include is in both, as the linker takes the first definition.
-    """
-    if not patches:
-        flags = [*_header(*ALIGNMENT), *ALIGNMENT]
-        objects = _objects("emulated-cross", [CROSS], flags) + _objects("emulated-staged", [STAGED], flags)
-    else:
-        flags = [*_header(*ALIGNMENT), *ALIGNMENT]
-        in_staged = any("staged" in name for name, _, _ in patches)
-        in_both = any(name in SHARED for name, _, _ in patches)
-        objects = []
-        for source in (FLOAT, FLOAT_STAGED):
-            own = patches if in_both or (source == FLOAT_STAGED) == in_staged else ()
-            made = _objects("emulated-float", [source], flags, own, is_float=True)
-            objects = [*made, *objects] if own else [*objects, *made]
-    objects += _objects("emulated-common", COMMON, _header())
+def _library(objects: list[str]) -> pathlib.Path:
+    objects = objects + _objects("emulated-common", COMMON, _header())
 
     def link(folder: pathlib.Path) -> None:
         subprocess.run(["g++", "-shared", *objects, "-o", str(folder / "libemulated.so")], check=True)
@@ -140,8 +126,29 @@ def build(patches: Patches = ()) -> pathlib.Path:
     return build_cache.built("emulated-library", objects, link) / "libemulated.so"
 
 
-# Both parts are compiled with a fault in one of these.
-SHARED = ("cuda/group.cuh", "cuda/plan.h", "cuda/launch.cuh")
+def build() -> pathlib.Path:
+    """The backend as a shared library."""
+    flags = [*_header(*ALIGNMENT), *ALIGNMENT]
+    return _library(_objects("emulated-cross", [CROSS], flags) + _objects("emulated-staged", [STAGED], flags))
+
+
+def build_float(patches: Patches = (), staged: bool = False) -> pathlib.Path:
+    """The backend for float alone, perhaps with a fault.
+
+    Args:
+        patches: the fault. Only what it concerns is compiled, and linked first: of functions that are in both parts the
+            linker takes the first.
+        staged: whether the fault is one of the staged kernels, or of what chooses and launches them.
+    """
+    flags = [*_header(*ALIGNMENT), *ALIGNMENT]
+    of_cross = bool(patches) and not (staged and all("staged" in name for name, _, _ in patches))
+    of_staged = bool(patches) and staged
+    faulty, right = [], []
+    for source, has_fault in ((FLOAT, of_cross), (FLOAT_STAGED, of_staged)):
+        made = _objects("emulated-float", [source], flags, patches if has_fault else (), is_float=True)
+        (faulty if has_fault else right).extend(made)
+    return _library(faulty + right)
+
 
 # ThreadSanitizer sees the kernels alone; the emulator tells it of fibers and barriers.
 SANITIZERS = {
@@ -246,6 +253,7 @@ class Backend:
             getattr(self.library, f"emulated_{name}").restype = ctypes.c_char_p
         self.library.emulated_bulk_copies.restype = ctypes.c_int64
         self.library.emulated_questions.restype = ctypes.c_int64
+        self.library.emulated_largest_grid.restype = ctypes.c_int64
         self.library.emulated_inputs_size.restype = ctypes.c_int64
         assert self.library.emulated_inputs_size() == ctypes.sizeof(_Inputs)
 
@@ -268,6 +276,19 @@ class Backend:
     def questions(self) -> int:
         """To the device, about kernels and clusters, since the last call."""
         return self.library.emulated_questions()
+
+    def largest_grid(self) -> int:
+        """In blocks, since the last call."""
+        return self.library.emulated_largest_grid()
+
+    @contextlib.contextmanager
+    def on(self, capability: int = 90, **device):
+        """On such a device, see device()."""
+        self.device(capability, **device)
+        try:
+            yield
+        finally:
+            self.device()
 
     def bulk_copies(self) -> int:
         """Since the last call."""

@@ -7,15 +7,12 @@ import pathlib
 import re
 import shutil
 import subprocess
-import sys
 from typing import NamedTuple
-
-ROOT = pathlib.Path(__file__).resolve().parents[2]
-sys.path[:0] = [str(ROOT / "tests"), str(ROOT / "tests" / "cuda")]  # as a program
 
 import build_cache
 import ptx
 
+ROOT = pathlib.Path(__file__).resolve().parents[2]
 PAGE = ROOT / "docs" / "performance.md"
 BEGIN, END = "<!-- make cuda-report: begin -->", "<!-- make cuda-report: end -->"
 CUDA = ROOT / "csrc" / "cuda"

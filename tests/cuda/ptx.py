@@ -115,7 +115,11 @@ def faults(name: str, kernel: Kernel) -> list[str]:
     is_staged, is_scale = family == "staged", family == "scale"
     is_forward = family.startswith("forward")
     is_held = family == "forward_block" and flags[2] == "true"
-    has_grad = family.startswith("backward") or is_scale or (is_staged or is_forward) and flags[1 - ("tile" in family)] == "true"
+    has_grad = (
+        family.startswith("backward")
+        or is_scale
+        or ((is_staged or is_forward) and flags[1 - ("tile" in family)] == "true")
+    )
     if family == "sum_partials":
         return []
     found = split_vectors(kernel)

@@ -6,7 +6,15 @@ import torch
 import accumloss
 
 BF16, FP32, FP64 = torch.bfloat16, torch.float32, torch.float64
-SHARED = {"sm_75": 64, "sm_80": 163, "sm_86": 99, "sm_89": 99, "sm_90": 227, "sm_100": 227, "sm_120": 99}  # KiB a block may have
+SHARED = {
+    "sm_75": 64,
+    "sm_80": 163,
+    "sm_86": 99,
+    "sm_89": 99,
+    "sm_90": 227,
+    "sm_100": 227,
+    "sm_120": 99,
+}  # KiB a block may have
 
 
 @pytest.mark.parametrize(

@@ -1,5 +1,5 @@
-// What g++'s -fsanitize=alignment calls, in the place of its own library: a load or store of a kernel at an address that
-// the type does not allow.
+// What g++'s -fsanitize=alignment calls, in the place of its own library: a load or store of a kernel at an address
+// that the type does not allow.
 #include "cuda_runtime.h"
 
 extern "C" {

@@ -72,6 +72,7 @@ void emulated_seed(uint64_t value) { emulator::seed(value); }
 void emulated_device(int capability, int multiprocessors, int clusters, int missing) {
   emulator::device(capability, multiprocessors, clusters, missing);
 }
+int64_t emulated_largest_grid() { return emulator::largest_grid(); }
 int64_t emulated_questions() { return emulator::questions(); }
 int64_t emulated_bulk_copies() { return emulator::bulk_copies(); }
 int64_t emulated_inputs_size() { return sizeof(CrossEntropyInputs); }

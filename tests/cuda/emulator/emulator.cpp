@@ -75,7 +75,7 @@ struct Block {
 
 std::mt19937_64 order(0);
 std::vector<std::unique_ptr<Fiber>> fibers;
-std::vector<std::unique_ptr<Block>> blocks;  // of the running cluster
+std::vector<std::unique_ptr<Block>> blocks;       // of the running cluster
 std::vector<std::pair<Block*, int>> ready_warps;  // those with a ready fiber. The next one is drawn, or,
 bool by_warp;                                     // in half of the clusters, the first in an order: some run far ahead
 std::vector<std::pair<Block*, int>> drawn_order;  // of the warps
@@ -88,7 +88,7 @@ size_t shared_bytes;
 int at_cluster_barrier;
 char start_token, end_token, cluster_tokens[2];  // for ThreadSanitizer
 void *scheduler_fiber, *copy_fiber;
-int64_t copies_landed;
+int64_t copies_landed, most_blocks;
 struct Device {
   int index = 0, capability = 90, multiprocessors = 2, clusters = -1, missing = 0;
 };
@@ -431,6 +431,7 @@ int lane() { return static_cast<int>(running->index.x % 32); }
 void seed(uint64_t value) { order.seed(value); }
 unsigned char* dynamic_shared() { return running->block->shared; }
 int64_t bulk_copies() { return std::exchange(copies_landed, 0); }
+int64_t largest_grid() { return std::exchange(most_blocks, 0); }
 int cluster_rank() { return running->block->rank; }
 int cluster_size() { return static_cast<int>(blocks.size()); }
 void device(int capability, int multiprocessors, int clusters, int missing) {
@@ -652,11 +653,11 @@ cudaError_t run(const cudaLaunchConfig_t& config, const void* kernel, const std:
     if (found != asked_shared.end()) allowed = found->second;
   }
   if (blockDim.y != 1 || blockDim.z != 1 || gridDim.y != 1 || gridDim.z != 1 || threads < 1 || threads > 1024 ||
-      gridDim.x < 1 || shared_bytes > allowed || cluster < 1 || cluster > 8 ||
-      gridDim.x % cluster != 0) {
+      gridDim.x < 1 || shared_bytes > allowed || cluster < 1 || cluster > 8 || gridDim.x % cluster != 0) {
     return cudaErrorInvalidConfiguration;
   }
   body = &thread;
+  most_blocks = std::max<int64_t>(most_blocks, gridDim.x);
   while (fibers.size() < threads * static_cast<size_t>(cluster)) {
     fibers.push_back(std::make_unique<Fiber>());
     fibers.back()->memory.reset(new char[kStackBytes]);

@@ -76,11 +76,12 @@ cudaError_t run(const cudaLaunchConfig_t& config, const void* kernel, const std:
 // loaded first, the build has no image of; -1: all.
 void device(int capability, int multiprocessors, int clusters, int missing);
 int capability();
-int64_t questions();  // of kernels and of clusters to the device, since the last call
+int64_t questions();              // of kernels and of clusters to the device, since the last call
 unsigned char* dynamic_shared();  // of the running block
 int cluster_rank();
 int cluster_size();
-int64_t bulk_copies();  // since the last call
+int64_t bulk_copies();   // since the last call
+int64_t largest_grid();  // in blocks, since the last call
 
 template <typename T>
 T shuffle(Site site, unsigned mask, T value, int source_lane) {
