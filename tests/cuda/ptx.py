@@ -6,9 +6,12 @@ sectors; no value shows it.
 
 from __future__ import annotations
 
+import itertools
 import re
 from typing import NamedTuple
 
+LABEL = re.compile(r"\s*(\$\w+):")
+BRANCH = re.compile(r"\bbra(?:\.uni)?\s+(\$\w+);")
 VECTOR = 16  # bytes
 SIZES = {"8": 1, "16": 2, "32": 4, "64": 8, "128": 16}
 
@@ -31,21 +34,53 @@ class Kernel(NamedTuple):
     name: str
     lines: list[str]
 
-    def loops(self) -> list[range]:
-        """Lines of each loop: from a label to the last branch back to it."""
-        labels: dict[str, int] = {}
-        ends: dict[int, int] = {}
-        for number, line in enumerate(self.lines):
-            if found := re.match(r"\s*(\$\w+):", line):
-                labels[found[1]] = number
-            elif (found := re.search(r"\bbra(?:\.uni)?\s+(\$\w+);", line)) and found[1] in labels:
-                ends[labels[found[1]]] = number
-        return [range(begin, end + 1) for begin, end in ends.items()]
+    def _blocks(self) -> list[tuple[range, list[str], bool]]:
+        """Lines of each basic block, the labels that it may branch to, and whether it may go on to the next."""
+        begins = [0, *(n for n, line in enumerate(self.lines) if LABEL.match(line))]
+        begins += [n + 1 for n, line in enumerate(self.lines) if BRANCH.search(line)]
+        cuts = sorted({*begins, len(self.lines)})
+        found = []
+        for begin, end in itertools.pairwise(cuts):
+            lines = self.lines[begin:end]
+            targets = [branch[1] for line in lines if (branch := BRANCH.search(line))]
+            last = lines[-1].strip()
+            ends = (bool(targets) and not last.startswith("@")) or re.match(r"(ret|exit|trap);", last) is not None
+            found.append((range(begin, end), targets, not ends))
+        return found
 
-    def inner_loops(self) -> list[range]:
+    def loops(self) -> dict[int, set[int]]:
+        """First line of each loop -> its lines, wherever the compiler has put them: all from which a branch back to the
+        first is reached without passing it."""
+        blocks = self._blocks()
+        at_label = {
+            LABEL.match(self.lines[b[0].start])[1]: i
+            for i, b in enumerate(blocks)
+            if LABEL.match(self.lines[b[0].start])
+        }  # type: ignore[index]
+        before: dict[int, set[int]] = {i: set() for i in range(len(blocks))}
+        for i, (_, targets, goes_on) in enumerate(blocks):
+            for after in [
+                *(at_label[t] for t in targets if t in at_label),
+                *([i + 1] if goes_on and i + 1 < len(blocks) else []),
+            ]:
+                before[after].add(i)
+        found: dict[int, set[int]] = {}
+        for head in range(len(blocks)):
+            inside = {head}
+            waiting = [i for i in before[head] if i >= head]  # as the compiler lays it out, a loop begins with its head
+            while waiting:
+                block = waiting.pop()
+                if block not in inside:
+                    inside.add(block)
+                    waiting += before[block]
+            if any(i >= head for i in before[head]):
+                found[blocks[head][0].start] = {line for i in inside for line in blocks[i][0]}
+        return found
+
+    def inner_loops(self) -> list[set[int]]:
         """Those without another loop in them."""
         loops = self.loops()
-        return [a for a in loops if not any(b is not a and b.start in a and b[-1] in a for b in loops)]
+        return [lines for head, lines in loops.items() if not any(other in lines for other in loops if other != head)]
 
     def accesses(self) -> list[Access]:
         """All loads and stores of registers, in their order."""
@@ -99,7 +134,7 @@ def whole_vectors(kernel: Kernel, kind: str, space: str) -> int:
 
 def has_bulk_copy(kernel: Kernel) -> bool:
     """Whether a loop starts copies from global to shared memory."""
-    loops = kernel.loops()
+    loops = kernel.loops().values()
     copies = [n for n, line in enumerate(kernel.lines) if re.search(r"\bcp\.async\.bulk\.shared\S*\.global\.", line)]
     return any(number in loop for number in copies for loop in loops)
 

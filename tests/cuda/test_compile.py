@@ -145,6 +145,31 @@ def test_ptx_reader_refuses_vectors_that_were_split(stores):
     assert ptx.faults(BACKWARD, kernel_of(whole, after=stores)) == []  # once a row: sums, not a vector
 
 
+def test_ptx_reader_follows_a_loop_to_where_the_compiler_has_put_it():
+    """Its second half behind another loop: that one is not in it."""
+    text = f""".visible .entry _Zk(
+)
+{{
+$L__BB0_1:
+    {LOAD}
+    @%p1 bra $L__BB0_5;
+    bra.uni $L__BB0_6;
+$L__BB0_2:
+    @%p2 bra $L__BB0_2;
+    {SHARED}
+    ret;
+$L__BB0_5:
+    {STORE}
+$L__BB0_6:
+    @%p3 bra $L__BB0_1;
+    bra.uni $L__BB0_2;
+}}
+"""
+    kernel = ptx.kernels(text)["_Zk"]
+    assert ptx.faults(BACKWARD, kernel) == []
+    assert ptx.faults(HELD, kernel) == ["no 16-byte load from shared memory in a loop"]
+
+
 def test_ptx_reader_knows_scalars_from_the_parts_of_a_vector():
     whole = "\n".join([LOAD, STORE])
     for stores in (
