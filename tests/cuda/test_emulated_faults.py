@@ -240,12 +240,19 @@ def test_emulated_accepts_no_fault(staged):
     check_faulty(emulated.build_float(), staged)
 
 
+def test_planted_faults_change_the_sources():
+    for fault, patches in {**FAULTS, **STAGED_FAULTS}.items():
+        for name, old, new in patches:
+            assert (emulated.KERNELS / name).read_text().count(old) == 1 and old != new, fault
+
+
 @pytest.mark.parametrize("fault", planted())
 def test_emulated_catches_planted_fault(fault):
     staged = fault in STAGED_FAULTS
     patches = tuple({**FAULTS, **STAGED_FAULTS}[fault])
+    library = emulated.build_float(patches, staged)
     with pytest.raises((AssertionError, RuntimeError, pytest.fail.Exception)) as caught:
-        check_faulty(emulated.build_float(patches, staged), staged)
+        check_faulty(library, staged)
     print(f"{fault}: {str(caught.value).splitlines()[0]}")
 
 
