@@ -53,9 +53,10 @@ bench-step: $(VENV)/.installed-bench
 	$(BIN)/python benchmarks/bench_training_step.py $(ARGS)
 	$(BIN)/python benchmarks/plot.py
 
-# On a machine with a GPU, whose python3 has torch with CUDA: build, tests, compute-sanitizer, benchmark; no network.
+# On a machine with a GPU, whose python3 has torch with CUDA: build, tests, benchmark, compute-sanitizer; no network.
+# Both parts are run, and a failure of either is one.
 bench-gpu:
-	benchmarks/gpu.sh $(ARGS)
+	benchmarks/gpu.sh first $(ARGS) && first=0 || first=$$?; benchmarks/gpu.sh rest $(ARGS) && exit $$first
 
 # Some 20 minutes on 2 cores. An interrupted one goes on where it stopped.
 census: $(VENV)/.installed-test
@@ -65,7 +66,7 @@ census: $(VENV)/.installed-test
 
 # Registers, shared memory and spills of every CUDA kernel, into docs/performance.md. Needs nvcc, no GPU.
 cuda-report: $(VENV)/.installed-test
-	$(BIN)/python tests/cuda/kernel_resources.py
+	PYTHONPATH=tests $(BIN)/python tests/cuda/kernel_resources.py
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info accumloss-demo accumloss-census accumloss/_C.*.so

@@ -367,6 +367,7 @@ class CudaPlan(NamedTuple):
     stages: int  # rows on chip or on their way to it; staged only
     shared_bytes: int  # of a block
     bytes_per_element: float  # of device memory, read and written, where nothing is ignored
+    resident: int | None = None  # clusters (of one block: blocks) that the GPU runs at once; staged launches no more
 
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
@@ -387,7 +388,8 @@ def plan(
     Args:
         logits: logits (..., V), which also give dtype, alignment and architecture; or V alone.
         dtype: of the logits, where V alone is given.
-        arch: ``"sm_80"``, ``"sm_90"``, ...; default: that of the logits' device, or of the current one.
+        arch: ``"sm_80"``, ``"sm_90"``, ..., or a GPU: ``"T4"``, ``"A100"``, ``"RTX 4090"``, ``"H100"``, ``"H200"``,
+            ``"B200"``, ``"RTX 5090"``; default: the logits' device, or the current one.
         call: ``"forward"``, ``"backward"``, or ``"with_grad"`` for both in one.
         aligned: whether each row of the gradient lies against 16 bytes as its logits do. It does in place, and for
             contiguous logits that start at 16 bytes.
@@ -395,10 +397,13 @@ def plan(
     Returns:
         CudaPlan. ``packed``: 8 lanes a row; ``warp``: a warp a row; ``held``: a block a row, which stays in shared memory
         for its gradient; ``staged``: a cluster of blocks a row, the next rows on their way (sm_90 and newer); ``block``:
-        a block a row, visited twice.
+        a block a row, visited twice. ``resident`` is what the GPU itself answers where it is asked for, an upper bound
+        where one is named, None where an ``sm_`` is.
 
     >>> plan(32000, arch="sm_90").kernel, plan(128256, arch="sm_90").cluster, plan(32000, arch="sm_80").kernel
     ('staged', 4, 'held')
+    >>> plan(128256, arch="H200").resident  # clusters of 4 blocks on 132 multiprocessors
+    32
     """
     if call not in _CALLS:
         raise ValueError(f"plan: expected call to be one of {', '.join(_CALLS)}, got {call!r}")
@@ -413,13 +418,21 @@ def plan(
         V = logits
     if V < 1 or dtype not in DTYPES:
         raise ValueError(f"plan: expected V >= 1 and a floating dtype of logits, got V = {V} and {dtype}")
+    gpu = ""
+    numbers = V, DTYPES.index(dtype), _CALLS.index(call)
     if arch is None:
         if not torch.cuda.is_available():
-            raise ValueError('plan: expected arch, such as "sm_90", where there is no GPU, got None')
+            raise ValueError('plan: expected arch, such as "sm_90" or "H200", where there is no GPU, got None')
+        if hasattr(_C, "device_plan"):
+            index = torch.cuda.current_device() if device is None or device.index is None else device.index
+            return CudaPlan(*_C.device_plan(index, *numbers, aligned))
         major, minor = torch.cuda.get_device_capability(device)
         capability = 10 * major + minor
+    elif arch in _C.gpus():
+        gpu, capability = arch, _C.gpus()[arch]
     elif arch.startswith("sm_") and arch[3:].isdigit():
         capability = int(arch[3:])
     else:
-        raise ValueError(f'plan: expected arch such as "sm_90", got {arch!r}')
-    return CudaPlan(*_C.plan(V, DTYPES.index(dtype), _CALLS.index(call), capability, aligned))
+        names = ", ".join(sorted(_C.gpus()))
+        raise ValueError(f'plan: expected arch such as "sm_90", or one of {names}, got {arch!r}')
+    return CudaPlan(*_C.plan(*numbers, capability, aligned, gpu))

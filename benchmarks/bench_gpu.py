@@ -1,10 +1,11 @@
 """Causal cross-entropy on a GPU: accumloss and its peers against what a copy and a read of the logits take.
 
-    python benchmarks/bench_gpu.py [--seconds 300] [--dry-run] [--out FOLDER]
+    python benchmarks/bench_gpu.py [--first | --resume] [--seconds 300] [--dry-run] [--out FOLDER]
 
 Measured by harness.py: correctness first, interleaved rounds, the L2 flushed, the ceilings in the same rounds. The cases
 come in the order of their weight; those that the time does not suffice for are named. Writes gpu.csv, gpu.json and the
-one-page gpu.md to --out. --dry-run measures every case at 1/64 of its rows on the CPU, into figures that mean nothing,
+one-page gpu.md to --out after every case. --first takes accumloss alone at three vocabularies, --resume keeps what the
+folder holds of cases that it does not come to measure again. --dry-run measures every case at 1/64 of its rows on the CPU, into figures that mean nothing,
 and is refused the default folder; without a GPU it is the only way that this runs.
 """
 
@@ -35,6 +36,7 @@ OURS = [OWN, TWO_VISITS, IN_PLACE]
 ALL = list(peers.GPU_PEERS)
 # all but the compiler, which takes seconds for a shape
 RIVALS = [peers.STOCK, "F.cross_entropy", "liger mean", "quack"]
+FIRST_CLASSES = (32000, 128256, 8192)
 CLASSES = (32000, 128256, 50257, 262144, 151936, 4096, 16384, 1000, 2)
 
 
@@ -59,6 +61,13 @@ def cases() -> list[Case]:
     for rows in (4096, 32768):
         found += [Case(Shape(rows, vocab, "bf16"), [*RIVALS, *OURS]) for vocab in CLASSES]
     return found
+
+
+def first_cases() -> list[Case]:
+    """Whether the kernels move memory as fast as they should, for a GPU that is there for minutes."""
+    own = [OWN, IN_PLACE, "F.cross_entropy"]
+    sizes = [Shape(8192, vocab, "bf16") for vocab in FIRST_CLASSES]
+    return [Case(shape, own) for shape in sizes] + [Case(shape, [OWN], FORWARD) for shape in sizes]
 
 
 def small(case: Case) -> Case:
@@ -86,6 +95,11 @@ def measure(case: Case, device: devices.Device, available: dict[str, peers.Peer 
             line["gb_per_s"] = case.shape.logits_bytes * (1 - case.shape.ignored) / line["ms_median"] / 1e6
         lines.append(line)
     return lines
+
+
+def case_of(line: dict) -> tuple:
+    """What a line is of, beside the peer."""
+    return tuple(line[name] for name in ("rows", "vocab", "dtype", "ignored", "mode", "grad_output"))
 
 
 # ---------------------------------------------------------------------------------------------------------------- goals
@@ -194,6 +208,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="bench_gpu.py", description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--seconds", type=float, default=300, help="no new case after this time; default: %(default)s")
     parser.add_argument("--rounds", type=int, default=15)
+    which = parser.add_mutually_exclusive_group()
+    which.add_argument("--first", action="store_true", help="accumloss at 8192, 32000 and 128256 classes")
+    which.add_argument("--resume", action="store_true", help="keep what --out holds of other cases")
     parser.add_argument("--dry-run", action="store_true", help="every case at 1/64 of its rows on the CPU")
     parser.add_argument("--out", type=Path, default=record.RESULTS, metavar="FOLDER")
     options = parser.parse_args(arguments)
@@ -207,29 +224,37 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 "accumloss was built without CUDA; install it where nvcc is found: pip install --no-build-isolation ."
             )
     device: devices.Device = devices.Cpu() if options.dry_run else devices.Cuda()
-    wanted = [small(case) if options.dry_run else case for case in cases()]
+    wanted = [small(case) if options.dry_run else case for case in (first_cases() if options.first else cases())]
     facts: dict = {**record.environment(), **device.facts(), **record.origin("bench_gpu.py", arguments)}
     facts["rows"] = wanted[0].shape.rows
-    available = peers.available(ALL, peers.GPU_PEERS)
-    lines: list[dict] = []
-    left: list[str] = []
+    available = peers.available(sorted({name for case in wanted for name in case.peers}), peers.GPU_PEERS)
+    lines: list[dict] = record.read_csv(options.out / f"{NAME}.csv") if options.resume else []
+    page = ""
+
+    def write(left: Sequence[str]) -> None:
+        nonlocal page
+        facts["not_measured"] = list(left)
+        record.write(options.out, NAME, FIELDS, lines, facts)
+        page = markdown(lines, facts)
+        record.write_whole(options.out / f"{NAME}.md", page + "\n")
+
+    left = [f"{case.shape}, {case.mode}, grad_output {case.grad_output:g}" for case in wanted]
+    out_of_memory: list[str] = []
     start = time.monotonic()
     for case in wanted:
-        described = f"{case.shape}, {case.mode}, grad_output {case.grad_output:g}"
         if time.monotonic() - start > options.seconds:
-            left.append(described)
-            continue
+            break
+        described = left.pop(0)
         print(f"{time.monotonic() - start:5.0f} s  {described}", file=sys.stderr, flush=True)
         try:
-            lines += measure(case, device, available, options.rounds)
+            measured = measure(case, device, available, options.rounds)
+            lines = [line for line in lines if case_of(line) != case_of(measured[0])] + measured
         except torch.OutOfMemoryError:  # the logits themselves; a peer's own is a line of the table
-            left.append(f"{described}: out of memory")
+            out_of_memory.append(f"{described}: out of memory")
+        write([*out_of_memory, *left])
         if not options.dry_run:
             torch.cuda.empty_cache()
-    facts["not_measured"] = left
-    record.write(options.out, NAME, FIELDS, lines, facts)
-    page = markdown(lines, facts)
-    (options.out / f"{NAME}.md").write_text(page + "\n")
+    write([*out_of_memory, *left])
     print(page)
     wrong = [line for line in lines if str(line["missing"]).startswith("wrong result") and "accumloss" in line["peer"]]
     return 1 if wrong else 0

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import csv
 import datetime
+import io
 import json
 import os
 import platform
@@ -69,11 +70,19 @@ def origin(script: str, arguments: Sequence[str]) -> dict[str, object]:
 
 
 def write_csv(file: Path, fields: Sequence[str], lines: Iterable[Mapping[str, object]]) -> None:
+    text = io.StringIO()
+    writer = csv.DictWriter(text, fields, lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(lines)
+    write_whole(file, text.getvalue())
+
+
+def write_whole(file: Path, text: str) -> None:
+    """All of the text or nothing, also where the process is killed: what was there before stays."""
     file.parent.mkdir(parents=True, exist_ok=True)
-    with file.open("w", newline="") as stream:
-        writer = csv.DictWriter(stream, fields, lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(lines)
+    part = file.with_name(f".{file.name}.part")
+    part.write_text(text)
+    part.replace(file)
 
 
 def write(
@@ -82,8 +91,23 @@ def write(
     """The table and the notes."""
     table, notes = folder / f"{name}.csv", folder / f"{name}.json"
     write_csv(table, fields, lines)
-    notes.write_text(json.dumps(facts, indent=2) + "\n")
+    write_whole(notes, json.dumps(facts, indent=2) + "\n")
     return table, notes
+
+
+def read_csv(file: Path) -> list[dict]:
+    """The lines of a table that write_csv() has written, numbers as numbers; an empty cell is None, `missing` a text."""
+
+    def value(key: str, cell: str) -> object:
+        if key == "missing":
+            return cell
+        for kind in (int, float):
+            with contextlib.suppress(ValueError):
+                return kind(cell)
+        return cell or None
+
+    with file.open(newline="") as stream:
+        return [{key: value(key, cell) for key, cell in line.items()} for line in csv.DictReader(stream)]
 
 
 def goals_table(goals: Iterable[tuple[str, str, str, bool]], title: str = "") -> list[str]:

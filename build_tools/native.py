@@ -113,6 +113,15 @@ def run(command: list[str]) -> None:
         fail(" ".join(message.split()))
 
 
+def gpus() -> str:
+    """Compute capabilities of the GPUs here: CMake builds for them where nothing else is asked for."""
+    program = shutil.which("nvidia-smi")
+    if program is None:
+        return ""
+    command = [program, "--query-gpu=compute_cap", "--format=csv,noheader"]
+    return subprocess.run(command, capture_output=True, text=True).stdout
+
+
 class Prerequisites(NamedTuple):
     torch: Path
     torch_version: str
@@ -148,7 +157,7 @@ def build(destination: Path) -> None:
         *shlex.split(os.environ.get("CMAKE_ARGS", "")),
     ]
     programs = [shutil.which(name) for name in ("c++", "nvcc")]
-    settings = json.dumps([configure, version, programs, {name: os.environ.get(name) for name in ENVIRONMENT}])
+    settings = json.dumps([configure, version, programs, gpus(), {name: os.environ.get(name) for name in ENVIRONMENT}])
     previous = directory / "settings.json"
     same = previous.is_file() and previous.read_text() == settings
     run([*configure, *([] if same else ["--fresh"])])

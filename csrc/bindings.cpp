@@ -5,6 +5,8 @@
 #include <torch/csrc/stable/ops.h>
 
 #include <limits>
+#include <map>
+#include <string>
 
 #include "cpu/instruction_set.h"
 #include "cpu/kept_memory.h"
@@ -121,12 +123,35 @@ STABLE_TORCH_LIBRARY_IMPL(accumloss, CPU, m) { register_ops<ready_cpu>(m); }
 STABLE_TORCH_LIBRARY_IMPL(accumloss, CUDA, m) { register_ops<ready_cuda>(m); }
 #endif
 
-// The fields of accumloss.CudaPlan. dtype and pass are the enumerations' numbers.
-pybind11::tuple plan(int64_t V, int dtype, int pass, int capability, bool aligned) {
-  const cuda::Plan plan = cuda::choose_plan(
-      {V, static_cast<Dtype>(dtype), static_cast<cuda::Pass>(pass), capability, aligned, /*staged=*/true});
+// The fields of accumloss.CudaPlan.
+pybind11::tuple fields(const cuda::Plan& plan) {
+  const pybind11::object resident =
+      plan.resident > 0 ? pybind11::object(pybind11::int_(plan.resident)) : pybind11::none();
   return pybind11::make_tuple(cuda::kKernelNames[static_cast<int>(plan.kernel)], plan.threads, plan.cluster,
-                              plan.stages, plan.shared_bytes, plan.bytes_per_element);
+                              plan.stages, plan.shared_bytes, plan.bytes_per_element, resident);
+}
+
+// dtype and pass are the enumerations' numbers. gpu: of the table, or empty.
+pybind11::tuple plan(int64_t V, int dtype, int pass, int capability, bool aligned, const std::string& gpu) {
+  cuda::Plan plan = cuda::choose_plan(
+      {V, static_cast<Dtype>(dtype), static_cast<cuda::Pass>(pass), capability, aligned, /*staged=*/true});
+  for (const cuda::Gpu& known : cuda::kGpus) {
+    if (gpu == known.name) plan.resident = cuda::resident_on(known, plan);
+  }
+  return fields(plan);
+}
+
+#if defined(ACCUMLOSS_WITH_CUDA)
+pybind11::tuple device_plan(int device_index, int64_t V, int dtype, int pass, bool aligned) {
+  return fields(cuda::device_plan(device_index, V, static_cast<Dtype>(dtype), static_cast<cuda::Pass>(pass), aligned));
+}
+#endif
+
+// The GPUs that plan() knows by name, and their capabilities.
+std::map<std::string, int> gpus() {
+  std::map<std::string, int> found;
+  for (const cuda::Gpu& gpu : cuda::kGpus) found[gpu.name] = gpu.capability;
+  return found;
 }
 
 pybind11::dict build_info() {
@@ -158,6 +183,10 @@ PYBIND11_MODULE(_C, m) {
         "The bytes that may be kept now, of all blocks together; where more than wanted, perhaps too few.");
   m.def("read_limits_below", &accumloss::cpu::read_limits_below,
         "For tests: the folder that most_kept takes for the root of the file system; empty for the root itself.");
-  m.def("plan", &accumloss::plan, "The CUDA kernel that serves a call.");
+  m.def("plan", &accumloss::plan, "The CUDA kernel that serves a call on such a device.");
+#if defined(ACCUMLOSS_WITH_CUDA)
+  m.def("device_plan", &accumloss::device_plan, "The CUDA kernel that serves a call on a device of this machine.");
+#endif
+  m.def("gpus", &accumloss::gpus, "The GPUs that plan() knows by name, and their capabilities.");
   m.def("check", &accumloss::check, "Raises IndexError if a CUDA kernel has met a label outside [0, V).");
 }

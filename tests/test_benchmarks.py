@@ -406,6 +406,9 @@ def test_gpu_cases_cover_what_is_promised():
     assert {case.shape.dtype for case in cases} == {"bf16", "fp16", "fp32"}
     assert {case.grad_output for case in cases} == {1.0, 0.5}
     assert any(case.shape.rows * case.shape.vocab > 2**31 for case in cases)
+    first = bench_gpu.first_cases()
+    assert {case.shape.vocab for case in first} == {8192, 32000, 128256}
+    assert {case.shape.rows for case in first} == {8192} and len(first) == 6
 
 
 def test_harness_knows_other_gradients_of_the_loss_and_forward_alone():
@@ -422,23 +425,143 @@ def test_harness_knows_other_gradients_of_the_loss_and_forward_alone():
     assert not case.forward(competitor).requires_grad
 
 
-def test_gpu_script_runs_dry(tmp_path):
-    environment = {**os.environ, "PYTHON": sys.executable, "BENCH_SECONDS": "0.1"}
+def gpu_script(*arguments, **environment):
+    environment = {**os.environ, "PYTHON": sys.executable, **environment}
     environment["PYTHONPATH"] = str(Path(accumloss.__file__).parents[1])
-    command = ["bash", str(BENCHMARKS / "gpu.sh"), "--dry-run", str(tmp_path)]
-    ran = subprocess.run(command, env=environment, capture_output=True, text=True)
+    command = ["bash", str(BENCHMARKS / "gpu.sh"), *map(str, arguments)]
+    return subprocess.run(command, env=environment, capture_output=True, text=True)
+
+
+def steps_of(ran):
+    """Name -> what became of it, and the seconds of all."""
+    found = re.findall(r"^(\S.*?) +\d+ s  from +\d+ s  (.+)$", ran.stdout, re.MULTILINE)
+    (seconds,) = re.findall(r"^end of \w+ after (\d+) s$", ran.stdout, re.MULTILINE)
+    return dict(found), int(seconds)
+
+
+@pytest.mark.slow("starts every program of the script; the pieces have tests of their own")
+def test_gpu_script_runs_dry_in_two_parts(tmp_path):
+    ran = gpu_script("rest", "--dry-run", tmp_path)
+    assert ran.returncode == 2 and "gpu.sh first: run that before" in ran.stdout
+    ran = gpu_script("first", "--dry-run", tmp_path, BENCH_SECONDS="1")
     assert ran.returncode == 0, ran.stdout + ran.stderr
-    for name in ("modules", "tests on CUDA", "calls of the sanitizer", "benchmark", "picture", "head and loss"):
-        assert re.search(rf"^{name} +\d+ s  ok$", ran.stdout, re.MULTILINE), ran.stdout
+    steps, seconds = steps_of(ran)
+    assert steps == dict.fromkeys(["modules", "every kernel", "tests that say most", "benchmark"], "ok")
+    assert seconds <= 240
+    assert (tmp_path / "gpu.md").read_text().startswith("# Dry run")
+    first = list(csv.DictReader((tmp_path / "gpu.csv").read_text().splitlines()))
+    assert first[0]["vocab"] == "32000" and {line["peer"] for line in first} >= {"accumloss", "accumloss forward"}
+
+    ran = gpu_script("rest", "--dry-run", tmp_path, BENCH_SECONDS="1")
+    assert ran.returncode == 0, ran.stdout + ran.stderr
+    steps, seconds = steps_of(ran)
+    names = ["tests on CUDA", "head and loss", "benchmark", "picture", "calls of the sanitizer"]
+    assert steps == dict.fromkeys(names, "ok")
+    assert seconds <= 600
     with (tmp_path / "gpu.csv").open(newline="") as file:
         lines = list(csv.DictReader(file))
     by_peer = {line["peer"]: line for line in lines if line["mode"] == "forward + backward"}
     assert float(by_peer["accumloss forward"]["ms_median"]) > 0
     assert "needs a GPU" in by_peer["quack"]["missing"] or torch.cuda.is_available()
-    page = (tmp_path / "gpu.md").read_text()
+    assert "the time was used up: 128x128256" in (tmp_path / "gpu.md").read_text()
     assert len(list(tmp_path.iterdir())) <= 8
-    assert page.startswith("# Dry run") and "the time was used up" in page
     assert (tmp_path / "gpu.png").exists() and json.loads((tmp_path / "gpu.json").read_text())["not_measured"]
+    log = (tmp_path / "log.txt").read_text()
+    assert "end of first" in log and "end of rest" in log
+
+
+def test_gpu_script_names_what_is_missing_before_it_starts(tmp_path):
+    """Each of it, and nothing is written."""
+    old = tmp_path / "old"
+    for name, version in (("setuptools", "76.1"), ("pybind11", "2.9")):
+        (old / f"{name}-{version}.dist-info").mkdir(parents=True)
+        (old / f"{name}-{version}.dist-info" / "METADATA").write_text(f"Name: {name}\nVersion: {version}\n")
+    (old / "peer.whl").touch()
+    with (old / "large.whl").open("wb") as file:
+        file.truncate(65 << 20)
+    out = tmp_path / "out"
+    environment = {**os.environ, "PYTHON": sys.executable, "PYTHONPATH": str(old), "PEER_WHEELS": str(old)}
+    command = ["bash", str(BENCHMARKS / "gpu.sh"), "first", str(out)]
+    ran = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert ran.returncode == 2
+    assert "setuptools >= 77: 76.1 is installed" in ran.stdout and "pybind11 >= 2.12: 2.9 is installed" in ran.stdout
+    assert "expected at most 64 MiB, got 65" in ran.stdout
+    if not torch.cuda.is_available():
+        assert "torch.cuda.is_available() is false" in ran.stdout
+    assert list(out.iterdir()) == []
+    ran = gpu_script("first", "--dry-run", out, PYTHON=str(tmp_path / "no-python"))
+    assert ran.returncode == 2 and "PYTHON names the interpreter" in ran.stdout
+    ran = gpu_script("everything")
+    assert ran.returncode == 2 and "gpu.sh first [--dry-run]" in ran.stdout
+
+
+def test_gpu_script_limits_are_never_negative(tmp_path):
+    """What begins when the time is used up is named, and its limit is no negative number."""
+    text = (BENCHMARKS / "gpu.sh").read_text()
+    functions = text[text.index("# seconds_left RESERVE") : text.index("# --- what is missing")]
+    script = f"""set -u; log={tmp_path}/log; failed=0; summary=(); total=2; root=/; out=/
+{functions}
+step quick 5 true; step slow 10 sleep 10; step late 5 true; step "ours?" 5 false; total=100
+step "looked at?" 5 false; printf '%s\\n' "${{summary[@]}}"; echo "$(seconds_left 1000) $failed"
+"""
+    ran = subprocess.run(["bash", "-c", script], capture_output=True, text=True)
+    found = dict(re.findall(r"^(\S.*?) +\d+ s  from +\d+ s  (.+)$", ran.stdout, re.MULTILINE))
+    assert found["quick"] == "ok" and re.fullmatch(r"FAILED: over [12] s", found["slow"])
+    assert found["late"] == found["ours"] == "FAILED: no time was left"
+    assert found["looked at"] == "to be looked at, see the log: exit status 1"
+    assert ran.stdout.endswith("0 1\n") and "-" not in "".join(re.findall(r"at most (\S+) s", ran.stdout))
+
+
+def test_gpu_benchmark_writes_after_every_case_and_resumes(tmp_path, monkeypatch):
+    import bench_gpu
+    import record
+
+    shapes = [Shape(4, vocab, "bf16") for vocab in (10, 20, 30)]
+    monkeypatch.setattr(bench_gpu, "cases", lambda: [bench_gpu.Case(shape, ["accumloss"]) for shape in shapes])
+    found = []
+
+    def measure(case, device, available, rounds):
+        if (tmp_path / "gpu.csv").exists():
+            found.append([line["vocab"] for line in record.read_csv(tmp_path / "gpu.csv")])
+        if case.shape.vocab == 30:
+            raise KeyboardInterrupt  # as the limit of the script would
+        line = dict.fromkeys(bench_gpu.FIELDS)
+        more = {
+            "rows": 2,
+            "vocab": case.shape.vocab,
+            "dtype": "bf16",
+            "ignored": 0.0,
+            "missing": "",
+            "peer": "accumloss",
+        }
+        return [
+            {
+                **line,
+                **more,
+                "mode": case.mode,
+                "grad_output": case.grad_output,
+                "ms_median": 1.5,
+                "fraction_of_copy": 0.5,
+            }
+        ]
+
+    monkeypatch.setattr(bench_gpu, "measure", measure)
+    arguments = ["--dry-run", "--out", str(tmp_path)]
+    with pytest.raises(KeyboardInterrupt):
+        bench_gpu.main(arguments)
+    assert found == [[10], [10, 20]]
+    lines = record.read_csv(tmp_path / "gpu.csv")
+    assert [(line["vocab"], line["ms_median"], line["missing"], line["peak_extra_bytes"]) for line in lines] == [
+        (10, 1.5, "", None), (20, 1.5, "", None)]  # fmt: skip
+    assert "2x30 bf16" in (tmp_path / "gpu.md").read_text()  # not measured
+    with pytest.raises(KeyboardInterrupt):
+        bench_gpu.main([*arguments, "--resume"])
+    assert [line["vocab"] for line in record.read_csv(tmp_path / "gpu.csv")] == [10, 20]
+    monkeypatch.setattr(bench_gpu, "cases", lambda: [bench_gpu.Case(Shape(4, 40, "bf16"), ["accumloss"])])
+    bench_gpu.main([*arguments, "--resume"])
+    assert [line["vocab"] for line in record.read_csv(tmp_path / "gpu.csv")] == [10, 20, 40]
+    bench_gpu.main(arguments)
+    assert [line["vocab"] for line in record.read_csv(tmp_path / "gpu.csv")] == [40]
 
 
 def test_gpu_benchmark_refuses_to_write_figures_that_mean_nothing(capsys):

@@ -154,17 +154,26 @@ def test_configure_refuses_unknown_cuda_setting(tmp_path):
     assert_one_line(configure(tmp_path, ACCUMLOSS_CUDA="yes"), "ACCUMLOSS_CUDA is AUTO, ON or OFF, got yes")
 
 
+CUDA_13 = "compute_75 compute_80 compute_86 compute_89 compute_90 compute_100 compute_103 compute_120"
+CUDA_12_4 = "compute_50 compute_70 compute_75 compute_80 compute_86 compute_89 compute_90"
+
+
 @pytest.mark.parametrize(
-    ("listed", "known", "expected"),
+    ("listed", "known", "gpus", "expected"),
     [
-        (None, "compute_90 compute_100", "80-real;90-real;100"),
-        (None, "compute_80 compute_90", "80-real;90"),  # CUDA before 12.8
-        ("8.0;9.0a+PTX", "compute_100", "80-real;90a"),
-        ("8.6 12.0", "compute_100", "86-real;120-real"),
+        (None, CUDA_13, "", "75-real;80-real;89-real;90-real;100;120-real"),
+        (None, CUDA_12_4, "", "75-real;80-real;89-real;90"),
+        (None, CUDA_13, "9.0", "90"),
+        (None, CUDA_13, "8.9 12.0 8.9", "89;120"),
+        (None, CUDA_12_4, "12.0", "75-real;80-real;89-real;90"),  # a GPU that is newer than nvcc takes the PTX
+        ("8.0;9.0a+PTX", CUDA_13, "8.9", "80-real;90a"),
+        ("8.6 12.0", CUDA_13, "", "86-real;120-real"),
     ],
 )
-def test_configure_cuda_architectures(tmp_path, listed, known, expected):
-    make_program(tmp_path, "nvcc", f"echo {known}")  # passes for a compiler until CMake asks it for its version
+def test_configure_cuda_architectures(tmp_path, listed, known, gpus, expected):
+    # passes for a compiler until CMake asks it for its version
+    make_program(tmp_path, "nvcc", f"printf '%s\\n' {known}")
+    make_program(tmp_path, "nvidia-smi", f"printf '%s\\n' {gpus}" if gpus else "echo no devices were found; exit 6")
     path = f"{tmp_path}{os.pathsep}{os.environ['PATH']}"
     result = configure(tmp_path, PATH=path, TORCH_CUDA_ARCH_LIST=listed)
     cache = (tmp_path / "build" / "CMakeCache.txt").read_text()

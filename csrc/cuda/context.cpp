@@ -42,7 +42,7 @@ Context::~Context() = default;
 
 cudaStream_t Context::stream() const { return state_->stream; }
 
-Device Context::device() const {
+int Context::capability() const {
   const auto attribute = [this](cudaDeviceAttr which) {
     int value = 0;
     const cudaError_t error = cudaDeviceGetAttribute(&value, which, state_->device_index);
@@ -51,8 +51,7 @@ Device Context::device() const {
     }
     return value;
   };
-  return {10 * attribute(cudaDevAttrComputeCapabilityMajor) + attribute(cudaDevAttrComputeCapabilityMinor),
-          attribute(cudaDevAttrMultiProcessorCount)};
+  return 10 * attribute(cudaDevAttrComputeCapabilityMajor) + attribute(cudaDevAttrComputeCapabilityMinor);
 }
 
 void* Context::scratch(size_t bytes) {

@@ -10,11 +10,6 @@
 
 namespace accumloss::cuda {
 
-struct Device {
-  int capability;  // 10 * major + minor
-  int multiprocessors;
-};
-
 class Context {
  public:
   explicit Context(int32_t device_index);  // makes the device current until the destructor
@@ -23,7 +18,7 @@ class Context {
   Context& operator=(const Context&) = delete;
 
   cudaStream_t stream() const;
-  Device device() const;
+  int capability() const;  // of the device: 10 * major + minor
   // Memory of PyTorch's allocator, in the order of the current stream, until the destructor. One per context.
   void* scratch(size_t bytes);
 

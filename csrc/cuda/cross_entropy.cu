@@ -22,6 +22,13 @@ void dispatch(Dtype dtype, const F& call) {
 
 }  // namespace
 
+cuda::Plan cuda::device_plan(int32_t device_index, int64_t V, Dtype dtype, Pass pass, bool aligned) {
+  const Context context(device_index);
+  Plan plan = {};
+  dispatch(dtype, [&](auto launchers) { plan = launchers.device_plan(context, pass, V, aligned); });
+  return plan;
+}
+
 const Backend& cuda_backend() {
   static const Backend backend = {
       [](const CrossEntropyInputs& inputs, const CrossEntropySums& sums, double* lse, void* nll) {

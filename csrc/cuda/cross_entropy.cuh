@@ -294,7 +294,7 @@ __device__ __forceinline__ void write_gradient(const Group& group, const T* x, T
     Acc part[kWidth];
     Element<T>::unpack(raw, part);
     gradient<T, kGeneral, kWidth>(part, j, span.label_position(label, j), grad, transform, weight, smoothing);
-    store_vector(out + j, Element<T>::pack(part));
+    stream_vector(out + j, Element<T>::pack(part));
   };
   int64_t v = group.rank();
   for (; v + (kVectors - 1) * size < span.vectors; v += kVectors * size) {
@@ -321,7 +321,7 @@ __device__ __forceinline__ void write_zeros(const Group& group, T* out, int64_t 
   using Acc = typename Element<T>::Acc;
   constexpr Acc kZeros[RowSpan<T>::kWidth] = {};
   for (int64_t v = group.rank(); v < span.vectors; v += group.size()) {
-    store_vector(out + span.vector_index(v), Element<T>::pack(kZeros));
+    stream_vector(out + span.vector_index(v), Element<T>::pack(kZeros));
   }
   for (int64_t s = group.rank(); s < span.scalars(); s += group.size()) {
     out[span.scalar_index(s)] = Element<T>::narrow(Acc(0));
@@ -409,7 +409,7 @@ __device__ __forceinline__ void backward_row(const Group& group, const BackwardA
 }
 
 template <typename T, bool kGeneral, bool kGrad, bool kHeld>
-__global__ void __launch_bounds__(kMaxThreads, kGeneral ? 1 : 2)
+__global__ void __launch_bounds__(kGeneral ? kMaxThreads : kMaxBlockThreads, 1)
     forward_block_kernel(const __grid_constant__ ForwardArgs<typename Element<T>::Acc> args) {
   Partial* const total = args.partials + blockIdx.x;
   if (threadIdx.x == 0) *total = Partial{};
@@ -508,7 +508,7 @@ __global__ void __launch_bounds__(kScaleThreads)
       Element<T>::unpack(load_vector(x + span.vector_index(v)), part);
 #pragma unroll
       for (int i = 0; i < RowSpan<T>::kWidth; ++i) part[i] *= factor;
-      store_vector(x + span.vector_index(v), Element<T>::pack(part));
+      stream_vector(x + span.vector_index(v), Element<T>::pack(part));
     }
     for (int64_t s = group.rank(); s < span.scalars(); s += group.size()) {
       T& element = x[span.scalar_index(s)];

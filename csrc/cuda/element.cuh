@@ -7,6 +7,8 @@
 
 #include <cstdint>
 
+#include "../cross_entropy.h"
+
 namespace accumloss::cuda {
 
 constexpr int kVectorBytes = 16;
@@ -18,6 +20,7 @@ struct Element;
 
 template <>
 struct Element<float> {
+  static constexpr Dtype kDtype = Dtype::kFloat32;
   using Acc = float;
   using Raw = float4;
   static constexpr bool kExactExponent = true;
@@ -31,6 +34,7 @@ struct Element<float> {
 
 template <>
 struct Element<double> {
+  static constexpr Dtype kDtype = Dtype::kFloat64;
   using Acc = double;
   using Raw = double2;
   static constexpr bool kExactExponent = true;
@@ -50,6 +54,7 @@ union Pairs {
 
 template <>
 struct Element<__nv_bfloat16> {
+  static constexpr Dtype kDtype = Dtype::kBFloat16;
   using Acc = float;
   using Raw = uint4;
   static constexpr bool kExactExponent = false;
@@ -74,6 +79,7 @@ struct Element<__nv_bfloat16> {
 
 template <>
 struct Element<__half> {
+  static constexpr Dtype kDtype = Dtype::kFloat16;
   using Acc = float;
   using Raw = uint4;
   static constexpr bool kExactExponent = true;
@@ -156,9 +162,17 @@ __device__ __forceinline__ typename Element<T>::Raw load_vector(const T* x) {
   return *reinterpret_cast<const typename Element<T>::Raw*>(x);
 }
 
+// Into shared memory.
 template <typename T>
 __device__ __forceinline__ void store_vector(T* x, const typename Element<T>::Raw& raw) {
   *reinterpret_cast<typename Element<T>::Raw*>(x) = raw;
+}
+
+// Into global memory. An intrinsic, as nvcc splits a plain assignment of a vector into four stores of 4 bytes where it
+// has taken the address apart. Streaming: what is written here is not read again by the kernel.
+template <typename T>
+__device__ __forceinline__ void stream_vector(T* x, const typename Element<T>::Raw& raw) {
+  __stcs(reinterpret_cast<typename Element<T>::Raw*>(x), raw);
 }
 
 }  // namespace accumloss::cuda

@@ -13,7 +13,8 @@ namespace accumloss::cuda {
 template <typename T>
 struct Launchers {
   using Acc = typename Element<T>::Acc;
-  static constexpr bool kIsDouble = sizeof(Acc) == sizeof(double);
+  static constexpr Dtype kDtype = Element<T>::kDtype;
+  static constexpr bool kIsDouble = kDtype == Dtype::kFloat64;
 
   // The kernels without transform, smoothing and metrics are worth their compile time for the common types only.
   static bool is_general(const LossOptions& options) {
@@ -30,22 +31,70 @@ struct Launchers {
            (a.T == 1 || !differ(a.stride_t, b.stride_t));
   }
 
-  static Plan plan(const Context& context, Pass pass, const LogitsView& logits, const LogitsView* gradient) {
-    const int capability = context.device().capability;
-    return choose_plan({logits.V, logits.dtype, pass, capability,
-                        gradient == nullptr || same_alignment(logits, *gradient), is_staged_available(capability)});
+  // The plan of a call on the current device; resident is known of staged.
+  static Plan plan(const char* what, const Context& context, Pass pass, const LossOptions& options, int64_t V,
+                   bool aligned) {
+    const int capability = context.capability();
+    const bool general = is_general(options);
+    PlanRequest request = {V, kDtype, pass, capability, aligned, is_staged_available(capability), general};
+    Plan plan = choose_plan(request);
+    if constexpr (!kIsDouble) {
+      if (plan.kernel != Kernel::kStaged) return plan;
+      plan.resident = staged_clusters<T>(what, general, pass == Pass::kForwardWithGrad, plan, context.stream());
+      if (plan.resident > 0) return plan;
+      request.staged = false;  // part of a device (MIG, a green context) may have no room for a cluster
+      plan = choose_plan(request);
+    }
+    return plan;
   }
 
-  static int64_t blocks(const Plan& plan, int64_t rows, const Device& device) {
+  static Plan plan(const char* what, const Context& context, Pass pass, const CrossEntropyInputs& inputs,
+                   const LogitsView* gradient) {
+    return plan(what, context, pass, inputs.options, inputs.logits.V,
+                gradient == nullptr || same_alignment(inputs.logits, *gradient));
+  }
+
+  // The plan with what the device says of it. Not on the way of a call.
+  static Plan device_plan(const Context& context, Pass pass, int64_t V, bool aligned) {
+    const LossOptions options = {0, 0, 0, 0, 0, 1, false};
+    Plan found = plan("plan", context, pass, options, V, aligned);
+    if (found.kernel == Kernel::kStaged) return found;
+    const Grid grid = {1, found.threads, found.shared_bytes};
+    const void* const kernel =
+        pass == Pass::kBackward  ? reinterpret_cast<const void*>(backward_kernel(found, kIsDouble))
+        : pass == Pass::kForward ? reinterpret_cast<const void*>(forward_kernel<false>(found, kIsDouble))
+                                 : reinterpret_cast<const void*>(forward_kernel<true>(found, kIsDouble));
+    found.resident = resident_clusters("plan", kernel, grid, context.stream());
+    return found;
+  }
+
+  static int64_t blocks(const Plan& plan, int64_t rows) {
     if (plan.kernel == Kernel::kPacked) return (rows + Packed::kRowsPerBlock - 1) / Packed::kRowsPerBlock;
     if (plan.kernel == Kernel::kWarp) return (rows + Warp::kRowsPerBlock - 1) / Warp::kRowsPerBlock;
-    if (plan.kernel == Kernel::kStaged) return staged_blocks(plan, rows, device);
-    return rows;
+    return rows;  // of staged: partial sums, since the number of blocks depends on the device and the sums must not
   }
 
-  // One partial sum a block or, where the number of blocks depends on the device, a row: the sums must not.
-  static int64_t partials(const Plan& plan, int64_t rows, const Device& device) {
-    return plan.kernel == Kernel::kStaged ? rows : blocks(plan, rows, device);
+  using ForwardKernel = void (*)(ForwardArgs<Acc>);
+  using BackwardKernel = void (*)(BackwardArgs<Acc>);
+
+  // All but the staged ones.
+  template <bool kGrad>
+  static ForwardKernel forward_kernel(const Plan& plan, bool general) {
+    if (plan.kernel == Kernel::kPacked) return forward_tile_kernel<T, kGrad, Packed>;
+    if (plan.kernel == Kernel::kWarp) return forward_tile_kernel<T, kGrad, Warp>;
+    if constexpr (kGrad && !kIsDouble) {
+      if (plan.kernel == Kernel::kHeld) {
+        return general ? forward_block_kernel<T, true, true, true> : forward_block_kernel<T, false, true, true>;
+      }
+    }
+    return general ? forward_block_kernel<T, true, kGrad, false> : forward_block_kernel<T, kIsDouble, kGrad, false>;
+  }
+
+  static BackwardKernel backward_kernel(const Plan& plan, bool general) {
+    return plan.kernel == Kernel::kPacked ? backward_tile_kernel<T, Packed>
+           : plan.kernel == Kernel::kWarp ? backward_tile_kernel<T, Warp>
+           : general                      ? backward_block_kernel<T, true>
+                                          : backward_block_kernel<T, kIsDouble>;
   }
 
   template <bool kGrad>
@@ -53,36 +102,15 @@ struct Launchers {
                              const CrossEntropySums& sums) {
     const LogitsView& logits = args.inputs.logits;
     const int64_t rows = logits.B * logits.T;
-    const Device device = context.device();
-    const int64_t count = partials(plan, rows, device);
+    const int64_t count = blocks(plan, rows);
     args.partials = static_cast<Partial*>(context.scratch((count > 0 ? count : 1) * sizeof(Partial)));
     args.bad_label = bad_label_record();
-    const Grid grid = {blocks(plan, rows, device), plan.threads, plan.shared_bytes};
     const bool general = is_general(args.inputs.options);
-    if (rows > 0) {
-      switch (plan.kernel) {
-        case Kernel::kPacked:
-          launch(what, forward_tile_kernel<T, kGrad, Packed>, grid, context.stream(), args);
-          break;
-        case Kernel::kWarp:
-          launch(what, forward_tile_kernel<T, kGrad, Warp>, grid, context.stream(), args);
-          break;
-        case Kernel::kStaged:
-          if constexpr (!kIsDouble) launch_staged<T>(what, args, general, kGrad, plan, device, context.stream());
-          break;
-        case Kernel::kHeld:
-          if constexpr (kGrad && !kIsDouble) {
-            launch(what,
-                   general ? forward_block_kernel<T, true, true, true> : forward_block_kernel<T, false, true, true>,
-                   grid, context.stream(), args);
-          }
-          break;
-        case Kernel::kBlock:
-          launch(
-              what,
-              general ? forward_block_kernel<T, true, kGrad, false> : forward_block_kernel<T, kIsDouble, kGrad, false>,
-              grid, context.stream(), args);
-      }
+    if (rows > 0 && plan.kernel == Kernel::kStaged) {
+      if constexpr (!kIsDouble) launch_staged<T>(what, args, general, kGrad, plan, context.stream());
+    } else if (rows > 0) {
+      launch(what, forward_kernel<kGrad>(plan, general), Grid{count, plan.threads, plan.shared_bytes}, context.stream(),
+             args);
     }
     launch(what, sum_partials_kernel<Acc>, Grid{1, kSumThreads, kWarp * sizeof(Partial)}, context.stream(),
            static_cast<const Partial*>(args.partials), count, sums);
@@ -94,7 +122,8 @@ struct Launchers {
     args.inputs = inputs;
     args.lse = lse;
     args.nll = static_cast<Acc*>(nll);
-    launch_forward<false>("cross_entropy", context, plan(context, Pass::kForward, inputs.logits, nullptr), args, sums);
+    constexpr const char* kWhat = "cross_entropy";
+    launch_forward<false>(kWhat, context, plan(kWhat, context, Pass::kForward, inputs, nullptr), args, sums);
   }
 
   static void forward_with_grad(const CrossEntropyInputs& inputs, const CrossEntropySums& sums,
@@ -104,8 +133,9 @@ struct Launchers {
     args.inputs = inputs;
     args.grad_loss_sum = static_cast<const Acc*>(grad_loss_sum);
     args.grad_logits = grad_logits;
-    launch_forward<true>("cross_entropy_with_grad", context,
-                         plan(context, Pass::kForwardWithGrad, inputs.logits, &grad_logits), args, sums);
+    constexpr const char* kWhat = "cross_entropy_with_grad";
+    launch_forward<true>(kWhat, context, plan(kWhat, context, Pass::kForwardWithGrad, inputs, &grad_logits), args,
+                         sums);
   }
 
   static void backward(const CrossEntropyInputs& inputs, const double* lse, const void* nll, const void* grad_loss_sum,
@@ -115,13 +145,10 @@ struct Launchers {
                                     grad_logits};
     const int64_t rows = inputs.logits.B * inputs.logits.T;
     if (rows == 0) return;
-    const Plan chosen = plan(context, Pass::kBackward, inputs.logits, &grad_logits);
-    const Grid grid = {blocks(chosen, rows, context.device()), chosen.threads, chosen.shared_bytes};
-    auto* const kernel = chosen.kernel == Kernel::kPacked ? backward_tile_kernel<T, Packed>
-                         : chosen.kernel == Kernel::kWarp ? backward_tile_kernel<T, Warp>
-                         : is_general(inputs.options)     ? backward_block_kernel<T, true>
-                                                          : backward_block_kernel<T, kIsDouble>;
-    launch("cross_entropy_backward", kernel, grid, context.stream(), args);
+    constexpr const char* kWhat = "cross_entropy_backward";
+    const Plan chosen = plan(kWhat, context, Pass::kBackward, inputs, &grad_logits);
+    const Grid grid = {blocks(chosen, rows), chosen.threads, chosen.shared_bytes};
+    launch(kWhat, backward_kernel(chosen, is_general(inputs.options)), grid, context.stream(), args);
   }
 
   static void scale(const LogitsView& values, const void* factor) {

@@ -8,16 +8,20 @@
 namespace accumloss::cuda {
 
 bool is_staged_available(int) { return false; }
-int64_t staged_blocks(const Plan&, int64_t, const Device&) { return 0; }
 
 template <typename T>
-void launch_staged(const char*, const ForwardArgs<float>&, bool, bool, const Plan&, const Device&, cudaStream_t) {}
+int64_t staged_clusters(const char*, bool, bool, const Plan&, cudaStream_t) {
+  return 0;
+}
 
-template void launch_staged<__nv_bfloat16>(const char*, const ForwardArgs<float>&, bool, bool, const Plan&,
-                                           const Device&, cudaStream_t);
-template void launch_staged<__half>(const char*, const ForwardArgs<float>&, bool, bool, const Plan&, const Device&,
-                                    cudaStream_t);
-template void launch_staged<float>(const char*, const ForwardArgs<float>&, bool, bool, const Plan&, const Device&,
-                                   cudaStream_t);
+template <typename T>
+void launch_staged(const char*, const ForwardArgs<float>&, bool, bool, const Plan&, cudaStream_t) {}
+
+#define ACCUMLOSS_INSTANTIATE(T)                                                           \
+  template int64_t staged_clusters<T>(const char*, bool, bool, const Plan&, cudaStream_t); \
+  template void launch_staged<T>(const char*, const ForwardArgs<float>&, bool, bool, const Plan&, cudaStream_t);
+ACCUMLOSS_INSTANTIATE(__nv_bfloat16)
+ACCUMLOSS_INSTANTIATE(__half)
+ACCUMLOSS_INSTANTIATE(float)
 
 }  // namespace accumloss::cuda

@@ -30,6 +30,7 @@ struct Plan {
   int64_t stage_bytes;       // of one block
   int64_t shared_bytes;      // of one block
   double bytes_per_element;  // of device memory, read and written
+  int64_t resident = 0;      // clusters (of one block: blocks) that the device runs at once; 0: not known
 };
 
 // What the plan depends on.
@@ -37,9 +38,10 @@ struct PlanRequest {
   int64_t V;
   Dtype dtype;
   Pass pass;
-  int capability;  // 10 * major + minor
-  bool aligned;    // each row of the gradient lies against 16 bytes as its logits do
-  bool staged;     // the kernels for sm_90 and newer are built in, and run on the device
+  int capability;        // 10 * major + minor
+  bool aligned;          // each row of the gradient lies against 16 bytes as its logits do
+  bool staged;           // the kernels for sm_90 and newer are built in, run on the device, and find room for a cluster
+  bool general = false;  // transform, smoothing or metrics
 };
 
 // What one block may have at most. The CUDA C++ Programming Guide, "Technical Specifications per Compute Capability".
@@ -61,18 +63,56 @@ constexpr int64_t max_shared_bytes(int capability) {
   }
 }
 
-constexpr int64_t kPackedClasses = 64;
+// Multiprocessors as NVIDIA's whitepapers give them, and how they lie in GPCs, within one of which a cluster lives: an
+// assumption, as it differs from chip to chip. Only what accumloss.plan() shows where the GPU is not there.
+struct Gpu {
+  const char* name;
+  int capability;
+  int multiprocessors;
+  int gpcs[8];  // multiprocessors of each, where there are clusters
+};
+constexpr Gpu kGpus[] = {
+    {"T4", 75, 40, {}},
+    {"A100", 80, 108, {}},
+    {"RTX 4090", 89, 128, {}},
+    {"H100", 90, 132, {18, 18, 16, 16, 16, 16, 16, 16}},
+    {"H200", 90, 132, {18, 18, 16, 16, 16, 16, 16, 16}},
+    {"B200", 100, 148, {20, 20, 18, 18, 18, 18, 18, 18}},
+    {"RTX 5090", 120, 170, {}},
+};
+
+// Threads of a multiprocessor. As above.
+constexpr int max_threads(int capability) {
+  return capability == 75 ? 1024 : capability == 80 || (capability >= 90 && capability < 120) ? 2048 : 1536;
+}
+
+// What a block takes of a multiprocessor's shared memory: the device keeps 1 KiB of each, which sm_75 does not.
+constexpr int64_t shared_bytes_kept(int capability) { return capability == 75 ? 0 : 1024; }
+
+// Double precision at half the rate of float; elsewhere at a 32nd or a 64th, and what is done once a row in double
+// outweighs a short row.
+constexpr bool has_fast_double(int capability) { return capability == 80 || capability == 90 || capability == 100; }
+
+// Four rows of a warp share each instruction of the packed kernels.
+constexpr int64_t packed_classes(int capability) { return has_fast_double(capability) ? 64 : 1024; }
+
+// Of the A100, whose L2 holds one row of a few hundred KiB for each multiprocessor, and not two. The rows of other
+// devices are on chip (sm_90, sm_100), or two fit (sm_89, sm_120), or not even one (sm_75, sm_86).
+constexpr int64_t kA100CacheOfMultiprocessor = 40 * 1024 * 1024 / 108;
+
 constexpr int64_t kWarpClasses = 1024;
 // Held rows of this size are so many on a multiprocessor that one's loads hide behind another's arithmetic.
 constexpr int64_t kHeldBytes = 8192;
 constexpr int kTileThreads = 256;
 constexpr int kMaxThreads = 512;
+constexpr int kMaxBlockThreads = 1024;  // of the block kernels without transform, smoothing and metrics
 constexpr int kMaxCluster = 8;
 constexpr int kMinStages = 3;  // one whose gradient is written, one on chip, one on its way
 constexpr int kMaxStages = 8;
-constexpr int64_t kStagedTarget = 65536;  // bytes in flight for which rows get more than kMinStages
-constexpr int64_t kHeldHeader = 1152;     // BlockGroup::kSharedBytes
-constexpr int64_t kStagedHeader = 4352;   // StagedShared
+constexpr int64_t kStagedTarget = 65536;            // bytes in flight for which rows get more than kMinStages
+constexpr int64_t kStagedSharedBytes = 227 * 1024;  // of a block, on the devices that the stages are counted for
+constexpr int64_t kHeldHeader = 1152;               // BlockGroup::kSharedBytes
+constexpr int64_t kStagedHeader = 4352;             // StagedShared
 constexpr int64_t kStageAlignment = 128;
 
 constexpr int64_t round_up(int64_t value, int64_t unit) { return (value + unit - 1) / unit * unit; }
@@ -101,18 +141,23 @@ inline bool fits(const PlanRequest& request, const Plan& plan) {
   const bool room = plan.shared_bytes <= max_shared_bytes(request.capability);
   switch (plan.kernel) {
     case Kernel::kPacked:
-      return request.V <= kPackedClasses;
     case Kernel::kWarp:
       return request.V <= kWarpClasses;
     case Kernel::kHeld:
       return request.pass == Pass::kForwardWithGrad && !is_double && request.aligned && room;
     case Kernel::kStaged:
       return request.pass != Pass::kBackward && !is_double && request.aligned && room && request.staged &&
-             request.capability >= 90 && max_shared_bytes(request.capability) >= 227 * 1024;
+             request.capability >= 90 && max_shared_bytes(request.capability) >= kStagedSharedBytes;
     case Kernel::kBlock:
       return true;
   }
   return false;
+}
+
+// Whether one row of the block kernel at a time is a multiprocessor's, so that its second visit finds it in the L2.
+constexpr bool has_multiprocessor_alone(const PlanRequest& request) {
+  return request.capability == 80 && request.pass == Pass::kForwardWithGrad &&
+         2 * request.V * element_size(request.dtype) > kA100CacheOfMultiprocessor;
 }
 
 // The plan of a kernel for a call; cluster 0: the smallest that fits.
@@ -130,26 +175,32 @@ inline Plan plan_of(const PlanRequest& request, Kernel kernel, int cluster = 0) 
   } else if (kernel == Kernel::kBlock) {
     plan.threads = block_threads(request.V);
     plan.shared_bytes = kHeldHeader;
+    if (has_multiprocessor_alone(request)) {
+      if (!request.general && request.dtype != Dtype::kFloat64) plan.threads = kMaxBlockThreads;
+      plan.shared_bytes = (max_shared_bytes(request.capability) + shared_bytes_kept(request.capability)) / 2;
+    }
   } else {
     plan.shared_bytes = kTileThreads / (kernel == Kernel::kWarp ? 32 : 8) * 40;  // a Partial for each row in work
   }
   const int visits = request.pass == Pass::kForward ? 1 : 2;
   // A row of the block kernel is too long to be found in a cache at its second visit; those of a warp are not.
-  const bool again = kernel == Kernel::kBlock && request.pass == Pass::kForwardWithGrad;
+  const bool again = kernel == Kernel::kBlock && request.pass == Pass::kForwardWithGrad &&
+                     !(has_multiprocessor_alone(request) && request.V * size <= kA100CacheOfMultiprocessor);
   plan.bytes_per_element = static_cast<double>(size * (visits + (again ? 1 : 0)));
   return plan;
 }
 
-// | row                     | sm_80, sm_86, sm_120  | sm_90, sm_100      |
-// |-------------------------|-----------------------|--------------------|
-// | V <= 64                 | packed                | packed             |
-// | V <= 1024               | warp                  | warp               |
-// | <= 8 KiB, with gradient | held                  | held               |
-// | on chip                 | held, with gradient   | staged, cluster 1, 2, 4 or 8 |
-// | else                    | block                 | block              |
-// float64, and a gradient that lies differently against 16 bytes: block above V = 1024.
+// | row                     | sm_75         | sm_80  | sm_86, sm_89, sm_120 | sm_90, sm_100               |
+// |-------------------------|---------------|--------|----------------------|-----------------------------|
+// | V <= 64                 | packed        | packed | packed               | packed                      |
+// | V <= 1024               | packed        | warp   | packed               | warp                        |
+// | <= 8 KiB, with gradient | held          | held   | held                 | held                        |
+// | on chip                 | held, with gradient: <= 62, 161, 97 KiB       | staged, cluster 1, 2, 4, 8  |
+// | else                    | block         | block  | block                | block                       |
+// float64, and a gradient that lies differently against 16 bytes: block above V = 1024. Where the device has no room
+// for a cluster: held or block.
 inline Plan table(const PlanRequest& request) {
-  if (request.V <= kPackedClasses) return plan_of(request, Kernel::kPacked);
+  if (request.V <= packed_classes(request.capability)) return plan_of(request, Kernel::kPacked);
   if (request.V <= kWarpClasses) return plan_of(request, Kernel::kWarp);
   const Plan held = plan_of(request, Kernel::kHeld);
   if (request.V * element_size(request.dtype) <= kHeldBytes) {
@@ -158,6 +209,20 @@ inline Plan table(const PlanRequest& request) {
   const Plan staged = plan_of(request, Kernel::kStaged);
   if (fits(request, staged)) return staged;
   return fits(request, held) ? held : plan_of(request, Kernel::kBlock);
+}
+
+// Clusters of a plan that such a GPU runs at once, at most.
+inline int64_t resident_on(const Gpu& gpu, const Plan& plan) {
+  // What __launch_bounds__ allows, or what ptxas takes where that is more than it takes: docs/performance.md.
+  const int registers = plan.kernel == Kernel::kHeld || plan.kernel == Kernel::kBlock ? 64 : 128;
+  const int64_t kept = shared_bytes_kept(gpu.capability);
+  int64_t blocks = (max_shared_bytes(gpu.capability) + kept) / (plan.shared_bytes + kept);
+  blocks = std::min<int64_t>(blocks, max_threads(gpu.capability) / plan.threads);
+  blocks = std::min<int64_t>(blocks, 65536 / (registers * plan.threads));
+  if (plan.cluster == 1) return blocks * gpu.multiprocessors;
+  int64_t clusters = 0;
+  for (const int multiprocessors : gpu.gpcs) clusters += multiprocessors * blocks / plan.cluster;
+  return clusters;
 }
 
 // table(), or what ACCUMLOSS_CUDA_PLAN asks for: a kernel's name, for staged with ":cluster" after it. A pass without
@@ -189,5 +254,9 @@ inline Plan choose_plan(const PlanRequest& request) {
   throw std::runtime_error(
       "ACCUMLOSS_CUDA_PLAN: expected packed, warp, held, block, staged or staged:1, :2, :4, :8, got " + text);
 }
+
+// The plan of a call without options on a device of this machine, with what the device says of it. Defined where
+// ACCUMLOSS_WITH_CUDA is.
+Plan device_plan(int32_t device_index, int64_t V, Dtype dtype, Pass pass, bool aligned);
 
 }  // namespace accumloss::cuda

@@ -1,44 +1,46 @@
-// Launches the staged kernels. Compiled for sm_90 and newer only.
+// Launches the staged kernels. Compiled for sm_90 and newer only, and not for sm_120.
 #include "launch.cuh"
 #include "staged.cuh"
 #include "staged.h"
 
 namespace accumloss::cuda {
+namespace {
 
-bool is_staged_available(int capability) {
-  cudaFuncAttributes attributes;
-  if (capability < 90) return false;
-  // Built for older architectures than the device's, and without PTX: no kernel image, and the other kernels serve.
-  static const bool has_image = [&attributes] {
-    const bool found = cudaFuncGetAttributes(&attributes, staged_kernel<float, false, false>) == cudaSuccess;
-    if (!found) cudaGetLastError();
-    return found;
-  }();
-  return has_image;
+template <typename T>
+auto* kernel_of(bool general, bool with_grad) {
+  return general ? (with_grad ? staged_kernel<T, true, true> : staged_kernel<T, true, false>)
+                 : (with_grad ? staged_kernel<T, false, true> : staged_kernel<T, false, false>);
 }
 
-int64_t staged_blocks(const Plan& plan, int64_t rows, const Device& device) {
-  // A block more of shared memory than it asks for is kept by the device; 2048 threads, and registers for 1024 of them.
-  const int64_t by_memory = (max_shared_bytes(device.capability) + 1024) / (plan.shared_bytes + 1024);
-  const int64_t resident = std::max<int64_t>(1, std::min<int64_t>(by_memory, 1024 / plan.threads));
-  const int64_t clusters = std::max<int64_t>(1, device.multiprocessors * resident / plan.cluster);
-  return std::min(rows, clusters) * plan.cluster;
+}  // namespace
+
+bool is_staged_available(int capability) {
+  if (capability < 90 || max_shared_bytes(capability) < kStagedSharedBytes) return false;
+  // Built for older architectures than the device's, and without PTX: no image, and the other kernels serve.
+  return load("cross_entropy", reinterpret_cast<const void*>(staged_kernel<float, false, false>)) == cudaSuccess;
 }
 
 template <typename T>
-void launch_staged(const char* what, const ForwardArgs<float>& args, bool general, bool with_grad, const Plan& plan,
-                   const Device& device, cudaStream_t stream) {
-  const int64_t rows = args.inputs.logits.B * args.inputs.logits.T;
-  const Grid grid = {staged_blocks(plan, rows, device), plan.threads, plan.shared_bytes, plan.cluster};
-  const StagedShape shape = {plan.stages, static_cast<unsigned>(plan.stage_bytes)};
-  auto* const kernel = general ? (with_grad ? staged_kernel<T, true, true> : staged_kernel<T, true, false>)
-                               : (with_grad ? staged_kernel<T, false, true> : staged_kernel<T, false, false>);
-  launch(what, kernel, grid, stream, args, shape);
+int64_t staged_clusters(const char* what, bool general, bool with_grad, const Plan& plan, cudaStream_t stream) {
+  const Grid grid = {plan.cluster, plan.threads, plan.shared_bytes, plan.cluster};
+  return resident_clusters(what, reinterpret_cast<const void*>(kernel_of<T>(general, with_grad)), grid, stream);
 }
 
-#define ACCUMLOSS_INSTANTIATE(T)                                                                                 \
-  template void launch_staged<T>(const char*, const ForwardArgs<float>&, bool, bool, const Plan&, const Device&, \
-                                 cudaStream_t);
+// A cluster walks over its rows from start to end, so that one more than the device runs at once would begin when
+// another has ended, and the call would take twice as long.
+template <typename T>
+void launch_staged(const char* what, const ForwardArgs<float>& args, bool general, bool with_grad, const Plan& plan,
+                   cudaStream_t stream) {
+  const int64_t rows = args.inputs.logits.B * args.inputs.logits.T;
+  const int64_t clusters = std::min(rows, plan.resident);
+  const Grid grid = {clusters * plan.cluster, plan.threads, plan.shared_bytes, plan.cluster};
+  const StagedShape shape = {plan.stages, static_cast<unsigned>(plan.stage_bytes)};
+  launch(what, kernel_of<T>(general, with_grad), grid, stream, args, shape);
+}
+
+#define ACCUMLOSS_INSTANTIATE(T)                                                           \
+  template int64_t staged_clusters<T>(const char*, bool, bool, const Plan&, cudaStream_t); \
+  template void launch_staged<T>(const char*, const ForwardArgs<float>&, bool, bool, const Plan&, cudaStream_t);
 ACCUMLOSS_INSTANTIATE(__nv_bfloat16)
 ACCUMLOSS_INSTANTIATE(__half)
 ACCUMLOSS_INSTANTIATE(float)

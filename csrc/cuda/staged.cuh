@@ -160,7 +160,7 @@ __device__ __forceinline__ void write_slice(const Slice<T>& slice, const T* stag
     Acc part[kWidth];
     Element<T>::unpack(load_vector(staged + v * kWidth), part);
     gradient<T, kGeneral, kWidth>(part, j, slice.span.label_position(label, j), grad, transform, weight, smoothing);
-    store_vector(out + j, Element<T>::pack(part));
+    stream_vector(out + j, Element<T>::pack(part));
   }
   if (thread < slice.scalars) {
     const int64_t j = slice.span.scalar_index(thread);
@@ -176,7 +176,7 @@ __device__ __forceinline__ void write_zero_slice(const Slice<T>& slice, T* out) 
   constexpr Acc kZeros[RowSpan<T>::kWidth] = {};
   const int thread = static_cast<int>(threadIdx.x);
   for (int v = thread; v < slice.count; v += static_cast<int>(blockDim.x)) {
-    store_vector(out + slice.index(v), Element<T>::pack(kZeros));
+    stream_vector(out + slice.index(v), Element<T>::pack(kZeros));
   }
   if (thread < slice.scalars) out[slice.span.scalar_index(thread)] = Element<T>::narrow(Acc(0));
 }
@@ -289,6 +289,7 @@ __global__ void __launch_bounds__(kMaxThreads, 1)
     RowState<Acc> state = warp_merge<kGeneral>(reduce_slice<T, kGeneral>(slice, staged, scalar, view));
     RowState<Acc>* const states = shared.states[item % 2];
     if (lane < blocks) cluster_store(&states[rank * warps + threadIdx.x / kWarp], lane, state);
+    // It also orders what was peeked of this row and the next before any block writes this row's gradient over it.
     barrier_of(blocks);
     state = RowState<Acc>();
     for (int i = lane; i < blocks * warps; i += kWarp) state.merge_about_max(states[i]);

@@ -10,15 +10,17 @@ namespace accumloss::cuda {
 template <typename Acc>
 struct ForwardArgs;
 
-// Whether this build holds kernels that a device of that capability runs.
+// Whether this build holds kernels that the current device, of that capability, runs. Where the device has too little
+// shared memory for them it is not asked: that would load them, or compile them for it.
 bool is_staged_available(int capability);
 
-// Blocks of the persistent grid.
-int64_t staged_blocks(const Plan& plan, int64_t rows, const Device& device);
+// How many clusters of a staged plan the current device runs at once. T: __nv_bfloat16, __half, float.
+template <typename T>
+int64_t staged_clusters(const char* what, bool general, bool with_grad, const Plan& plan, cudaStream_t stream);
 
-// T: __nv_bfloat16, __half, float.
+// plan.resident: staged_clusters(), at least 1.
 template <typename T>
 void launch_staged(const char* what, const ForwardArgs<float>& args, bool general, bool with_grad, const Plan& plan,
-                   const Device& device, cudaStream_t stream);
+                   cudaStream_t stream);
 
 }  // namespace accumloss::cuda

@@ -8,7 +8,7 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import dataclasses
-import hashlib
+import functools
 import os
 import pathlib
 import re
@@ -16,6 +16,7 @@ import shutil
 import subprocess
 import tempfile
 
+import build_cache
 import torch
 
 from accumloss import LossOptions
@@ -23,11 +24,15 @@ from accumloss import LossOptions
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 KERNELS = ROOT / "csrc"
 EMULATOR = pathlib.Path(__file__).resolve().parent / "emulator"
-COMMON = ["csrc/cuda/bad_labels.cpp", "emulator/emulator.cpp", "emulator/driver.cpp"]
-FLAGS = ["-std=c++17", "-O1", "-fPIC", "-fsanitize=alignment", "-ffp-contract=off", "-Wno-unknown-pragmas"]
-FLAGS += ["-DACCUMLOSS_EMULATE_CUDA"]
+BASE = ["-std=c++17", "-O1", "-fPIC", "-ffp-contract=off", "-Wno-unknown-pragmas", "-DACCUMLOSS_EMULATE_CUDA"]
+ALIGNMENT = ["-fsanitize=alignment"]  # of the kernels; alignment.cpp answers it
+COMMON = ["emulator/emulator.cpp", "emulator/driver.cpp", "csrc/cuda/bad_labels.cpp", "emulator/alignment.cpp"]
+CROSS, STAGED = "csrc/cuda/cross_entropy.cu", "csrc/cuda/staged.cu"
+FLOAT, FLOAT_STAGED = "emulator/float_backend.cpp", "csrc/cuda/staged.cu"
 DTYPES = {torch.bfloat16: 0, torch.float16: 1, torch.float32: 2, torch.float64: 3}
 GUARD = 64  # elements of NaN on both sides of every tensor, which nothing may change and no sum may contain
+
+Patches = tuple[tuple[str, str, str], ...]  # (file under csrc, old text, new text), each a part of one fault
 
 
 def cuda_include() -> pathlib.Path | None:
@@ -52,94 +57,125 @@ def why_not() -> str | None:
     return None
 
 
-def copy_sources(work: pathlib.Path, patches: tuple) -> None:
-    """csrc and the emulator, with a fault; for float alone where there are patches."""
-    shutil.copytree(KERNELS, work / "csrc", ignore=shutil.ignore_patterns("cpu"))
-    shutil.copytree(EMULATOR, work / "emulator")
-    for name, old, new in filter(None, patches):
+@functools.cache
+def _sources() -> list[tuple[str, bytes]]:
+    """csrc and the emulator, by their places in a folder that is compiled."""
+    kernels = [*KERNELS.glob("*.h"), *(file for file in KERNELS.glob("cuda/*") if file.is_file())]
+    own = build_cache.sources(*EMULATOR.iterdir(), root=EMULATOR.parent)
+    return build_cache.sources(*kernels, root=ROOT) + own
+
+
+@functools.cache
+def _contents() -> str:
+    """All that any object depends on."""
+    include = cuda_include()
+    assert include is not None
+    headers = re.search(r"#define CUDA_VERSION \d+", (include / "cuda.h").read_text())
+    return repr((build_cache.version_of("g++"), str(include), headers and headers[0], _sources()))
+
+
+def _unpack(work: pathlib.Path, patches: Patches, is_float: bool) -> None:
+    """The sources, perhaps with a fault, perhaps with the staged kernels of float alone."""
+    build_cache.unpack(_sources(), work)
+    for name, old, new in patches:
         text = (work / "csrc" / name).read_text()
         assert text.count(old) == 1, f"the fault's text occurs {text.count(old)} times in csrc/{name}: {old!r}"
         (work / "csrc" / name).write_text(text.replace(old, new))
-    if patches:
-        staged = work / "csrc" / "cuda" / "staged.cu"
+    if is_float:
+        staged = work / STAGED
         staged.write_text(re.sub(r"^ACCUMLOSS_INSTANTIATE\(__.*\n", "", staged.read_text(), flags=re.MULTILINE))
 
 
-def build(cache: pathlib.Path, patches: tuple[tuple[str, str, str], ...] = ()) -> pathlib.Path:
-    """Compile the backend into a shared library.
+def _compile(work: pathlib.Path, source: str, target: pathlib.Path, *flags: str) -> None:
+    command = ["g++", *BASE, *flags, "-Iemulator", "-Icsrc/cuda", "-Icsrc", "-isystem", str(cuda_include())]
+    result = subprocess.run(
+        [*command, source, "-o", str(target)], cwd=work, capture_output=True, text=True, check=False
+    )
+    assert result.returncode == 0, result.stderr
+
+
+def _objects(
+    kind: str, sources: list[str], flags: list[str], patches: Patches = (), is_float: bool = False
+) -> list[str]:
+    """The objects of these sources, from the cache or compiled."""
+
+    def make(folder: pathlib.Path) -> None:
+        with tempfile.TemporaryDirectory() as directory:
+            work = pathlib.Path(directory)
+            _unpack(work, patches, is_float)
+            for source in sources:
+                name = pathlib.Path(source).name
+                if source.endswith(".h"):
+                    _compile(work, source, folder / f"{name}.gch", *flags, "-x", "c++-header")
+                else:
+                    _compile(work, source, folder / f"{name}.o", *flags, "-x", "c++", "-c")
+
+    folder = build_cache.built(kind, (_contents(), sources, BASE, flags, patches, is_float), make)
+    return [str(folder / f"{pathlib.Path(source).name}.o") for source in sources]
+
+
+def _header(*flags: str) -> list[str]:
+    """The flags that bring in what all sources include, precompiled: it takes longer than some of the kernels."""
+    (header,) = _objects("emulated-header", ["emulator/cuda_runtime.h"], list(flags))
+    return ["-include", header.removesuffix(".o")]
+
+
+def _library(objects: list[str]) -> pathlib.Path:
+    objects = objects + _objects("emulated-common", COMMON, _header())
+
+    def link(folder: pathlib.Path) -> None:
+        subprocess.run(["g++", "-shared", *objects, "-o", str(folder / "libemulated.so")], check=True)
+
+    return build_cache.built("emulated-library", objects, link) / "libemulated.so"
+
+
+def build() -> pathlib.Path:
+    """The backend as a shared library."""
+    flags = [*_header(*ALIGNMENT), *ALIGNMENT]
+    return _library(_objects("emulated-cross", [CROSS], flags) + _objects("emulated-staged", [STAGED], flags))
+
+
+def build_float(patches: Patches = (), staged: bool = False) -> pathlib.Path:
+    """The backend for float alone, perhaps with a fault.
 
     Args:
-        cache: directory that keeps the libraries, by their sources.
-        patches: (file under csrc, old text, new text), to plant a fault; the library is then built for float alone.
+        patches: the fault. Only what it concerns is compiled, and linked first: of functions that are in both parts the
+            linker takes the first.
+        staged: whether the fault is one of the staged kernels, or of what chooses and launches them.
     """
-    include = cuda_include()
-    files = sorted([*KERNELS.glob("*.h"), *KERNELS.glob("cuda/*"), *EMULATOR.iterdir()])
-    contents = repr((FLAGS, str(include), [(str(f), f.read_bytes()) for f in files]))
-
-    def home(*variant: object) -> pathlib.Path:
-        return cache / hashlib.sha256(repr((contents, variant)).encode()).hexdigest()[:24]
-
-    library = home(patches) / "libemulated.so"
-    if library.exists():
-        return library
-    work = pathlib.Path(tempfile.mkdtemp(dir=cache))
-    copy_sources(work, patches)
-    paths = ["-Iemulator", "-Icsrc/cuda", "-Icsrc", "-isystem", str(include)]
-
-    def compiled(source: str, directory: pathlib.Path, suffix: str, *flags: str) -> pathlib.Path:
-        target = directory / (pathlib.Path(source).name + suffix)
-        if not target.exists():
-            command = ["g++", *FLAGS, *flags, *paths, source, "-o", f"compiling{suffix}"]
-            result = subprocess.run(command, cwd=work, capture_output=True, text=True, check=False)
-            assert result.returncode == 0, result.stderr
-            directory.mkdir(parents=True, exist_ok=True)
-            (work / f"compiling{suffix}").rename(target)
-        return target
-
-    common = home("common")
-    header = compiled("emulator/cuda_runtime.h", common, ".gch", "-x", "c++-header").with_suffix("")
-    flags = ["-include", str(header), "-x", "c++", "-c"]  # compiled once, as it takes longer than the kernels
-    objects = [str(compiled(source, common, ".o", *flags)) for source in COMMON]
-    backends = ["emulator/float_backend.cpp"] if patches else ["csrc/cuda/cross_entropy.cu", "csrc/cuda/staged.cu"]
-    objects += [str(compiled(backend, work, ".o", *flags)) for backend in backends]
-    # Linked without -fsanitize: the emulator itself answers the sanitizer's calls.
-    subprocess.run(["g++", "-shared", *objects, "-o", "libemulated.so"], cwd=work, check=True)
-    library.parent.mkdir(parents=True, exist_ok=True)
-    (work / "libemulated.so").rename(library)
-    shutil.rmtree(work)
-    return library
+    flags = [*_header(*ALIGNMENT), *ALIGNMENT]
+    of_cross = bool(patches) and not (staged and all("staged" in name for name, _, _ in patches))
+    of_staged = bool(patches) and staged
+    faulty, right = [], []
+    for source, has_fault in ((FLOAT, of_cross), (FLOAT_STAGED, of_staged)):
+        made = _objects("emulated-float", [source], flags, patches if has_fault else (), is_float=True)
+        (faulty if has_fault else right).extend(made)
+    return _library(faulty + right)
 
 
 # ThreadSanitizer sees the kernels alone; the emulator tells it of fibers and barriers.
 SANITIZERS = {
-    "thread": ("-fsanitize=thread", "-DEMULATOR_TSAN"),
-    "address": ("-fsanitize=address,undefined -fno-sanitize=vptr -fno-sanitize-recover=all", ""),
+    "thread": ["-fsanitize=thread", "-Wno-tsan"],
+    "address": ["-fsanitize=address,undefined", "-fno-sanitize=vptr", "-fno-sanitize-recover=all"],
 }
+INSTRUMENTED = [FLOAT, FLOAT_STAGED, "emulator/sanitized.cpp"]
 
 
-def run_sanitized(
-    sanitizer: str, folder: pathlib.Path, patches: tuple[tuple[str, str, str], ...] = ()
-) -> subprocess.CompletedProcess:
+def run_sanitized(sanitizer: str, patches: Patches = ()) -> subprocess.CompletedProcess:
     """The program emulator/sanitized.cpp, built with a sanitizer, perhaps with a fault, and run."""
-    flags, defined = SANITIZERS[sanitizer]
-    work = pathlib.Path(tempfile.mkdtemp(dir=folder))
-    copy_sources(work, patches or ((),))
-    base = ["g++", "-std=c++17", "-O1", "-g1", "-ffp-contract=off", "-Wno-unknown-pragmas", "-Wno-tsan"]
-    base += ["-DACCUMLOSS_EMULATE_CUDA", "-DEMULATOR_SANITIZED", *defined.split()]
-    base += ["-Iemulator", "-Icsrc/cuda", "-Icsrc", "-isystem", str(cuda_include())]
-    instrumented = ["emulator/float_backend.cpp", "emulator/sanitized.cpp"]
-    objects = []
-    for source in [*instrumented, "emulator/driver.cpp", "csrc/cuda/bad_labels.cpp", "emulator/emulator.cpp"]:
-        objects.append(pathlib.Path(source).name + ".o")
-        own = flags.split() if source in instrumented else []
-        subprocess.run([*base, *own, "-c", source, "-o", objects[-1]], cwd=work, check=True)
-    subprocess.run(["g++", *flags.split(), *objects, "-o", "sanitized"], cwd=work, check=True)
+    flags = SANITIZERS[sanitizer]
+    objects = _objects(f"sanitized-{sanitizer}", INSTRUMENTED, [*flags, "-g1"], patches, is_float=True)
+    objects += _objects("emulated-common", COMMON, _header())[:3]  # what answers -fsanitize=alignment alone is left out
+
+    def link(folder: pathlib.Path) -> None:
+        subprocess.run(["g++", *flags, *objects, "-o", str(folder / "sanitized")], check=True)
+
+    program = build_cache.built(f"sanitized-{sanitizer}-program", objects, link) / "sanitized"
     # The fibers' stacks are not the thread's: their use after return is not looked for.
     settings = {"ASAN_OPTIONS": "detect_stack_use_after_return=0:detect_leaks=0", "TSAN_OPTIONS": "halt_on_error=1"}
-    command = [shutil.which("setarch"), "-R", "./sanitized"] if shutil.which("setarch") else ["./sanitized"]
-    return subprocess.run(
-        command, cwd=work, env={**os.environ, **settings}, capture_output=True, text=True, check=False
-    )
+    setarch = shutil.which("setarch")
+    command = [setarch, "-R", str(program)] if setarch else [str(program)]
+    return subprocess.run(command, env={**os.environ, **settings}, capture_output=True, text=True, check=False)
 
 
 class _Options(ctypes.Structure):  # csrc/options.h, whose list is that of LossOptions
@@ -215,32 +251,61 @@ class Backend:
         for name in ("forward", "backward", "forward_with_grad", "scale"):
             getattr(self.library, f"emulated_{name}").restype = ctypes.c_char_p
         self.library.emulated_bulk_copies.restype = ctypes.c_int64
+        self.library.emulated_questions.restype = ctypes.c_int64
+        self.library.emulated_largest_grid.restype = ctypes.c_int64
         self.library.emulated_inputs_size.restype = ctypes.c_int64
         assert self.library.emulated_inputs_size() == ctypes.sizeof(_Inputs)
 
     def seed(self, value: int) -> None:
         self.library.emulated_seed(ctypes.c_uint64(value))
 
-    def device(self, capability: int, multiprocessors: int) -> None:
-        self.library.emulated_device(capability, multiprocessors)
+    def device(
+        self, capability: int = 90, multiprocessors: int = 2, clusters: int | None = None, missing: int = 0
+    ) -> None:
+        """Goes to a new device.
+
+        Args:
+            clusters: how many of any size run at once, instead of as many as fit on the multiprocessors.
+            missing: kernels, those that are loaded first, that the build has no image of; -1: all.
+        """
+        if clusters is not None:
+            multiprocessors = 1  # of which each block of a cluster of one is asked
+        self.library.emulated_device(capability, multiprocessors, -1 if clusters is None else clusters, missing)
+
+    def questions(self) -> int:
+        """To the device, about kernels and clusters, since the last call."""
+        return self.library.emulated_questions()
+
+    def largest_grid(self) -> int:
+        """In blocks, since the last call."""
+        return self.library.emulated_largest_grid()
+
+    @contextlib.contextmanager
+    def on(self, capability: int = 90, **device):
+        """On such a device, see device()."""
+        self.device(capability, **device)
+        try:
+            yield
+        finally:
+            self.device()
 
     def bulk_copies(self) -> int:
         """Since the last call."""
         return self.library.emulated_bulk_copies()
 
     @contextlib.contextmanager
-    def plan(self, plan: str, capability: int = 90, multiprocessors: int = 2):
+    def plan(self, plan: str, capability: int = 90, **device):
         """Kernels forced as ACCUMLOSS_CUDA_PLAN does it, on such a device."""
         before = os.environ.get("ACCUMLOSS_CUDA_PLAN")
         os.environ["ACCUMLOSS_CUDA_PLAN"] = plan
-        self.device(capability, multiprocessors)
+        self.device(capability, **device)
         try:
             yield
         finally:
             del os.environ["ACCUMLOSS_CUDA_PLAN"]
             if before is not None:
                 os.environ["ACCUMLOSS_CUDA_PLAN"] = before
-            self.device(90, 2)
+            self.device()
 
     def _call(self, name: str, *arguments) -> None:
         error = getattr(self.library, f"emulated_{name}")(*arguments)

@@ -7,13 +7,16 @@ import pathlib
 import re
 import shutil
 import subprocess
-import tempfile
+from typing import NamedTuple
+
+import build_cache
+import ptx
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 PAGE = ROOT / "docs" / "performance.md"
 BEGIN, END = "<!-- make cuda-report: begin -->", "<!-- make cuda-report: end -->"
 CUDA = ROOT / "csrc" / "cuda"
-ARCHITECTURES = ["80", "90", "100"]
+ARCHITECTURES = ["75", "80", "90", "100", "120"]
 
 
 def nvcc() -> str | None:
@@ -60,36 +63,76 @@ def resources(log: str) -> dict[tuple[str, str], dict[str, int]]:
 SOURCES = {"cross_entropy.cu": ARCHITECTURES, "staged.cu": ["90", "100"]}
 
 
-def compile_all(compiler: str, folder: pathlib.Path) -> dict[tuple[str, str], dict[str, int]]:
-    """resources() of every kernel for every architecture that the compiler knows; fails at a warning."""
-    known = subprocess.run([compiler, "--list-gpu-arch"], capture_output=True, text=True, check=True).stdout.split()
+class Compiled(NamedTuple):
+    """What nvcc and ptxas make of one source for one architecture; names as they are demangled."""
+
+    ptx: dict[str, ptx.Kernel]
+    resources: dict[str, dict[str, int]]
+
+
+def architectures(compiler: str) -> list[str]:
+    """Those that the compiler knows: "75", "80", ..."""
+    known = subprocess.run([compiler, "--list-gpu-arch"], capture_output=True, text=True, check=True).stdout
+    return re.findall(r"compute_(\w+)", known)
+
+
+def compiled(compiler: str, source: pathlib.Path, architecture: str) -> Compiled:
+    """PTX and resources of the kernels of a source, from the cache or made; fails at a warning, the host's included."""
+    flags = ["-std=c++17", "-O3", "-Xcompiler=-Wall,-Wextra", "-Icsrc/cuda"]
+    flags.append(f"-gencode=arch=compute_{architecture},code=compute_{architecture}")
+    files = build_cache.sources(source, *ROOT.glob("csrc/*.h"), *CUDA.iterdir(), root=ROOT)
+    assembler = pathlib.Path(compiler).resolve().parent / "ptxas"
+
+    def make(folder: pathlib.Path) -> None:
+        build_cache.unpack(files, folder / "sources")
+        command = [compiler, *flags, "--keep", "--keep-dir", str(folder), "-c", str(source.relative_to(ROOT))]
+        command += ["-o", str(folder / "host.o")]
+        made = subprocess.run(command, capture_output=True, text=True, check=False, cwd=folder / "sources")
+        assert made.returncode == 0, made.stderr
+        assert "warning" not in made.stdout + made.stderr, made.stdout + made.stderr
+        (text,) = folder.glob("*.ptx")
+        for file in folder.iterdir():
+            if file.is_file() and file != text:
+                file.unlink()
+        shutil.rmtree(folder / "sources")
+        text.rename(folder / "kernels.ptx")
+        command = [str(assembler), "-v", "-O3", f"-arch=sm_{architecture}", str(folder / "kernels.ptx")]
+        made = subprocess.run([*command, "-o", "/dev/null"], capture_output=True, text=True, check=False)
+        assert made.returncode == 0, made.stderr
+        assert "warning" not in made.stdout + made.stderr, made.stdout + made.stderr
+        (folder / "ptxas.txt").write_text(made.stdout + made.stderr)
+
+    contents = (build_cache.version_of(compiler), flags, source.name, files)
+    folder = build_cache.built("nvcc", contents, make)
+    kernels = ptx.kernels((folder / "kernels.ptx").read_text())
+    used = {kernel: row for (kernel, _), row in resources((folder / "ptxas.txt").read_text()).items()}
+    names = dict(zip(kernels, demangle(list(kernels)), strict=True))
+    assert set(used) == set(kernels) and len(set(names.values())) == len(names)
+    return Compiled({names[k]: kernel for k, kernel in kernels.items()}, {names[k]: row for k, row in used.items()})
+
+
+def compile_all(compiler: str) -> dict[tuple[str, str], dict[str, int]]:
+    """(kernel, architecture) -> resources of all that the compiler knows."""
+    known = architectures(compiler)
     table = {}
     for source, wanted in SOURCES.items():
-        architectures = [a for a in wanted if f"compute_{a}" in known]
-        for missing in sorted(set(wanted) - set(architectures)):
-            print(f"{compiler} does not know sm_{missing}")
-        command = [compiler, "-std=c++17", "-O3", "--threads", "2", "--ptxas-options=-v", "-Xcompiler=-Wall,-Wextra"]
-        command += [f"-gencode=arch=compute_{a},code=sm_{a}" for a in architectures]
-        command += ["-c", str(CUDA / source), "-o", str(folder / "kernels.o")]
-        result = subprocess.run(command, capture_output=True, text=True, check=False)
-        assert result.returncode == 0, result.stderr
-        log = result.stdout + result.stderr
-        assert "warning" not in log, log
-        found = resources(log)
-        kernels = {kernel for kernel, _ in found}
-        assert len(found) == len(kernels) * len(architectures) > 0
-        table.update(found)
-    names = sorted({kernel for kernel, _ in table})
-    short = dict(zip(names, demangle(names), strict=True))
-    return {(short[kernel], a): row for (kernel, a), row in table.items()}
+        for architecture in wanted:
+            if architecture not in known:
+                print(f"{compiler} does not know sm_{architecture}")
+                continue
+            for kernel, row in compiled(compiler, CUDA / source, architecture).resources.items():
+                table[kernel, architecture] = row
+    return table
+
+
+SHOWN = ("T4", "A100", "RTX 4090", "H200", "B200", "RTX 5090")
 
 
 def report(compiler: str) -> str:
     """The two tables in Markdown."""
     import accumloss
 
-    with tempfile.TemporaryDirectory() as folder:
-        table = compile_all(compiler, pathlib.Path(folder))
+    table = compile_all(compiler)
     version = subprocess.run([compiler, "--version"], capture_output=True, text=True, check=True).stdout
     release = re.search(r"release ([\d.]+)", version)
     lines = [
@@ -107,22 +150,23 @@ def report(compiler: str) -> str:
     lines += [
         "",
         "Plans with gradient, `accumloss.plan(V, dtype, arch=...)`: kernel, threads × blocks of a cluster, dynamic shared "
-        "memory of a block, bytes of device memory an element.",
+        "memory of a block, bytes of device memory an element, clusters (of one block: blocks) at once.",
         "",
-        "| V, dtype | sm_80 | sm_90, sm_100 |",
-        "|---|---|---|",
+        "| V, dtype | " + " | ".join(SHOWN) + " |",
+        "|---|" + "---|" * len(SHOWN),
     ]
     import torch
 
     for V in (2, 1000, 4096, 32000, 50257, 128256, 151936, 262144):
         for name in ("bfloat16", "float32"):
             cells = []
-            for arch in ("sm_80", "sm_90"):
-                plan = accumloss.plan(V, getattr(torch, name), arch=arch)
+            for gpu in SHOWN:
+                plan = accumloss.plan(V, getattr(torch, name), arch=gpu)
                 stages = f", {plan.stages} stages" if plan.stages else ""
                 kib = plan.shared_bytes / 1024
                 cells.append(
-                    f"{plan.kernel} {plan.threads} × {plan.cluster}{stages}, {kib:.1f} KiB, {plan.bytes_per_element:g}"
+                    f"{plan.kernel} {plan.threads} × {plan.cluster}{stages}, {kib:.1f} KiB, {plan.bytes_per_element:g}, "
+                    f"{plan.resident}"
                 )
             lines.append(f"| {V}, {name} | " + " | ".join(cells) + " |")
     return "\n".join(lines)

@@ -1,11 +1,67 @@
-"""nvcc takes the CUDA sources for every architecture without a warning, and no kernel spills registers."""
+"""nvcc takes the CUDA sources for every architecture without a warning, no kernel spills registers, vectors stay whole."""
 
 from __future__ import annotations
 
+import functools
+import pathlib
 import re
+import textwrap
 
+import ptx
 import pytest
-from kernel_resources import BEGIN, END, PAGE, compile_all, nvcc, resources
+from kernel_resources import ARCHITECTURES, BEGIN, CUDA, END, PAGE, SOURCES, architectures, compiled, nvcc, resources
+
+TWO = pathlib.Path(__file__).with_name("two_kernels.cu")
+
+
+def compiler_for(architecture: str) -> str:
+    compiler = nvcc()
+    if compiler is None:
+        pytest.skip("no nvcc")
+    if architecture not in architectures(compiler):
+        pytest.skip(f"no nvcc that knows sm_{architecture}")
+    return compiler
+
+
+def check(source: pathlib.Path, architecture: str) -> set[str]:
+    """No spills, vectors as meant; the names of the kernels."""
+    found = compiled(compiler_for(architecture), source, architecture)
+    spilled = {kernel: row for kernel, row in found.resources.items() if row["spills"] or row["stack"]}
+    assert not spilled, spilled
+    wrong = {name: faults for name, kernel in found.ptx.items() if (faults := ptx.faults(name, kernel))}
+    assert not wrong, wrong
+    return set(found.ptx)
+
+
+def test_two_kernels_compile_as_meant():
+    assert check(TWO, "90") == {
+        "staged_kernel<__nv_bfloat16, false, true>",
+        "forward_block_kernel<__nv_bfloat16, false, true, true>",
+    }
+
+
+@functools.cache
+def listed() -> dict[str, set[str]]:
+    """Architecture -> kernels of the table in docs/performance.md."""
+    table = PAGE.read_text().split(BEGIN)[1].split(END)[0]
+    head = re.search(r"^\| kernel \|(.+)$", table, re.MULTILINE)
+    assert head is not None
+    columns = re.findall(r"sm_(\d+)", head[1])
+    rows = [[cell.strip() for cell in row.split("|")[1:]] for row in re.findall(r"^\| `.+$", table, re.MULTILINE)]
+    return {a: {row[0].strip("`") for row in rows if row[1 + i].isdigit()} for i, a in enumerate(columns)}
+
+
+@pytest.mark.slow("minutes of nvcc; two kernels for one architecture stand for them")
+@pytest.mark.parametrize("source, architecture", [(s, a) for s, wanted in SOURCES.items() for a in wanted])
+def test_kernels_compile_as_meant(source, architecture):
+    names = check(CUDA / source, architecture)
+    of_source = {name for name in listed()[architecture] if name.startswith("staged") == (source == "staged.cu")}
+    assert names == of_source, "make cuda-report"
+
+
+def test_report_lists_every_architecture():
+    assert set(listed()) == set(ARCHITECTURES)
+    assert {a for a, kernels in listed().items() if any(name.startswith("staged") for name in kernels)} == {"90", "100"}
 
 
 def test_resources_reads_the_log_of_ptxas():
@@ -16,14 +72,110 @@ ptxas info    : Used 64 registers, used 1 barriers, 16 bytes cumulative stack si
     assert resources(log) == {("_Zk", "90"): {"registers": 64, "shared": 0, "stack": 16, "spills": 12}}
 
 
-def test_kernels_compile_without_spills(tmp_path):
-    compiler = nvcc()
-    if compiler is None:
-        pytest.skip("no nvcc")
-    table = compile_all(compiler, tmp_path)
-    assert all("staged" not in name for name, a in table if a == "80")
-    assert any("staged" in name for name, _ in table)
-    spilled = {kernel: row for kernel, row in table.items() if row["spills"]}
-    assert not spilled, spilled
-    listed = PAGE.read_text().split(BEGIN)[1].split(END)[0]
-    assert set(re.findall(r"^\| `(.+?)` \|", listed, re.MULTILINE)) == {k for k, _ in table}, "make cuda-report"
+# The reader of PTX, on kernels of a few lines ---------------------------------------------------------------------------
+
+LOAD = "ld.global.nc.v4.u32 {%r1, %r2, %r3, %r4}, [%rd1];"
+STORE = "st.global.cs.v4.u32 [%rd2], {%r1, %r2, %r3, %r4};"
+SHARED = "ld.shared.v4.u32 {%r1, %r2, %r3, %r4}, [%r9+16];"
+COPY = "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%r1], [%rd1], %r2, [%r3];"
+SPLIT = "\n".join(f"st.global.u32 [%rd2+{4 * i}], %r{i};" for i in range(4))
+
+
+def kernel_of(loop: str, after: str = "") -> ptx.Kernel:
+    text = f""".visible .entry _Zk(
+    .param .u64 _Zk_param_0
+)
+{{
+    ld.param.u64 %rd1, [_Zk_param_0];
+    @%p1 bra $L__BB0_2;
+$L__BB0_1:
+{textwrap.indent(loop, "    ")}
+    @%p2 bra $L__BB0_1;
+$L__BB0_2:
+{textwrap.indent(after, "    ")}
+    ret;
+}}
+"""
+    return ptx.kernels(text)["_Zk"]
+
+
+BACKWARD, HELD = "backward_block_kernel<float, false>", "forward_block_kernel<float, false, true, true>"
+FORWARD, STAGED = "forward_tile_kernel<float, false, Tile<8> >", "staged_kernel<float, false, true>"
+
+
+@pytest.mark.parametrize(
+    "name, loop",
+    [
+        (BACKWARD, [LOAD, STORE]),
+        (BACKWARD.replace("float", "double"), ["ld.global.v2.f64 {%fd1, %fd2}, [%rd1];", "st.global.cs.v2.f64 [%rd2+16], {%fd1, %fd2};"]),
+        (HELD, [LOAD, SHARED, STORE]),
+        (FORWARD, [LOAD]),
+        (STAGED, [COPY, SHARED, STORE]),
+        (STAGED.replace("true", "false"), [COPY, SHARED]),
+        ("scale_kernel<float>", [LOAD, STORE]),
+        ("sum_partials_kernel<float>", ["ld.global.f64 %fd1, [%rd1];"]),
+    ],
+)  # fmt: skip
+def test_ptx_reader_accepts_whole_vectors_and_misses_each(name, loop):
+    assert ptx.faults(name, kernel_of("\n".join(loop))) == []
+    if name.startswith("sum_partials"):
+        return
+    for line in loop:
+        rest = [other for other in loop if other is not line]
+        assert len(ptx.faults(name, kernel_of("\n".join(rest)))) == 1, f"without {line}"
+        assert len(ptx.faults(name, kernel_of("\n".join(rest), after=line))) == 1, f"{line} behind the loop"
+
+
+@pytest.mark.parametrize(
+    "stores",
+    [
+        SPLIT,
+        SPLIT.replace("u32", "f32").replace("st.global", "st.global.cs"),
+        "\n".join(f"st.global.u32 [%rd2+{4 * i - 32}], %r{i};" for i in range(4)),
+        SPLIT.replace(".global", ""),  # an address of which the compiler knows no space
+        SPLIT.replace(";\n", ";\nadd.s32 %r9, %r9, 1;\n"),
+        "st.global.v2.u32 [%rd2], {%r1, %r2};\nst.global.v2.u32 [%rd2+8], {%r3, %r4};",
+        "st.global.f64 [%rd2], %fd1;\nst.global.f64 [%rd2+8], %fd2;",
+    ],
+)
+def test_ptx_reader_refuses_vectors_that_were_split(stores):
+    whole = "\n".join([LOAD, STORE])
+    found = ptx.faults(BACKWARD, kernel_of(f"{whole}\n{stores}"))
+    assert len(found) == 1 and "one vector is stored as" in found[0]
+    assert ptx.faults(BACKWARD, kernel_of(whole, after=stores)) == []  # once a row: sums, not a vector
+
+
+def test_ptx_reader_follows_a_loop_to_where_the_compiler_has_put_it():
+    """Its second half behind another loop: that one is not in it."""
+    text = f""".visible .entry _Zk(
+)
+{{
+$L__BB0_1:
+    {LOAD}
+    @%p1 bra $L__BB0_5;
+    bra.uni $L__BB0_6;
+$L__BB0_2:
+    @%p2 bra $L__BB0_2;
+    {SHARED}
+    ret;
+$L__BB0_5:
+    {STORE}
+$L__BB0_6:
+    @%p3 bra $L__BB0_1;
+    bra.uni $L__BB0_2;
+}}
+"""
+    kernel = ptx.kernels(text)["_Zk"]
+    assert ptx.faults(BACKWARD, kernel) == []
+    assert ptx.faults(HELD, kernel) == ["no 16-byte load from shared memory in a loop"]
+
+
+def test_ptx_reader_knows_scalars_from_the_parts_of_a_vector():
+    whole = "\n".join([LOAD, STORE])
+    for stores in (
+        "st.global.u32 [%rd2], %r1;\nst.global.u32 [%rd3+4], %r2;\nst.global.u32 [%rd2+8], %r3;",
+        "st.global.f32 [%rd2], %f1;",
+        "st.global.u16 [%rd2], %rs1;\nst.global.u16 [%rd2+2], %rs2;",
+        SPLIT.replace("global", "shared"),
+    ):
+        assert ptx.faults(BACKWARD, kernel_of(f"{whole}\n{stores}")) == []

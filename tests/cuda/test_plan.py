@@ -6,12 +6,31 @@ import torch
 import accumloss
 
 BF16, FP32, FP64 = torch.bfloat16, torch.float32, torch.float64
-SHARED = {"sm_75": 64, "sm_80": 163, "sm_86": 99, "sm_90": 227, "sm_100": 227, "sm_120": 99}  # KiB a block may have
+SHARED = {
+    "sm_75": 64,
+    "sm_80": 163,
+    "sm_86": 99,
+    "sm_89": 99,
+    "sm_90": 227,
+    "sm_100": 227,
+    "sm_120": 99,
+}  # KiB a block may have
 
 
 @pytest.mark.parametrize(
     "V, dtype, arch, kernel, cluster",
     [
+        (64, BF16, "sm_75", "packed", 1),
+        (1024, BF16, "sm_75", "packed", 1),
+        (1024, BF16, "sm_80", "warp", 1),
+        (1024, FP32, "sm_86", "packed", 1),
+        (1024, BF16, "sm_89", "packed", 1),
+        (1024, BF16, "sm_120", "packed", 1),
+        (32000, BF16, "sm_75", "held", 1),
+        (32768, BF16, "sm_75", "block", 1),
+        (49000, BF16, "sm_89", "held", 1),
+        (50257, BF16, "sm_89", "block", 1),
+        (49000, BF16, "sm_120", "held", 1),
         (1, BF16, "sm_80", "packed", 1),
         (64, FP64, "sm_90", "packed", 1),
         (65, BF16, "sm_90", "warp", 1),
@@ -37,7 +56,8 @@ def test_plan_of_a_shape(V, dtype, arch, kernel, cluster):
     plan = accumloss.plan(V, dtype, arch=arch)
     assert (plan.kernel, plan.cluster) == (kernel, cluster)
     assert plan.stages == 0 or plan.stages >= 3
-    assert plan.bytes_per_element == dtype.itemsize * (3 if kernel == "block" else 2)
+    again = kernel == "block" and not (arch == "sm_80" and V * dtype.itemsize < 300e3)
+    assert plan.bytes_per_element == dtype.itemsize * (3 if again else 2)
 
 
 def test_plan_fits_every_architecture():
@@ -48,8 +68,59 @@ def test_plan_fits_every_architecture():
                     for aligned in (True, False):
                         plan = accumloss.plan(V, dtype, arch=arch, call=call, aligned=aligned)
                         assert plan.shared_bytes <= kib * 1024
-                        assert plan.threads % 32 == 0 and plan.threads <= 512
+                        assert plan.threads % 32 == 0 and plan.threads <= (1024 if plan.kernel == "block" else 512)
                         assert aligned or call == "backward" or plan.kernel not in ("held", "staged")
+
+
+@pytest.mark.parametrize("dtype", [BF16, FP32, FP64], ids=str)
+def test_plan_gives_long_rows_of_sm_80_a_multiprocessor_each(dtype):
+    """So that 108 rows of V >= 100000 in bf16, and not 216, are in its L2 of 40 MiB when they are visited again."""
+    for V in (20000, 82000, 97000, 100000, 128256, 151936, 262144):
+        alone = 2 * 108 * V * dtype.itemsize > 40 * 2**20
+        plan = accumloss.plan(V, dtype, arch="A100")
+        assert plan.kernel in ("held", "block")
+        if plan.kernel == "block":
+            assert plan.resident == (108 if alone else 216)
+            assert plan.threads == (1024 if alone and dtype != FP64 else 512)
+            assert (plan.bytes_per_element == 2 * dtype.itemsize) == (alone and V * dtype.itemsize * 108 <= 40 * 2**20)
+        assert accumloss.plan(V, dtype, arch="A100", call="forward").threads <= 512
+        assert accumloss.plan(V, dtype, arch="A100", call="backward").threads <= 512
+
+
+# Of a cluster of 4 an H200 holds 32, not 132 / 4: a GPC has 16 or 18 multiprocessors.
+@pytest.mark.parametrize(
+    "arch, V, cluster, resident",
+    [
+        ("H100", 6000, 1, 264),
+        ("H100", 32000, 1, 132),
+        ("H200", 50257, 2, 66),
+        ("H200", 128256, 4, 32),
+        ("H200", 262144, 8, 16),
+        ("B200", 32000, 1, 148),
+        ("B200", 128256, 4, 34),
+        ("B200", 262144, 8, 16),
+        ("T4", 32000, 1, 40),
+        ("A100", 32000, 1, 216),
+        ("RTX 4090", 32000, 1, 128),
+        ("RTX 5090", 4096, 1, 170 * 4),
+        ("RTX 5090", 128256, 1, 170 * 2),
+    ],
+)
+def test_plan_shows_how_many_clusters_a_gpu_runs_at_once(arch, V, cluster, resident):
+    plan = accumloss.plan(V, arch=arch)
+    assert (plan.cluster, plan.resident) == (cluster, resident)
+
+
+def test_plan_of_a_gpu_is_that_of_its_architecture():
+    archs = {"T4": 75, "A100": 80, "RTX 4090": 89, "H100": 90, "H200": 90, "B200": 100, "RTX 5090": 120}
+    for gpu, arch in archs.items():
+        for V in (50, 1000, 4096, 32000, 128256, 262144):
+            for call in ("forward", "backward", "with_grad"):
+                of_arch = accumloss.plan(V, arch=f"sm_{arch}", call=call)
+                assert of_arch.resident is None
+                of_gpu = accumloss.plan(V, arch=gpu, call=call)
+                assert of_gpu._replace(resident=None) == of_arch
+                assert of_gpu.resident > 0
 
 
 def test_plan_of_logits():
@@ -71,7 +142,7 @@ def test_plan_can_be_forced(monkeypatch):
     [
         ({"logits": 0, "arch": "sm_90"}, "V >= 1"),
         ({"logits": 10, "dtype": torch.int64, "arch": "sm_90"}, "floating dtype"),
-        ({"logits": 10, "arch": "hopper"}, 'such as "sm_90"'),
+        ({"logits": 10, "arch": "hopper"}, 'such as "sm_90", or one of A100, B200'),
         ({"logits": 10, "arch": "sm_90", "call": "both"}, "one of forward"),
     ],
 )

@@ -11,15 +11,13 @@
 
 namespace accumloss::cuda {
 
-static Device emulated = {90, 2};
-
 struct Context::State {
   void* memory = nullptr;
 };
 
 Context::Context(int32_t) : state_(std::make_unique<State>()) {}
 Context::~Context() { std::free(state_->memory); }
-Device Context::device() const { return emulated; }
+int Context::capability() const { return emulator::capability(); }
 cudaStream_t Context::stream() const { return nullptr; }
 void* Context::scratch(size_t bytes) {
   state_->memory = std::aligned_alloc(512, (bytes + 511) / 512 * 512);
@@ -31,7 +29,7 @@ void* Context::scratch(size_t bytes) {
 
 namespace {
 
-std::string message;
+thread_local std::string message;
 
 template <typename F>
 const char* guarded(const F& call) {
@@ -71,7 +69,11 @@ const char* emulated_scale(const LogitsView* values, const void* factor) {
 
 int emulated_take_bad_label(int64_t* row, int64_t* label) { return take_bad_label(row, label); }
 void emulated_seed(uint64_t value) { emulator::seed(value); }
-void emulated_device(int capability, int multiprocessors) { cuda::emulated = {capability, multiprocessors}; }
+void emulated_device(int capability, int multiprocessors, int clusters, int missing) {
+  emulator::device(capability, multiprocessors, clusters, missing);
+}
+int64_t emulated_largest_grid() { return emulator::largest_grid(); }
+int64_t emulated_questions() { return emulator::questions(); }
 int64_t emulated_bulk_copies() { return emulator::bulk_copies(); }
 int64_t emulated_inputs_size() { return sizeof(CrossEntropyInputs); }
 

@@ -10,7 +10,6 @@ namespace emulator {
 namespace {
 
 constexpr size_t kStackBytes = 128 * 1024;
-constexpr size_t kMaxShared = 232448;  // the most that a block of any device gets
 constexpr size_t kUnaskedShared = 48 * 1024;
 constexpr size_t kGuardBytes = 4096;
 constexpr unsigned char kPoison = 0xff;  // NaN as float, double, half and bfloat16
@@ -64,7 +63,9 @@ struct Block {
   std::unique_ptr<unsigned char[]> memory;
   unsigned char* shared;
   std::vector<Fiber*> ready[32];  // of each warp
-  std::vector<int> warp_order;
+  int place[32];                  // of each warp in the drawn order of all of the cluster
+  int listed[32];                 // of each warp in ready_warps, or -1
+  int at_collective[32];          // fibers of each warp
   int at_barrier, done;
   std::map<uint64_t*, MbarrierState> mbarriers;
   std::vector<Copy> copies;
@@ -74,11 +75,12 @@ struct Block {
 
 std::mt19937_64 order(0);
 std::vector<std::unique_ptr<Fiber>> fibers;
-std::vector<std::unique_ptr<Block>> blocks;  // of the running cluster
-std::vector<Block*> block_order;
-std::vector<std::pair<Block*, int>> warps;  // those with a ready fiber. The next one is drawn, or,
-bool by_warp;                               // in half of the clusters, the first in an order: some run far ahead
-bool late;                                  // copies land when nothing else can go on; else at any time
+std::vector<std::unique_ptr<Block>> blocks;       // of the running cluster
+std::vector<std::pair<Block*, int>> ready_warps;  // those with a ready fiber. The next one is drawn, or,
+bool by_warp;                                     // in half of the clusters, the first in an order: some run far ahead
+std::vector<std::pair<Block*, int>> drawn_order;  // of the warps
+std::vector<uint64_t> ready_places;               // bits, by the drawn order
+bool late;                                        // copies land when nothing else can go on; else at any time
 // ThreadSanitizer: shared memory and stacks of what ran, kept to the end of the launch. Reused, they would be races.
 std::vector<std::unique_ptr<unsigned char[]>> retired;
 std::vector<std::unique_ptr<char[]>> retired_stacks;
@@ -86,8 +88,15 @@ size_t shared_bytes;
 int at_cluster_barrier;
 char start_token, end_token, cluster_tokens[2];  // for ThreadSanitizer
 void *scheduler_fiber, *copy_fiber;
-int64_t copies_landed;
-std::map<const void*, size_t> asked_shared;  // by kernel
+int64_t copies_landed, most_blocks;
+struct Device {
+  int index = 0, capability = 90, multiprocessors = 2, clusters = -1, missing = 0;
+};
+Device current;
+std::mutex device_mutex;                                     // the device, what is asked of it, and what it has loaded
+std::map<std::pair<int, const void*>, size_t> asked_shared;  // by device and kernel
+int64_t asked;
+std::mutex run_mutex;
 Fiber* running = nullptr;
 const std::function<void()>* body = nullptr;
 Stack scheduler;
@@ -101,21 +110,27 @@ struct Outside {
   ~Outside() { tsan::go_to(self->tsan); }
 };
 
+}  // namespace
+
 std::string describe(const Site& site) {
   const char* const slash = std::strrchr(site.file, '/');
   return std::string(slash ? slash + 1 : site.file) + ":" + std::to_string(site.line) + " " + site.what;
 }
 
+namespace {
 void leave() {
   tsan::go_to(scheduler_fiber);
   switch_stack(running->stack, scheduler);
 }
 
-// Ends the launch: the scheduler does not come back to a fiber after an error.
+}  // namespace
+
 void fail(const std::string& message) {
   if (error.empty()) error = message;
   if (running) leave();
 }
+
+namespace {
 
 std::string where(const Fiber& fiber) {
   return describe(fiber.site) + " (block " + std::to_string(fiber.block->number) + ", thread " +
@@ -138,7 +153,22 @@ void copy_value(void* to, const void* from, int bytes) {
 
 void release(Fiber& fiber) {
   fiber.state = State::kReady;
-  fiber.block->ready[fiber.index.x / 32].push_back(&fiber);
+  Block& block = *fiber.block;
+  const int warp = static_cast<int>(fiber.index.x / 32);
+  block.ready[warp].push_back(&fiber);
+  if (block.listed[warp] >= 0) return;
+  block.listed[warp] = static_cast<int>(ready_warps.size());
+  ready_warps.push_back({&block, warp});
+  ready_places[block.place[warp] / 64] |= uint64_t{1} << block.place[warp] % 64;
+}
+
+void unlist(Block& block, int warp) {
+  const auto last = ready_warps.back();
+  ready_warps[block.listed[warp]] = last;
+  last.first->listed[last.second] = block.listed[warp];
+  ready_warps.pop_back();
+  block.listed[warp] = -1;
+  ready_places[block.place[warp] / 64] &= ~(uint64_t{1} << block.place[warp] % 64);
 }
 
 void start(Fiber& fiber) {
@@ -148,11 +178,14 @@ void start(Fiber& fiber) {
 
 void complete_collective(int warp) {
   const Fiber& here = *running;
+  const int lanes_of_warp = std::min(32, threads - warp * 32);
+  const unsigned present = here.mask & 0xffffffffu >> (32 - lanes_of_warp);
+  if (++here.block->at_collective[warp] < __builtin_popcount(present)) return;  // not all there yet
   Fiber* lanes[32] = {};
   for (int i = 0; i < 32 && warp * 32 + i < threads; ++i) {
     Fiber* const fiber = here.block->threads[warp * 32 + i];
     if (!(here.mask >> i & 1)) continue;
-    if (fiber->state != State::kAtCollective || fiber->mask != here.mask) return;  // not all there yet
+    if (fiber->state != State::kAtCollective || fiber->mask != here.mask) return;
     if (fiber->kind != here.kind || fiber->bytes != here.bytes || fiber->site.line != here.site.line) {
       return fail("divergent warp: lanes of one mask are at " + where(here) + " and at " + where(*fiber));
     }
@@ -185,24 +218,27 @@ void complete_collective(int warp) {
   for (int i = 0; i < 32; ++i) {
     if (!lanes[i]) continue;
     std::memcpy(lanes[i]->value, results[i], 8);
+    --here.block->at_collective[warp];
     release(*lanes[i]);
   }
 }
 
 // Of a warp with ready fibers: any, or the first in the drawn orders. Null: none is ready.
 Fiber* next_fiber() {
-  warps.clear();
-  for (Block* const block : block_order) {
-    for (const int warp : block->warp_order) {
-      if (!block->ready[warp].empty()) warps.push_back({block, warp});
-    }
+  if (ready_warps.empty()) return nullptr;
+  auto [block, warp] = ready_warps[0];
+  if (by_warp) {
+    size_t word = 0;
+    while (ready_places[word] == 0) ++word;
+    std::tie(block, warp) = drawn_order[word * 64 + __builtin_ctzll(ready_places[word])];
+  } else {
+    std::tie(block, warp) = ready_warps[order() % ready_warps.size()];
   }
-  if (warps.empty()) return nullptr;
-  const auto& [block, warp] = warps[by_warp ? 0 : order() % warps.size()];
   std::vector<Fiber*>& from = block->ready[warp];
   std::swap(from[order() % from.size()], from.back());
   Fiber* const fiber = from.back();
   from.pop_back();
+  if (from.empty()) unlist(*block, warp);
   return fiber;
 }
 
@@ -251,15 +287,14 @@ void start_block(Block& block, unsigned number, int rank) {
   block.mbarriers.clear();
   block.copies.clear();
   block.threads.clear();
-  if (tsan::kEnabled) retired.push_back(std::move(block.memory));
+  if (tsan::enabled()) retired.push_back(std::move(block.memory));
   block.memory.reset(new unsigned char[shared_bytes + kGuardBytes + 128]);
   block.shared = block.memory.get() + (128 - reinterpret_cast<uintptr_t>(block.memory.get()) % 128);
   std::memset(block.shared, kPoison, shared_bytes);
   std::memset(block.shared + shared_bytes, kGuard, kGuardBytes - 128);
-  block.warp_order.resize((threads + 31) / 32);
-  std::iota(block.warp_order.begin(), block.warp_order.end(), 0);
-  std::shuffle(block.warp_order.begin(), block.warp_order.end(), order);
   for (auto& fibers_of_warp : block.ready) fibers_of_warp.clear();
+  std::fill(std::begin(block.listed), std::end(block.listed), -1);
+  std::fill(std::begin(block.at_collective), std::end(block.at_collective), 0);
   for (int i = 0; i < threads; ++i) {
     Fiber& fiber = *fibers[rank * threads + i];
     fiber.block = &block;
@@ -267,7 +302,7 @@ void start_block(Block& block, unsigned number, int rank) {
     fiber.site = {"", 0, "start"};
     fiber.barriers = 0;
     fiber.tsan = tsan::create();
-    if (tsan::kEnabled) {
+    if (tsan::enabled()) {
       retired_stacks.push_back(std::move(fiber.memory));
       fiber.memory.reset(new char[kStackBytes]);
     }
@@ -301,13 +336,25 @@ void run_cluster(unsigned first_block, unsigned size) {
   late = order() % 2;
   at_cluster_barrier = 0;
   blocks.resize(size);
-  block_order.clear();
-  for (unsigned i = 0; i < size; ++i) {
-    if (!blocks[i]) blocks[i] = std::make_unique<Block>();
-    start_block(*blocks[i], first_block + i, static_cast<int>(i));
-    block_order.push_back(blocks[i].get());
+  std::vector<Block*> block_order;
+  for (auto& block : blocks) {
+    if (!block) block = std::make_unique<Block>();
+    block_order.push_back(block.get());
   }
   std::shuffle(block_order.begin(), block_order.end(), order);
+  drawn_order.clear();
+  for (Block* const block : block_order) {
+    std::vector<int> warps((threads + 31) / 32);
+    std::iota(warps.begin(), warps.end(), 0);
+    std::shuffle(warps.begin(), warps.end(), order);
+    for (const int warp : warps) {
+      block->place[warp] = static_cast<int>(drawn_order.size());
+      drawn_order.push_back({block, warp});
+    }
+  }
+  ready_warps.clear();
+  ready_places.assign((drawn_order.size() + 63) / 64, 0);
+  for (unsigned i = 0; i < size; ++i) start_block(*blocks[i], first_block + i, static_cast<int>(i));
   for (;;) {
     if (!late && order() % 8 == 0) land();
     if (!error.empty()) return;
@@ -350,6 +397,29 @@ MbarrierState& mbarrier_at(uint64_t* address) {
   return barrier;
 }
 
+// Dynamic shared memory that a block may ask for.
+size_t max_shared(int capability) {
+  switch (capability) {
+    case 75:
+      return 65536;
+    case 80:
+      return 166912;
+    case 86:
+    case 89:
+    case 120:
+      return 101376;
+    default:
+      return 232448;
+  }
+}
+
+// How many clusters run at once: of blocks of half of the registers each, at most.
+int resident(int blocks_of_cluster, size_t bytes) {
+  if (current.clusters >= 0) return current.clusters;
+  const size_t by_shared = (max_shared(current.capability) + 1024) / (bytes + 1024);
+  return current.multiprocessors * static_cast<int>(std::min<size_t>(2, by_shared)) / blocks_of_cluster;
+}
+
 bool in_shared(const Block& block, const void* address, size_t bytes) {
   const auto* const start = static_cast<const unsigned char*>(address);
   return start >= block.shared && start + bytes <= block.shared + shared_bytes;
@@ -361,9 +431,18 @@ int lane() { return static_cast<int>(running->index.x % 32); }
 void seed(uint64_t value) { order.seed(value); }
 unsigned char* dynamic_shared() { return running->block->shared; }
 int64_t bulk_copies() { return std::exchange(copies_landed, 0); }
+int64_t largest_grid() { return std::exchange(most_blocks, 0); }
 int cluster_rank() { return running->block->rank; }
 int cluster_size() { return static_cast<int>(blocks.size()); }
-void ask_shared(const void* kernel, size_t bytes) { asked_shared[kernel] = bytes; }
+void device(int capability, int multiprocessors, int clusters, int missing) {
+  const std::lock_guard<std::mutex> lock(device_mutex);
+  current = {current.index + 1, capability, multiprocessors, clusters, missing};
+}
+int capability() { return current.capability; }
+int64_t questions() {
+  const std::lock_guard<std::mutex> lock(device_mutex);
+  return std::exchange(asked, 0);
+}
 
 void cluster_barrier(Site site) {
   Fiber& self = *running;
@@ -417,6 +496,12 @@ void mbarrier_init(Site site, uint64_t* address, unsigned arrivals) {
     fail(where(self) + ": an mbarrier is 8 aligned bytes of the block's shared memory");
   }
   if (block.mbarriers.count(address)) fail(where(self) + ": the mbarrier was initialised before");
+  const int most = resident(static_cast<int>(blocks.size()), shared_bytes);
+  const int launched = static_cast<int>(gridDim.x / blocks.size());
+  if (launched > most) {
+    fail(where(self) + ": a persistent grid of " + std::to_string(launched) + " clusters, of which " +
+         std::to_string(most) + " run at once");
+  }
   MbarrierState barrier;
   barrier.count = barrier.pending = arrivals;
   barrier.initialiser = static_cast<int>(self.index.x);
@@ -551,6 +636,7 @@ void collective(Site site, Collective kind, unsigned mask, void* value, int byte
 }
 
 cudaError_t run(const cudaLaunchConfig_t& config, const void* kernel, const std::function<void()>& thread) {
+  const std::lock_guard<std::mutex> lock(run_mutex);
   gridDim = config.gridDim;
   blockDim = config.blockDim;
   threads = static_cast<int>(blockDim.x);
@@ -560,13 +646,18 @@ cudaError_t run(const cudaLaunchConfig_t& config, const void* kernel, const std:
   for (unsigned i = 0; i < config.numAttrs; ++i) {
     if (config.attrs[i].id == cudaLaunchAttributeClusterDimension) cluster = config.attrs[i].val.clusterDim.x;
   }
-  const size_t allowed = asked_shared.count(kernel) ? asked_shared[kernel] : kUnaskedShared;
+  size_t allowed = kUnaskedShared;
+  {
+    const std::lock_guard<std::mutex> device_lock(device_mutex);
+    const auto found = asked_shared.find({current.index, kernel});
+    if (found != asked_shared.end()) allowed = found->second;
+  }
   if (blockDim.y != 1 || blockDim.z != 1 || gridDim.y != 1 || gridDim.z != 1 || threads < 1 || threads > 1024 ||
-      gridDim.x < 1 || shared_bytes > allowed || allowed > kMaxShared || cluster < 1 || cluster > 8 ||
-      gridDim.x % cluster != 0) {
+      gridDim.x < 1 || shared_bytes > allowed || cluster < 1 || cluster > 8 || gridDim.x % cluster != 0) {
     return cudaErrorInvalidConfiguration;
   }
   body = &thread;
+  most_blocks = std::max<int64_t>(most_blocks, gridDim.x);
   while (fibers.size() < threads * static_cast<size_t>(cluster)) {
     fibers.push_back(std::make_unique<Fiber>());
     fibers.back()->memory.reset(new char[kStackBytes]);
@@ -596,7 +687,86 @@ cudaError_t run(const cudaLaunchConfig_t& config, const void* kernel, const std:
 extern "C" {
 
 const char* cudaGetErrorString(cudaError_t error) {
-  return error == cudaErrorInvalidConfiguration ? "invalid configuration argument" : "error";
+  switch (error) {
+    case cudaErrorInvalidConfiguration:
+      return "invalid configuration argument";
+    case cudaErrorInvalidValue:
+      return "invalid argument";
+    case cudaErrorNoKernelImageForDevice:
+      return "no kernel image is available for execution on the device";
+    default:
+      return "error";
+  }
+}
+
+cudaError_t cudaGetLastError() { return cudaSuccess; }
+
+cudaError_t cudaGetDevice(int* device) {
+  const std::lock_guard<std::mutex> lock(emulator::device_mutex);
+  *device = emulator::current.index;
+  return cudaSuccess;
+}
+
+cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int) {
+  const std::lock_guard<std::mutex> lock(emulator::device_mutex);
+  switch (attribute) {
+    case cudaDevAttrComputeCapabilityMajor:
+      *value = emulator::current.capability / 10;
+      return cudaSuccess;
+    case cudaDevAttrComputeCapabilityMinor:
+      *value = emulator::current.capability % 10;
+      return cudaSuccess;
+    case cudaDevAttrMultiProcessorCount:
+      *value = emulator::current.multiprocessors;
+      return cudaSuccess;
+    case cudaDevAttrMaxSharedMemoryPerBlockOptin:
+      *value = static_cast<int>(emulator::max_shared(emulator::current.capability));
+      return cudaSuccess;
+    default:
+      return cudaErrorInvalidValue;
+  }
+}
+
+cudaError_t cudaFuncGetAttributes(cudaFuncAttributes* attributes, const void*) {
+  const std::lock_guard<std::mutex> lock(emulator::device_mutex);
+  ++emulator::asked;
+  if (emulator::current.missing != 0) {
+    if (emulator::current.missing > 0) --emulator::current.missing;
+    return cudaErrorNoKernelImageForDevice;
+  }
+  *attributes = {};
+  return cudaSuccess;
+}
+
+// A limit that is lowered may be another host thread's, whose launch is about to follow.
+cudaError_t cudaFuncSetAttribute(const void* kernel, cudaFuncAttribute attribute, int value) {
+  const std::lock_guard<std::mutex> lock(emulator::device_mutex);
+  const auto bytes = static_cast<size_t>(value);
+  if (attribute != cudaFuncAttributeMaxDynamicSharedMemorySize) return cudaErrorInvalidValue;
+  if (bytes > emulator::max_shared(emulator::current.capability)) return cudaErrorInvalidValue;
+  size_t& before = emulator::asked_shared[{emulator::current.index, kernel}];
+  if (bytes < before) {
+    throw std::runtime_error("emulator: cudaFuncSetAttribute lowers the shared memory of a kernel from " +
+                             std::to_string(before) + " to " + std::to_string(bytes) +
+                             " bytes; another host thread may have asked for them");
+  }
+  before = bytes;
+  return cudaSuccess;
+}
+
+cudaError_t cudaOccupancyMaxActiveBlocksPerMultiprocessor(int* blocks, const void*, int, size_t bytes) {
+  const std::lock_guard<std::mutex> lock(emulator::device_mutex);
+  ++emulator::asked;
+  *blocks = emulator::resident(1, bytes) / emulator::current.multiprocessors;
+  return cudaSuccess;
+}
+
+cudaError_t cudaOccupancyMaxActiveClusters(int* clusters, const void*, const cudaLaunchConfig_t* config) {
+  const std::lock_guard<std::mutex> lock(emulator::device_mutex);
+  ++emulator::asked;
+  if (config->numAttrs != 1 || config->attrs[0].id != cudaLaunchAttributeClusterDimension) return cudaErrorInvalidValue;
+  *clusters = emulator::resident(static_cast<int>(config->attrs[0].val.clusterDim.x), config->dynamicSmemBytes);
+  return cudaSuccess;
 }
 
 cudaError_t cudaHostAlloc(void** pointer, size_t bytes, unsigned) {
@@ -605,16 +775,5 @@ cudaError_t cudaHostAlloc(void** pointer, size_t bytes, unsigned) {
 }
 
 cudaError_t cudaThreadExchangeStreamCaptureMode(cudaStreamCaptureMode*) { return cudaSuccess; }
-
-#if !defined(EMULATOR_SANITIZED)
-// What -fsanitize=alignment calls: a load or store at an address that the type does not allow.
-struct AlignmentSite {
-  const char* file;
-  uint32_t line, column;
-};
-void __ubsan_handle_type_mismatch_v1(const AlignmentSite* site, uintptr_t) {
-  emulator::fail(emulator::describe({site->file, static_cast<int>(site->line), "misaligned access"}));
-}
-#endif
 
 }  // extern "C"

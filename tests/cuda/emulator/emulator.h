@@ -21,6 +21,7 @@
 #include <random>
 #include <stdexcept>
 #include <string>
+#include <tuple>
 #include <utility>
 #include <vector>
 
@@ -54,6 +55,10 @@ struct Site {
   const char* what;
 };
 
+std::string describe(const Site& site);
+// Ends the launch with an error: the scheduler does not come back to a fiber after one.
+void fail(const std::string& message);
+
 int barrier(Site site, int predicate);  // the disjunction of the predicates
 
 enum class Collective { kShuffle, kAny, kAll, kBallot, kSync };
@@ -63,12 +68,20 @@ void collective(Site site, Collective kind, unsigned mask, void* value, int byte
 int lane();
 void seed(uint64_t value);
 
+// Any host thread may launch; the kernels themselves run one after the other.
 cudaError_t run(const cudaLaunchConfig_t& config, const void* kernel, const std::function<void()>& thread);
-void ask_shared(const void* kernel, size_t bytes);
+
+// Goes to a new device. clusters: how many clusters of a grid run at once, whatever the grid; a grid of a kernel with
+// mbarriers may have no more. -1: as many as fit on its multiprocessors. missing: how many kernels, those that are
+// loaded first, the build has no image of; -1: all.
+void device(int capability, int multiprocessors, int clusters, int missing);
+int capability();
+int64_t questions();              // of kernels and of clusters to the device, since the last call
 unsigned char* dynamic_shared();  // of the running block
 int cluster_rank();
 int cluster_size();
-int64_t bulk_copies();  // since the last call
+int64_t bulk_copies();   // since the last call
+int64_t largest_grid();  // in blocks, since the last call
 
 template <typename T>
 T shuffle(Site site, unsigned mask, T value, int source_lane) {
@@ -117,6 +130,7 @@ T atomic_max(T* address, T value) {
   ::emulator::shuffle(EMULATOR_SITE("__shfl_down_sync"), mask, value, \
                       ::emulator::lane() + (int)(delta) < 32 ? ::emulator::lane() + (int)(delta) : ::emulator::lane())
 #define __expf(x) ::emulator::fast_exp(x)
+#define __stcs(address, value) ((void)(*(address) = (value)))
 #define atomicAdd(address, value) ::emulator::atomic_add(address, value)
 #define atomicMax(address, value) ::emulator::atomic_max(address, value)
 
@@ -126,18 +140,15 @@ cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* config, void (*kernel)(
                                Arguments&&... arguments) {
   return emulator::run(*config, reinterpret_cast<const void*>(kernel), [&] { kernel(arguments...); });
 }
-template <typename Kernel>
-cudaError_t cudaFuncSetAttribute(Kernel* kernel, cudaFuncAttribute, int bytes) {
-  emulator::ask_shared(reinterpret_cast<const void*>(kernel), bytes);
-  return cudaSuccess;
-}
-template <typename Kernel>
-cudaError_t cudaFuncGetAttributes(cudaFuncAttributes*, Kernel*) {
-  return cudaSuccess;
-}
-inline cudaError_t cudaGetLastError() { return cudaSuccess; }
 extern "C" {
 const char* cudaGetErrorString(cudaError_t error);
+cudaError_t cudaGetLastError();
+cudaError_t cudaGetDevice(int* device);
+cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int device);
+cudaError_t cudaFuncGetAttributes(cudaFuncAttributes* attributes, const void* kernel);
+cudaError_t cudaFuncSetAttribute(const void* kernel, cudaFuncAttribute attribute, int value);
+cudaError_t cudaOccupancyMaxActiveBlocksPerMultiprocessor(int* blocks, const void* kernel, int threads, size_t bytes);
+cudaError_t cudaOccupancyMaxActiveClusters(int* clusters, const void* kernel, const cudaLaunchConfig_t* config);
 cudaError_t cudaHostAlloc(void** pointer, size_t bytes, unsigned flags);
 cudaError_t cudaThreadExchangeStreamCaptureMode(cudaStreamCaptureMode* mode);
 }

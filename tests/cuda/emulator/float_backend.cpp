@@ -1,7 +1,6 @@
-// The backend for float alone, in the place of cross_entropy.cu and staged.cu: the tests that plant a fault compile it
-// for each. They take the other two instantiations out of the copy of staged.cu.
+// The backend for float alone, in the place of cross_entropy.cu: the tests that plant a fault compile it for each. They
+// take the other two instantiations out of their copy of staged.cu.
 #include "launchers.cuh"
-#include "staged.cu"
 
 namespace accumloss {
 

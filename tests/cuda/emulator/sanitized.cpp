@@ -1,9 +1,11 @@
 // Every plan on a small case, as a program: under -fsanitize=thread or address,undefined it reports races and accesses
 // outside of what was allocated. It looks at no value; the tests in Python do.
+#include <atomic>
 #include <cmath>
 #include <cstdio>
 #include <cstdlib>
 #include <memory>
+#include <thread>
 #include <vector>
 
 #include "cross_entropy.h"
@@ -17,12 +19,12 @@ const char* emulated_backward(const CrossEntropyInputs*, const double*, const vo
 const char* emulated_forward_with_grad(const CrossEntropyInputs*, const CrossEntropySums*, const void*,
                                        const LogitsView*);
 const char* emulated_scale(const LogitsView*, const void*);
-void emulated_device(int capability, int multiprocessors);
+void emulated_device(int capability, int multiprocessors, int clusters, int missing);
 }
 
 namespace {
 
-int failures = 0;
+std::atomic<int> failures{0};
 
 void report(const char* plan, int64_t V, const char* error) {
   if (error == nullptr) return;
@@ -31,8 +33,7 @@ void report(const char* plan, int64_t V, const char* error) {
 }
 
 // offset: floats before the first logit; the allocation ends with the last one.
-void run(const char* plan, int64_t B, int64_t T, int64_t V, int64_t offset, bool metrics) {
-  setenv("ACCUMLOSS_CUDA_PLAN", plan, 1);
+void call_all(const char* plan, int64_t B, int64_t T, int64_t V, int64_t offset, bool metrics) {
   const int64_t count = B * T * V;
   const std::unique_ptr<float[]> logits(new float[count + offset]), gradient(new float[count + offset]);
   for (int64_t i = 0; i < count; ++i) logits[offset + i] = static_cast<float>(std::sin(0.37 * static_cast<double>(i)));
@@ -56,10 +57,15 @@ void run(const char* plan, int64_t B, int64_t T, int64_t V, int64_t offset, bool
   report(plan, V, emulated_forward_with_grad(&inputs, &sums, &grad, &inputs.logits));
 }
 
+void run(const char* plan, int64_t B, int64_t T, int64_t V, int64_t offset, bool metrics) {
+  setenv("ACCUMLOSS_CUDA_PLAN", plan, 1);
+  call_all(plan, B, T, V, offset, metrics);
+}
+
 }  // namespace
 
 int main() {
-  emulated_device(90, 0);  // one cluster, so that its stages are used again
+  emulated_device(90, 1, 1, 0);  // one cluster, so that its stages are used again
   emulator::seed(1);
   run("staged:1", 1, 12, 1101, 1, false);
   run("staged:2", 2, 7, 603, 3, true);
@@ -68,5 +74,11 @@ int main() {
   run("block", 1, 2, 1101, 1, true);
   run("warp", 1, 5, 515, 1, false);
   run("packed", 1, 9, 61, 1, true);
+  // Host threads whose first calls are of the same kernels, with shared memory that has to be asked for.
+  unsetenv("ACCUMLOSS_CUDA_PLAN");
+  emulated_device(80, 2, -1, 0);
+  std::thread other([] { call_all("two host threads", 1, 1, 12400, 0, false); });
+  call_all("two host threads", 1, 1, 13400, 1, false);
+  other.join();
   return failures == 0 ? 0 : 1;
 }

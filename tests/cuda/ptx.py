@@ -1,0 +1,169 @@
+"""What the machine code of the kernels has to look like, read off their PTX: whole 16-byte accesses in the loops.
+
+A vector that the compiler has taken apart costs four instructions instead of one, each of which touches all of the
+sectors; no value shows it.
+"""
+
+from __future__ import annotations
+
+import itertools
+import re
+from typing import NamedTuple
+
+LABEL = re.compile(r"\s*(\$\w+):")
+BRANCH = re.compile(r"\bbra(?:\.uni)?\s+(\$\w+);")
+VECTOR = 16  # bytes
+SIZES = {"8": 1, "16": 2, "32": 4, "64": 8, "128": 16}
+
+
+class Access(NamedTuple):
+    """A load or store."""
+
+    line: int
+    kind: str  # ld or st
+    space: str  # global, shared, ..., or "" where the compiler does not know
+    bytes: int
+    vector: bool
+    base: str
+    offset: int
+
+
+class Kernel(NamedTuple):
+    """The body of one entry function."""
+
+    name: str
+    lines: list[str]
+
+    def _blocks(self) -> list[tuple[range, list[str], bool]]:
+        """Lines of each basic block, the labels that it may branch to, and whether it may go on to the next."""
+        begins = [0, *(n for n, line in enumerate(self.lines) if LABEL.match(line))]
+        begins += [n + 1 for n, line in enumerate(self.lines) if BRANCH.search(line)]
+        cuts = sorted({*begins, len(self.lines)})
+        found = []
+        for begin, end in itertools.pairwise(cuts):
+            lines = self.lines[begin:end]
+            targets = [branch[1] for line in lines if (branch := BRANCH.search(line))]
+            last = lines[-1].strip()
+            ends = (bool(targets) and not last.startswith("@")) or re.match(r"(ret|exit|trap);", last) is not None
+            found.append((range(begin, end), targets, not ends))
+        return found
+
+    def loops(self) -> dict[int, set[int]]:
+        """First line of each loop -> its lines, wherever the compiler has put them: all from which a branch back to the
+        first is reached without passing it."""
+        blocks = self._blocks()
+        at_label = {
+            LABEL.match(self.lines[b[0].start])[1]: i
+            for i, b in enumerate(blocks)
+            if LABEL.match(self.lines[b[0].start])
+        }  # type: ignore[index]
+        before: dict[int, set[int]] = {i: set() for i in range(len(blocks))}
+        for i, (_, targets, goes_on) in enumerate(blocks):
+            for after in [
+                *(at_label[t] for t in targets if t in at_label),
+                *([i + 1] if goes_on and i + 1 < len(blocks) else []),
+            ]:
+                before[after].add(i)
+        found: dict[int, set[int]] = {}
+        for head in range(len(blocks)):
+            inside = {head}
+            waiting = [i for i in before[head] if i >= head]  # as the compiler lays it out, a loop begins with its head
+            while waiting:
+                block = waiting.pop()
+                if block not in inside:
+                    inside.add(block)
+                    waiting += before[block]
+            if any(i >= head for i in before[head]):
+                found[blocks[head][0].start] = {line for i in inside for line in blocks[i][0]}
+        return found
+
+    def inner_loops(self) -> list[set[int]]:
+        """Those without another loop in them."""
+        loops = self.loops()
+        return [lines for head, lines in loops.items() if not any(other in lines for other in loops if other != head)]
+
+    def accesses(self) -> list[Access]:
+        """All loads and stores of registers, in their order."""
+        found = []
+        pattern = (
+            r"\b(ld|st)((?:\.[a-z_]+(?:::\w+)*)*?)(?:\.(v\d))?\.[a-z](\d+)\s+(?:\{[^}]*\}|[^\[]*?),?\s*"
+            r"\[([%\w$]+)(?:\+(-?\d+))?\]"
+        )
+        for number, line in enumerate(self.lines):
+            if access := re.search(pattern, line):
+                kind, modifiers, vector, bits, base, offset = access.groups()
+                space = next((s for s in ("global", "shared", "param", "local", "const") if f".{s}" in modifiers), "")
+                size = SIZES[bits] * (int(vector[1:]) if vector else 1)
+                found.append(Access(number, kind, space, size, bool(vector), base, int(offset or 0)))
+        return found
+
+
+def kernels(ptx: str) -> dict[str, Kernel]:
+    """The entry functions of a PTX file, by their mangled names."""
+    found = {}
+    for part in re.split(r"^(?=\.(?:visible|weak|func|entry|extern))", ptx, flags=re.MULTILINE):
+        if entry := re.match(r"[.\w\s]*?\.entry\s+(\w+)\(", part):
+            found[entry[1]] = Kernel(entry[1], part.splitlines())
+    return found
+
+
+def split_vectors(kernel: Kernel) -> list[str]:
+    """Stores that are the parts of one 16-byte vector: to one base, one after the other, in an innermost loop."""
+    found = []
+    for loop in kernel.inner_loops():
+        run: list[Access] = []
+        for store in [a for a in kernel.accesses() if a.line in loop and a.kind == "st" and a.space in ("global", "")]:
+            follows = run and (store.base, store.offset) == (run[-1].base, run[-1].offset + run[-1].bytes)
+            run = [*run, store] if follows and store.bytes in (4, 8) else [store]
+            if len(run) > 1 and sum(access.bytes for access in run) == VECTOR:
+                parts = ", ".join(f"[{access.base}+{access.offset}]" for access in run)
+                found.append(f"one vector is stored as {len(run)} of {run[0].bytes} bytes: {parts}")
+                run = []
+    return found
+
+
+def whole_vectors(kernel: Kernel, kind: str, space: str) -> int:
+    """16-byte loads or stores of a space in the loops that have no other in them."""
+    loops = kernel.inner_loops()
+    return sum(
+        access.vector and access.bytes == VECTOR and (access.kind, access.space) == (kind, space)
+        for access in kernel.accesses()
+        if any(access.line in loop for loop in loops)
+    )
+
+
+def has_bulk_copy(kernel: Kernel) -> bool:
+    """Whether a loop starts copies from global to shared memory."""
+    loops = kernel.loops().values()
+    copies = [n for n, line in enumerate(kernel.lines) if re.search(r"\bcp\.async\.bulk\.shared\S*\.global\.", line)]
+    return any(number in loop for number in copies for loop in loops)
+
+
+def faults(name: str, kernel: Kernel) -> list[str]:
+    """What is not as meant.
+
+    Args:
+        name: demangled, as ``staged_kernel<__nv_bfloat16, false, true>``.
+    """
+    family, _, rest = name.partition("_kernel<")
+    flags = re.findall(r"true|false", rest)
+    is_staged, is_scale = family == "staged", family == "scale"
+    is_forward = family.startswith("forward")
+    is_held = family == "forward_block" and flags[2] == "true"
+    has_grad = (
+        family.startswith("backward")
+        or is_scale
+        or ((is_staged or is_forward) and flags[1 - ("tile" in family)] == "true")
+    )
+    if family == "sum_partials":
+        return []
+    found = split_vectors(kernel)
+    if has_grad and not whole_vectors(kernel, "st", "global"):
+        found.append("no 16-byte store to global memory in a loop")
+    if not is_staged and not whole_vectors(kernel, "ld", "global"):
+        found.append("no 16-byte load from global memory in a loop")
+    if (is_staged or is_held) and not whole_vectors(kernel, "ld", "shared"):
+        found.append("no 16-byte load from shared memory in a loop")
+    if is_staged and not has_bulk_copy(kernel):
+        found.append("no bulk copy from global to shared memory in a loop")
+    return found
