@@ -3,4 +3,7 @@
 import pathlib
 import sys
 
+import pytest
+
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent))
+pytest.register_assert_rewrite("emulated_checks")  # its asserts say what they compared

@@ -253,7 +253,7 @@ def test_emulated_catches_planted_fault(fault):
     library = emulated.build_float(patches, staged)
     with pytest.raises((AssertionError, RuntimeError, pytest.fail.Exception)) as caught:
         check_faulty(library, staged)
-    print(f"{fault}: {str(caught.value).splitlines()[0]}")
+    print(f"{fault}: {(str(caught.value).splitlines() or [repr(caught.value)])[0]}")
 
 
 @pytest.mark.slow("a minute of g++ each; the faults of the fast tier show as values or errors of the emulator")
