@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import functools
 import sys
-import weakref
 from collections.abc import Callable
 from types import ModuleType
 from typing import Any
@@ -18,6 +17,7 @@ import torch
 
 from . import heads
 from . import step as steps
+from .registration import Names, registration
 
 # Means over the tokens that pass through a router, coupled over them: no split of them is exact. Each micro-batch's weighs
 # as much as its tokens do in the step.
@@ -26,50 +26,40 @@ ROUTER_LOSSES = ("load_balancing_loss_func", "router_z_loss_func")
 CRITERIA = "transformers.loss.loss_"  # of detection: classes that LOSS_MAPPING's functions make
 PREFIXES = ("transformers.", "transformers_modules.")  # the latter: code that comes with a checkpoint
 
-_models: weakref.WeakSet[Any] = weakref.WeakSet()  # whose modules have been seen
-_seen: set[str] = set()  # modules
-_bound: list[tuple[Any, str, Any, Any]] = []  # module or class, name, theirs, ours
-_loss_modules: weakref.WeakSet[Any] = weakref.WeakSet()  # loss modules that a model made when it was built
-
 
 def rebind_modules_of(model: Any) -> None:
     """Rebinds the modeling modules that a model's classes come from, those of its parts included."""
-    if model in _models:
+    patches = registration.names
+    if model in patches.objects:
         return
-    _models.add(model)
+    patches.objects.add(model)
     for part in model.modules():
-        _replace_class(part)
+        _replace_class(patches, part)
         for value in vars(part).values():
             for entry in value.values() if isinstance(value, dict) else ():
-                _replace_class(entry)  # losses by name, in a dictionary that is no ModuleDict
+                _replace_class(patches, entry)  # losses by name, in a dictionary that is no ModuleDict
     names = {cls.__module__ for part in model.modules() for cls in type(part).__mro__}
     names |= {name for name in sys.modules if name.startswith(CRITERIA) and not name.endswith(".loss_utils")}
-    for name in names - _seen:
-        _seen.add(name)
+    for name in names - patches.modules:
+        patches.modules.add(name)
         module = sys.modules.get(name)
         if module is None or not name.startswith(PREFIXES):
             continue
         for bound_as, theirs in list(vars(module).items()):
             ours = _replacement(bound_as, theirs)
             if ours is not None:
-                _bind(module, bound_as, theirs, ours)
+                patches.bind(module, bound_as, ours)
             elif isinstance(theirs, type) and theirs.__module__ == name:
                 for method, wrap in METHODS.items():
                     function = vars(theirs).get(method)
                     if function is not None and (method != "get_loss" or "num_boxes" in function.__code__.co_varnames):
-                        _bind(theirs, method, function, wrap(function))
+                        patches.bind(theirs, method, wrap(function))
 
 
-def _replace_class(loss: Any) -> None:
+def _replace_class(patches: Names, loss: Any) -> None:
     ours = heads.CLASSES.get(type(loss).__name__)
     if ours is not None and type(loss) is getattr(torch.nn, ours.__name__):
-        loss.__class__ = ours
-        _loss_modules.add(loss)
-
-
-def _bind(owner: Any, name: str, theirs: Any, ours: Any) -> None:
-    setattr(owner, name, ours)
-    _bound.append((owner, name, theirs, ours))
+        patches.bind(loss, "__class__", ours)
 
 
 def _replacement(name: str, theirs: Any) -> Any:
@@ -102,19 +92,6 @@ def _copy(module: ModuleType, changed: dict[str, Any]) -> ModuleType:
     vars(copy).update(vars(module))
     vars(copy).update(changed)
     return copy
-
-
-def restore_modules() -> None:
-    """Gives every module the very same objects back; a name that somebody bound again since stays."""
-    for module, name, theirs, ours in _bound:
-        if module.__dict__.get(name) is ours:
-            setattr(module, name, theirs)
-    for loss in _loss_modules:
-        loss.__class__ = getattr(torch.nn, type(loss).__name__)
-    _loss_modules.clear()
-    _bound.clear()
-    _seen.clear()
-    _models.clear()
 
 
 def _times(share: Callable[[steps.Step], Any]) -> Callable[[Callable[..., Any]], Callable[..., Any]]:

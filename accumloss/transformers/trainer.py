@@ -19,7 +19,6 @@ from __future__ import annotations
 import functools
 import inspect
 import warnings
-import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -31,6 +30,7 @@ from ..sums import TokenSums
 from . import evaluation as evaluations
 from . import hook, losses, mapping, rebind
 from . import step as steps
+from .registration import Patches, registration
 from .settings import settings
 
 METHODS = (
@@ -43,13 +43,7 @@ METHODS = (
     "log",
 )
 
-_originals: dict[str, Callable[..., Any]] = {}  # transformers' own methods, while ours are in their place
-_original_loss: Any = None  # transformers.trainer.ForCausalLMLoss
-_covers_all = False  # every model, or only those whose loss_function is ours
-_origins: weakref.WeakKeyDictionary[Any, dict[Any, steps.Origin]] = weakref.WeakKeyDictionary()
-_windows: weakref.WeakKeyDictionary[Any, Window] = weakref.WeakKeyDictionary()
-_warned: weakref.WeakSet[Any] = weakref.WeakSet()
-_metrics: weakref.WeakKeyDictionary[Any, Metrics] = weakref.WeakKeyDictionary()
+_originals: dict[str, Callable[..., Any]] = {}  # transformers' own methods, from the first time ours took their place
 
 
 class Window:
@@ -58,6 +52,20 @@ class Window:
     def __init__(self, batches: Sequence[Mapping[str, Any]]):
         self.batches = batches
         self.totals: dict[steps.Rule, torch.Tensor] = {}
+
+
+class State:
+    """What is known of one Trainer."""
+
+    def __init__(self) -> None:
+        self.window: Window | None = None
+        self.origins: dict[Any, steps.Origin] = {}  # of the labels of earlier calls
+        self.metrics: Metrics | None = None
+        self.warned: set[str] = set()
+
+
+def state_of(trainer: Any) -> State:
+    return registration.trainers.setdefault(trainer, State())
 
 
 class Metrics:
@@ -96,54 +104,31 @@ def _sum_over_ranks(trainer: Any, sums: torch.Tensor) -> torch.Tensor:
 # Putting the methods in place ---------------------------------------------------------------------------------------
 
 
-def install(covers_all: bool) -> None:
+def install(patches: Patches) -> None:
     """Wraps the methods. Raises RuntimeError, and changes nothing, where transformers has not got them."""
-    global _covers_all, _original_loss
+    if patches:
+        return
+    cls = _trainer_module().Trainer
+    missing = [name for name in METHODS if not callable(getattr(cls, name, None))]
+    if missing:
+        raise RuntimeError(
+            f"register_with_transformers: expected transformers.Trainer to have {', '.join(missing)}, got a "
+            "transformers that does not; transformers 4.57 to 5.24 are supported"
+        )
+    for name in METHODS:
+        ours = globals()[name]
+        if name in patches.stayed and getattr(cls, name) is not _originals[name]:
+            continue  # somebody has wrapped ours, and goes on calling it
+        if getattr(cls, name) is not ours:
+            _originals[name] = getattr(cls, name)
+        patches.bind(cls, name, ours)
+
+
+def install_name(patches: Patches) -> None:
+    """trainer asks ``LOSS_MAPPING.get(...) is ForCausalLMLoss``, by a name of its own."""
     module = _trainer_module()
-    if not _originals:
-        missing = [name for name in METHODS if not callable(getattr(module.Trainer, name, None))]
-        if missing:
-            raise RuntimeError(
-                f"register_with_transformers: expected transformers.Trainer to have {', '.join(missing)}, got a "
-                "transformers that does not; transformers 4.57 to 5.24 are supported"
-            )
-        for name in METHODS:
-            _originals[name] = getattr(module.Trainer, name)
-            setattr(module.Trainer, name, globals()[name])
-    if covers_all and not _covers_all and hasattr(module, "ForCausalLMLoss"):
-        # trainer asks `LOSS_MAPPING.get(...) is ForCausalLMLoss`, by a name of its own
-        _original_loss = module.ForCausalLMLoss
-        module.ForCausalLMLoss = losses.causal_lm_loss
-    _covers_all = _covers_all or covers_all
-
-
-def uncover_all() -> None:
-    """Back to the models that are registered one by one."""
-    global _covers_all, _original_loss
-    if _original_loss is not None:
-        module = _trainer_module()
-        if module.ForCausalLMLoss is losses.causal_lm_loss:
-            module.ForCausalLMLoss = _original_loss
-    _covers_all, _original_loss = False, None
-
-
-def uninstall() -> None:
-    """Restores the very same methods. One that somebody wrapped after us stays, and goes on calling the original."""
-    uncover_all()
-    rebind.restore_modules()
-    trainer = _trainer_module().Trainer
-    for name, original in _originals.items():
-        if getattr(trainer, name) is globals()[name]:
-            setattr(trainer, name, original)
-    _uninstalled.update(_originals)
-    _originals.clear()
-
-
-_uninstalled: dict[str, Callable[..., Any]] = {}
-
-
-def _original(name: str) -> Callable[..., Any]:
-    return _originals.get(name) or _uninstalled[name]
+    if hasattr(module, "ForCausalLMLoss"):
+        patches.bind(module, "ForCausalLMLoss", losses.causal_lm_loss)
 
 
 def _trainer_module() -> Any:
@@ -169,12 +154,14 @@ def base_model(trainer: Any) -> Any:
 
 def is_covered(trainer: Any) -> bool:
     """Whether the step of this Trainer is ours to count."""
-    if not _originals:
+    if not registration.is_active:
         return False
     config = getattr(trainer.accelerator, "parallelism_config", None)
     if config is not None and getattr(config, "sp_enabled", False) and getattr(config, "sp_backend", "") == "deepspeed":
         return False  # counts its own tokens, and divides by them
-    return _covers_all or losses.underlying(mapping.loss_of(base_model(trainer))) is not None
+    if registration.covers_all:
+        return True
+    return registration.is_active and losses.underlying(mapping.loss_of(base_model(trainer))) is not None
 
 
 def shifts_labels(model: Any) -> bool:
@@ -246,9 +233,9 @@ def is_taken_as_scaled(trainer: Any, num_items_in_batch: Any) -> bool:
 
 
 def get_batch_samples(self: Any, *args: Any, **kwargs: Any) -> Any:
-    batch_samples, num_items_in_batch = _original("get_batch_samples")(self, *args, **kwargs)
+    batch_samples, num_items_in_batch = _originals["get_batch_samples"](self, *args, **kwargs)
     if is_covered(self):
-        window = _windows[self] = Window(batch_samples)
+        window = state_of(self).window = Window(batch_samples)
         is_ours = type(self)._get_num_items_in_batch is _get_num_items_in_batch
         if is_ours and isinstance(num_items_in_batch, torch.Tensor) and num_items_in_batch.dim() == 0:
             # counted just now, over all ranks: the usual loss needs no second count
@@ -257,7 +244,7 @@ def get_batch_samples(self: Any, *args: Any, **kwargs: Any) -> Any:
 
 
 def _get_num_items_in_batch(self: Any, batch_samples: list, device: torch.device) -> Any:
-    original = _original("_get_num_items_in_batch")
+    original = _originals["_get_num_items_in_batch"]
     if not is_covered(self) or not all(isinstance(b, Mapping) and "labels" in b for b in batch_samples):
         return original(self, batch_samples, device)
     model = base_model(self)
@@ -270,13 +257,15 @@ def _get_num_items_in_batch(self: Any, batch_samples: list, device: torch.device
 
 
 def training_step(self: Any, model: Any, inputs: Any, num_items_in_batch: Any = None, *args: Any, **kwargs: Any) -> Any:
-    original = _original("training_step")
+    original = _originals["training_step"]
     if not is_covered(self):
         return original(self, model, inputs, num_items_in_batch, *args, **kwargs)
     rebind.rebind_modules_of(base_model(self))
     step = make_step(self, inputs, num_items_in_batch)
     if settings.metrics:
-        step.observer = _metrics.setdefault(self, Metrics())
+        state = state_of(self)
+        state.metrics = state.metrics or Metrics()
+        step.observer = state.metrics
     with steps.entered(step):
         loss = original(self, model, inputs, num_items_in_batch, *args, **kwargs)
     warn_of_bypass(self, step)
@@ -285,7 +274,7 @@ def training_step(self: Any, model: Any, inputs: Any, num_items_in_batch: Any = 
 
 def make_step(trainer: Any, inputs: Mapping[str, Any], num_items_in_batch: Any) -> steps.Step:
     """The step around one micro-batch, as it is for a compute_loss that is not Trainer's own."""
-    window = _windows.get(trainer)
+    window = state_of(trainer).window
     if window is None or not any(batch is inputs for batch in window.batches):
         # not prefetched by Trainer: of the others nothing is known, and what they are called with counts
         window = Window([])
@@ -298,7 +287,7 @@ def make_step(trainer: Any, inputs: Mapping[str, Any], num_items_in_batch: Any) 
         expected_grad=1.0 / micro_batches,
         over_ranks=lambda total: over_ranks(trainer, total),
         totals=window.totals,
-        origins=_origins.setdefault(trainer, {}),
+        origins=state_of(trainer).origins,
         gathers=trainer.args.average_tokens_across_devices and trainer.args.world_size > 1,
     )
     if isinstance(inputs, Mapping) and isinstance(inputs.get("labels"), torch.Tensor):
@@ -309,7 +298,7 @@ def make_step(trainer: Any, inputs: Mapping[str, Any], num_items_in_batch: Any) 
 def compute_loss(
     self: Any, model: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None, **kwargs: Any
 ) -> Any:
-    original = _original("compute_loss")
+    original = _originals["compute_loss"]
     step = steps.current()
     if is_covered(self) and isinstance(step, evaluations.Evaluation):
         return _compute_batch_of_set(self, step, model, inputs, return_outputs, num_items_in_batch, **kwargs)
@@ -341,7 +330,7 @@ def _compute_evaluation_loss(
     trainer: Any, model: Any, inputs: Any, return_outputs: bool, num_items_in_batch: Any, **kwargs: Any
 ) -> Any:
     """A batch outside of a training step: the mean over its items, smoothed as in training."""
-    original = _original("compute_loss")
+    original = _originals["compute_loss"]
     if trainer.label_smoother is None or "labels" not in inputs:
         return original(trainer, model, inputs, return_outputs, num_items_in_batch, **kwargs)
     step = steps.Step([inputs], inputs, ranks(trainer), 1.0, lambda total: over_ranks(trainer, total), {})
@@ -360,7 +349,7 @@ def _compute_batch_of_set(
     **kwargs: Any,
 ) -> Any:
     """A batch of an evaluation loop: the mean over its own items, and what Trainer multiplies by the ranks is left out."""
-    original = _original("compute_loss")
+    original = _originals["compute_loss"]
     if trainer.compute_loss_func is not None:
         is_ours = getattr(trainer.compute_loss_func, "func", trainer.compute_loss_func) is hook.compute_loss_func
         given = None if is_ours else num_items_in_batch
@@ -450,7 +439,7 @@ def computes_its_loss_alone(forward: Callable[..., Any]) -> bool:
 
 
 def evaluation_loop(self: Any, *args: Any, **kwargs: Any) -> Any:
-    original = _original("evaluation_loop")
+    original = _originals["evaluation_loop"]
     if not is_covered(self) or not settings.evaluation or self.args.n_gpu > 1:
         return original(self, *args, **kwargs)
     rebind.rebind_modules_of(base_model(self))
@@ -573,16 +562,18 @@ def _amount(trainer: Any, evaluation: evaluations.Evaluation) -> evaluations.Amo
 
 
 def _maybe_log_save_evaluate(self: Any, *args: Any, **kwargs: Any) -> Any:
-    if self in _metrics and self.control.should_log and self.state.global_step > self._globalstep_last_logged:
-        _metrics[self].collect(self)
-    return _original("_maybe_log_save_evaluate")(self, *args, **kwargs)
+    metrics = state_of(self).metrics
+    if metrics is not None and self.control.should_log and self.state.global_step > self._globalstep_last_logged:
+        metrics.collect(self)
+    return _originals["_maybe_log_save_evaluate"](self, *args, **kwargs)
 
 
 def log(self: Any, logs: dict[str, float], *args: Any, **kwargs: Any) -> Any:
-    if self in _metrics and "loss" in logs:
-        logs.update(_metrics[self].to_log)
-        _metrics[self].to_log = {}
-    return _original("log")(self, logs, *args, **kwargs)
+    metrics = state_of(self).metrics
+    if metrics is not None and "loss" in logs:
+        logs.update(metrics.to_log)
+        metrics.to_log = {}
+    return _originals["log"](self, logs, *args, **kwargs)
 
 
 # What goes past us ----------------------------------------------------------------------------------------------------
@@ -590,11 +581,12 @@ def log(self: Any, logs: dict[str, float], *args: Any, **kwargs: Any) -> Any:
 
 def warn_of_bypass(trainer: Any, step: steps.Step) -> None:
     """Warns once for each Trainer where another library computes the loss that was registered."""
-    if step.calls or trainer in _warned or trainer.compute_loss_func is not None:
+    warned = state_of(trainer).warned
+    if step.calls or "bypass" in warned or trainer.compute_loss_func is not None:
         return
     library = bypassing_library(trainer)
     if library:
-        _warned.add(trainer)
+        warned.add("bypass")
         name = type(base_model(trainer)).__name__
         warnings.warn(
             f"accumloss: {library} computes the loss of {name} in this Trainer, and none of the registered losses was "
