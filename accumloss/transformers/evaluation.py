@@ -7,7 +7,7 @@ what the loss of the first batch changes by when a term does.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
@@ -47,6 +47,8 @@ class Evaluation(steps.Step):
         skips_non_finite: whether batches without a finite loss are left out, as Trainer does.
     """
 
+    is_training = False
+
     def __init__(self, metrics: bool, skips_non_finite: bool):
         super().__init__([], {}, averaged=1, expected_grad=1.0, over_ranks=lambda total: total, totals={})
         self.metrics, self.skips_non_finite = metrics, skips_non_finite
@@ -58,9 +60,11 @@ class Evaluation(steps.Step):
         self.coefficients: list[float] | None = None  # of the terms in the loss
         self.totals_of_set: torch.Tensor | None = None  # (2 + 3 terms + 3) float64, see add()
 
-    def begin(self, inputs: Mapping[str, Any], probed: int | None = None) -> None:
+    def begin(self, inputs: Any, probed: int | None = None) -> None:  # type: ignore[override]
         """Begins a batch; probed: a term that is to be larger than it is."""
-        self.inputs, self.window, self.probed = inputs, [inputs], probed
+        inputs = steps.entries_of(inputs)
+        self.window, self.probed = [inputs], probed
+        super().begin(inputs)
         self.terms, self.token_sums, self.amount = [], None, None
         self.calls = 0
 
@@ -75,6 +79,7 @@ class Evaluation(steps.Step):
         ignore_index: int | None = -100,
         length: int | None = None,
         weight: torch.Tensor | None = None,
+        is_compiled: bool = False,
     ) -> Divisor:
         """The items of the call, whatever was given."""
         self.calls += 1
