@@ -220,6 +220,18 @@ def divided(
     return (loss, *result[1:]) if isinstance(result, tuple) else loss
 
 
+def tell_evaluation(trainer: Any, warned: set[str]) -> None:
+    """Warns once for each Trainer whose evaluation loss depends on the size of the batches."""
+    if "evaluation" not in warned:
+        warned.add("evaluation")
+        warnings.warn(
+            f"accumloss: the evaluation loss of {type(trainer).__name__} depends on the batch size: it is no sum of multiples of "
+            "means, as a perplexity is none; it is averaged over the batches by their rows, as Trainer does",
+            InexactWarning,
+            stacklevel=4,
+        )
+
+
 def is_taken_as_scaled(trainer: Any, num_items_in_batch: Any) -> bool:
     """Whether Trainer leaves the loss as it is, and does not divide it by the number of micro-batches."""
     own = getattr(trainer, "loss_is_scaled_for_ga", None)

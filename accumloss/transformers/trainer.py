@@ -624,7 +624,7 @@ def _prediction_step(
 ) -> Any:
     """Trainer's, of any class, whose loss goes into the evaluation."""
 
-    def loss_of(inputs: Any, probed: int | None = None) -> torch.Tensor:
+    def loss_of(inputs: Any, probed: tuple[int, float] | None = None) -> torch.Tensor:
         evaluation.begin(inputs, probed)
         return predict(model, inputs, True, *args, **kwargs)[0].mean()
 
@@ -643,7 +643,12 @@ def _prediction_step(
     else:  # rows that fill the last batch up are in the set already
         inputs = first_rows(inputs, max(real, 1))
         loss = loss_of(inputs)
-    evaluation.add(loss, evaluation.amount or _amount(trainer, evaluation), is_real=real > 0)
+    if evaluation.is_linear:
+        amount = evaluation.amount or _amount(trainer, evaluation)
+    else:
+        amount = evaluations.Amount(*[float(steps.num_rows(evaluation.inputs))] * 2)
+        objective.tell_evaluation(trainer, state_of(trainer).warned)
+    evaluation.add(loss, amount, is_real=real > 0)
     return predicted
 
 

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
+import copy
 import functools
+import importlib
+import pickle
 import warnings
 
 import pytest
@@ -439,3 +443,59 @@ def test_own_module_is_exact(how, split):
         warnings.simplefilter("error", accumloss.InexactWarning)
         step = train(OwnModule(how), fresh(examples), split[0], batch_size=split[1])
     assert error(step, full) <= TRAINER_GRADIENT and loss_error(step, full) <= TRAINER_LOSS
+
+
+def evaluated(model, examples, size, trainer_class, register=True):
+    with accumloss.registered() if register else contextlib.nullcontext():
+        step = train(model, fresh(examples), 1, trainer_class=trainer_class, per_device_eval_batch_size=size)
+        return step.trainer.evaluate(fresh(examples))["eval_loss"]
+
+
+class Evaluated:
+    class functional(Trainers.functional):
+        pass
+
+    class two_terms(Trainer):
+        def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+            outputs = model(**inputs)
+            loss = 0.7 * outputs.loss - 1e-3 * F.mse_loss(outputs.logits[:, 0, 0], inputs["labels"][:, 0].float()) + 2
+            return (loss, outputs) if return_outputs else loss
+
+
+@pytest.mark.parametrize("name", ["functional", "two_terms"])
+def test_evaluation_with_an_own_compute_loss_is_that_of_the_one_batch(name):
+    model, examples = tagger()
+    trainer_class = getattr(Evaluated, name)
+    wanted = evaluated(model, examples, 8, trainer_class, register=False)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", accumloss.InexactWarning)
+        for size in (8, 3, 2, 1):
+            assert abs(evaluated(model, examples, size, trainer_class) - wanted) <= 2 * TRAINER_LOSS * abs(wanted)
+
+
+def test_evaluation_of_a_perplexity_is_stocks_and_told():
+    model, examples = tagger()
+
+    class Perplexity(Trainer):
+        def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+            outputs = model(**inputs)
+            return (outputs.loss.exp(), outputs) if return_outputs else outputs.loss.exp()
+
+    for size in (8, 2, 1):
+        stock = evaluated(model, examples, size, Perplexity, register=False)
+        with pytest.warns(accumloss.InexactWarning, match="evaluation loss of Perplexity depends on the batch size"):
+            ours = evaluated(model, examples, size, Perplexity)
+        assert abs(ours - stock) <= TRAINER_LOSS * stock
+
+
+def test_criteria_copy_and_pickle_as_pytorchs():
+    theirs = importlib.import_module("torch.nn").CrossEntropyLoss  # the names of this module are bound to ours meanwhile
+    model = OwnModule("made in __init__")
+    with accumloss.registered():
+        trainer = train(model, fresh(rows()), 2).trainer
+        held = trainer.model.loss
+        assert type(held) is not theirs and isinstance(held, theirs)
+        assert type(copy.deepcopy(held)) is theirs
+        assert type(pickle.loads(pickle.dumps(held))) is theirs
+        assert b"accumloss" not in pickle.dumps(held)
+    assert type(held) is theirs is nn.CrossEntropyLoss
