@@ -125,9 +125,7 @@ class _Criterion(nn.Module):
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         theirs = next(cls for cls in type(self).__mro__ if cls.__module__.startswith("torch.nn."))
-        plain = theirs.__new__(theirs)
-        vars(plain).update(vars(self))
-        return plain.__reduce_ex__(protocol)
+        return object.__new__, (theirs,), vars(self).copy()
 
 
 class CrossEntropyLoss(_Criterion, nn.CrossEntropyLoss):
