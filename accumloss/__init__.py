@@ -14,6 +14,7 @@ from .functional import (
     sequence_classification_loss,
     token_classification_loss,
 )
+from .inexact import InexactWarning
 from .linear import LinearPlan, linear_plan
 from .ops import CudaPlan, build_info, check, empty_cache, plan
 from .options import LossOptions
@@ -38,6 +39,7 @@ __all__ = [
     "Accumulator",
     "CudaPlan",
     "Explanation",
+    "InexactWarning",
     "LinearPlan",
     "LossOptions",
     "TokenSums",

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -16,6 +15,7 @@ from .deferred import Explanation
 from .hook import compute_loss_func
 from .losses import make_loss
 from .mapping import registered_losses
+from .registration import Part, registration
 from .settings import settings
 
 __all__ = [
@@ -30,9 +30,12 @@ __all__ = [
     "unregistered",
 ]
 
-_is_registered = False
-# registered one by one -> the loss_function that was assigned to it before, or None
-_models: weakref.WeakKeyDictionary[Any, Any] = weakref.WeakKeyDictionary()
+registration.add(
+    Part(lambda state: state.is_active, trainer.install),
+    Part(lambda state: state.covers_all, mapping.install),
+    Part(lambda state: state.covers_all, trainer.install_name),
+    Part(lambda state: state.is_active and settings.fused_linear, deferred.install),
+)
 
 
 @checked
@@ -68,13 +71,10 @@ def register_with_transformers(
         TypeError: model is no transformers model.
         ValueError: model has a loss of its own, or one that accumloss does not replace.
     """
-    global _is_registered
     _check_transformers()
+    before = registration.snapshot()
     if model is None:
-        mapping.stock_losses()  # whatever is missing, before anything is changed
-        trainer.install(covers_all=True)
-        mapping.replace()
-        _is_registered = True
+        registration.covers_all = True
     else:
         base = _base(model, "register_with_transformers")
         loss = mapping.loss_of(base)
@@ -84,16 +84,14 @@ def register_with_transformers(
                 f"register_with_transformers: expected a model whose loss accumloss replaces, got {type(base).__name__} "
                 f"with {mapping.qualified_name(loss)}; make_loss() gives one that can be assigned to model.loss_function"
             )
-        trainer.install(covers_all=False)
-        if base not in _models:
-            _models[base] = getattr(base, "_loss_function", None)
-        base.loss_function = replacement
-    if fused_linear:
-        deferred.install()
-    else:
-        deferred.uninstall()
+        registration.cover_model(base, replacement)
     settings.inplace_backward, settings.evaluation, settings.metrics = inplace_backward, evaluation, metrics
     settings.fused_linear = fused_linear
+    try:
+        registration.sync()
+    except BaseException:
+        registration.restore(before)
+        raise
 
 
 @checked
@@ -103,36 +101,25 @@ def unregister_from_transformers(model: Any = None) -> None:
     Args:
         model: one that was registered by itself. None: everything, the models included.
     """
-    global _is_registered
     if model is not None:
-        _restore_model(_base(model, "unregister_from_transformers"))
+        registration.uncover_model(_base(model, "unregister_from_transformers"))
     else:
-        for registered_model in list(_models):
-            _restore_model(registered_model)
-        if _is_registered:
-            mapping.restore()
-            trainer.uncover_all()
-        _is_registered = False
-    if not _is_registered and not _models:
-        trainer.uninstall()
-        deferred.uninstall()
-        settings.reset()
+        for registered_model in list(registration.models):
+            registration.uncover_model(registered_model)
+        registration.covers_all = False
+    registration.sync()
 
 
 @functools.partial(checked, also=named_by(register_with_transformers))
 @contextmanager
 def registered(model: Any = None, **options: bool) -> Iterator[None]:
     """register_with_transformers for the length of a with block; afterwards everything is as it was before."""
-    before = _is_registered if model is None else _base(model, "registered") in _models
-    options_before = vars(settings).copy()
+    before = registration.snapshot()
     register_with_transformers(model, **options)
     try:
         yield
     finally:
-        if not before:
-            unregister_from_transformers(model)
-        if before or _is_registered or _models:
-            vars(settings).update(options_before)
+        registration.restore(before)
 
 
 @checked
@@ -172,25 +159,12 @@ def explain(model: Any) -> Explanation:
 @contextmanager
 def unregistered() -> Iterator[None]:
     """transformers as it is without accumloss, for the length of a with block; afterwards everything is as it was before."""
-    was_registered, models, options = _is_registered, list(_models), vars(settings).copy()
+    before = registration.snapshot()
     unregister_from_transformers()
     try:
         yield
     finally:
-        if was_registered:
-            register_with_transformers(**options)
-        for model in models:
-            register_with_transformers(model, **options)
-
-
-def _restore_model(base: Any) -> None:
-    before = _models.pop(base, None)
-    if losses.underlying(getattr(base, "_loss_function", None)) is None:
-        return  # somebody assigned another since
-    if before is None:
-        del base._loss_function
-    else:
-        base.loss_function = before
+        registration.restore(before)
 
 
 def _base(model: Any, function: str) -> Any:

@@ -20,6 +20,7 @@ import torch.nn.functional as F
 from torch import nn
 from torch.utils._pytree import tree_map
 
+from .registration import ABSENT, Patches, own
 from .settings import settings
 
 _Function = Callable[..., Any]
@@ -385,35 +386,22 @@ def why_not_called(model: Any, base: Any) -> str | None:
     return None if call is _call_of_model else "its class has a __call__ of its own"
 
 
-_installed: list[tuple[type, Any]] = []
-
-
-def install() -> None:
+def install(patches: Patches) -> None:
     """Has the models of transformers, and those of PEFT where it is imported, defer in training."""
     from transformers import PreTrainedModel
 
-    _install(PreTrainedModel, _call_of_model)
     peft = sys.modules.get("peft")
+    calls = {PreTrainedModel: _call_of_model}
     if peft is not None and hasattr(peft, "PeftModel"):
-        _install(peft.PeftModel, _call_of_peft)
-
-
-def _install(owner: type, call: Any) -> None:
-    if vars(owner).get("__call__") is not call:
-        if "__call__" in vars(owner):
+        calls[peft.PeftModel] = _call_of_peft
+    for owner, call in calls.items():
+        if own(owner, "__call__") not in (ABSENT, call):
             raise RuntimeError(
                 f"register_with_transformers: expected {owner.__name__} without a __call__ of its own where "
                 "fused_linear=True, got one"
             )
-        owner.__call__ = call  # type: ignore[method-assign]
-        _installed.append((owner, call))
-
-
-def uninstall() -> None:
-    for owner, call in _installed:
-        if vars(owner).get("__call__") is call:
-            del owner.__call__
-    _installed.clear()
+    for owner, call in calls.items():
+        patches.bind(owner, "__call__", call)
 
 
 # What a user asks ------------------------------------------------------------------------------------------------------

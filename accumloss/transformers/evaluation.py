@@ -7,7 +7,7 @@ what the loss of the first batch changes by when a term does.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
@@ -17,7 +17,8 @@ from ..functional import Divisor
 from ..sums import TokenSums
 from . import step as steps
 
-PROBE = 64.0  # what is added to a term: so much that the rounding of the loss is small beside it
+PROBES = (0.5, 0.125)  # what a term is made larger by, of itself: a loss that is linear in it changes alike by both
+LINEAR = 1e-5  # of the loss: how much the two may disagree by
 
 
 class Amount(NamedTuple):
@@ -47,20 +48,25 @@ class Evaluation(steps.Step):
         skips_non_finite: whether batches without a finite loss are left out, as Trainer does.
     """
 
+    is_training = False
+
     def __init__(self, metrics: bool, skips_non_finite: bool):
         super().__init__([], {}, averaged=1, expected_grad=1.0, over_ranks=lambda total: total, totals={})
         self.metrics, self.skips_non_finite = metrics, skips_non_finite
         self.terms: list[tuple[torch.Tensor, torch.Tensor]] = []  # of this batch: mean, items
         self.token_sums: TokenSums | None = None
         self.amount: Amount | None = None
-        self.probed: int | None = None
+        self.probed: tuple[int, float] | None = None
+        self.is_linear = True  # in its terms
         self.num_terms: int | None = None  # of a batch
         self.coefficients: list[float] | None = None  # of the terms in the loss
         self.totals_of_set: torch.Tensor | None = None  # (2 + 3 terms + 3) float64, see add()
 
-    def begin(self, inputs: Mapping[str, Any], probed: int | None = None) -> None:
-        """Begins a batch; probed: a term that is to be larger than it is."""
-        self.inputs, self.window, self.probed = inputs, [inputs], probed
+    def begin(self, inputs: Any, probed: tuple[int, float] | None = None) -> None:  # type: ignore[override]
+        """Begins a batch; probed: a term, and by how much of itself it is to be larger than it is."""
+        inputs = steps.entries_of(inputs)
+        self.window, self.probed = [inputs], probed
+        super().begin(inputs)
         self.terms, self.token_sums, self.amount = [], None, None
         self.calls = 0
 
@@ -75,6 +81,7 @@ class Evaluation(steps.Step):
         ignore_index: int | None = -100,
         length: int | None = None,
         weight: torch.Tensor | None = None,
+        is_compiled: bool = False,
     ) -> Divisor:
         """The items of the call, whatever was given."""
         self.calls += 1
@@ -89,7 +96,9 @@ class Evaluation(steps.Step):
         self.terms.append((loss.detach().double(), items.to(loss.device)))
         if sums is not None:
             self.token_sums = sums
-        return loss + PROBE if index == self.probed else loss
+        if self.probed is None or index != self.probed[0]:
+            return loss
+        return loss + (self.probed[1] * _size(loss)).to(loss.dtype)
 
     def part(self, value: torch.Tensor, share: Any) -> torch.Tensor:
         return self.observe(value, torch.as_tensor(share, dtype=torch.float64))
@@ -113,9 +122,12 @@ class Evaluation(steps.Step):
     # Adding up ---------------------------------------------------------------------------------------------------------
 
     def find_coefficients(
-        self, loss: torch.Tensor, again: Callable[[int], torch.Tensor], agree: Callable[..., list[int]]
+        self, loss: torch.Tensor, again: Callable[[tuple[int, float]], torch.Tensor], agree: Callable[..., list[int]]
     ) -> None:
         """Finds how the loss depends on its terms, where that of this batch is finite.
+
+        A loss that is not linear in them (a perplexity) is none that could be put together from theirs: is_linear is false
+        then, and no term is taken out of it.
 
         Args:
             loss: ().
@@ -130,8 +142,17 @@ class Evaluation(steps.Step):
             self.num_terms = num_terms
         if not_finite:
             return  # another batch will tell
-        changes = [(again(term).double() - loss.double()) / PROBE for term in range(self.num_terms) if differs]
-        self.coefficients = torch.stack(changes).tolist() if changes else [1.0] * self.num_terms
+        if not differs:
+            self.coefficients = [1.0] * self.num_terms
+            return
+        coefficients, bends = [], 0
+        for term in range(self.num_terms):
+            size = _size(terms[term][0]) if term < len(terms) else torch.ones((), dtype=torch.float64)
+            found = [((again((term, probe)).double() - loss.double()) / (probe * size)).item() for probe in PROBES]
+            coefficients.append(found[0])
+            bends |= int(not abs(found[0] - found[1]) * size.item() <= LINEAR * abs(loss.item()))
+        self.is_linear = not agree(bends)[0]
+        self.coefficients = coefficients if self.is_linear else [0.0] * self.num_terms
 
     def add(self, loss: torch.Tensor, amount: Amount, is_real: bool = True) -> None:
         """Adds this batch to the set. Without a host sync."""
@@ -169,6 +190,12 @@ class Evaluation(steps.Step):
         if items:
             results.update(token_accuracy=_ratio(correct, items), token_entropy=_ratio(entropy, items))
         return results
+
+
+def _size(term: torch.Tensor) -> torch.Tensor:
+    """The size of a term, 1 where it is none."""
+    size = term.detach().double().abs()
+    return torch.where(size > 0, size, torch.ones_like(size))
 
 
 def _ratio(total: float, items: float) -> float:

@@ -19,6 +19,15 @@ from . import losses
 from . import step as steps
 
 
+def _is_mean(reduction: str, size_average: Any, reduce: Any) -> bool:
+    """Whether a loss is called for a mean inside of a step, which is then divided by what the step holds."""
+    if not steps.is_counted():
+        return False
+    if reduction == "sum" and not torch.compiler.is_compiling():
+        steps.saw_a_sum()
+    return reduction == "mean" and size_average is None and reduce is None
+
+
 def cross_entropy(
     input: torch.Tensor,
     target: torch.Tensor,
@@ -31,7 +40,7 @@ def cross_entropy(
 ) -> torch.Tensor:
     """``torch.nn.functional.cross_entropy``: input (N, C) or (N, C, ...), target (N) or (N, ...)."""
     is_indices = not target.is_floating_point() and input.dim() > 1 and input.dim() == target.dim() + 1
-    if not steps.is_active or reduction != "mean" or size_average is not None or reduce is not None or not is_indices:
+    if not _is_mean(reduction, size_average, reduce) or not is_indices:
         return F.cross_entropy(
             input, target, weight, size_average, ignore_index, reduce, reduction, label_smoothing=label_smoothing
         )
@@ -53,7 +62,7 @@ def nll_loss(
     reduction: str = "mean",
 ) -> torch.Tensor:
     """``torch.nn.functional.nll_loss``: log-probabilities (N, C) or (N, C, ...), target (N) or (N, ...)."""
-    if not steps.is_active or reduction != "mean" or size_average is not None or reduce is not None:
+    if not _is_mean(reduction, size_average, reduce):
         return F.nll_loss(input, target, weight, size_average, ignore_index, reduce, reduction)
     divisor = losses.divisor(target, None, ignore_index=ignore_index, weight=weight)
     if divisor is None:
@@ -73,8 +82,7 @@ def mse_loss(
     """``torch.nn.functional.mse_loss``."""
     extra = {} if weight is None else {"weight": weight}
     loss = F.mse_loss(input, target, size_average, reduce, reduction, **extra)
-    is_mean = reduction == "mean" and size_average is None and reduce is None and weight is None
-    return _over_step(loss, target) if is_mean else loss
+    return _over_step(loss, target) if _is_mean(reduction, size_average, reduce) and weight is None else loss
 
 
 def _over_elements(theirs: Any) -> Any:
@@ -84,13 +92,13 @@ def _over_elements(theirs: Any) -> Any:
     @functools.wraps(theirs)
     def loss(*args: Any, **kwargs: Any) -> torch.Tensor:
         value = theirs(*args, **kwargs)
-        if not steps.is_active:
+        if not steps.is_counted():
             return value
         given = signature.bind(*args, **kwargs).arguments
         reduction = given.get("reduction", "mean")
         if reduction == "batchmean":  # kl_div: the sum, divided by the rows
             return steps.part(value, lambda step: step.share_of_call())
-        is_mean = reduction == "mean" and given.get("size_average") is None and given.get("reduce") is None
+        is_mean = _is_mean(reduction, given.get("size_average"), given.get("reduce"))
         return _over_step(value, given["target"]) if is_mean else value
 
     return loss
@@ -106,15 +114,21 @@ binary_cross_entropy_with_logits = _over_elements(F.binary_cross_entropy_with_lo
 
 def _over_step(mean: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
     """A mean over the elements of target as a part of the step's: times its elements, divided by the step's."""
-    if not steps.is_active:
-        return mean
     divisor = losses.divisor(target, None, ignore_index=None)
     if divisor is None:
         return mean
     return divisor.observed(mean * (target.numel() / divisor.value).to(mean.device, mean.dtype))
 
 
-class CrossEntropyLoss(nn.CrossEntropyLoss):
+class _Criterion(nn.Module):
+    """A loss module of PyTorch's whose class is ours while accumloss is registered; copies and pickles name PyTorch's."""
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        theirs = next(cls for cls in type(self).__mro__ if cls.__module__.startswith("torch.nn."))
+        return object.__new__, (theirs,), vars(self).copy()
+
+
+class CrossEntropyLoss(_Criterion, nn.CrossEntropyLoss):
     def forward(self, input: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
         return cross_entropy(
             input,
@@ -126,42 +140,42 @@ class CrossEntropyLoss(nn.CrossEntropyLoss):
         )
 
 
-class NLLLoss(nn.NLLLoss):
+class NLLLoss(_Criterion, nn.NLLLoss):
     def forward(self, input: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
         return nll_loss(input, target, self.weight, ignore_index=self.ignore_index, reduction=self.reduction)
 
 
-class MSELoss(nn.MSELoss):
+class MSELoss(_Criterion, nn.MSELoss):
     def forward(self, input: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
         return mse_loss(input, target, reduction=self.reduction)
 
 
-class L1Loss(nn.L1Loss):
+class L1Loss(_Criterion, nn.L1Loss):
     def forward(self, input: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
         return l1_loss(input, target, reduction=self.reduction)
 
 
-class SmoothL1Loss(nn.SmoothL1Loss):
+class SmoothL1Loss(_Criterion, nn.SmoothL1Loss):
     def forward(self, input: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
         return smooth_l1_loss(input, target, reduction=self.reduction, beta=self.beta)
 
 
-class HuberLoss(nn.HuberLoss):
+class HuberLoss(_Criterion, nn.HuberLoss):
     def forward(self, input: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
         return huber_loss(input, target, reduction=self.reduction, delta=self.delta)
 
 
-class KLDivLoss(nn.KLDivLoss):
+class KLDivLoss(_Criterion, nn.KLDivLoss):
     def forward(self, input: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
         return kl_div(input, target, reduction=self.reduction, log_target=self.log_target)
 
 
-class BCELoss(nn.BCELoss):
+class BCELoss(_Criterion, nn.BCELoss):
     def forward(self, input: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
         return binary_cross_entropy(input, target, self.weight, reduction=self.reduction)
 
 
-class BCEWithLogitsLoss(nn.BCEWithLogitsLoss):
+class BCEWithLogitsLoss(_Criterion, nn.BCEWithLogitsLoss):
     def forward(self, input: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
         return binary_cross_entropy_with_logits(
             input, target, self.weight, pos_weight=self.pos_weight, reduction=self.reduction

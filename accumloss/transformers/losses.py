@@ -26,9 +26,10 @@ Loss = Callable[..., Any]
 def divisor(labels: torch.Tensor, given: Any, **rule: Any) -> Any:
     """num_items_in_batch inside a step; compiled code takes what it was given, so that its graph stays whole, but where it
     is to show its metrics."""
-    if not steps.is_active or (given is not None and torch.compiler.is_compiling() and not settings.metrics):
+    is_compiled = torch.compiler.is_compiling()
+    if not steps.is_counted() or (given is not None and is_compiled and not settings.metrics):
         return given
-    return _counted(labels, given, **rule)
+    return _counted(labels, given, is_compiled=is_compiled, **rule)
 
 
 @not_compiled
@@ -53,7 +54,7 @@ def _options_of(kind: str, given: dict[str, Any]) -> dict[str, Any]:
 
 def smoothed(options: dict[str, Any]) -> dict[str, Any]:
     """The options of a cross-entropy, with Trainer's label smoothing where it has one and they have none."""
-    if steps.is_active and not torch.compiler.is_compiling():
+    if steps.is_counted() and not torch.compiler.is_compiling():
         step = steps.current()
         if step is not None and step.label_smoothing and "label_smoothing" not in options:
             options["label_smoothing"] = step.label_smoothing

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any, cast
 
 from .losses import REPLACEMENTS, Loss, underlying
+from .registration import Patches
 
 REQUIRED = ("ForCausalLMLoss", "ForMaskedLMLoss", "ForSequenceClassificationLoss")  # the others came, or may go
 
@@ -34,23 +35,16 @@ def stock_losses() -> dict[str, Loss]:
     return _stock
 
 
-def replace() -> None:
+def install(patches: Patches) -> None:
     """Puts ours in the place of transformers' own, under every key, in place: no key is added and none moves.
 
     A function that somebody else put there stays.
     """
     ours = {id(stock): REPLACEMENTS[name] for name, stock in stock_losses().items()}
     mapping = loss_mapping()
-    for key, loss in mapping.items():
-        mapping[key] = ours.get(id(loss), loss)
-
-
-def restore() -> None:
-    """Puts transformers' own back wherever ours are."""
-    stock = {id(REPLACEMENTS[name]): loss for name, loss in stock_losses().items()}
-    mapping = loss_mapping()
-    for key, loss in mapping.items():
-        mapping[key] = stock.get(id(loss), loss)
+    for key, loss in list(mapping.items()):
+        if id(loss) in ours:
+            patches.bind(mapping, key, ours[id(loss)])
 
 
 def loss_of(model: Any) -> Loss | None:

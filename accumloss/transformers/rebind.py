@@ -1,88 +1,176 @@
-"""Names inside of transformers' modeling modules that are bound to functions of ours.
+"""Names that are bound to functions of ours, wherever the code of a training step lives.
 
-torch itself stays as it is: patches of torch.nn.functional are bypassed by the compiler for a loss that is made in forward,
-while a name that a modeling module looks up is honoured everywhere. A module is rebound when a Trainer first trains a model
-of it, whenever it was imported, and gets its own objects back when accumloss is unregistered.
+That are the modules of the model's classes, of the Trainer's classes, of its compute_loss and compute_loss_func, and what
+those import from their own package. torch itself stays as it is: patches of torch.nn.functional are bypassed by the
+compiler for a loss that is made in forward, while a name that a module looks up is honoured everywhere. Where a module says
+``torch.nn.functional.cross_entropy`` in full, its name ``torch`` is bound to a stand-in. A module is rebound when a Trainer
+first trains with it, whenever it was imported, and gets its own objects back when accumloss is unregistered.
 """
 
 from __future__ import annotations
 
 import functools
+import inspect
 import sys
-import weakref
-from collections.abc import Callable
-from types import ModuleType
+from collections.abc import Callable, Iterator, Mapping
+from types import CodeType, FunctionType, ModuleType
 from typing import Any
 
 import torch
 
 from . import heads
 from . import step as steps
+from .registration import registration
 
 # Means over the tokens that pass through a router, coupled over them: no split of them is exact. Each micro-batch's weighs
 # as much as its tokens do in the step.
 ROUTER_LOSSES = ("load_balancing_loss_func", "router_z_loss_func")
 
 CRITERIA = "transformers.loss.loss_"  # of detection: classes that LOSS_MAPPING's functions make
-PREFIXES = ("transformers.", "transformers_modules.")  # the latter: code that comes with a checkpoint
+# packages whose modules stay as they are: PyTorch, Trainer itself, and what computes no loss
+LEFT_ALONE = ("torch", "accumloss", "accelerate", "peft", "numpy", "builtins", "typing", "abc", "functools", "pytest")
+TRAINER = ("transformers.trainer", "transformers.trainer_pt_utils", "transformers.trainer_callback")
 
-_models: weakref.WeakSet[Any] = weakref.WeakSet()  # whose modules have been seen
-_seen: set[str] = set()  # modules
-_bound: list[tuple[Any, str, Any, Any]] = []  # module or class, name, theirs, ours
-_loss_modules: weakref.WeakSet[Any] = weakref.WeakSet()  # loss modules that a model made when it was built
+
+def rebind_for(trainer: Any, model: Any) -> None:
+    """Rebinds what a Trainer's step computes its loss with: names in modules, and criteria that somebody holds."""
+    if trainer not in registration.names.objects:
+        registration.names.objects.add(trainer)
+        functions = [getattr(trainer, name, None) for name in ("compute_loss", "compute_loss_func", "label_smoother")]
+        functions += [getattr(value, "func", None) for value in functions]  # of a partial
+        owners = [type(trainer), *functions, *map(type, functions)]
+        _rebind_modules(_modules_of(*type(trainer).__mro__, *owners))
+        _rebind_values(trainer, vars(trainer))
+    rebind_modules_of(model)
 
 
 def rebind_modules_of(model: Any) -> None:
-    """Rebinds the modeling modules that a model's classes come from, those of its parts included."""
-    if model in _models:
+    """Rebinds the modules that a model's classes come from, those of its parts included, and the criteria in it."""
+    names = registration.names
+    if model in names.objects:
         return
-    _models.add(model)
+    names.objects.add(model)
     for part in model.modules():
         _replace_class(part)
-        for value in vars(part).values():
-            for entry in value.values() if isinstance(value, dict) else ():
-                _replace_class(entry)  # losses by name, in a dictionary that is no ModuleDict
-    names = {cls.__module__ for part in model.modules() for cls in type(part).__mro__}
-    names |= {name for name in sys.modules if name.startswith(CRITERIA) and not name.endswith(".loss_utils")}
-    for name in names - _seen:
-        _seen.add(name)
+        _rebind_values(part, vars(part))
+    modules = _modules_of(*(cls for part in model.modules() for cls in type(part).__mro__))
+    modules |= {name for name in sys.modules if name.startswith(CRITERIA) and not name.endswith(".loss_utils")}
+    _rebind_modules(modules)
+
+
+def _modules_of(*objects: Any) -> set[str]:
+    """The modules that classes and functions were defined in."""
+    found = (getattr(value, "__module__", None) for value in objects)
+    return {name for name in found if isinstance(name, str)}
+
+
+def _is_left_alone(name: str) -> bool:
+    return name in TRAINER or name.partition(".")[0] in LEFT_ALONE
+
+
+def _rebind_modules(names: set[str]) -> None:
+    """Rebinds modules, and those of the same package that their functions and classes come from."""
+    patches, waiting = registration.names, set(names)
+    while waiting:
+        name = waiting.pop()
         module = sys.modules.get(name)
-        if module is None or not name.startswith(PREFIXES):
+        if name in patches.modules or module is None or _is_left_alone(name):
             continue
+        patches.modules.add(name)
+        package = name.partition(".")[0]
+        spells_out = False
         for bound_as, theirs in list(vars(module).items()):
             ours = _replacement(bound_as, theirs)
             if ours is not None:
-                _bind(module, bound_as, theirs, ours)
-            elif isinstance(theirs, type) and theirs.__module__ == name:
+                patches.bind(module, bound_as, ours)
+                continue
+            _replace_class(theirs)
+            if isinstance(theirs, (type, FunctionType)):
+                if theirs.__module__ == name:
+                    spells_out = spells_out or any(_spells_out(code) for code in _codes(theirs))
+                elif package != "transformers":  # modeling files are reached by the classes of a model
+                    waiting |= {m for m in _modules_of(theirs) if m.partition(".")[0] == package}
+            if isinstance(theirs, type) and theirs.__module__ == name and package.startswith("transformers"):
                 for method, wrap in METHODS.items():
                     function = vars(theirs).get(method)
                     if function is not None and (method != "get_loss" or "num_boxes" in function.__code__.co_varnames):
-                        _bind(theirs, method, function, wrap(function))
+                        patches.bind(theirs, method, wrap(function))
+        if spells_out:
+            for bound_as, theirs in list(vars(module).items()):
+                if theirs is torch:
+                    patches.bind(module, bound_as, _torch())
+
+
+def _codes(value: Any) -> Iterator[CodeType]:
+    """The code of a function, or of the methods of a class, and of what is defined inside."""
+    if isinstance(value, type):
+        members = [getattr(member, "__func__", member) for member in vars(value).values()]
+        members = [getattr(member, "fget", member) for member in members]
+        for member in members:
+            if isinstance(member, type) and member.__module__ == value.__module__ and member is not value:
+                yield from _codes(member)
+        functions = [member for member in members if isinstance(member, FunctionType)]
+    else:
+        functions = [value]
+    codes = [getattr(inspect.unwrap(function), "__code__", None) for function in functions]
+    waiting = [code for code in codes if code is not None]
+    while waiting:
+        code = waiting.pop()
+        yield code
+        waiting += [constant for constant in code.co_consts if isinstance(constant, CodeType)]
+
+
+def _spells_out(code: CodeType) -> bool:
+    """Whether code may say torch.nn.functional.cross_entropy, or torch.nn.CrossEntropyLoss."""
+    names = set(code.co_names)
+    return {"torch", "nn"} <= names and not names.isdisjoint({*heads.FUNCTIONS, *heads.CLASSES})
+
+
+def _rebind_values(owner: Any, values: Mapping[str, Any]) -> None:
+    """Criteria and functions that an object holds, in containers of its own too."""
+    for name, value in list(values.items()):
+        if isinstance(value, dict):
+            held = list(value.values())
+        elif isinstance(value, (list, tuple, set)):
+            held = list(value) if len(value) <= MANY else []
+        else:
+            ours = _stand_in_for_function(value)
+            if ours is not None:
+                registration.names.bind(owner, name, ours)
+            held = [value]
+        for entry in held:
+            _replace_class(entry)
+
+
+MANY = 64  # a longer list of an object's holds its data and not its criteria
 
 
 def _replace_class(loss: Any) -> None:
     ours = heads.CLASSES.get(type(loss).__name__)
     if ours is not None and type(loss) is getattr(torch.nn, ours.__name__):
-        loss.__class__ = ours
-        _loss_modules.add(loss)
-
-
-def _bind(owner: Any, name: str, theirs: Any, ours: Any) -> None:
-    setattr(owner, name, ours)
-    _bound.append((owner, name, theirs, ours))
+        registration.names.bind(loss, "__class__", ours)
 
 
 def _replacement(name: str, theirs: Any) -> Any:
-    """What a name of a modeling module is bound to instead; None where it stays."""
+    """What a name of a module is bound to instead; None where it stays."""
     if name in ROUTER_LOSSES and callable(theirs):
         return _weighted_by_tokens(theirs)
     if isinstance(theirs, ModuleType):
         return _nn() if theirs is torch.nn else _functional() if theirs is torch.nn.functional else None
-    for classes, owner in ((heads.CLASSES, torch.nn), (heads.FUNCTIONS, torch.nn.functional)):
-        for their_name, ours in classes.items():
-            if theirs is getattr(owner, their_name):
-                return ours
-    return None
+    if isinstance(theirs, type):
+        ours = heads.CLASSES.get(theirs.__name__)
+        return ours if ours is not None and theirs is getattr(torch.nn, theirs.__name__, None) else None
+    return _stand_in_for_function(theirs)
+
+
+def _stand_in_for_function(theirs: Any) -> Any:
+    """Ours for one of PyTorch's losses, or for a partial of one."""
+    if isinstance(theirs, functools.partial):
+        ours = _stand_in_for_function(theirs.func)
+        return None if ours is None else functools.partial(ours, *theirs.args, **theirs.keywords)
+    name = getattr(theirs, "__name__", None)
+    ours = heads.FUNCTIONS.get(name) if isinstance(name, str) else None
+    return ours if ours is not None and theirs is getattr(torch.nn.functional, ours.__name__) else None
 
 
 @functools.cache
@@ -97,24 +185,19 @@ def _nn() -> ModuleType:
     return _copy(torch.nn, {**heads.CLASSES, "functional": _functional()})
 
 
+@functools.cache
+def _torch() -> ModuleType:
+    """torch with our torch.nn in it."""
+    return _copy(torch, {"nn": _nn()})
+
+
 def _copy(module: ModuleType, changed: dict[str, Any]) -> ModuleType:
+    """A module of the same names, but for those that are changed; what is imported into the original later is there too."""
     copy = ModuleType(module.__name__, module.__doc__)
     vars(copy).update(vars(module))
     vars(copy).update(changed)
+    vars(copy)["__getattr__"] = functools.partial(getattr, module)
     return copy
-
-
-def restore_modules() -> None:
-    """Gives every module the very same objects back; a name that somebody bound again since stays."""
-    for module, name, theirs, ours in _bound:
-        if module.__dict__.get(name) is ours:
-            setattr(module, name, theirs)
-    for loss in _loss_modules:
-        loss.__class__ = getattr(torch.nn, type(loss).__name__)
-    _loss_modules.clear()
-    _bound.clear()
-    _seen.clear()
-    _models.clear()
 
 
 def _times(share: Callable[[steps.Step], Any]) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
@@ -124,7 +207,7 @@ def _times(share: Callable[[steps.Step], Any]) -> Callable[[Callable[..., Any]],
         @functools.wraps(function)
         def weighed(*args: Any, **kwargs: Any) -> Any:
             value = function(*args, **kwargs)
-            return steps.part(value, share) if steps.is_active and isinstance(value, torch.Tensor) else value
+            return steps.part(value, share) if steps.is_counted() and isinstance(value, torch.Tensor) else value
 
         return weighed
 
@@ -137,7 +220,7 @@ _weighted_by_tokens = _times(lambda step: step.share_of_tokens())
 def _over_boxes(get_loss: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(get_loss)
     def over_boxes(self: Any, loss: Any, outputs: Any, targets: Any, indices: Any, num_boxes: Any, *more: Any) -> Any:
-        if steps.is_active:
+        if steps.is_counted():
             num_boxes = num_boxes * steps.share(lambda step: step.objects_of_the_step())
         return get_loss(self, loss, outputs, targets, indices, num_boxes, *more)
 
@@ -148,7 +231,7 @@ def _masks_of_the_step(get_num_masks: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(get_num_masks)
     def masks_of_the_step(*args: Any, **kwargs: Any) -> Any:
         num_masks = get_num_masks(*args, **kwargs)
-        return num_masks * steps.share(lambda step: step.objects_of_the_step()) if steps.is_active else num_masks
+        return num_masks * steps.share(lambda step: step.objects_of_the_step()) if steps.is_counted() else num_masks
 
     return masks_of_the_step
 

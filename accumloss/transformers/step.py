@@ -17,6 +17,7 @@ import torch
 
 from .._compat import not_compiled
 from ..functional import Divisor, Observer
+from ..sums import TokenSums
 
 
 class Rule(NamedTuple):
@@ -31,11 +32,17 @@ class Rule(NamedTuple):
     mask: str | None = None  # labels where this entry is not 1 are no items
     part: int | None = None  # the labels are entry[..., part]: a codebook of several
     copies: int = 1  # as often the labels are targets: heads that predict several tokens ahead
+    last: int = 0  # so many labels at the end of each row are no targets either
+    filled: int | None = None  # labels of this value are no items: padding that the head ignores
 
     def labels(self, batch: Mapping[str, Any]) -> torch.Tensor:
-        """The entry, or its part, without the first labels of each row."""
-        labels = batch[self.key] if self.part is None else batch[self.key][..., self.part]
-        return labels[..., self.shift :] if self.shift else labels  # a row that was squeezed has no dimension
+        """The entry, or its part, without the first and the last labels of each row."""
+        return self._targets(batch[self.key] if self.part is None else batch[self.key][..., self.part])
+
+    def _targets(self, entry: torch.Tensor) -> torch.Tensor:
+        if not self.shift and not self.last:
+            return entry  # a row that was squeezed has no dimension
+        return entry[..., self.shift : entry.shape[-1] - self.last]
 
     def total(self, batch: Mapping[str, Any]) -> torch.Tensor:
         """The items of one micro-batch, or their total weight: () float64 on the device of the entry."""
@@ -45,13 +52,14 @@ class Rule(NamedTuple):
             is_item = labels.clamp(0, length) != length
         elif self.ignore_index is not None:
             is_item = labels != self.ignore_index
-        elif self.mask is None:
+        elif self.mask is None and self.filled is None:
             return torch.full((), labels.numel(), dtype=torch.float64, device=labels.device)
         else:
             is_item = torch.ones_like(labels, dtype=torch.bool)
         if self.mask is not None:
-            mask = batch[self.mask]
-            is_item = is_item & ((mask[..., self.shift :] if self.shift else mask) == 1)
+            is_item = is_item & (self._targets(batch[self.mask]) == 1)
+        if self.filled is not None:
+            is_item = is_item & (labels != self.filled)
         if self.weight is None:
             return is_item.sum().double() * self.copies
         weight = self.weight.to(labels.device, torch.float64)
@@ -75,6 +83,10 @@ class Origin(NamedTuple):
     mask: str | None = None  # an entry: only where it is 1
     part: int | None = None  # of the last dimension
     kept: str = "all"  # of the entry: all, items (not ignored), rows (with an item), seen (where the mask is 1), copies
+    last: int = 0  # the last labels of each row are left out
+    front: int = 0  # columns of ignored labels stand before each row: a prompt that is learned
+    back: int = 0  # and behind it: padding
+    filled: int | None = None  # labels of this value are ignored
 
     def copies_in(
         self,
@@ -94,7 +106,20 @@ class Origin(NamedTuple):
             chunks = labels.reshape(-1).split(entry.numel())
             copies = [chunk for chunk in chunks if not bool((chunk == ignore_index).all())]
             return len(copies) if all(_same_values(entry, chunk) for chunk in copies) else 0
-        entry = entry[..., self.first :] if length is None else entry.clamp(0, length)
+        if length is not None:
+            entry = entry.clamp(0, length)
+        elif self.first or self.last:
+            entry = entry[..., self.first : entry.shape[-1] - self.last]
+        if self.front or self.back:
+            labels = labels.reshape(*entry.shape[:-1], -1)
+            inside = slice(self.front, labels.shape[-1] - self.back)
+            if bool(
+                (labels[..., : self.front] != ignore_index).any() | (labels[..., inside.stop :] != ignore_index).any()
+            ):
+                return 0
+            labels = labels[..., inside]
+        if self.filled is not None and ignore_index is not None:
+            entry = entry.masked_fill(entry == self.filled, ignore_index)
         if self.kept == "items":
             entry = entry[entry != ignore_index]
         elif self.kept == "rows":
@@ -115,7 +140,7 @@ def _origins(
     size = labels.numel()
     for key, entry in entries.items():
         shifted = entry[..., 1:].numel() if entry.dim() > 1 and length is None else -1
-        seen_by = [name for name, mask in masks.items() if mask.shape == entry.shape] if "label" in key else []
+        seen_by = [name for name, mask in masks.items() if mask.shape == entry.shape] if may_be_labels(key) else []
         if entry.numel() == size:
             if labels.dim() == 1 and entry.dim() > 1 and length is None:
                 # flattened into a copy: something was masked or dropped, though nothing is in this one
@@ -125,7 +150,7 @@ def _origins(
                 yield from (Origin(key, mask=mask) for mask in seen_by)
         elif shifted == size:
             yield Origin(key, first=1)
-        if length is not None or "label" not in key:
+        if length is not None or not may_be_labels(key):
             continue
         if entry.dim() > 2 and entry.numel() == size * entry.shape[-1]:
             yield from (Origin(key, part=part) for part in range(entry.shape[-1]))
@@ -137,6 +162,46 @@ def _origins(
                     yield Origin(key, kept="rows")
         elif ignore_index is not None and 0 < entry.numel() < size and size % entry.numel() == 0:
             yield Origin(key, kept="copies")
+
+
+class _Recorder:
+    """Observes the losses of a micro-batch in eager mode: each is a term of what compute_loss returns."""
+
+    def __init__(self, step: Step):
+        self.step = step
+
+    @property
+    def metrics(self) -> bool:
+        return self.step.observer is not None and self.step.observer.metrics
+
+    @not_compiled
+    def __call__(self, loss: torch.Tensor, sums: TokenSums | None) -> torch.Tensor:
+        observer = self.step.observer
+        return self.step.record(loss if observer is None else observer(loss, sums))
+
+
+def _reshaped(
+    key: str, entry: torch.Tensor, labels: torch.Tensor, ignore_index: int | None, length: int | None
+) -> Iterator[Origin]:
+    """Origins whose rows are shorter or longer than the entry's, or where labels of one value are ignored."""
+    if ignore_index is None or length is not None or entry.is_floating_point() or entry.dim() == 0:
+        return
+    columns = entry.shape[-1]
+    rows = entry.numel() // max(columns, 1)
+    if rows and labels.numel() % rows == 0 and entry.dim() > 1 and may_be_labels(key):
+        more = labels.numel() // rows - columns
+        if more > 0:
+            yield Origin(key, front=more)
+            yield Origin(key, back=more)
+        elif more < 0:
+            if more < -1:
+                yield Origin(key, first=-more)
+            yield Origin(key, last=-more)
+    if entry.numel() == labels.numel():
+        flat, given = entry.reshape(-1), labels.reshape(-1).to(entry.device)
+        changed = flat[flat != given]
+        if changed.numel() and bool((changed == changed[0]).all()) and int(changed[0]) != ignore_index:
+            yield Origin(key, filled=int(changed[0]))
 
 
 class Step:
@@ -152,6 +217,8 @@ class Step:
         origins: of the labels of earlier calls, where only one was possible.
         gathers: whether over_ranks waits for the other ranks. They must then count equally often, whatever each of them finds.
     """
+
+    is_training = True
 
     def __init__(
         self,
@@ -172,12 +239,69 @@ class Step:
         self.totals = totals
         self.origins = {} if origins is None else origins
         self.gathers = gathers
+        self.compared: dict[int, Rule] = totals.setdefault(
+            "compared", {}
+        )  # of this window: call -> what its labels fitted
         self.main: Rule | None = None  # what Trainer counts
         self.num_items_in_batch: torch.Tensor | None = None  # what the model was given under this name
         self.label_smoothing = 0.0
         self.observer: Observer | None = None  # of the losses that are divided here
         self.calls = 0  # losses of ours
         self.smoothed = 0  # of them, those that label_smoothing applied to
+        self.here: Mapping[str, Any] | None = (
+            None  # this micro-batch in the window: labels as they were when it was fetched
+        )
+        self.versions: dict[str, int] = {}  # of the entries of inputs, before anything ran
+        self.terms: list[torch.Tensor] = []  # what losses of ours returned
+        self.sums = 0  # PyTorch's losses with reduction="sum"
+        self.unknown = 0  # calls whose labels are of no known origin
+        self.micro_batches = 1  # of this step; Trainer's own count says 1 while compute_loss runs
+        self.asked = 1  # of a full one
+        self.depth = 0  # of compute_loss, which may call another
+        self.depth_reached = 0
+        self.is_watched = False
+        self.trainer: Any = None  # whose step it is
+        self.is_known = False  # how the loss depends on the micro-batches, though no loss of ours computed it
+        self.recorder: Observer = _Recorder(self)
+        self.items: Any = None  # what compute_loss was given as num_items_in_batch (objective.Items)
+
+    def begin(self, inputs: Mapping[str, Any]) -> None:
+        """Takes inputs as the entries of this micro-batch from here on, as they are before anything runs."""
+        known = {id(self.inputs[key]): version for key, version in self.versions.items()}
+        tensors = {key: value for key, value in inputs.items() if isinstance(value, torch.Tensor)}
+        self.versions = {key: known.get(id(value), value._version) for key, value in tensors.items()}
+        self.inputs = dict(inputs)  # somebody may take entries out
+
+    def record(self, loss: torch.Tensor) -> torch.Tensor:
+        """Keeps what a loss of ours returned, for who looks at what they are made into.
+
+        While a Check looks at them the caller gets a copy: he may add to it in place.
+        """
+        self.terms.append(loss)
+        return loss.clone() if self.is_watched else loss
+
+    def is_given(self, value: Any) -> bool:
+        """Whether a num_items_in_batch is the one that Trainer, or we in its place, handed in."""
+        return value is None or value is self.num_items_in_batch or (self.items is not None and value is self.items)
+
+    def _entries(self) -> tuple[dict[str, torch.Tensor], set[str]]:
+        """The tensors of this micro-batch that labels may come from, and which of them have been written over since.
+
+        Of those the copy is taken that was made when the window was fetched. Entries that somebody took out of the inputs
+        are there as well.
+        """
+        here = self.window[0] if self.here is None else self.here
+        entries = {key: value for key, value in self.inputs.items() if isinstance(value, torch.Tensor)}
+        entries = {key: value for key, value in entries.items() if key in here}
+        changed = {key for key, value in entries.items() if value._version != self.versions.get(key, value._version)}
+        if self.here is not None:
+            entries.update({key: here[key].to(entries[key].device) for key in changed})
+            entries.update(
+                {key: v for key, v in here.items() if key not in self.inputs and isinstance(v, torch.Tensor)}
+            )
+        return dict(
+            sorted(entries.items(), key=lambda entry: not may_be_labels(entry[0]))
+        ), changed  # input_ids may be equal
 
     def divisor(
         self,
@@ -188,6 +312,7 @@ class Step:
         ignore_index: int | None = -100,
         length: int | None = None,
         weight: torch.Tensor | None = None,
+        is_compiled: bool = False,
     ) -> Any:
         """The num_items_in_batch of a loss over these labels, which may be any reshaped view or copy of an entry.
 
@@ -196,11 +321,12 @@ class Step:
         a mean over its items, which weighs in the step as its rows do. None: the mean of the call.
         """
         self.calls += 1
-        if not self.window or (given is not None and given is not self.num_items_in_batch):
+        if not self.window or not self.is_given(given):
             return given
+        observer = self.observer if is_compiled else self.recorder
         matched = self._matched(labels, weight) if weight is not None else None
         if matched is not None:
-            return Divisor(matched, self.expected_grad, self.observer)
+            return Divisor(matched, self.expected_grad, observer)
         rule = self._rule(labels, shift, ignore_index, length)
         if rule is None and ignore_index is None and length is None:
             rule = self._rule_of_size(labels)
@@ -208,16 +334,19 @@ class Step:
         counted = main if rule is None else rule
         total = self._total_of_call(None if counted is None else counted._replace(weight=weight))
         if rule is not None and total is not None:
-            return Divisor(total / self.averaged, self.expected_grad, self.observer)
+            return Divisor(total / self.averaged, self.expected_grad, observer)
         if length is not None:
+            self.unknown += 1
             return None
+        of_rows = ignore_index is None and labels.dim() == 1 and labels.numel() == num_rows(self.inputs)
+        self.unknown += int((main is None or total is None) and not of_rows)
         here = Rule("labels", shift, ignore_index, weight=weight).total({"labels": labels})
         mean = at_least_one(here) / self.share_of_rows()
         if main is None or total is None:
-            return Divisor(mean, self.expected_grad, self.observer)
+            return Divisor(mean, self.expected_grad, observer)
         is_main = here == main._replace(weight=weight).total(self.inputs).to(here.device)
         step = (total / self.averaged).to(here.device)
-        return Divisor(torch.where(is_main, step, mean), self.expected_grad, self.observer)
+        return Divisor(torch.where(is_main, step, mean), self.expected_grad, observer)
 
     def total(self, rule: Rule) -> torch.Tensor:
         """The items of the whole step by a rule, 1 where there are none. Counted when it is first asked for in a window."""
@@ -286,7 +415,7 @@ class Step:
 
     def part(self, value: torch.Tensor, share: Any) -> torch.Tensor:
         """A mean of this micro-batch as a part of the step's."""
-        return value * share
+        return self.record(value * share)
 
     def _matched(self, classes: torch.Tensor, weight: torch.Tensor) -> torch.Tensor | None:
         """The divisor of the classes (rows, queries) that detection has matched to its queries: an object each, and the last
@@ -307,9 +436,7 @@ class Step:
         The same memory, or else the same values, whose comparison synchronises. Where a micro-batch fits several origins (no
         position of it is masked, say), the one that alone fitted the same call of another is taken.
         """
-        entries = {key: value for key, value in self.inputs.items() if isinstance(value, torch.Tensor)}
-        entries = {key: value for key, value in entries.items() if key in self.window[0]}
-        entries = dict(sorted(entries.items(), key=lambda entry: "label" not in entry[0]))  # input_ids may be equal
+        entries, changed = self._entries()
         length_of, longer_by = None, 0
         if length is not None:
             found = self._entry_of_length(length)
@@ -317,25 +444,29 @@ class Step:
                 return None
             length_of, longer_by = found
         for key, value in entries.items():
-            if value.numel() == labels.numel() and _same_memory(value, labels):
+            if key not in changed and value.numel() == labels.numel() and _same_memory(value, labels):
                 return Rule(key, shift, ignore_index, length_of, longer_by)
         call = (self.calls, tuple(entries))
         known = self.origins.get(call)
         likeliest = [] if known is None else [known]
         fitting: list[tuple[Origin, int]] = []
-        for origin in itertools.chain(likeliest, _origins(entries, labels, ignore_index, length)):
-            copies = origin.copies_in(labels, self.inputs, shift, ignore_index, length)
+        for origin in itertools.chain(
+            likeliest,
+            _origins(entries, labels, ignore_index, length),
+            itertools.chain.from_iterable(_reshaped(*entry, labels, ignore_index, length) for entry in entries.items()),
+        ):
+            copies = origin.copies_in(labels, entries, shift, ignore_index, length) if origin.key in entries else 0
             if copies:
                 fitting.append((origin, copies))
-                if origin is known or length is not None or "label" not in origin.key:
+                if origin is known or length is not None or not may_be_labels(origin.key):
                     break
         if not fitting:
             return None
         origin, copies = fitting[0]
         if len(fitting) == 1:
             self.origins[call] = origin
-        first = 0 if origin.kept == "items" else origin.first + shift
-        return Rule(
+        first = 0 if origin.kept == "items" else max(origin.first + shift - origin.front, 0)
+        rule = Rule(
             origin.key,
             first,
             ignore_index,
@@ -344,7 +475,13 @@ class Step:
             mask=origin.mask,
             part=origin.part,
             copies=copies,
+            last=origin.last,
+            filled=origin.filled,
         )
+        before = self.compared.setdefault(self.calls, rule)
+        if rule != before and bool(self._here(rule) != self._here(before)):
+            self.unknown += 1  # the micro-batches before were counted by another, which fitted them as well
+        return rule
 
     def _rule_of_size(self, target: torch.Tensor) -> Rule | None:
         """The rule of a target without ignored elements that has one for each item of an entry of numbers (a spectrogram, -100
@@ -392,6 +529,42 @@ def num_rows(batch: Mapping[str, Any]) -> int:
     return 0
 
 
+def entries_of(batch: Any) -> Mapping[str, Any]:
+    """The entries of a batch of any kind by name: of a mapping, a tuple or list, a dataclass or another object."""
+    if isinstance(batch, Mapping):
+        return batch
+    if hasattr(batch, "_asdict"):
+        return batch._asdict()
+    if isinstance(batch, (list, tuple)):
+        return {f"entry {i}": value for i, value in enumerate(batch)}
+    if isinstance(batch, torch.Tensor):
+        return {"entry": batch}
+    return vars(batch) if hasattr(batch, "__dict__") else {}
+
+
+def like(batch: Any, entries: Mapping[str, Any]) -> Any:
+    """A batch of the kind of another, with these entries."""
+    if hasattr(batch, "_make"):
+        return batch._make(entries.values())
+    return type(batch)(entries.values()) if isinstance(batch, (list, tuple)) else dict(entries)
+
+
+def may_be_labels(key: Any) -> bool:
+    """Whether an entry of this name may hold labels; the entries of a tuple have no names."""
+    return isinstance(key, str) and ("label" in key or "target" in key or key.startswith("entry"))
+
+
+def kept(batch: Any) -> dict[str, Any]:
+    """The entries of a batch as they are now: those that may hold labels are copied, since a forward may write over them."""
+    entries = entries_of(batch)
+    copied = {
+        key: entries[key].clone()
+        for key in filter(may_be_labels, entries)
+        if isinstance(entries[key], torch.Tensor) and not entries[key].is_floating_point()
+    }
+    return {**entries, **copied}
+
+
 def _same_memory(a: torch.Tensor, b: torch.Tensor) -> bool:
     return a.device == b.device and a.dtype == b.dtype and a.data_ptr() == b.data_ptr()
 
@@ -403,10 +576,23 @@ def _same_values(a: torch.Tensor, b: torch.Tensor) -> bool:
 # Module-global and not a context variable: DataParallel's threads must see it, and the compiler guards on it cheaply.
 _current: Step | None = None
 is_active = False  # whether there is one; what compiled code looks at
+is_training = False  # whether that one is of an optimizer step, and not of an evaluation
 
 
 def current() -> Step | None:
     return _current
+
+
+def is_counted() -> bool:
+    """Whether a loss that is called here is one of the step's: in training one that has a gradient, and not a metric."""
+    return is_active and (not is_training or torch.is_grad_enabled())
+
+
+@not_compiled
+def saw_a_sum() -> None:
+    """One of PyTorch's losses was called with reduction="sum"."""
+    if _current is not None:
+        _current.sums += 1
 
 
 @not_compiled
@@ -422,12 +608,13 @@ def part(value: torch.Tensor, share: Callable[[Step], Any]) -> torch.Tensor:
 
 
 @contextmanager
-def entered(step: Step) -> Iterator[Step]:
-    """Makes a step the current one."""
-    global _current, is_active
+def entered(step: Step | None) -> Iterator[Step | None]:
+    """Makes a step the current one; None: none is."""
+    global _current, is_active, is_training
     outer = _current
-    _current, is_active = step, True
     try:
+        _current, is_active, is_training = step, step is not None, step is not None and step.is_training
         yield step
     finally:
         _current, is_active = outer, outer is not None
+        is_training = outer is not None and outer.is_training

@@ -18,8 +18,6 @@ from __future__ import annotations
 
 import functools
 import inspect
-import warnings
-import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -29,11 +27,13 @@ import torch
 from .._compat import not_compiled
 from ..sums import TokenSums
 from . import evaluation as evaluations
-from . import hook, losses, mapping, rebind
+from . import hook, losses, mapping, objective, rebind
 from . import step as steps
+from .registration import Patches, registration
 from .settings import settings
 
 METHODS = (
+    "train",
     "get_batch_samples",
     "_get_num_items_in_batch",
     "training_step",
@@ -43,21 +43,48 @@ METHODS = (
     "log",
 )
 
-_originals: dict[str, Callable[..., Any]] = {}  # transformers' own methods, while ours are in their place
-_original_loss: Any = None  # transformers.trainer.ForCausalLMLoss
-_covers_all = False  # every model, or only those whose loss_function is ours
-_origins: weakref.WeakKeyDictionary[Any, dict[Any, steps.Origin]] = weakref.WeakKeyDictionary()
-_windows: weakref.WeakKeyDictionary[Any, Window] = weakref.WeakKeyDictionary()
-_warned: weakref.WeakSet[Any] = weakref.WeakSet()
-_metrics: weakref.WeakKeyDictionary[Any, Metrics] = weakref.WeakKeyDictionary()
+_originals: dict[str, Callable[..., Any]] = {}  # transformers' own methods, from the first time ours took their place
 
 
 class Window:
-    """The micro-batches of one optimizer step on this rank, and what has been counted in them."""
+    """The micro-batches of one optimizer step on this rank, and what has been counted in them.
 
-    def __init__(self, batches: Sequence[Mapping[str, Any]]):
-        self.batches = batches
-        self.totals: dict[steps.Rule, torch.Tensor] = {}
+    Attributes:
+        batches: their entries as they were when they were fetched; a forward may write over its labels.
+    """
+
+    def __init__(self, fetched: Sequence[Any]):
+        self.fetched = fetched
+        self.batches = [steps.kept(batch) for batch in fetched]
+        self.totals: dict[Any, Any] = {}
+        self.seen = 0  # micro-batches that have been trained on
+
+    def find(self, inputs: Any) -> Mapping[str, Any] | None:
+        """The micro-batch that inputs are, or were made from: one that shares a tensor's memory with them."""
+        for batch, entries in zip(self.fetched, self.batches, strict=True):
+            if batch is inputs:
+                return entries
+        mine = {v.data_ptr() for v in steps.entries_of(inputs).values() if isinstance(v, torch.Tensor) and v.numel()}
+        for batch, entries in zip(self.fetched, self.batches, strict=True):
+            theirs = steps.entries_of(batch).values()
+            if any(isinstance(v, torch.Tensor) and v.numel() and v.data_ptr() in mine for v in theirs):
+                return entries
+        return None
+
+
+class State:
+    """What is known of one Trainer."""
+
+    def __init__(self) -> None:
+        self.window: Window | None = None
+        self.origins: dict[Any, steps.Origin] = {}  # of the labels of earlier calls
+        self.metrics: Metrics | None = None
+        self.warned: set[str] = set()
+        self.check = objective.Check()
+
+
+def state_of(trainer: Any) -> State:
+    return registration.trainers.setdefault(trainer, State())
 
 
 class Metrics:
@@ -96,54 +123,31 @@ def _sum_over_ranks(trainer: Any, sums: torch.Tensor) -> torch.Tensor:
 # Putting the methods in place ---------------------------------------------------------------------------------------
 
 
-def install(covers_all: bool) -> None:
+def install(patches: Patches) -> None:
     """Wraps the methods. Raises RuntimeError, and changes nothing, where transformers has not got them."""
-    global _covers_all, _original_loss
+    if patches:
+        return
+    cls = _trainer_module().Trainer
+    missing = [name for name in METHODS if not callable(getattr(cls, name, None))]
+    if missing:
+        raise RuntimeError(
+            f"register_with_transformers: expected transformers.Trainer to have {', '.join(missing)}, got a "
+            "transformers that does not; transformers 4.57 to 5.24 are supported"
+        )
+    for name in METHODS:
+        ours = globals()[name]
+        if name in patches.stayed and getattr(cls, name) is not _originals[name]:
+            continue  # somebody has wrapped ours, and goes on calling it
+        if getattr(cls, name) is not ours:
+            _originals[name] = getattr(cls, name)
+        patches.bind(cls, name, ours)
+
+
+def install_name(patches: Patches) -> None:
+    """trainer asks ``LOSS_MAPPING.get(...) is ForCausalLMLoss``, by a name of its own."""
     module = _trainer_module()
-    if not _originals:
-        missing = [name for name in METHODS if not callable(getattr(module.Trainer, name, None))]
-        if missing:
-            raise RuntimeError(
-                f"register_with_transformers: expected transformers.Trainer to have {', '.join(missing)}, got a "
-                "transformers that does not; transformers 4.57 to 5.24 are supported"
-            )
-        for name in METHODS:
-            _originals[name] = getattr(module.Trainer, name)
-            setattr(module.Trainer, name, globals()[name])
-    if covers_all and not _covers_all and hasattr(module, "ForCausalLMLoss"):
-        # trainer asks `LOSS_MAPPING.get(...) is ForCausalLMLoss`, by a name of its own
-        _original_loss = module.ForCausalLMLoss
-        module.ForCausalLMLoss = losses.causal_lm_loss
-    _covers_all = _covers_all or covers_all
-
-
-def uncover_all() -> None:
-    """Back to the models that are registered one by one."""
-    global _covers_all, _original_loss
-    if _original_loss is not None:
-        module = _trainer_module()
-        if module.ForCausalLMLoss is losses.causal_lm_loss:
-            module.ForCausalLMLoss = _original_loss
-    _covers_all, _original_loss = False, None
-
-
-def uninstall() -> None:
-    """Restores the very same methods. One that somebody wrapped after us stays, and goes on calling the original."""
-    uncover_all()
-    rebind.restore_modules()
-    trainer = _trainer_module().Trainer
-    for name, original in _originals.items():
-        if getattr(trainer, name) is globals()[name]:
-            setattr(trainer, name, original)
-    _uninstalled.update(_originals)
-    _originals.clear()
-
-
-_uninstalled: dict[str, Callable[..., Any]] = {}
-
-
-def _original(name: str) -> Callable[..., Any]:
-    return _originals.get(name) or _uninstalled[name]
+    if hasattr(module, "ForCausalLMLoss"):
+        patches.bind(module, "ForCausalLMLoss", losses.causal_lm_loss)
 
 
 def _trainer_module() -> Any:
@@ -169,12 +173,14 @@ def base_model(trainer: Any) -> Any:
 
 def is_covered(trainer: Any) -> bool:
     """Whether the step of this Trainer is ours to count."""
-    if not _originals:
+    if not registration.is_active:
         return False
     config = getattr(trainer.accelerator, "parallelism_config", None)
     if config is not None and getattr(config, "sp_enabled", False) and getattr(config, "sp_backend", "") == "deepspeed":
         return False  # counts its own tokens, and divides by them
-    return _covers_all or losses.underlying(mapping.loss_of(base_model(trainer))) is not None
+    if registration.covers_all:
+        return True
+    return registration.is_active and losses.underlying(mapping.loss_of(base_model(trainer))) is not None
 
 
 def shifts_labels(model: Any) -> bool:
@@ -233,31 +239,47 @@ def same_batch(trainer: Any) -> int:
     return 1 if config is None else config.non_data_parallel_size
 
 
-def is_taken_as_scaled(trainer: Any, num_items_in_batch: Any) -> bool:
-    """Whether Trainer leaves the loss as it is, and does not divide it by the number of micro-batches."""
-    own = getattr(trainer, "loss_is_scaled_for_ga", None)
-    if own is not None:
-        return own
-    accepts = trainer.model_accepts_loss_kwargs and num_items_in_batch is not None
-    return accepts or trainer.compute_loss_func is not None
-
-
 # The methods ----------------------------------------------------------------------------------------------------------
 
 
+def train(self: Any, *args: Any, **kwargs: Any) -> Any:
+    with outermost(self):
+        return _originals["train"](self, *args, **kwargs)
+
+
+@contextmanager
+def outermost(trainer: Any) -> Iterator[None]:
+    """Puts ours around the methods of a step, whatever class they come from, for as long as it trains."""
+    patches = Patches()
+    for name, around in AROUND.items():
+        patches.bind(trainer, name, functools.partial(around, trainer, getattr(trainer, name)))
+    try:
+        yield
+    finally:
+        patches.undo()
+
+
+def _around_get_batch_samples(trainer: Any, theirs: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    batch_samples, num_items_in_batch = theirs(*args, **kwargs)
+    window = state_of(trainer).window
+    if is_covered(trainer) and (window is None or window.fetched is not batch_samples):
+        state_of(trainer).window = Window(batch_samples)
+    return batch_samples, num_items_in_batch
+
+
 def get_batch_samples(self: Any, *args: Any, **kwargs: Any) -> Any:
-    batch_samples, num_items_in_batch = _original("get_batch_samples")(self, *args, **kwargs)
+    batch_samples, num_items_in_batch = _originals["get_batch_samples"](self, *args, **kwargs)
     if is_covered(self):
-        window = _windows[self] = Window(batch_samples)
+        window = state_of(self).window = Window(batch_samples)
         is_ours = type(self)._get_num_items_in_batch is _get_num_items_in_batch
         if is_ours and isinstance(num_items_in_batch, torch.Tensor) and num_items_in_batch.dim() == 0:
             # counted just now, over all ranks: the usual loss needs no second count
-            window.totals[_counted_rule(base_model(self), batch_samples[0])] = steps.at_least_one(num_items_in_batch)
+            window.totals[_counted_rule(base_model(self), window.batches[0])] = steps.at_least_one(num_items_in_batch)
     return batch_samples, num_items_in_batch
 
 
 def _get_num_items_in_batch(self: Any, batch_samples: list, device: torch.device) -> Any:
-    original = _original("_get_num_items_in_batch")
+    original = _originals["_get_num_items_in_batch"]
     if not is_covered(self) or not all(isinstance(b, Mapping) and "labels" in b for b in batch_samples):
         return original(self, batch_samples, device)
     model = base_model(self)
@@ -269,79 +291,187 @@ def _get_num_items_in_batch(self: Any, batch_samples: list, device: torch.device
         self._loss_shifts_labels = shifts
 
 
-def training_step(self: Any, model: Any, inputs: Any, num_items_in_batch: Any = None, *args: Any, **kwargs: Any) -> Any:
-    original = _original("training_step")
-    if not is_covered(self):
-        return original(self, model, inputs, num_items_in_batch, *args, **kwargs)
-    rebind.rebind_modules_of(base_model(self))
-    step = make_step(self, inputs, num_items_in_batch)
+def training_step(self: Any, *args: Any, **kwargs: Any) -> Any:
+    """Trainer's own: of a step that is entered already, or of one whose train() began before accumloss was registered."""
+    original = functools.partial(_originals["training_step"], self)
+    step = steps.current()
+    if step is not None and step.is_training and step.trainer is self:
+        with objective.micro_batches(self, step.micro_batches, step.asked):
+            return original(*args, **kwargs)
+    return _around_training_step(self, original, *args, **kwargs)
+
+
+def _around_training_step(trainer: Any, theirs: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    if not is_covered(trainer):
+        return theirs(*args, **kwargs)
+    given = inspect.signature(_originals["training_step"]).bind_partial(trainer, *args, **kwargs).arguments
+    inputs = given.get("inputs")
+    rebind.rebind_for(trainer, base_model(trainer))
+    step = make_step(trainer, inputs)
+    state = state_of(trainer)
     if settings.metrics:
-        step.observer = _metrics.setdefault(self, Metrics())
-    with steps.entered(step):
-        loss = original(self, model, inputs, num_items_in_batch, *args, **kwargs)
-    warn_of_bypass(self, step)
+        state.metrics = state.metrics or Metrics()
+        step.observer = state.metrics
+    # one that never reaches Trainer's own divides by itself, or not at all: for it there is one micro-batch
+    is_theirs = not is_trainers_own(theirs)
+    says = (1, 1) if is_theirs else (step.micro_batches, step.asked)
+    with steps.entered(step), objective.micro_batches(trainer, *says):
+        if is_theirs:
+            step.averaged, step.expected_grad = ranks(trainer), 1.0
+        loss = theirs(*args, **kwargs)
+    _look_at(trainer, step)
     return loss
 
 
-def make_step(trainer: Any, inputs: Mapping[str, Any], num_items_in_batch: Any) -> steps.Step:
-    """The step around one micro-batch, as it is for a compute_loss that is not Trainer's own."""
-    window = _windows.get(trainer)
-    if window is None or not any(batch is inputs for batch in window.batches):
-        # not prefetched by Trainer: of the others nothing is known, and what they are called with counts
-        window = Window([])
-    divides = not is_taken_as_scaled(trainer, num_items_in_batch)
-    micro_batches = trainer.current_gradient_accumulation_steps if divides else 1
+def is_trainers_own(method: Any) -> bool:
+    """Whether a bound method is transformers', in our wrapper or not, and no override."""
+    while isinstance(method, functools.partial):
+        method = method.func
+    function = getattr(method, "__func__", method)
+    return function is training_step or function is _originals.get("training_step")
+
+
+def _look_at(trainer: Any, step: steps.Step) -> None:
+    """At the end of a window: says once what of the step is not exact by construction."""
+    state = state_of(trainer)
+    window = state.window
+    if window is None or state.check.is_done:
+        return
+    window.seen += 1
+    if step.depth_reached == 0 and not step.terms:
+        state.check.blame("training_step computes it without compute_loss, by nothing that was recognised")
+    if window.seen < len(window.fetched):
+        return
+    if len(window.fetched) == 1 and trainer.args.world_size == 1:
+        state.check = objective.Check()  # nothing was accumulated
+        return
+    reason = state.check.end()
+    library = bypassing_library(trainer)
+    if reason and library:
+        reason += f" ({library} computes the loss of {type(base_model(trainer)).__name__}: {_REMEDIES[library]})"
+    objective.tell(trainer, state.warned, reason)
+
+
+def make_step(trainer: Any, inputs: Any) -> steps.Step:
+    """The step around one micro-batch."""
+    state = state_of(trainer)
+    here = None if state.window is None else state.window.find(inputs)
+    # not prefetched by Trainer: of the others nothing is known, and what they are called with counts
+    window = Window([]) if here is None or state.window is None else state.window
     step = steps.Step(
         window.batches,
-        inputs,
-        averaged=micro_batches * ranks(trainer),
-        expected_grad=1.0 / micro_batches,
+        {},
+        averaged=1,
+        expected_grad=1.0,
         over_ranks=lambda total: over_ranks(trainer, total),
         totals=window.totals,
-        origins=_origins.setdefault(trainer, {}),
+        origins=state.origins,
         gathers=trainer.args.average_tokens_across_devices and trainer.args.world_size > 1,
     )
-    if isinstance(inputs, Mapping) and isinstance(inputs.get("labels"), torch.Tensor):
-        step.main = _counted_rule(base_model(trainer), inputs)
+    step.trainer, step.here, step.is_watched = trainer, here, not state.check.is_done
+    step.micro_batches = trainer.current_gradient_accumulation_steps
+    step.asked = trainer.args.gradient_accumulation_steps
+    _begin(trainer, step, inputs)
     return step
 
 
-def compute_loss(
+def _begin(trainer: Any, step: steps.Step, inputs: Any) -> None:
+    step.begin(steps.entries_of(inputs))
+    if isinstance(step.inputs.get("labels"), torch.Tensor) and isinstance(inputs, Mapping):
+        step.main = _counted_rule(base_model(trainer), inputs)
+
+
+def compute_loss(self: Any, *args: Any, **kwargs: Any) -> Any:
+    """Trainer's own: reached from the outermost one, which divides, or itself the outermost."""
+    return _around_compute_loss(self, functools.partial(_compute_loss, self), *args, **kwargs)
+
+
+def _around_compute_loss(trainer: Any, theirs: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    step = steps.current()
+    is_of_step = step is not None and step.is_training and step.trainer is trainer
+    if not is_of_step or not is_covered(trainer) or objective.says_it_is_scaled(trainer):
+        return theirs(*args, **kwargs)
+    assert step is not None
+    if step.depth:  # called by another, or by itself
+        return theirs(*args, **kwargs)
+    state = state_of(trainer)
+    names = ("model", "inputs", "return_outputs", "num_items_in_batch")
+    kwargs = {**dict(zip(names[3:], args[3:], strict=False)), **kwargs}
+    args = args[:3]
+    inputs = kwargs.get("inputs", args[1] if len(args) > 1 else None)
+    _begin(trainer, step, inputs)
+    step.depth += 1
+    step.depth_reached += 1
+    try:
+        check = None if state.check.is_done else state.check
+        return objective.divided(trainer, theirs, step, ranks(trainer), check, args, kwargs)
+    finally:
+        step.depth -= 1
+
+
+AROUND = {
+    "get_batch_samples": _around_get_batch_samples,
+    "training_step": _around_training_step,
+    "compute_loss": _around_compute_loss,
+}
+
+
+def _compute_loss(
     self: Any, model: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None, **kwargs: Any
 ) -> Any:
-    original = _original("compute_loss")
+    """A loss of Trainer's compute_loss: its terms are parts of the step's, averaged over the micro-batches."""
+    original = _originals["compute_loss"]
     step = steps.current()
-    if is_covered(self) and isinstance(step, evaluations.Evaluation):
-        return _compute_batch_of_set(self, step, model, inputs, return_outputs, num_items_in_batch, **kwargs)
-    if not is_covered(self) or self.compute_loss_func is not None:
+    if not is_covered(self):
         return original(self, model, inputs, return_outputs, num_items_in_batch, **kwargs)
-    if step is None:
+    if isinstance(step, evaluations.Evaluation):
+        return _compute_batch_of_set(self, step, model, inputs, return_outputs, num_items_in_batch, **kwargs)
+    if step is None or step.trainer is not self or objective.says_it_is_scaled(self):
+        if self.compute_loss_func is not None or step is not None:
+            return original(self, model, inputs, return_outputs, num_items_in_batch, **kwargs)
         return _compute_evaluation_loss(self, model, inputs, return_outputs, num_items_in_batch, **kwargs)
+    if self.compute_loss_func is not None:
+        if num_items_in_batch is not None:  # Trainer multiplies by the ranks itself
+            step.averaged = step.micro_batches
+        return original(self, model, inputs, return_outputs, num_items_in_batch, **kwargs)
 
-    micro_batches = self.current_gradient_accumulation_steps
-    step.inputs = inputs
-    step.averaged = micro_batches * ranks(self)
-    step.expected_grad = 1.0 / micro_batches
-    if self.model_accepts_loss_kwargs and num_items_in_batch is not None:
-        given = torch.as_tensor(num_items_in_batch, device=self.args.device)
-        given = (steps.at_least_one(given) / step.averaged).to(torch.float32)
-        step.num_items_in_batch = given
+    _begin(self, step, inputs)
+    calls = step.calls
+    if self.model_accepts_loss_kwargs and not step.is_given(num_items_in_batch):
+        given = torch.as_tensor(num_items_in_batch) / ranks(self)  # somebody's own number
         inputs = {**inputs, "num_items_in_batch": given}
+    elif self.model_accepts_loss_kwargs and step.items is not None:
+        share = step.items.share if isinstance(step.items, objective.Items) else step.items
+        step.num_items_in_batch = (share / ranks(self)).to(torch.float32)
+        inputs = {**inputs, "num_items_in_batch": step.num_items_in_batch}
     # without num_items_in_batch Trainer passes none, and does not multiply by the ranks
     loss, outputs = _smoothed_loss(self, step, original, model, inputs, **kwargs)
-    factor = share(self, step)
-    if factor is not None:
-        loss = loss * factor
-    if is_taken_as_scaled(self, num_items_in_batch):
-        loss = loss / micro_batches
+    loss = _weighed(self, step, loss, is_called=step.calls > calls)
     return (loss, outputs) if return_outputs else loss
+
+
+def _weighed(trainer: Any, step: steps.Step, loss: torch.Tensor, is_called: bool) -> torch.Tensor:
+    """The loss of a model as a part of the step's."""
+    model = base_model(trainer)
+    if not is_called and not type(model).__module__.startswith(OURS_TO_KNOW) and not is_transducer(model):
+        # a module of somebody's own, and nothing in it was recognised: it may honour the number that it was given
+        step.is_known = step.num_items_in_batch is not None and names_the_items(type(model).forward)
+        return loss
+    factor = share(trainer, step, is_called)
+    if factor is not None:
+        return step.record(loss * factor)
+    step.is_known = step.is_known or not is_called
+    return loss
+
+
+OURS_TO_KNOW = ("transformers.", "transformers_modules.")
 
 
 def _compute_evaluation_loss(
     trainer: Any, model: Any, inputs: Any, return_outputs: bool, num_items_in_batch: Any, **kwargs: Any
 ) -> Any:
     """A batch outside of a training step: the mean over its items, smoothed as in training."""
-    original = _original("compute_loss")
+    original = _originals["compute_loss"]
     if trainer.label_smoother is None or "labels" not in inputs:
         return original(trainer, model, inputs, return_outputs, num_items_in_batch, **kwargs)
     step = steps.Step([inputs], inputs, ranks(trainer), 1.0, lambda total: over_ranks(trainer, total), {})
@@ -360,13 +490,14 @@ def _compute_batch_of_set(
     **kwargs: Any,
 ) -> Any:
     """A batch of an evaluation loop: the mean over its own items, and what Trainer multiplies by the ranks is left out."""
-    original = _original("compute_loss")
+    original = _originals["compute_loss"]
     if trainer.compute_loss_func is not None:
         is_ours = getattr(trainer.compute_loss_func, "func", trainer.compute_loss_func) is hook.compute_loss_func
         given = None if is_ours else num_items_in_batch
         return original(trainer, model, inputs, return_outputs, given, **kwargs)
     step.inputs = inputs
-    step.main = _counted_rule(base_model(trainer), inputs) if isinstance(inputs.get("labels"), torch.Tensor) else None
+    labels = steps.entries_of(inputs).get("labels")
+    step.main = _counted_rule(base_model(trainer), inputs) if isinstance(labels, torch.Tensor) else None
     step.num_items_in_batch = None
     # compiled code makes use of it, and is not observed
     if trainer.model_accepts_loss_kwargs and step.main is not None:
@@ -406,7 +537,7 @@ def _smoothed_loss(
 MASKS = ("bool_masked_pos", "future_observed_mask")  # entries whose ones a head averages over by itself
 
 
-def share(trainer: Any, step: steps.Step) -> Any:
+def share(trainer: Any, step: steps.Step, is_called: bool) -> Any:
     """What a loss that none of ours computed is multiplied by, for its items to weigh in the step as they are many.
 
     CTC and transducers: a mean is over examples, a sum over all of the step. Masked image models: the mean over the masked
@@ -416,8 +547,8 @@ def share(trainer: Any, step: steps.Step) -> Any:
     model = base_model(trainer)
     if is_transducer(model):
         if is_sum_over_examples(model):
-            return trainer.current_gradient_accumulation_steps
-    elif step.calls:
+            return step.micro_batches
+    elif is_called:
         return None
     elif step.window and (mask := next((key for key in MASKS if isinstance(step.inputs.get(key), torch.Tensor)), None)):
         return step.share_of(steps.Rule(mask, ignore_index=0))
@@ -446,14 +577,23 @@ def computes_its_loss_alone(forward: Callable[..., Any]) -> bool:
     return "loss_function" not in source and "num_items_in_batch" not in source
 
 
+@functools.cache
+def names_the_items(forward: Callable[..., Any]) -> bool:
+    """Whether a forward looks at num_items_in_batch."""
+    try:
+        return "num_items_in_batch" in inspect.getsource(inspect.unwrap(forward))
+    except (OSError, TypeError):
+        return False
+
+
 # Evaluation -----------------------------------------------------------------------------------------------------------
 
 
 def evaluation_loop(self: Any, *args: Any, **kwargs: Any) -> Any:
-    original = _original("evaluation_loop")
+    original = _originals["evaluation_loop"]
     if not is_covered(self) or not settings.evaluation or self.args.n_gpu > 1:
         return original(self, *args, **kwargs)
-    rebind.rebind_modules_of(base_model(self))
+    rebind.rebind_for(self, base_model(self))
     evaluation = evaluations.Evaluation(settings.metrics, self.args.logging_nan_inf_filter)
     own = vars(self).get("prediction_step")  # of the instance; a subclass may have another than Trainer
     self.prediction_step = functools.partial(_prediction_step, self, evaluation, self.prediction_step)
@@ -484,7 +624,7 @@ def _prediction_step(
 ) -> Any:
     """Trainer's, of any class, whose loss goes into the evaluation."""
 
-    def loss_of(inputs: Any, probed: int | None = None) -> torch.Tensor:
+    def loss_of(inputs: Any, probed: tuple[int, float] | None = None) -> torch.Tensor:
         evaluation.begin(inputs, probed)
         return predict(model, inputs, True, *args, **kwargs)[0].mean()
 
@@ -503,7 +643,12 @@ def _prediction_step(
     else:  # rows that fill the last batch up are in the set already
         inputs = first_rows(inputs, max(real, 1))
         loss = loss_of(inputs)
-    evaluation.add(loss, evaluation.amount or _amount(trainer, evaluation), is_real=real > 0)
+    if evaluation.is_linear:
+        amount = evaluation.amount or _amount(trainer, evaluation)
+    else:
+        amount = evaluations.Amount(*[float(steps.num_rows(evaluation.inputs))] * 2)
+        objective.tell_evaluation(trainer, state_of(trainer).warned)
+    evaluation.add(loss, amount, is_real=real > 0)
     return predicted
 
 
@@ -532,7 +677,7 @@ def _largest(trainer: Any, *numbers: int) -> list[int]:
 
 def real_rows(trainer: Any, inputs: Any) -> tuple[int, bool]:
     """How many rows of a batch are not there only to make the ranks' last batches equally large; whether all ranks' are not."""
-    rows = steps.num_rows(inputs)
+    rows = steps.num_rows(steps.entries_of(inputs))
     state = trainer.accelerator.gradient_state
     ranks_with_batches = trainer.args.world_size // same_batch(trainer)
     if ranks_with_batches == 1 or not state.end_of_dataloader or state.remainder <= 0:
@@ -541,20 +686,21 @@ def real_rows(trainer: Any, inputs: Any) -> tuple[int, bool]:
     return min(max(state.remainder - before, 0), rows), state.remainder >= ranks_with_batches * rows
 
 
-def first_rows(inputs: Mapping[str, Any], n: int) -> dict[str, Any]:
+def first_rows(inputs: Any, n: int) -> Any:
     """The first rows of a batch; where an entry has none, the labels of the others are ignored instead."""
-    rows = steps.num_rows(inputs)
+    entries = steps.entries_of(inputs)
+    rows = steps.num_rows(entries)
     by_row = {
-        k: v for k, v in inputs.items() if isinstance(v, (list, tuple)) or (isinstance(v, torch.Tensor) and v.dim())
+        k: v for k, v in entries.items() if isinstance(v, (list, tuple)) or (isinstance(v, torch.Tensor) and v.dim())
     }
     if all(len(value) == rows for value in by_row.values()):
-        return {**inputs, **{key: value[:n] for key, value in by_row.items()}}
+        return steps.like(inputs, {**entries, **{key: value[:n] for key, value in by_row.items()}})
     ignored = {}
     for key in ("labels", "shift_labels"):
-        if isinstance(inputs.get(key), torch.Tensor) and not inputs[key].is_floating_point():
-            ignored[key] = inputs[key].clone()
+        if isinstance(entries.get(key), torch.Tensor) and not entries[key].is_floating_point():
+            ignored[key] = entries[key].clone()
             ignored[key][n:] = -100
-    return {**inputs, **ignored}
+    return steps.like(inputs, {**entries, **ignored})
 
 
 def _amount(trainer: Any, evaluation: evaluations.Evaluation) -> evaluations.Amount:
@@ -562,7 +708,7 @@ def _amount(trainer: Any, evaluation: evaluations.Evaluation) -> evaluations.Amo
     rows = evaluation.share_of_rows()
     if is_sum_over_examples(base_model(trainer)):
         return evaluations.Amount(1.0, rows)
-    items = share(trainer, evaluation)
+    items = share(trainer, evaluation, evaluation.calls > 0)
     if items is None:
         main = None if evaluation.calls else evaluation.main
         items = rows if main is None else main.total(evaluation.inputs)
@@ -573,34 +719,21 @@ def _amount(trainer: Any, evaluation: evaluations.Evaluation) -> evaluations.Amo
 
 
 def _maybe_log_save_evaluate(self: Any, *args: Any, **kwargs: Any) -> Any:
-    if self in _metrics and self.control.should_log and self.state.global_step > self._globalstep_last_logged:
-        _metrics[self].collect(self)
-    return _original("_maybe_log_save_evaluate")(self, *args, **kwargs)
+    metrics = state_of(self).metrics
+    if metrics is not None and self.control.should_log and self.state.global_step > self._globalstep_last_logged:
+        metrics.collect(self)
+    return _originals["_maybe_log_save_evaluate"](self, *args, **kwargs)
 
 
 def log(self: Any, logs: dict[str, float], *args: Any, **kwargs: Any) -> Any:
-    if self in _metrics and "loss" in logs:
-        logs.update(_metrics[self].to_log)
-        _metrics[self].to_log = {}
-    return _original("log")(self, logs, *args, **kwargs)
+    metrics = state_of(self).metrics
+    if metrics is not None and "loss" in logs:
+        logs.update(metrics.to_log)
+        metrics.to_log = {}
+    return _originals["log"](self, logs, *args, **kwargs)
 
 
 # What goes past us ----------------------------------------------------------------------------------------------------
-
-
-def warn_of_bypass(trainer: Any, step: steps.Step) -> None:
-    """Warns once for each Trainer where another library computes the loss that was registered."""
-    if step.calls or trainer in _warned or trainer.compute_loss_func is not None:
-        return
-    library = bypassing_library(trainer)
-    if library:
-        _warned.add(trainer)
-        name = type(base_model(trainer)).__name__
-        warnings.warn(
-            f"accumloss: {library} computes the loss of {name} in this Trainer, and none of the registered losses was "
-            f"called; turn its loss off ({_REMEDIES[library]}) to train on accumloss",
-            stacklevel=3,
-        )
 
 
 _REMEDIES = {

@@ -6,6 +6,7 @@ import pickle
 import subprocess
 import sys
 import warnings
+import weakref
 from pathlib import Path
 
 import pytest
@@ -18,7 +19,9 @@ from transformers.loss import loss_utils
 from transformers.loss.loss_utils import LOSS_MAPPING
 
 import accumloss
+from accumloss.transformers import heads as torch_losses
 from accumloss.transformers import losses, mapping, trainer
+from accumloss.transformers.registration import Patches
 
 HERE = Path(__file__).parent  # not the root, whose ./accumloss has no _C
 REPLACED = {
@@ -291,3 +294,96 @@ def test_no_warning_of_ours_in_an_ordinary_run():
     with accumloss.registered(), warnings.catch_warnings():
         warnings.filterwarnings("error", message=".*accumloss.*")
         train(build("LlamaForCausalLM"), rows(), 2)
+
+
+# One list of patches, one way back --------------------------------------------------------------------------------------
+
+
+class Owner:
+    name = "inherited"
+
+
+def test_a_patch_gives_back_what_its_owner_had_itself():
+    entries, cls, instance, criterion = {"name": "theirs"}, type("Owned", (Owner,), {}), Owner(), torch.nn.MSELoss()
+    patches = Patches()
+    for owner in (entries, cls, instance):
+        patches.bind(owner, "name", "ours")
+        patches.bind(owner, "name", "ours")  # once
+    patches.bind(criterion, "__class__", torch_losses.MSELoss)
+    assert entries["name"] == cls.name == instance.name == "ours" and type(criterion) is torch_losses.MSELoss
+    patches.undo()
+    assert entries == {"name": "theirs"} and type(criterion) is torch.nn.MSELoss
+    assert cls.name == instance.name == "inherited" and "name" not in vars(cls) and not vars(instance)
+    assert not patches and not patches.stayed
+
+
+def test_what_somebody_bound_since_stays():
+    owner = Owner()
+    patches = Patches()
+    patches.bind(owner, "name", "ours")
+    owner.name = "somebody's"
+    patches.undo()
+    assert owner.name == "somebody's" and patches.stayed == {"name"}
+
+
+def test_patches_keep_nobody_alive():
+    owner, patches = Owner(), Patches()
+    patches.bind(owner, "name", "ours")
+    gone = weakref.ref(owner)
+    del owner
+    assert gone() is None
+    patches.undo()
+    assert not patches.stayed
+
+
+def test_contexts_nest_and_restore_what_was_installed():
+    """Options, models and what they install: the inner one asks for less than the outer."""
+    accumloss.register_with_transformers(fused_linear=True, metrics=True)
+    defers = vars(transformers.PreTrainedModel)["__call__"]
+    inside = everything()
+    for context in (accumloss.registered, accumloss.transformers.unregistered):
+        with context():
+            assert "__call__" not in vars(transformers.PreTrainedModel)
+        assert vars(transformers.PreTrainedModel)["__call__"] is defers
+        assert accumloss.transformers.settings.metrics
+        assert_same(inside, everything())
+
+
+def test_contexts_restore_models_registered_one_by_one():
+    first, second = build("LlamaForCausalLM"), build("LlamaForCausalLM")
+    accumloss.register_with_transformers(first)
+    with accumloss.registered(second):
+        assert first.loss_function is second.loss_function is losses.causal_lm_loss
+        with accumloss.transformers.unregistered():
+            assert "_loss_function" not in vars(first) and "_loss_function" not in vars(second)
+        with accumloss.registered():
+            accumloss.unregister_from_transformers()
+        assert first.loss_function is second.loss_function is losses.causal_lm_loss
+    assert first.loss_function is losses.causal_lm_loss and "_loss_function" not in vars(second)
+
+
+def test_a_method_that_was_wrapped_around_ours_goes_on(monkeypatch):
+    """Registered again under somebody's wrapper: ours is called once and calls transformers' own."""
+    theirs, calls = vars(transformers.Trainer)["training_step"], []
+    accumloss.register_with_transformers()
+    ours = transformers.Trainer.training_step
+
+    def wrapper(self, *args, **kwargs):
+        calls.append(1)
+        return ours(self, *args, **kwargs)
+
+    transformers.Trainer.training_step = wrapper
+    try:
+        for _ in range(2):
+            accumloss.unregister_from_transformers()
+            assert transformers.Trainer.training_step is wrapper
+            accumloss.register_with_transformers()
+            assert transformers.Trainer.training_step is wrapper
+            full, step = train(*SMALL, 1), train(*SMALL, 4)
+            assert error(step, full) <= TRAINER_GRADIENT
+        assert len(calls) == 2 * (1 + 4)
+    finally:
+        transformers.Trainer.training_step = theirs
+
+
+SMALL = build("BertForTokenClassification", num_labels=5), rows("tags")

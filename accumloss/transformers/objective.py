@@ -1,0 +1,245 @@
+"""What a Trainer's compute_loss returns, and who divides it by the micro-batches: decided around the outermost one.
+
+Whatever class it comes from, compute_loss is handed the items of the step *per micro-batch*, and what it returns is divided by
+the number of micro-batches once. So a loss that honours the number is right, and so is any mix with terms that do not. Three
+things are left to Trainer, with the number as it is: a loss that is a plain sum, one that takes the number apart (``int()``),
+and one of which nothing is recognised.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch.utils._pytree import tree_map
+
+from ..inexact import InexactWarning
+from . import step as steps
+
+# a rest of the loss that is the same for all micro-batches to so much, relatively, depends on none of them
+SAME = 1e-6
+
+
+class Items(torch.Tensor):
+    """num_items_in_batch as compute_loss gets it: the items per micro-batch, in operations on tensors.
+
+    Where a number is made of it (``int()``, ``item()``, an integer tensor), that is the number of the whole step, since
+    Python's numbers say no more what they were divided by.
+
+    Attributes:
+        whole: the items of the step.
+        share: the same, divided by the micro-batches.
+        is_touched: whether it was an operand.
+        is_taken: whether a number was made of it.
+    """
+
+    whole: torch.Tensor
+    share: torch.Tensor
+    is_touched: bool
+    is_taken: bool
+
+    @staticmethod
+    def of(whole: Any, micro_batches: int) -> Items:
+        whole = torch.as_tensor(whole)
+        share = (steps.at_least_one(whole) / micro_batches).to(torch.float32)
+        items = share.as_subclass(Items)
+        items.whole, items.share, items.is_touched, items.is_taken = whole, share, False, False
+        return items
+
+    @classmethod
+    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        takes = func in _TAKING or (func is torch.Tensor.to and _integral(args[1:], kwargs))
+
+        def plain(value: Any) -> Any:
+            if not isinstance(value, Items) or not hasattr(value, "share"):
+                return value.as_subclass(torch.Tensor) if isinstance(value, Items) else value
+            if func in _SHOWING or getattr(func, "__name__", "") == "__get__":
+                return value.whole if func in _SHOWING else value.share
+            value.is_touched = True
+            value.is_taken = value.is_taken or takes
+            return value.whole if takes else value.share
+
+        return func(*tree_map(plain, args), **tree_map(plain, kwargs))
+
+
+_TAKING = {
+    torch.Tensor.item, torch.Tensor.tolist, torch.Tensor.numpy, torch.Tensor.__int__, torch.Tensor.__float__,
+    torch.Tensor.__index__, torch.Tensor.long, torch.Tensor.int,
+}  # fmt: skip
+_SHOWING = {torch.Tensor.__repr__, torch.Tensor.__format__}
+
+
+def _integral(args: Any, kwargs: dict[str, Any]) -> bool:
+    """Whether Tensor.to() is asked for whole numbers."""
+    asked = [value for value in (*args, *kwargs.values()) if isinstance(value, torch.dtype)]
+    return any(not dtype.is_floating_point for dtype in asked)
+
+
+@contextmanager
+def micro_batches(trainer: Any, current: int, asked: int) -> Iterator[None]:
+    """What Trainer says of the micro-batches of this window, and its arguments of any. 1: who divides by them divides once."""
+    arguments = trainer.args
+    before = trainer.current_gradient_accumulation_steps, arguments.gradient_accumulation_steps
+    trainer.current_gradient_accumulation_steps, arguments.gradient_accumulation_steps = current, asked
+    try:
+        yield
+    finally:
+        trainer.current_gradient_accumulation_steps, arguments.gradient_accumulation_steps = before
+
+
+def says_it_is_scaled(trainer: Any) -> bool:
+    """Whether a Trainer declares that its compute_loss divides by what the step holds, by itself."""
+    declared = getattr(trainer, "loss_is_scaled_for_ga", None)
+    # a string in the place of a function: how libraries said so before transformers could be told
+    return bool(declared) if declared is not None else isinstance(trainer.compute_loss_func, str)
+
+
+def is_touched(step: steps.Step) -> bool:
+    """Whether compute_loss made use of num_items_in_batch, as far as can be seen."""
+    if step.items is None:
+        return False
+    return step.items.is_touched if isinstance(step.items, Items) else True
+
+
+def _coefficients(step: steps.Step, loss: torch.Tensor) -> list[torch.Tensor | None]:
+    """Of the recognised terms in the loss; None of one that is not in it."""
+    terms = [term for term in step.terms if term.requires_grad]
+    if not terms or not isinstance(loss, torch.Tensor) or not loss.requires_grad:
+        return []
+    return list(torch.autograd.grad(loss.sum(), terms, retain_graph=True, allow_unused=True))
+
+
+def _used(step: steps.Step, loss: torch.Tensor) -> bool:
+    """Whether a recognised term is in the loss: a model may compute one that nobody takes."""
+    return any(coefficient is not None for coefficient in _coefficients(step, loss))
+
+
+class Check:
+    """Holds what the micro-batches of the first windows returned against the terms that were recognised.
+
+    The loss is c·t + rest, with the coefficients c of the recognised terms t by autograd. Where the rest is the same in all
+    micro-batches (a penalty on the weights), and the items of all terms are known, the step is exact by construction.
+    """
+
+    def __init__(self) -> None:
+        self.is_done = False
+        self._rests: list[torch.Tensor] = []
+        self._scale: list[torch.Tensor] = []
+        self._reasons: set[str] = set()
+
+    def add(self, step: steps.Step, loss: torch.Tensor, is_summed: bool) -> None:
+        """One micro-batch, before its backward."""
+        terms = [term for term in step.terms if term.requires_grad]
+        if not isinstance(loss, torch.Tensor) or not loss.requires_grad or loss.dim():
+            self._reasons.add("what compute_loss returned is no loss with a gradient")
+            return
+        if step.unknown:
+            self._reasons.add("the labels of a loss come from no entry of the batch: it is averaged as its rows")
+        if is_summed or step.is_known or not terms:
+            if not is_summed and not step.is_known and not step.calls and not is_touched(step):
+                self._reasons.add("nothing that it computes was recognised: it stays what Trainer makes of it")
+            return
+        if is_touched(step):
+            return  # what else there is honours the number that it was given
+        rest = loss.detach().double()
+        for coefficient, term in zip(_coefficients(step, loss), terms, strict=True):
+            if coefficient is not None:
+                rest = rest - coefficient.double() * term.detach().double()
+        self._rests.append(rest)
+        self._scale.append(loss.detach().double().abs())
+
+    def blame(self, reason: str) -> None:
+        self._reasons.add(reason)
+
+    def end(self) -> str:
+        """At the end of a window: why the step may not be exact; empty where it is."""
+        self.is_done = True
+        if len(self._rests) > 1:
+            rests, largest = torch.stack(self._rests), torch.stack(self._scale).max()
+            if bool((rests - rests[0]).abs().max() > SAME * largest):
+                self._reasons.add(
+                    "a part of it was computed by none of the losses that accumloss knows, and is averaged over the "
+                    "micro-batches as they are"
+                )
+        return "; ".join(sorted(self._reasons))
+
+
+def tell(trainer: Any, warned: set[str], reason: str) -> None:
+    """Warns once for each Trainer that its step is not exact by construction."""
+    if not reason or "inexact" in warned:
+        return
+    warned.add("inexact")
+    warnings.warn(
+        f"accumloss: the loss of {type(trainer).__name__} over micro-batches may differ from that of the one batch: {reason}",
+        InexactWarning,
+        stacklevel=4,
+    )
+
+
+def divided(
+    trainer: Any, call: Callable[..., Any], step: steps.Step, ranks: int, check: Check | None, args: Any, kwargs: Any
+) -> Any:
+    """What compute_loss returns, as Trainer is to get it.
+
+    Args:
+        call: the outermost compute_loss, bound.
+        ranks: what Trainer multiplies by, since the gradients of the ranks are averaged.
+        check: looks at the loss; None: it has been looked at.
+        args, kwargs: what Trainer calls it with; handed on in the same way, whatever its signature is.
+    """
+    k = step.micro_batches
+    step.averaged, step.expected_grad = k * ranks, 1.0 / k
+    given = kwargs.get("num_items_in_batch")
+    leaves_it = is_taken_as_scaled(trainer, given)
+    if given is not None:
+        if trainer.args.n_gpu > 1 or is_compiled(trainer):
+            step.items = (steps.at_least_one(torch.as_tensor(given)) / k).to(
+                torch.float32
+            )  # compilers know no subclass
+        else:
+            step.items = Items.of(given, k)
+        kwargs = {**kwargs, "num_items_in_batch": step.items}
+    with micro_batches(trainer, 1, 1):
+        result = call(*args, **kwargs)
+    loss = result[0] if isinstance(result, tuple) else result
+    is_taken = isinstance(step.items, Items) and step.items.is_taken
+    is_summed = is_taken or (step.sums > 0 and not step.is_known and not is_touched(step) and not _used(step, loss))
+    if check is not None:
+        check.add(step, loss, is_summed)
+    factor = 1.0
+    if is_summed:
+        factor = 1.0 if leaves_it else float(k)
+    elif leaves_it and (step.terms or step.is_known or step.calls or is_touched(step)):
+        factor = 1.0 / k
+    if factor != 1.0:
+        loss = loss * factor if factor > 1 else loss / k
+    return (loss, *result[1:]) if isinstance(result, tuple) else loss
+
+
+def tell_evaluation(trainer: Any, warned: set[str]) -> None:
+    """Warns once for each Trainer whose evaluation loss depends on the size of the batches."""
+    if "evaluation" not in warned:
+        warned.add("evaluation")
+        warnings.warn(
+            f"accumloss: the evaluation loss of {type(trainer).__name__} depends on the batch size: it is no sum of multiples of "
+            "means, as a perplexity is none; it is averaged over the batches by their rows, as Trainer does",
+            InexactWarning,
+            stacklevel=4,
+        )
+
+
+def is_taken_as_scaled(trainer: Any, num_items_in_batch: Any) -> bool:
+    """Whether Trainer leaves the loss as it is, and does not divide it by the number of micro-batches."""
+    own = getattr(trainer, "loss_is_scaled_for_ga", None)
+    if own is not None:
+        return own
+    accepts = trainer.model_accepts_loss_kwargs and num_items_in_batch is not None
+    return accepts or trainer.compute_loss_func is not None
+
+
+def is_compiled(trainer: Any) -> bool:
+    return any(hasattr(model, "_orig_mod") for model in (trainer.model, trainer.model_wrapped))

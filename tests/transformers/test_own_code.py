@@ -1,0 +1,503 @@
+"""People's own code between Trainer and the loss: exact and silent, or told by name; never worse than stock."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import functools
+import importlib
+import pickle
+import warnings
+
+import pytest
+import torch
+import torch.nn.functional as F
+from tolerances import TRAINER_GRADIENT, TRAINER_LOSS
+from torch import nn
+from training import LABELS, build, error, loss_error, rows, train
+from transformers import Trainer
+
+import accumloss
+
+WEIGHT = torch.linspace(0.2, 3, LABELS)
+SPLITS = {"8x1": (8, 1), "4x2": (4, 2), "3+3+2": (3, 3)}
+
+
+@functools.cache
+def tagger():
+    return build("BertForTokenClassification", num_labels=LABELS).eval(), rows("tags")
+
+
+@functools.cache
+def causal():
+    return build("LlamaForCausalLM"), rows()
+
+
+@functools.cache
+def teacher():
+    torch.manual_seed(1)
+    model = build("LlamaForCausalLM")
+    with torch.no_grad():
+        for p in model.parameters():
+            p.add_(torch.randn_like(p) * 0.1)
+    return model.eval()
+
+
+def flat(outputs, labels):
+    return outputs.logits.flatten(0, 1), labels.flatten()
+
+
+class Trainers:
+    """Each a way in which people compute their loss; the name is the row."""
+
+    class super_without_the_items(Trainer):
+        def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+            return super().compute_loss(model, inputs, return_outputs)
+
+    class super_with_the_items(Trainer):
+        def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+            return super().compute_loss(model, inputs, return_outputs, num_items_in_batch=num_items_in_batch)
+
+    class class_weights(Trainer):
+        def compute_loss(self, model, inputs, return_outputs=False, **kwargs):
+            labels = inputs.pop("labels")
+            outputs = model(**inputs)
+            loss = nn.CrossEntropyLoss(weight=WEIGHT)(*flat(outputs, labels))
+            return (loss, outputs) if return_outputs else loss
+
+    class functional(Trainer):
+        def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+            outputs = model(**inputs)
+            loss = F.cross_entropy(*flat(outputs, inputs["labels"]))
+            return (loss, outputs) if return_outputs else loss
+
+    class spelled_in_full(Trainer):
+        def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+            outputs = model(**inputs)
+            return torch.nn.functional.cross_entropy(*flat(outputs, inputs["labels"]))
+
+    class criterion_held(Trainer):
+        criteria = None
+
+        def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+            return self.held["loss"](*flat(model(**inputs), inputs["labels"]))
+
+        def __init__(self, *args, **kwargs):
+            super().__init__(*args, **kwargs)
+            self.held = {"loss": nn.CrossEntropyLoss(ignore_index=-100, label_smoothing=0.1)}
+
+    class without_return_outputs(Trainer):
+        def compute_loss(self, model, inputs, num_items_in_batch=None):
+            return model(**inputs).loss
+
+    class plain_sum(Trainer):
+        def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+            return 0.01 * F.cross_entropy(*flat(model(**inputs), inputs["labels"]), reduction="sum")
+
+    class sum_over_the_items(Trainer):
+        def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+            loss = F.cross_entropy(*flat(model(**inputs), inputs["labels"]), reduction="sum")
+            return loss / (num_items_in_batch if num_items_in_batch is not None else (inputs["labels"] != -100).sum())
+
+    class sum_over_an_int(Trainer):
+        def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+            return F.cross_entropy(*flat(model(**inputs), inputs["labels"]), reduction="sum") / int(num_items_in_batch)
+
+    class sum_by_hand_over_the_items(Trainer):
+        def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+            logp = model(**inputs).logits.log_softmax(-1)
+            labels = inputs["labels"]
+            taken = logp.gather(-1, labels.clamp(min=0)[..., None])[..., 0]
+            return -(taken * (labels != -100)).sum() / num_items_in_batch
+
+    class two_forwards(Trainer):
+        def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+            first = super().compute_loss(model, inputs, num_items_in_batch=num_items_in_batch)
+            second = super().compute_loss(model, {**inputs}, num_items_in_batch=num_items_in_batch)
+            return 0.5 * (first + second)
+
+    class calls_itself(Trainer):
+        def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None, inside=False):
+            if not inside:
+                return self.compute_loss(model, inputs, num_items_in_batch=num_items_in_batch, inside=True)
+            return super().compute_loss(model, inputs, return_outputs, num_items_in_batch=num_items_in_batch)
+
+    class penalty_on_the_weights(Trainer):
+        def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+            loss = super().compute_loss(model, inputs, num_items_in_batch=num_items_in_batch)
+            return loss + 1e-3 * sum(p.pow(2).sum() for p in model.parameters())
+
+    class divides_by_the_micro_batches(Trainer):
+        def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+            loss = F.cross_entropy(*flat(model(**inputs), inputs["labels"]))
+            return loss / self.args.gradient_accumulation_steps
+
+    class annealed(Trainer):
+        def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+            outputs = model(**inputs)
+            weight = 0.3 + 0.1 * self.state.global_step
+            values = F.mse_loss(outputs.logits[:, 0, 0], inputs["labels"][:, 0].float())
+            return (1 - weight) * outputs.loss + weight * values
+
+    class metric_under_no_grad(Trainer):
+        def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+            outputs = model(**inputs)
+            with torch.no_grad():
+                self.logged = F.cross_entropy(*flat(outputs, inputs["labels"])).item()
+                mean = -outputs.logits.log_softmax(-1).flatten(0, 1)[inputs["labels"].flatten() != -100]
+                taken = mean.gather(1, inputs["labels"][inputs["labels"] != -100][:, None]).mean().item()
+                assert abs(self.logged - taken) < 1e-5, "a metric is PyTorch's own mean"
+            return outputs.loss
+
+    class training_step_with_a_new_dict(Trainer):
+        def training_step(self, model, inputs, *args, **kwargs):
+            return super().training_step(model, dict(inputs), *args, **kwargs)
+
+    class training_step_without_super(Trainer):
+        def training_step(self, model, inputs, num_items_in_batch=None):
+            model.train()
+            loss = model(**self._prepare_inputs(inputs)).loss
+            self.accelerator.backward(loss)
+            return loss.detach()
+
+    class training_step_that_divides(Trainer):
+        def training_step(self, model, inputs, num_items_in_batch=None):
+            loss = F.cross_entropy(*flat(model(**inputs), inputs["labels"])) / self.args.gradient_accumulation_steps
+            loss.backward()
+            return loss.detach()
+
+    class labels_popped_in_training_step(Trainer):
+        def training_step(self, model, inputs, *args, **kwargs):
+            self.labels = inputs.pop("labels")
+            return super().training_step(model, inputs, *args, **kwargs)
+
+        def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+            return F.cross_entropy(*flat(model(**inputs), self.labels))
+
+    class own_get_batch_samples(Trainer):
+        def get_batch_samples(self, iterator, num_batches, device):
+            batches = [batch for _, batch in zip(range(num_batches), iterator, strict=False)]
+            return batches, None
+
+        def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+            return F.cross_entropy(*flat(model(**inputs), inputs["labels"]))
+
+    class padding_ignored_by_hand(Trainer):
+        def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+            labels = inputs["labels"]
+            outputs = model(**{**inputs, "labels": None})
+            return F.cross_entropy(outputs.logits.flatten(0, 1), labels.masked_fill(labels == 3, -100).flatten())
+
+    class labels_written_over(Trainer):
+        def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+            labels = inputs["labels"]
+            labels[labels == 3] = -100
+            return F.cross_entropy(*flat(model(**{**inputs, "labels": None}), labels))
+
+
+EXACT = [name for name in vars(Trainers) if not name.startswith("_")]
+
+
+def fresh(examples):
+    """Rows whose tensors may be written over."""
+    return [{key: value.clone() for key, value in row.items()} for row in examples]
+
+
+@functools.cache
+def one_batch(name):
+    """The step over the one batch, by Trainer without accumloss."""
+    model, examples = tagger()
+    return train(model, fresh(examples), 1, trainer_class=getattr(Trainers, name))
+
+
+# The first micro-batch holds nothing that is ignored besides, and fits as it is: told, and exact from the next window on.
+SHOWS_LATE = [("padding_ignored_by_hand", (8, 1)), ("labels_written_over", (8, 1))]
+
+
+@pytest.mark.parametrize("split", SPLITS.values(), ids=SPLITS)
+@pytest.mark.parametrize("name", EXACT)
+def test_own_code_is_exact_and_silent(name, split):
+    model, examples = tagger()
+    options = {"trainer_class": getattr(Trainers, name), "batch_size": split[1]}
+    if (name, split) in SHOWS_LATE:
+        with accumloss.registered(), pytest.warns(accumloss.InexactWarning, match="no entry of the batch"):
+            train(model, fresh(examples), split[0], **options)
+        return
+    with accumloss.registered(), warnings.catch_warnings():
+        warnings.simplefilter("error", accumloss.InexactWarning)
+        step = train(model, fresh(examples), split[0], **options)
+    assert error(step, one_batch(name)) <= TRAINER_GRADIENT
+    if not name.startswith("training_step_"):  # what those return is what they say
+        assert loss_error(step, one_batch(name)) <= TRAINER_LOSS
+
+
+# Told -------------------------------------------------------------------------------------------------------------------
+
+
+class Told:
+    """Each with what the message says."""
+
+    class not_recognised(Trainer):
+        """A mean over its own items by hand: stock adds the means up, and so it stays."""
+
+        says = "nothing that it computes was recognised"
+
+        def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+            logp, labels = model(**{**inputs, "labels": None}).logits.log_softmax(-1), inputs["labels"]
+            taken = logp.gather(-1, labels.clamp(min=0)[..., None])[..., 0]
+            return -(taken * (labels != -100)).sum() / (labels != -100).sum()
+
+    class sum_not_recognised(Trainer):
+        """A plain sum by hand is exact with stock, and not touched."""
+
+        says = "nothing that it computes was recognised"
+
+        def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+            return 0.01 * model(**{**inputs, "labels": None}).logits.pow(2).sum()
+
+    class imported_inside(Trainer):
+        says = "nothing that it computes was recognised"
+
+        def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+            from torch.nn.functional import cross_entropy
+
+            return cross_entropy(*flat(model(**{**inputs, "labels": None}), inputs["labels"]))
+
+    class distilled(Trainer):
+        """One term is known, the other is not: their ratio stays."""
+
+        says = "a part of it was computed by none of the losses"
+
+        def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+            outputs = model(**inputs)
+            with torch.no_grad():
+                target = outputs.logits.flip(-1).softmax(-1)
+            kl = (target * (target.log() - outputs.logits.log_softmax(-1))).sum(-1).mean()
+            return 0.5 * outputs.loss + 0.5 * kl
+
+    class exponential(Trainer):
+        says = "a part of it was computed by none of the losses"
+
+        def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+            return model(**inputs).loss.exp()
+
+    class in_training_step(Trainer):
+        says = "training_step computes it without compute_loss"
+
+        def training_step(self, model, inputs, num_items_in_batch=None):
+            loss = model(**{**inputs, "labels": None}).logits.pow(2).mean()
+            loss.backward()
+            return loss.detach()
+
+
+TOLD = [name for name in vars(Told) if not name.startswith("_")]
+
+
+@pytest.mark.parametrize("name", TOLD)
+def test_own_code_is_told_once_and_is_never_worse_than_stock(name):
+    model, examples = tagger()
+    trainer_class = getattr(Told, name)
+    full = train(model, fresh(examples), 1, trainer_class=trainer_class)
+    stock = train(model, fresh(examples), 4, trainer_class=trainer_class)
+    with accumloss.registered(), pytest.warns(accumloss.InexactWarning, match=trainer_class.says) as caught:
+        step = train(model, fresh(examples), 4, trainer_class=trainer_class, steps=3)
+    assert len([w for w in caught if issubclass(w.category, accumloss.InexactWarning)]) == 1
+    assert name in str(caught[0].message)
+    assert error(step, full) <= max(error(stock, full), TRAINER_GRADIENT) * (1 + 1e-6)
+
+
+def test_one_micro_batch_is_told_nothing():
+    model, examples = tagger()
+    with accumloss.registered(), warnings.catch_warnings():
+        warnings.simplefilter("error", accumloss.InexactWarning)
+        train(model, fresh(examples), 1, trainer_class=Told.not_recognised, steps=2)
+
+
+def test_nothing_of_the_users_is_called_twice():
+    model, examples = tagger()
+    calls = []
+
+    class Counting(Trainer):
+        def compute_loss(self, *args, **kwargs):
+            calls.append(1)
+            return super().compute_loss(*args, **kwargs)
+
+    with accumloss.registered():
+        train(model, fresh(examples), 4, trainer_class=Counting, steps=2)
+    assert len(calls) == 8
+
+
+def test_methods_and_arguments_are_as_they_were_afterwards():
+    model, examples = tagger()
+    with accumloss.registered():
+        trainer = train(model, fresh(examples), 4).trainer
+        assert not {"compute_loss", "training_step", "get_batch_samples"} & set(vars(trainer))
+        assert trainer.args.gradient_accumulation_steps == 4
+
+
+class Batch(dict):
+    pass
+
+
+@pytest.mark.parametrize("kind", ["tuple", "list", "namedtuple", "UserDict"])
+def test_batches_of_any_kind_train_and_evaluate(kind):
+    """What Trainer hands to an own compute_loss need be no dict."""
+    import collections
+
+    model, examples = tagger()
+    Named = collections.namedtuple("Named", "ids mask tags")
+    make = {
+        "tuple": lambda *v: v, "list": lambda *v: list(v), "namedtuple": Named,
+        "UserDict": lambda *v: collections.UserDict(zip(("ids", "mask", "tags"), v, strict=True)),
+    }[kind]  # fmt: skip
+
+    def collate(rows):
+        return make(*(torch.stack([row[key] for row in rows]) for key in ("input_ids", "attention_mask", "labels")))
+
+    class OfTuples(Trainer):
+        def _prepare_inputs(self, inputs):
+            return inputs
+
+        def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+            values = tuple(inputs.values()) if kind == "UserDict" else inputs
+            outputs = model(input_ids=values[0], attention_mask=values[1])
+            loss = F.cross_entropy(*flat(outputs, values[2]))
+            return (loss, outputs) if return_outputs else loss
+
+        def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
+            with torch.no_grad():
+                return self.compute_loss(model, inputs).detach(), None, None
+
+    options = {"trainer_class": OfTuples, "trainer_options": {"data_collator": collate}}
+    full = train(model, fresh(examples), 1, **options)
+    with accumloss.registered(), warnings.catch_warnings():
+        warnings.simplefilter("error", accumloss.InexactWarning)
+        step = train(model, fresh(examples), 4, **options)
+        whole, parts = (
+            train(model, fresh(examples), 1, per_device_eval_batch_size=size, **options).trainer.evaluate(examples)
+            for size in (8, 3)
+        )
+    assert error(step, full) <= TRAINER_GRADIENT and loss_error(step, full) <= TRAINER_LOSS
+    assert abs(whole["eval_loss"] - parts["eval_loss"]) <= TRAINER_LOSS * whole["eval_loss"]
+
+
+class OwnModule(nn.Module):
+    """A module of one's own, in no package that is known."""
+
+    def __init__(self, how):
+        super().__init__()
+        torch.manual_seed(0)
+        self.how, self.embed, self.head = how, nn.Embedding(64, 8), nn.Linear(8, 64)
+        self.loss = nn.CrossEntropyLoss()
+        self.partial = functools.partial(F.cross_entropy, ignore_index=-100)
+
+    def forward(self, input_ids, attention_mask=None, labels=None, **kwargs):
+        logits = self.head(self.embed(input_ids))
+        flat = logits.flatten(0, 1), labels.flatten()
+        if self.how == "F":
+            loss = F.cross_entropy(*flat)
+        elif self.how == "torch.nn.functional":
+            loss = torch.nn.functional.cross_entropy(*flat)
+        elif self.how == "made in forward":
+            loss = nn.CrossEntropyLoss()(*flat)
+        elif self.how == "made in __init__":
+            loss = self.loss(*flat)
+        elif self.how == "partial":
+            loss = self.partial(*flat)
+        elif self.how == "prompt":
+            front = torch.full((len(labels), 3), -100)
+            more = torch.cat([logits[:, :1].expand(-1, 3, -1), logits], 1)
+            loss = F.cross_entropy(more.flatten(0, 1), torch.cat([front, labels], 1).flatten())
+        elif self.how == "two ahead":
+            loss = F.cross_entropy(logits[:, :-2].flatten(0, 1), labels[:, 2:].flatten())
+        elif self.how == "last left out":
+            loss = F.cross_entropy(logits[:, :-3].flatten(0, 1), labels[:, :-3].flatten())
+        else:
+            loss = F.cross_entropy(
+                F.pad(logits, (0, 0, 0, 2)).flatten(0, 1), F.pad(labels, (0, 2), value=-100).flatten()
+            )
+        return {"loss": loss, "logits": logits}
+
+
+OWN = [
+    "F",
+    "torch.nn.functional",
+    "made in forward",
+    "made in __init__",
+    "partial",
+    "prompt",
+    "two ahead",
+    "last left out",
+    "padded",
+]
+
+
+@pytest.mark.parametrize("split", SPLITS.values(), ids=SPLITS)
+@pytest.mark.parametrize("how", OWN)
+def test_own_module_is_exact(how, split):
+    examples = rows()
+    for row in examples:
+        row["labels"][:4] = row["input_ids"][:4]  # every micro-batch has an item two ahead, and none at the end
+    full = train(OwnModule(how), fresh(examples), 1)
+    with accumloss.registered(), warnings.catch_warnings():
+        warnings.simplefilter("error", accumloss.InexactWarning)
+        step = train(OwnModule(how), fresh(examples), split[0], batch_size=split[1])
+    assert error(step, full) <= TRAINER_GRADIENT and loss_error(step, full) <= TRAINER_LOSS
+
+
+def evaluated(model, examples, size, trainer_class, register=True):
+    with accumloss.registered() if register else contextlib.nullcontext():
+        step = train(model, fresh(examples), 1, trainer_class=trainer_class, per_device_eval_batch_size=size)
+        return step.trainer.evaluate(fresh(examples))["eval_loss"]
+
+
+class Evaluated:
+    class functional(Trainers.functional):
+        pass
+
+    class two_terms(Trainer):
+        def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+            outputs = model(**inputs)
+            loss = 0.7 * outputs.loss - 1e-3 * F.mse_loss(outputs.logits[:, 0, 0], inputs["labels"][:, 0].float()) + 2
+            return (loss, outputs) if return_outputs else loss
+
+
+@pytest.mark.parametrize("name", ["functional", "two_terms"])
+def test_evaluation_with_an_own_compute_loss_is_that_of_the_one_batch(name):
+    model, examples = tagger()
+    trainer_class = getattr(Evaluated, name)
+    wanted = evaluated(model, examples, 8, trainer_class, register=False)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", accumloss.InexactWarning)
+        for size in (8, 3, 2, 1):
+            assert abs(evaluated(model, examples, size, trainer_class) - wanted) <= 2 * TRAINER_LOSS * abs(wanted)
+
+
+def test_evaluation_of_a_perplexity_is_stocks_and_told():
+    model, examples = tagger()
+
+    class Perplexity(Trainer):
+        def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+            outputs = model(**inputs)
+            return (outputs.loss.exp(), outputs) if return_outputs else outputs.loss.exp()
+
+    for size in (8, 2, 1):
+        stock = evaluated(model, examples, size, Perplexity, register=False)
+        with pytest.warns(accumloss.InexactWarning, match="evaluation loss of Perplexity depends on the batch size"):
+            ours = evaluated(model, examples, size, Perplexity)
+        assert abs(ours - stock) <= TRAINER_LOSS * stock
+
+
+def test_criteria_copy_and_pickle_as_pytorchs():
+    theirs = importlib.import_module(
+        "torch.nn"
+    ).CrossEntropyLoss  # the names of this module are bound to ours meanwhile
+    model = OwnModule("made in __init__")
+    with accumloss.registered():
+        trainer = train(model, fresh(rows()), 2).trainer
+        held = trainer.model.loss
+        assert type(held) is not theirs and isinstance(held, theirs)
+        assert type(copy.deepcopy(held)) is theirs
+        assert type(pickle.loads(pickle.dumps(held))) is theirs
+        assert b"accumloss" not in pickle.dumps(held)
+    assert type(held) is theirs is nn.CrossEntropyLoss
