@@ -23,7 +23,9 @@ from .sums import TokenSums
 class Observer(Protocol):
     """Gets to see each loss that is divided, and what takes its place is what it returns."""
 
-    metrics: bool  # whether to compute the metrics of TokenSums
+    @property
+    def metrics(self) -> bool:
+        """Whether to compute the metrics of TokenSums."""
 
     def __call__(self, loss: torch.Tensor, sums: TokenSums | None) -> torch.Tensor:
         """loss (), divided; sums, with metrics, where they are wanted and the loss is a cross-entropy."""

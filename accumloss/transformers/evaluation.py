@@ -62,7 +62,7 @@ class Evaluation(steps.Step):
         self.coefficients: list[float] | None = None  # of the terms in the loss
         self.totals_of_set: torch.Tensor | None = None  # (2 + 3 terms + 3) float64, see add()
 
-    def begin(self, inputs: Any, probed: tuple[int, float] | None = None) -> None:  # type: ignore[override]
+    def begin(self, inputs: Any, probed: tuple[int, float] | None = None) -> None:
         """Begins a batch; probed: a term, and by how much of itself it is to be larger than it is."""
         inputs = steps.entries_of(inputs)
         self.window, self.probed = [inputs], probed

@@ -107,7 +107,7 @@ def is_touched(step: steps.Step) -> bool:
 
 def _coefficients(step: steps.Step, loss: torch.Tensor) -> list[torch.Tensor | None]:
     """Of the recognised terms in the loss; None of one that is not in it."""
-    terms = [term for term in step.terms if term.requires_grad]
+    terms = [term for term in step.returned if term.requires_grad]
     if not terms or not isinstance(loss, torch.Tensor) or not loss.requires_grad:
         return []
     return list(torch.autograd.grad(loss.sum(), terms, retain_graph=True, allow_unused=True))
@@ -133,7 +133,7 @@ class Check:
 
     def add(self, step: steps.Step, loss: torch.Tensor, is_summed: bool) -> None:
         """One micro-batch, before its backward."""
-        terms = [term for term in step.terms if term.requires_grad]
+        terms = [term for term in step.returned if term.requires_grad]
         if not isinstance(loss, torch.Tensor) or not loss.requires_grad or loss.dim():
             self._reasons.add("what compute_loss returned is no loss with a gradient")
             return
@@ -213,7 +213,7 @@ def divided(
     factor = 1.0
     if is_summed:
         factor = 1.0 if leaves_it else float(k)
-    elif leaves_it and (step.terms or step.is_known or step.calls or is_touched(step)):
+    elif leaves_it and (step.returned or step.is_known or step.calls or is_touched(step)):
         factor = 1.0 / k
     if factor != 1.0:
         loss = loss * factor if factor > 1 else loss / k

@@ -252,7 +252,7 @@ class Step:
             None  # this micro-batch in the window: labels as they were when it was fetched
         )
         self.versions: dict[str, int] = {}  # of the entries of inputs, before anything ran
-        self.terms: list[torch.Tensor] = []  # what losses of ours returned
+        self.returned: list[torch.Tensor] = []  # what losses of ours returned
         self.sums = 0  # PyTorch's losses with reduction="sum"
         self.unknown = 0  # calls whose labels are of no known origin
         self.micro_batches = 1  # of this step; Trainer's own count says 1 while compute_loss runs
@@ -262,7 +262,7 @@ class Step:
         self.is_watched = False
         self.trainer: Any = None  # whose step it is
         self.is_known = False  # how the loss depends on the micro-batches, though no loss of ours computed it
-        self.recorder: Observer = _Recorder(self)
+        self.recorder = _Recorder(self)
         self.items: Any = None  # what compute_loss was given as num_items_in_batch (objective.Items)
 
     def begin(self, inputs: Mapping[str, Any]) -> None:
@@ -277,7 +277,7 @@ class Step:
 
         While a Check looks at them the caller gets a copy: he may add to it in place.
         """
-        self.terms.append(loss)
+        self.returned.append(loss)
         return loss.clone() if self.is_watched else loss
 
     def is_given(self, value: Any) -> bool:

@@ -338,7 +338,7 @@ def _look_at(trainer: Any, step: steps.Step) -> None:
     if window is None or state.check.is_done:
         return
     window.seen += 1
-    if step.depth_reached == 0 and not step.terms:
+    if step.depth_reached == 0 and not step.returned:
         state.check.blame("training_step computes it without compute_loss, by nothing that was recognised")
     if window.seen < len(window.fetched):
         return
