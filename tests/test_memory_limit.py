@@ -108,7 +108,7 @@ def test_an_eighth_of_what_the_group_leaves(root, version, limit, use, inactive,
 @pytest.mark.parametrize(
     ("version", "limit"),
     [(v2, "max"), (v1, NO_LIMIT_V1), (v1, 2**64 - 1), (v1, 10**30), (v1, -1), (v1, MACHINE), (v2, MACHINE)],
-    ids=str,
+    ids=["v2 max", "v1 none", "v1 2**64 - 1", "v1 10**30", "v1 -1", "v1 machine", "v2 machine"],
 )
 def test_without_a_limit_an_eighth_of_the_machine(root, version, limit):
     version(root, "", limit, MACHINE - MIB)

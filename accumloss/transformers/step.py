@@ -113,10 +113,9 @@ class Origin(NamedTuple):
         if self.front or self.back:
             labels = labels.reshape(*entry.shape[:-1], -1)
             inside = slice(self.front, labels.shape[-1] - self.back)
-            if bool(
-                (labels[..., : self.front] != ignore_index).any() | (labels[..., inside.stop :] != ignore_index).any()
-            ):
-                return 0
+            for beside in (labels[..., : self.front], labels[..., inside.stop :]):
+                if not bool(torch.eq(beside, -100 if ignore_index is None else ignore_index).all()):
+                    return 0
             labels = labels[..., inside]
         if self.filled is not None and ignore_index is not None:
             entry = entry.masked_fill(entry == self.filled, ignore_index)

@@ -92,7 +92,7 @@ def plan_parameters():
                     yield pytest.param(plan, name, dtype, seed, marks=marks)
 
 
-@pytest.mark.parametrize("plan, name, dtype, seed", plan_parameters())
+@pytest.mark.parametrize("plan, name, dtype, seed", list(plan_parameters()))
 def test_emulated_plan_matches_float64(backend, plan, name, dtype, seed):
     backend.seed(seed)
     backend.bulk_copies()

@@ -246,7 +246,7 @@ def test_planted_faults_change_the_sources():
             assert (emulated.KERNELS / name).read_text().count(old) == 1 and old != new, fault
 
 
-@pytest.mark.parametrize("fault", planted())
+@pytest.mark.parametrize("fault", list(planted()))
 def test_emulated_catches_planted_fault(fault):
     staged = fault in STAGED_FAULTS
     patches = tuple({**FAULTS, **STAGED_FAULTS}[fault])
