@@ -70,6 +70,12 @@ def pytest_collection_modifyitems(items):
     items.sort(key=lambda item: "::" in item.get_closest_marker("xdist_group").args[0])
 
 
+@pytest.hookimpl(trylast=True)
+def pytest_collection_finish(session):
+    if getattr(session.config.option, "loadgroup", False) and session.items:
+        assert "@" in session.items[0].nodeid, "pytest-xdist has not read the groups: a pytest that it does not know?"
+
+
 def _fail_a_skip(report):
     if os.environ.get("CI") and report.outcome == "skipped" and not hasattr(report, "wasxfail"):
         reason = report.longrepr[2] if isinstance(report.longrepr, tuple) else str(report.longrepr)

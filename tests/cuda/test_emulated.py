@@ -103,6 +103,7 @@ def test_emulated_plan_matches_float64(backend, plan, name, dtype, seed):
 
 def test_emulated_held_rows_of_sm_80(backend):
     backend.seed(23)
+    backend.bulk_copies()  # from here on
     backend.device(80)
     try:
         for dtype in FLOATS:

@@ -47,7 +47,7 @@ def same(found, wanted):
 @pytest.mark.parametrize("head", ASSIGNED)
 def test_a_model_takes_our_loss_for_its_own(head, monkeypatch):
     """The same loss and gradient as with transformers' own, from the very call that the model makes."""
-    name, config, targets, _ = HEADS[head]
+    name, config, targets = HEADS[head]
     model, inputs = build(name, **config), batch_of(rows(targets))
     wanted = loss_and_gradients(model, **inputs)
     seen, divisor = [], functional._divisor
