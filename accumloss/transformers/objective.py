@@ -143,7 +143,7 @@ class Check:
             if not is_summed and not step.is_known and not step.calls and not is_touched(step):
                 self._reasons.add("nothing that it computes was recognised: it stays what Trainer makes of it")
             return
-        if is_touched(step):
+        if is_touched(step) and not (isinstance(step.items, Items) and step.items.is_taken):
             return  # what else there is honours the number that it was given
         rest = loss.detach().double()
         for coefficient, term in zip(_coefficients(step, loss), terms, strict=True):
@@ -197,9 +197,8 @@ def divided(
     leaves_it = is_taken_as_scaled(trainer, given)
     if given is not None:
         if trainer.args.n_gpu > 1 or is_compiled(trainer):
-            step.items = (steps.at_least_one(torch.as_tensor(given)) / k).to(
-                torch.float32
-            )  # compilers know no subclass
+            # compilers know no subclass
+            step.items = (steps.at_least_one(torch.as_tensor(given)) / k).to(torch.float32)
         else:
             step.items = Items.of(given, k)
         kwargs = {**kwargs, "num_items_in_batch": step.items}
@@ -207,8 +206,9 @@ def divided(
         result = call(*args, **kwargs)
     loss = result[0] if isinstance(result, tuple) else result
     is_taken = isinstance(step.items, Items) and step.items.is_taken
-    is_summed = is_taken or (step.sums > 0 and not step.is_known and not is_touched(step) and not _used(step, loss))
-    if check is not None:
+    may_be_sum = is_taken or (step.sums > 0 and not is_touched(step))
+    is_summed = may_be_sum and not step.is_known and not _used(step, loss)  # the number may be taken for a log
+    if check is not None and trainer.args.n_gpu <= 1:
         check.add(step, loss, is_summed)
     factor = 1.0
     if is_summed:

@@ -110,6 +110,12 @@ class Trainers:
             taken = logp.gather(-1, labels.clamp(min=0)[..., None])[..., 0]
             return -(taken * (labels != -100)).sum() / num_items_in_batch
 
+    class logs_the_number(Trainer):
+        def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+            self.seen = int(num_items_in_batch) + num_items_in_batch.item()
+            assert self.seen == 2 * int(self.seen / 2) > 0
+            return super().compute_loss(model, inputs, return_outputs, num_items_in_batch=num_items_in_batch)
+
     class two_forwards(Trainer):
         def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
             first = super().compute_loss(model, inputs, num_items_in_batch=num_items_in_batch)
@@ -274,6 +280,15 @@ class Told:
                 target = outputs.logits.flip(-1).softmax(-1)
             kl = (target * (target.log() - outputs.logits.log_softmax(-1))).sum(-1).mean()
             return 0.5 * outputs.loss + 0.5 * kl
+
+    class takes_the_number_beside_a_mean(Trainer):
+        """A sum over a Python number beside a recognised mean: each would be divided by another."""
+
+        says = "a part of it was computed by none of the losses"
+
+        def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+            outputs = model(**inputs)
+            return outputs.loss + 1e-3 * outputs.logits.pow(2).sum() / int(num_items_in_batch)
 
     class exponential(Trainer):
         says = "a part of it was computed by none of the losses"
