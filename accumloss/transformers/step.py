@@ -448,17 +448,19 @@ class Step:
         call = (self.calls, tuple(entries))
         known = self.origins.get(call)
         likeliest = [] if known is None else [known]
+        reshaped = (_reshaped(*entry, labels, ignore_index, length) for entry in entries.items())
         fitting: list[tuple[Origin, int]] = []
-        for origin in itertools.chain(
-            likeliest,
-            _origins(entries, labels, ignore_index, length),
-            itertools.chain.from_iterable(_reshaped(*entry, labels, ignore_index, length) for entry in entries.items()),
+        # what is left out or put in is looked for where nothing else fits: few labels fit much by chance
+        for origins in (
+            itertools.chain(likeliest, _origins(entries, labels, ignore_index, length)),
+            itertools.chain.from_iterable(reshaped),
         ):
-            copies = origin.copies_in(labels, entries, shift, ignore_index, length) if origin.key in entries else 0
-            if copies:
-                fitting.append((origin, copies))
-                if origin is known or length is not None or not may_be_labels(origin.key):
-                    break
+            for origin in origins if not fitting else ():
+                copies = origin.copies_in(labels, entries, shift, ignore_index, length) if origin.key in entries else 0
+                if copies:
+                    fitting.append((origin, copies))
+                    if origin is known or length is not None or not may_be_labels(origin.key):
+                        break
         if not fitting:
             return None
         origin, copies = fitting[0]
