@@ -159,6 +159,20 @@ class Trainers:
         def training_step(self, model, inputs, *args, **kwargs):
             return super().training_step(model, dict(inputs), *args, **kwargs)
 
+    class training_step_with_more_arguments(Trainer):
+        def _inner_training_loop(self, *args, **kwargs):
+            step = self.training_step
+            self.training_step = lambda *more, **named: step(*more, **named, extra=1)
+            try:
+                return super()._inner_training_loop(*args, **kwargs)
+            finally:
+                del self.training_step
+                self.training_step = step
+
+        def training_step(self, model, inputs, num_items_in_batch=None, *, extra=0):
+            assert extra == 1
+            return super().training_step(model, inputs, num_items_in_batch)
+
     class training_step_without_super(Trainer):
         def training_step(self, model, inputs, num_items_in_batch=None):
             model.train()
