@@ -1,8 +1,33 @@
-"""Private names of torch and transformers that have no public twin. tests/test_compat.py says which version dropped one."""
+"""Private names of torch that have no public twin. tests/test_compat.py holds what each of them is used for."""
 
+import torch
 from torch._compile import _disable_dynamo as not_compiled
+from torch.autograd import forward_ad
 
-__all__ = ["not_compiled"]
+__all__ = [
+    "after_ad_inplace",
+    "below_ad_inplace",
+    "below_autograd",
+    "current_backward",
+    "is_forward_ad_open",
+    "is_functorch_active",
+    "not_compiled",
+]
 
-# not_compiled: torch.compiler.disable that imports torch._dynamo, a second and a half, when the function is first called
-# and not when it is defined.
+# torch.compiler.disable imports torch._dynamo, a second and a half, when a function is defined; not_compiled when it is
+# first called.
+
+# Guards: the autograd keys are skipped, whose kernels in Python would only find that no gradient is recorded, in 20 us.
+below_autograd = torch._C._AutoDispatchBelowAutograd
+below_ad_inplace = torch._C._AutoDispatchBelowADInplaceOrView
+
+after_ad_inplace = torch._C._after_ADInplaceOrView_keyset  # the keys behind that one, for a kernel that passes on
+
+current_backward = torch._C._current_graph_task_id  # which backward is running, -1 outside of one
+
+is_functorch_active = torch._C._are_functorch_transforms_active
+
+
+def is_forward_ad_open() -> bool:
+    """Whether a level of forward-mode AD is open, outside of which no tensor has a tangent."""
+    return forward_ad._current_level >= 0

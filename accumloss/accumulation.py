@@ -23,6 +23,7 @@ import torch
 import torch.distributed as dist
 from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 
+from . import _compat
 from .sums import TokenSums, _at_least_one, is_distributed
 
 Sums = TokenSums | torch.Tensor | tuple[torch.Tensor, int | torch.Tensor]
@@ -387,7 +388,7 @@ class _Window:
 
     def begin_backward(self, index: int, parameters: list[torch.Tensor]) -> bool:
         """False where it is the second micro-batch of one backward."""
-        backward = torch._C._current_graph_task_id()
+        backward = _compat.current_backward()
         if self.backward == backward:
             self.running.add(index)
             return False

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch.autograd import forward_ad
 
+from ._compat import is_forward_ad_open
 from .options import LossOptions
 
 FLOATS = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
@@ -210,7 +211,7 @@ def _rows_are_apart(B: int, T: int, V: int, stride_b: int, stride_t: int) -> boo
 
 def refuse_forward_ad(function: str, *tensors: Any) -> None:
     """RuntimeError where a tensor carries a tangent: the ops have no formula for it, and would drop it."""
-    if forward_ad._current_level < 0:
+    if not is_forward_ad_open():
         return
     for tensor in tensors:
         if isinstance(tensor, torch.Tensor) and forward_ad.unpack_dual(tensor).tangent is not None:

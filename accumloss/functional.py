@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 
 from . import checks, linear, ops, reference
+from ._compat import is_functorch_active
 from .keywords import checked, checked_loss
 from .options import LossOptions
 from .sums import TokenSums
@@ -706,7 +707,7 @@ def _divisor(name: str, num_items_in_batch: NumItems, like: torch.Tensor) -> tor
 
 def _refuse_functorch(name: str, *tensors: Any) -> None:
     checks.refuse_forward_ad(name, *tensors)
-    if torch._C._are_functorch_transforms_active():
+    if is_functorch_active():
         raise RuntimeError(
             f"{name}: expected no torch.func transform (grad, vjp, vmap, ...) around it, got one; "
             "use torch.autograd.grad, which also gives second derivatives"

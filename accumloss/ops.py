@@ -15,6 +15,7 @@ import torch
 from torch.autograd.function import once_differentiable
 
 from . import checks, reference
+from ._compat import after_ad_inplace, below_ad_inplace, below_autograd
 from .keywords import checked
 from .options import LossOptions
 
@@ -131,7 +132,7 @@ def _pass_on(op: Any) -> Any:
     """A kernel for an op without a formula."""
 
     def kernel(keyset, *args, **options):
-        return op.redispatch(keyset & torch._C._after_ADInplaceOrView_keyset, *args, **options)
+        return op.redispatch(keyset & after_ad_inplace, *args, **options)
 
     return kernel
 
@@ -205,11 +206,6 @@ torch.library.register_autograd(
 # The gradient in forward, and in place -------------------------------------------------------------------------------
 
 
-# Skip the autograd keys, whose kernels in Python would only find that no gradient is recorded, in 20 us.
-_below_autograd = torch._C._AutoDispatchBelowAutograd
-_below_ad_inplace = torch._C._AutoDispatchBelowADInplaceOrView
-
-
 class GradInForward(torch.autograd.Function):
     """``loss_sum / divisor``, its gradient written in the same visit of the logits, into a buffer of its own.
 
@@ -223,7 +219,7 @@ class GradInForward(torch.autograd.Function):
     def forward(ctx, logits, labels, weight, divisor, expected_grad, options):
         # logits (..., V), labels (...), weight (V,) or None, divisor ()
         factor = expected_grad / divisor
-        with _below_autograd():
+        with below_autograd():
             *sums, ctx.grad = _ops.cross_entropy_with_grad(factor, logits, labels, weight, **options)
         ctx.save_for_backward(logits, labels, weight, divisor)
         ctx.expected_grad, ctx.options = expected_grad, options
@@ -285,7 +281,7 @@ def _scale_to(grad: torch.Tensor, grad_loss: torch.Tensor, expected_grad: float)
     Both are rounded to the dtype of the loss before they are divided, so that equal ones give exactly 1.
     """
     factor = grad_loss if expected_grad == 1 else grad_loss / torch.full_like(grad_loss, expected_grad)
-    with _below_ad_inplace():
+    with below_ad_inplace():
         _ops.scale_(grad, factor)
 
 

@@ -3,14 +3,14 @@
 import subprocess
 import sys
 
+import torch
+
 import accumloss
 from accumloss import _compat
 
 
 def test_not_compiled_runs_outside_of_the_graph():
     """Dropped by a torch where this import fails; until then the function is called with what the graph computed."""
-    import torch
-
     seen = []
 
     @_compat.not_compiled
@@ -21,6 +21,36 @@ def test_not_compiled_runs_outside_of_the_graph():
     compiled = torch.compile(lambda x: look(x * 2) * 3, backend="eager")
     assert compiled(torch.ones(())).item() == 9
     assert seen == [torch.Tensor]  # while it is traced a tensor is not a torch.Tensor of numbers
+
+
+def test_guards_and_keys_of_the_dispatcher():
+    """Below autograd nothing is recorded; a kernel on ADInplaceOrView is skipped below it, and else passes the call on."""
+    leaf = torch.zeros(2, 3, requires_grad=True)
+    labels = torch.tensor([0, 1])
+    with _compat.below_autograd():
+        assert not torch.ops.accumloss.cross_entropy(leaf, labels)[0].requires_grad
+    assert torch.ops.accumloss.cross_entropy(leaf, labels)[0].requires_grad
+    values, two = torch.ones(2, 3), torch.tensor(2.0)
+    with _compat.below_ad_inplace():
+        torch.ops.accumloss.scale_(values, two)
+    assert (values == 2).all()
+    torch.ops.accumloss.scale_(values, two)
+    assert (values == 4).all()
+    assert isinstance(_compat.after_ad_inplace, torch._C.DispatchKeySet)
+
+
+def test_a_backward_and_the_levels_of_transforms_are_known():
+    seen = []
+    leaf = torch.ones((), requires_grad=True)
+    leaf.register_hook(lambda grad: seen.append(_compat.current_backward()))
+    for _ in range(2):
+        (leaf * 2).backward()
+    assert seen[0] != seen[1] and min(seen) >= 0 and _compat.current_backward() == -1
+    assert not _compat.is_forward_ad_open() and not _compat.is_functorch_active()
+    with torch.autograd.forward_ad.dual_level():
+        assert _compat.is_forward_ad_open()
+    torch.func.grad(lambda x: seen.append(_compat.is_functorch_active()) or x.sum())(torch.ones(2))
+    assert seen[-1] is True
 
 
 def test_import_brings_no_compiler_no_audit_no_transformers():
