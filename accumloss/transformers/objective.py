@@ -18,6 +18,7 @@ from torch.utils._pytree import tree_map
 
 from ..inexact import InexactWarning
 from . import step as steps
+from .registration import Patches
 
 # a rest of the loss that is the same for all micro-batches to so much, relatively, depends on none of them
 SAME = 1e-6
@@ -82,13 +83,16 @@ def _integral(args: Any, kwargs: dict[str, Any]) -> bool:
 @contextmanager
 def micro_batches(trainer: Any, current: int, asked: int) -> Iterator[None]:
     """What Trainer says of the micro-batches of this window, and its arguments of any. 1: who divides by them divides once."""
-    arguments = trainer.args
-    before = trainer.current_gradient_accumulation_steps, arguments.gradient_accumulation_steps
-    trainer.current_gradient_accumulation_steps, arguments.gradient_accumulation_steps = current, asked
+    patches = Patches()
+    for owner, name, count in (
+        (trainer, "current_gradient_accumulation_steps", current),
+        (trainer.args, "gradient_accumulation_steps", asked),
+    ):
+        patches.bind(owner, name, count)
     try:
         yield
     finally:
-        trainer.current_gradient_accumulation_steps, arguments.gradient_accumulation_steps = before
+        patches.undo()
 
 
 def says_it_is_scaled(trainer: Any) -> bool:

@@ -257,7 +257,7 @@ class Step:
         self.micro_batches = 1  # of this step; Trainer's own count says 1 while compute_loss runs
         self.asked = 1  # of a full one
         self.depth = 0  # of compute_loss, which may call another
-        self.depth_reached = 0
+        self.is_computed = False  # whether a compute_loss was called
         self.is_watched = False
         self.trainer: Any = None  # whose step it is
         self.is_known = False  # how the loss depends on the micro-batches, though no loss of ours computed it

@@ -337,7 +337,7 @@ def _look_at(trainer: Any, step: steps.Step) -> None:
     if window is None or state.check.is_done:
         return
     window.seen += 1
-    if step.depth_reached == 0 and not step.returned:
+    if not step.is_computed and not step.returned:
         state.check.blame("training_step computes it without compute_loss, by nothing that was recognised")
     if window.seen < len(window.fetched):
         return
@@ -368,7 +368,9 @@ def make_step(trainer: Any, inputs: Any) -> steps.Step:
         gathers=trainer.args.average_tokens_across_devices and trainer.args.world_size > 1,
     )
     step.trainer, step.here, step.is_watched = trainer, here, not state.check.is_done
-    step.micro_batches = trainer.current_gradient_accumulation_steps
+    step.micro_batches = getattr(
+        trainer, "current_gradient_accumulation_steps", 1
+    )  # absent where train() is not running
     step.asked = trainer.args.gradient_accumulation_steps
     _begin(trainer, step, inputs)
     return step
@@ -394,13 +396,12 @@ def _around_compute_loss(trainer: Any, theirs: Callable[..., Any], *args: Any, *
     if step.depth:  # called by another, or by itself
         return theirs(*args, **kwargs)
     state = state_of(trainer)
-    names = ("model", "inputs", "return_outputs", "num_items_in_batch")
-    kwargs = {**dict(zip(names[3:], args[3:], strict=False)), **kwargs}
-    args = args[:3]
+    if len(args) > 3:
+        args, kwargs = args[:3], {"num_items_in_batch": args[3], **kwargs}
     inputs = kwargs.get("inputs", args[1] if len(args) > 1 else None)
     _begin(trainer, step, inputs)
     step.depth += 1
-    step.depth_reached += 1
+    step.is_computed = True
     try:
         check = None if state.check.is_done else state.check
         return objective.divided(trainer, theirs, step, ranks(trainer), check, args, kwargs)

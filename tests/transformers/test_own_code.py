@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from tolerances import TRAINER_GRADIENT, TRAINER_LOSS
 from torch import nn
-from training import LABELS, build, error, loss_error, rows, train
+from training import LABELS, build, error, loss_error, make_trainer, rows, train
 from transformers import Trainer
 
 import accumloss
@@ -530,3 +530,20 @@ def test_criteria_copy_and_pickle_as_pytorchs():
         assert type(pickle.loads(pickle.dumps(held))) is theirs
         assert b"accumloss" not in pickle.dumps(held)
     assert type(held) is theirs is nn.CrossEntropyLoss
+
+
+def test_a_training_step_outside_of_train_is_stocks():
+    """A loop of somebody's own that calls Trainer's training_step: Trainer has counted no micro-batches there."""
+    model, examples = causal()
+    batch = {key: torch.stack([row[key] for row in examples]) for key in examples[0]}
+    found = []
+    for context in (contextlib.nullcontext, accumloss.registered):
+        with context():
+            trainer, _ = make_trainer(copy.deepcopy(model), examples, 4)
+            trainer.create_optimizer()
+            assert not hasattr(trainer, "current_gradient_accumulation_steps")
+            loss = trainer.training_step(trainer.model, dict(batch), torch.tensor(35))
+            assert not hasattr(trainer, "current_gradient_accumulation_steps")
+            assert trainer.args.gradient_accumulation_steps == 4
+            found.append((loss, [p.grad.clone() for p in trainer.model.parameters()]))
+    torch.testing.assert_close(found[1], found[0], rtol=TRAINER_GRADIENT, atol=TRAINER_GRADIENT)
