@@ -41,7 +41,18 @@ NO_DROPOUT = {
 
 
 def build(name: str, **config: Any) -> Any:
-    """A tiny model of a transformers class, the same weights every time."""
+    """A tiny model of a transformers class, the same weights every time: a copy of one that is built once."""
+    key = repr((name, config))
+    if key not in _built:
+        _built[key] = _build(name, config)
+    torch.manual_seed(0)
+    return copy.deepcopy(_built[key])
+
+
+_built: dict[str, Any] = {}
+
+
+def _build(name: str, config: dict[str, Any]) -> Any:
     cls = getattr(transformers, name)
     sizes = {**SIZES, **NO_DROPOUT, **config}
     if name.startswith("GPT2"):
