@@ -65,7 +65,7 @@ class TokenSums:
     @property
     def mean_loss(self) -> torch.Tensor:
         """``loss_sum / total_weight``, 0 where there is no item. 0-dim; carries the gradient of ``loss_sum``."""
-        return self.loss_sum / _at_least_one(self.total_weight)
+        return self.loss_sum / at_least_one(self.total_weight)
 
     @property
     def perplexity(self) -> torch.Tensor:
@@ -94,9 +94,10 @@ def is_distributed() -> bool:
     return dist.is_available() and dist.is_initialized()
 
 
+def at_least_one(total: torch.Tensor) -> torch.Tensor:
+    """What a sum may be divided by: the items or weights themselves, 1 where there are none and every sum is 0."""
+    return torch.where(total == 0, torch.ones_like(total), total)
+
+
 def _add(a: torch.Tensor | None, b: torch.Tensor | None) -> torch.Tensor | None:
     return None if a is None or b is None else a + b
-
-
-def _at_least_one(weight: torch.Tensor) -> torch.Tensor:
-    return torch.where(weight == 0, torch.ones_like(weight), weight)

@@ -19,7 +19,9 @@ from torchrun import torchrun
 from windows import KEPT, TinyLM, error, gradients, loss_sum, norm, one_batch, split, targets, window
 
 import accumloss
-from accumloss import Accumulator, accumulation
+from accumloss import Accumulator
+from accumloss.accumulation import accumulator as module
+from accumloss.accumulation.gradients import multiply_, norm_of
 
 EXACT = ACCUMULATED_GRADIENT[torch.float32]
 SPLITS = {"whole": [8], "halves": [4, 4], "uneven": [3, 1, 4], "single rows": [1] * 8}
@@ -319,8 +321,8 @@ def test_gradients_on_several_devices(dtype):
     with FakeTensorMode():
         grads = [torch.empty(3, 2, device="cuda:0"), torch.empty(5, device="cuda:1", dtype=dtype)]
         grads += [torch.empty((), device="cuda:1", dtype=dtype), torch.empty(2, 3, device="cuda:1", dtype=dtype).t()]
-        norm = accumulation._norm(grads, torch.device("cuda:0"))
-        accumulation._multiply_(grads, norm)
+        norm = norm_of(grads, torch.device("cuda:0"))
+        multiply_(grads, norm)
     assert norm.device == torch.device("cuda:0") and norm.dtype == torch.float64
 
 
@@ -450,6 +452,13 @@ def error_cases():
     yield case(
         "reduction", lambda: Accumulator([], gradient_reduction="avg"), ValueError, '"mean" or "sum", got \'avg\''
     )
+    yield case(
+        "unknown keyword",
+        lambda: Accumulator([], gradient_reduce="mean"),
+        TypeError,
+        "Accumulator: expected keyword arguments model_or_params, process_group, gradient_reduction, max_items, scaler, got "
+        "'gradient_reduce' .the nearest is 'gradient_reduction'.",
+    )
     yield case("max_items 0", lambda: Accumulator([], max_items=0), ValueError, "max_items as an int >= 1, got 0")
     yield case("max_items 0.5", lambda: Accumulator([], max_items=0.5), ValueError, "max_items as an int >= 1, got 0.5")
 
@@ -571,14 +580,14 @@ def test_window_may_be_finished_in_a_closure():
 def test_nothing_keeps_an_accumulator():
     model, accumulator = one_micro_batch()
     gone = weakref.ref(accumulator)
-    assert accumulator in accumulation._watched
+    assert accumulator in module._watched
     del accumulator
     gc.collect()
     assert gone() is None
     torch.optim.SGD(model.parameters(), lr=0.1).step()  # its window is nobody's any more
-    hooks = len(accumulation._hooks)
+    hooks = len(module._hooks)
     one_micro_batch()
-    assert len(accumulation._hooks) == hooks
+    assert len(module._hooks) == hooks
 
 
 def test_compiled_optimizer_step():
@@ -649,7 +658,7 @@ def test_nothing_synchronises(known_total):
 
 
 def test_docstring_examples():
-    results = doctest.testmod(accumulation)
+    results = doctest.testmod(module)
     assert results.attempted and not results.failed
 
 

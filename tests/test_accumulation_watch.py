@@ -16,7 +16,9 @@ from torch.utils.checkpoint import checkpoint
 from windows import TinyLM, error, gradients, one_batch, split, window
 
 import accumloss
-from accumloss import Accumulator, accumulation
+from accumloss import Accumulator
+from accumloss.accumulation.gradients import marks, parameters_of
+from accumloss.accumulation.window import Window
 
 EXACT = ACCUMULATED_GRADIENT[torch.float32]
 MICRO_BATCHES = split(*window(), [3, 1, 4])
@@ -490,7 +492,7 @@ def test_a_parameter_is_found_once_and_in_the_order_of_parameters():
     model.nothing = None
     model.register_parameter("missing", None)
     model.blocks[5][0].weight = model.blocks[4][0].weight
-    found, wanted = accumulation._parameters_of(model), list(model.parameters())
+    found, wanted = parameters_of(model), list(model.parameters())
     assert len(found) == len(wanted) and {id(p) for p in found} == {id(p) for p in wanted}
     assert found[0] is wanted[0]
 
@@ -503,12 +505,12 @@ def test_watching_a_thousand_gradients_takes_two_milliseconds():
         parameter.grad = torch.ones_like(parameter)
     parameters = list(model.parameters())
     assert len(parameters) == 1000
-    window = accumulation._Window()
+    window = Window()
     best = math.inf
     for _ in range(100):
         window.written, window.before, window.running = {}, {}, set()
         start = time.perf_counter()
-        window.before = accumulation._marks(parameters, but=window.written)
+        window.before = marks(parameters, but=window.written)
         window.before = {}
         window.end_backward(parameters)
         window.refuse_changes("finish", is_finish=True)
