@@ -3,7 +3,10 @@
 from typing import TYPE_CHECKING, Any
 
 from .accumulation import Accumulator
-from .functional import (
+from .cuda import CudaPlan, check, plan
+from .inexact import InexactWarning
+from .linear import LinearPlan, linear_plan
+from .losses import (
     causal_lm_loss,
     cross_entropy,
     linear_causal_lm_loss,
@@ -14,9 +17,7 @@ from .functional import (
     sequence_classification_loss,
     token_classification_loss,
 )
-from .inexact import InexactWarning
-from .linear import LinearPlan, linear_plan
-from .ops import CudaPlan, build_info, check, empty_cache, plan
+from .ops import build_info, empty_cache
 from .options import LossOptions
 from .sums import TokenSums
 from .transformers import (

@@ -22,7 +22,7 @@ import torch
 from shapes import Shape
 
 import accumloss
-from accumloss.functional import Divisor
+from accumloss.losses import Known, causal_lm
 
 NAME = "scaling_cpu"
 FIELDS = ("sweep", "threads", *harness.COLUMNS)
@@ -33,22 +33,11 @@ MOST_ROWS = 65536
 FORWARD = "forward alone"
 
 
-class Seen:
-    """Looks at the metrics of a loss, as register_with_transformers(metrics=True) has Trainer do."""
-
-    def __init__(self, metrics: bool):
-        self.metrics = metrics
-
-    def __call__(self, loss: torch.Tensor, sums: accumloss.TokenSums | None) -> torch.Tensor:
-        return loss
-
-
 def with_metrics(is_on: bool) -> peers.Peer:
-    """The loss as Trainer calls it, with or without the metrics."""
-    seen = Seen(is_on)
+    """The loss as register_with_transformers(metrics=True) has Trainer call it, with or without the metrics."""
 
     def loss(logits: torch.Tensor, labels: torch.Tensor, n: torch.Tensor) -> torch.Tensor:
-        return accumloss.causal_lm_loss(logits, labels, num_items_in_batch=Divisor(n, observer=seen))
+        return causal_lm(logits, labels, None, None, Known(n, metrics=is_on), accumloss.LossOptions()).loss
 
     return peers.Peer("metrics" if is_on else "no metrics", loss)
 

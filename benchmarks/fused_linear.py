@@ -44,17 +44,17 @@ def classes() -> list[str]:
 def counted() -> Iterator[list[int]]:
     """How often a loss was computed from hidden states."""
     seen: list[int] = []
-    run = linear._run
+    run = linear.compute.run
 
     def counting(*args: Any, **kwargs: Any) -> Any:
         seen.append(1)
         return run(*args, **kwargs)
 
-    linear._run = counting
+    linear.compute.run = counting
     try:
         yield seen
     finally:
-        linear._run = run
+        linear.compute.run = run
 
 
 def step(

@@ -7,7 +7,10 @@ from tolerances import ACCUMULATED_GRADIENT, SUM, linear_gradient_bound
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import accumloss
-from accumloss import linear, linear_causal_lm_loss, linear_cross_entropy, linear_plan, reference
+from accumloss import linear_causal_lm_loss, linear_cross_entropy, linear_plan, ops, reference
+from accumloss.linear import compute
+from accumloss.linear.plan import chunks
+from accumloss.losses import Known, linear_causal_lm
 from accumloss.options import LossOptions
 
 DTYPES = [torch.bfloat16, torch.float16, torch.float32, torch.float64]
@@ -123,7 +126,7 @@ def test_linear_parked_rows_make_the_gradient_of_one_chunk(rows, budget_rows, ig
     """Bit for bit: the same product over all rows, whatever lay in the gradient's memory before."""
     dtype, hidden_size, vocab = torch.bfloat16, 128, 3001
     hidden, weight, labels, bias = data(dtype, rows, hidden_size, vocab, ignored=ignored)
-    valid = linear._valid_rows(labels, vocab, -100, None)[0]
+    valid = compute.valid_rows(labels, vocab, -100, None)[0]
     kept = rows if valid is None else len(valid)
     budget = scratch_of(budget_rows, dtype, vocab) + (kept + budget_rows) * hidden_size * 2 * (kept < rows)
     plan = linear_plan(kept, hidden_size, vocab, dtype, gathered=kept < rows, max_scratch_bytes=budget)
@@ -161,9 +164,9 @@ def test_linear_plan_keeps_to_the_budget():
         )  # fmt: skip
         item = dtype.itemsize
         assert plan.chunk_rows >= 1
-        chunks = list(linear._chunks(rows, plan))
-        assert len(chunks) == plan.num_chunks
-        assert sum(part.stop - part.start for part in chunks) == rows
+        parts = list(chunks(rows, plan))
+        assert len(parts) == plan.num_chunks
+        assert sum(part.stop - part.start for part in parts) == rows
         copied = rows if plan.block_classes else plan.chunk_rows  # rows of hidden states
         copied = hidden_size * item * (copied + hidden_grad * plan.chunk_rows) * gathered
         accumulator = (plan.accumulator not in (None, dtype)) * 4 * hidden_size * vocab
@@ -415,34 +418,26 @@ def test_linear_rows_are_dropped_without_being_counted_where_that_would_wait(mon
         device = torch.device("cuda:0")
 
     for given in (count, count + 3):
-        rows, held = linear._valid_rows(labels.as_subclass(OnGpu), V, -100, given)
+        rows, held = compute.valid_rows(labels.as_subclass(OnGpu), V, -100, given)
         rows = rows.as_subclass(torch.Tensor)
         assert len(rows) == given and bool(held)
         assert torch.equal(rows[:count], (labels != -100).nonzero().squeeze(1))
-    assert not bool(linear._valid_rows(labels.as_subclass(OnGpu), V, -100, count - 1)[1])
-    assert linear._valid_rows(labels.as_subclass(OnGpu), V, -100, None) == (None, None)
+    assert not bool(compute.valid_rows(labels.as_subclass(OnGpu), V, -100, count - 1)[1])
+    assert compute.valid_rows(labels.as_subclass(OnGpu), V, -100, None) == (None, None)
 
 
-def test_linear_metrics_reach_an_observer():
+def test_linear_loss_gives_the_sums_that_it_was_made_of():
     hidden, weight, labels, _ = data(has_bias=False)
-    seen = []
-
-    class Observer:
-        metrics = True
-
-        def __call__(self, loss, sums):
-            seen.append(sums)
-            return 2 * loss
-
-    from accumloss.functional import Divisor
-
-    divisor = Divisor(torch.tensor(20.0), 0.5, Observer())
-    got = linear_causal_lm_loss(hidden[None], weight, None, divisor, shift_labels=labels[None])
+    options = LossOptions()
+    for metrics in (False, True):
+        given = Known(torch.tensor(20.0), 0.5, metrics)
+        loss, sums = linear_causal_lm(hidden[None], weight, None, labels[None], given, options)
+        assert (sums is not None) == metrics
     want = accumloss.cross_entropy(F.linear(hidden, weight), labels, metrics=True)
-    assert got.item() == pytest.approx(2 * want.loss_sum.item() / 20, rel=SUM)
-    assert int(seen[0].num_correct) == int(want.num_correct)
-    assert seen[0].entropy_sum.item() == pytest.approx(want.entropy_sum.item(), rel=SUM)
-    (grad,) = torch.autograd.grad(got, hidden)
+    assert loss.item() == pytest.approx(want.loss_sum.item() / 20, rel=SUM)
+    assert int(sums.num_correct) == int(want.num_correct)
+    assert sums.entropy_sum.item() == pytest.approx(want.entropy_sum.item(), rel=SUM)
+    (grad,) = torch.autograd.grad(2 * loss, hidden)
     (expected,) = torch.autograd.grad(want.loss_sum / 10, hidden)
     assert relative(grad, expected.double()) < ACCUMULATED_GRADIENT[torch.float32]
 
@@ -491,11 +486,13 @@ def test_linear_causal_lm_loss_needs_labels():
 def test_linear_expected_gradient_is_not_scaled_again(micro_batches, monkeypatch):
     """Trainer's 1/k, which is no binary fraction for every k: what was written for it is handed out as it is."""
     factors = []
-    monkeypatch.setattr(linear.ops, "scale_", lambda values, factor: factors.append(factor.item()))
+    monkeypatch.setattr(ops, "scale_", lambda values, factor: factors.append(factor.item()))
     hidden, weight, labels, _ = data(torch.bfloat16, has_bias=False)
     for items in range(1, 40):
-        divisor = accumloss.functional.Divisor(torch.tensor(float(items)), expected_grad=1 / micro_batches)
-        (linear_causal_lm_loss(hidden[None], weight, labels[None], divisor) / micro_batches).backward()
+        given = Known(torch.tensor(float(items)), expected_grad=1 / micro_batches)
+        (
+            linear_causal_lm(hidden[None], weight, labels[None], None, given, LossOptions()).loss / micro_batches
+        ).backward()
     assert len(factors) == 2 * 39 and set(factors) == {1.0}
 
 
@@ -504,7 +501,7 @@ def test_linear_mean_of_a_call_is_not_scaled_again(monkeypatch):
     factors = []
     hidden, weight, labels, _ = data(has_bias=False)
     (wanted,) = torch.autograd.grad(F.cross_entropy(F.linear(hidden[:-1], weight), labels[1:]), weight)
-    monkeypatch.setattr(linear.ops, "scale_", lambda values, factor: factors.append(factor.item()))
+    monkeypatch.setattr(ops, "scale_", lambda values, factor: factors.append(factor.item()))
     linear_causal_lm_loss(hidden[None], weight, labels[None]).backward()
     assert factors == [1.0, 1.0]
     assert relative(weight.grad, wanted) <= ACCUMULATED_GRADIENT[torch.float32]

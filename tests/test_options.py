@@ -15,7 +15,7 @@ from tolerances import SUM, UNIT, assert_close, assert_within, row_loss_bound
 
 import accumloss
 from accumloss import LossOptions, keywords, options, reference
-from accumloss.functional import Divisor
+from accumloss.losses import Known, masked_lm
 from accumloss.transformers import losses
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -473,7 +473,7 @@ def test_divisors_of_one_call_are_seen_without_a_sync():
     logits, labels = torch.zeros(2, 3, V, device="meta"), torch.zeros(2, 3, dtype=torch.int64, device="meta")
     items = torch.zeros((), device="meta")
     assert accumloss.causal_lm_loss(logits, labels, num_items_in_batch=items).is_meta
-    assert accumloss.masked_lm_loss(logits, labels, num_items_in_batch=Divisor(items)).is_meta
+    assert masked_lm(logits, labels, None, Known(items), LossOptions()).loss.is_meta
 
 
 # Shapes -------------------------------------------------------------------------------------------------------------------

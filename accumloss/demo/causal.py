@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from ..functional import causal_lm_loss
+from ..losses import causal_lm_loss
 from . import text
 from .measure import peak_bytes, synchronize
 from .runs import (

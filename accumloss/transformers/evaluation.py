@@ -13,7 +13,6 @@ from typing import Any, NamedTuple
 import torch
 
 from .._compat import not_compiled
-from ..functional import Divisor
 from ..sums import TokenSums
 from . import step as steps
 
@@ -82,14 +81,14 @@ class Evaluation(steps.Step):
         length: int | None = None,
         weight: torch.Tensor | None = None,
         is_compiled: bool = False,
-    ) -> Divisor:
+    ) -> steps.Divisor:
         """The items of the call, whatever was given."""
         self.calls += 1
         if length is not None:
             items = (labels.clamp(0, length) != length).sum().double()
         else:
             items = steps.Rule("labels", shift, ignore_index, weight=weight).total({"labels": labels})
-        return Divisor(steps.at_least_one(items), observer=_Term(self, items))
+        return steps.Divisor(steps.at_least_one(items), observer=_Term(self, items))
 
     def observe(self, loss: torch.Tensor, items: torch.Tensor, sums: TokenSums | None = None) -> torch.Tensor:
         index = len(self.terms)

@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from .. import functional
+from .. import losses as core
 from . import losses
 from . import step as steps
 
@@ -49,7 +49,8 @@ def cross_entropy(
     length = ignore_index if ignore_index == logits.shape[-1] else None
     divisor = losses.divisor(target, None, ignore_index=ignore_index, length=length, weight=weight)
     options = losses.smoothed({"label_smoothing": label_smoothing} if label_smoothing else {})
-    return functional.masked_lm_loss(logits, target, None, divisor, ignore_index, weight=weight, **options)
+    given = losses.of_core({"weight": weight, **options}, ignore_index)
+    return losses.observed(divisor, core.masked_lm(logits, target, None, losses.known(divisor), *given))
 
 
 def nll_loss(

@@ -14,7 +14,8 @@ from typing import Any
 
 import torch
 
-from .. import functional, keywords, options
+from .. import keywords, options
+from .. import losses as core
 from .._compat import not_compiled
 from . import step as steps
 from .deferred import DeferredLogits
@@ -38,13 +39,34 @@ def _counted(labels: torch.Tensor, given: Any, **rule: Any) -> Any:
     return given if step is None else step.divisor(labels, given, **rule)
 
 
+def known(count: Any) -> Any:
+    """What divisor() found, as the losses of the core take it."""
+    if not isinstance(count, steps.Divisor):
+        return count
+    return core.Known(count.value, count.expected_grad, count.observer is not None and count.observer.metrics)
+
+
+def observed(count: Any, loss: core.Divided) -> torch.Tensor:
+    """A loss of the core, or what takes its place where the step looks on."""
+    return count.observed(*loss) if isinstance(count, steps.Divisor) else loss.loss
+
+
+def of_options(given: dict[str, Any], ignore_index: int = -100) -> options.LossOptions:
+    return options.LossOptions(**{"ignore_index": ignore_index, **{n: given[n] for n in options.NAMES if n in given}})
+
+
+def of_core(given: dict[str, Any], ignore_index: int = -100) -> tuple[options.LossOptions, Any, Any]:
+    """Options of a loss as the core takes them: LossOptions, weight and inplace."""
+    return of_options(given, ignore_index), given.get("weight"), given.get("inplace", False)
+
+
 OPTIONS = ("weight", "inplace", *options.NAMES)  # of a loss over logits; each has those that mean something for it
 
 
 @functools.cache
 def options_named_by(kind: str) -> tuple[str, ...]:
     """The options of accumloss.<kind>_loss."""
-    named = keywords.named_by(getattr(functional, f"{kind}_loss"))
+    named = keywords.named_by(getattr(core, f"{kind}_loss"))
     return tuple(name for name in named if name in OPTIONS)
 
 
@@ -113,11 +135,12 @@ def _fused(
     if given is None or not _is_flattened(labels.shape, linear.hidden.shape[:-1]):
         return None
     hidden = linear.hidden.reshape(*labels.shape, linear.hidden.shape[-1])  # some heads come flattened
-    targets = {"labels": labels} if shift else {"labels": None, "shift_labels": labels}
-    return functional.linear_causal_lm_loss(
-        hidden, linear.weight, num_items_in_batch=num_items_in_batch, ignore_index=ignore_index, bias=linear.bias,
-        **targets, **given,
+    unshifted, shifted = (labels, None) if shift else (None, labels)
+    loss = core.linear_causal_lm(
+        hidden, linear.weight, unshifted, shifted, known(num_items_in_batch), of_options(given, ignore_index),
+        linear.bias, given["class_weight"],
     )  # fmt: skip
+    return observed(num_items_in_batch, loss)
 
 
 def causal_lm_loss(
@@ -144,9 +167,8 @@ def causal_lm_loss(
         if fused is not None:
             return fused
         logits = _in_shape_of(targets, logits, vocab_size)
-    return functional.causal_lm_loss(
-        logits, labels, vocab_size, num_items_in_batch, ignore_index, shift_labels, **options
-    )
+    count, given = num_items_in_batch, of_core(options, ignore_index)
+    return observed(count, core.causal_lm(logits, labels, vocab_size, shift_labels, known(count), *given))
 
 
 def masked_lm_loss(
@@ -164,7 +186,8 @@ def masked_lm_loss(
     if fused is not None:
         return fused
     logits = _in_shape_of(labels, logits, vocab_size)
-    return functional.masked_lm_loss(logits, labels, vocab_size, count, ignore_index, **options)
+    given = of_core(options, ignore_index)
+    return observed(count, core.masked_lm(logits, labels, vocab_size, known(count), *given))
 
 
 def token_classification_loss(
@@ -183,9 +206,9 @@ def token_classification_loss(
         ignore_index=ignore_index,
         weight=options.get("weight"),
     )
-    return functional.token_classification_loss(
-        _in_shape_of(labels, logits, config.num_labels), labels, config, count, ignore_index, **options
-    )
+    given = of_core(options, ignore_index)
+    logits = _in_shape_of(labels, logits, config.num_labels)
+    return observed(count, core.token_classification(logits, labels, config, known(count), *given))
 
 
 def sequence_classification_loss(
@@ -197,7 +220,7 @@ def sequence_classification_loss(
     **kwargs: Any,
 ) -> torch.Tensor:
     """accumloss.sequence_classification_loss in the place of ``ForSequenceClassificationLoss``."""
-    functional.set_problem_type(config, labels)
+    core.set_problem_type(config, labels)
     is_single = config.problem_type == "single_label_classification"
     options = _options_of("sequence_classification", kwargs)
     options = smoothed(options) if is_single else options
@@ -207,7 +230,8 @@ def sequence_classification_loss(
         ignore_index=ignore_index if is_single else None,
         weight=options.get("weight") if is_single else None,
     )
-    return functional.sequence_classification_loss(labels, pooled_logits, config, count, ignore_index, **options)
+    given = of_core(options, ignore_index)
+    return observed(count, core.sequence_classification(labels, pooled_logits, config, known(count), *given))
 
 
 def question_answering_loss(
@@ -225,9 +249,12 @@ def question_answering_loss(
         divisor(positions, num_items_in_batch, length=logits.shape[1])
         for logits, positions in ((start_logits, start_positions), (end_logits, end_positions))
     )
-    return functional.question_answering_loss(
-        start_logits, end_logits, start_positions, end_positions, counts, **_options_of("question_answering", kwargs)
+    options, _, inplace = of_core(_options_of("question_answering", kwargs))
+    ends = core.question_answering(
+        start_logits, end_logits, start_positions, end_positions, tuple(map(known, counts)), options, inplace
     )
+    start, end = map(observed, counts, ends)
+    return (start + end) / 2
 
 
 def semantic_segmentation_loss(
@@ -247,9 +274,10 @@ def semantic_segmentation_loss(
         ignore_index=ignore_index,
         weight=options.get("weight"),
     )
-    return functional.semantic_segmentation_loss(
-        logits, labels, ignore_index, count, auxiliary_logits, auxiliary_loss_weight, **options
-    )
+    given = of_core(options, ignore_index)
+    heads = core.semantic_segmentation(logits, labels, auxiliary_logits, known(count), *given)
+    first, *auxiliary = (observed(count, head) for head in heads)
+    return first + auxiliary_loss_weight * auxiliary[0] if auxiliary else first
 
 
 # name in transformers.loss.loss_utils -> ours
@@ -305,5 +333,5 @@ def make_loss(kind: str = "causal_lm", **given: Any) -> Loss:
     for name in given:
         if name not in known:
             keywords.refuse("make_loss", name, known, f"; these are the options of {kind}_loss")
-    functional.LossOptions(**{name: value for name, value in given.items() if name in options.NAMES})
+    of_options(given)
     return functools.partial(KINDS[kind], **given)

@@ -45,7 +45,7 @@ class Items(torch.Tensor):
     @staticmethod
     def of(whole: Any, micro_batches: int) -> Items:
         whole = torch.as_tensor(whole)
-        share = (steps.at_least_one(whole) / micro_batches).to(torch.float32)
+        share = (steps.at_least_one(whole.double()) / micro_batches).to(torch.float32)
         items = share.as_subclass(Items)
         items.whole, items.share, items.is_touched, items.is_taken = whole, share, False, False
         return items
@@ -202,7 +202,7 @@ def divided(
     if given is not None:
         if trainer.args.n_gpu > 1 or is_compiled(trainer):
             # compilers know no subclass
-            step.items = (steps.at_least_one(torch.as_tensor(given)) / k).to(torch.float32)
+            step.items = (steps.at_least_one(torch.as_tensor(given).double()) / k).to(torch.float32)
         else:
             step.items = Items.of(given, k)
         kwargs = {**kwargs, "num_items_in_batch": step.items}

@@ -11,13 +11,35 @@ from __future__ import annotations
 import itertools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import torch
 
 from .._compat import not_compiled
-from ..functional import Divisor, Observer
-from ..sums import TokenSums
+from ..sums import TokenSums, at_least_one
+
+
+class Observer(Protocol):
+    """Gets to see each loss that is divided, and what takes its place is what it returns."""
+
+    @property
+    def metrics(self) -> bool:
+        """Whether to compute the metrics of TokenSums."""
+
+    def __call__(self, loss: torch.Tensor, sums: TokenSums | None) -> torch.Tensor:
+        """loss (), divided; sums, with metrics, where they are wanted and the loss is a cross-entropy."""
+
+
+class Divisor(NamedTuple):
+    """What the sum of a term is divided by, and who sees the quotient."""
+
+    value: torch.Tensor  # () > 0, on any device
+    expected_grad: float = 1.0  # the gradient that will come back to the quotient
+    observer: Observer | None = None
+
+    def observed(self, loss: torch.Tensor, sums: TokenSums | None = None) -> torch.Tensor:
+        """The loss, or what the observer puts in its place."""
+        return loss if self.observer is None else self.observer(loss, sums)
 
 
 class Rule(NamedTuple):
@@ -501,12 +523,6 @@ class Step:
                 return key, 0
         text = self.inputs.get("input_ids")
         return ("input_ids", length - text.shape[1]) if isinstance(text, torch.Tensor) and text.dim() == 2 else None
-
-
-def at_least_one(total: torch.Tensor) -> torch.Tensor:
-    """A count that may be divided by, float64: 1 where there is nothing, and where every loss is therefore 0."""
-    total = total.double()
-    return torch.where(total > 0, total, torch.ones_like(total))
 
 
 def num_objects(batch: Mapping[str, Any]) -> list[int] | None:

@@ -274,7 +274,9 @@ def get_batch_samples(self: Any, *args: Any, **kwargs: Any) -> Any:
         is_ours = type(self)._get_num_items_in_batch is _get_num_items_in_batch
         if is_ours and isinstance(num_items_in_batch, torch.Tensor) and num_items_in_batch.dim() == 0:
             # counted just now, over all ranks: the usual loss needs no second count
-            window.totals[_counted_rule(base_model(self), window.batches[0])] = steps.at_least_one(num_items_in_batch)
+            window.totals[_counted_rule(base_model(self), window.batches[0])] = steps.at_least_one(
+                num_items_in_batch.double()
+            )
     return batch_samples, num_items_in_batch
 
 

@@ -11,7 +11,7 @@ from training import HEADS, IS_CURRENT, build, error, loss_error, model_and_rows
 from transformers.loss.loss_utils import LOSS_MAPPING
 
 import accumloss
-from accumloss import functional, keywords
+from accumloss import keywords, losses
 
 ASSIGNED = {  # head in HEADS -> what is assigned
     "causal": "causal_lm_loss",
@@ -50,8 +50,8 @@ def test_a_model_takes_our_loss_for_its_own(head, monkeypatch):
     name, config, targets = HEADS[head]
     model, inputs = build(name, **config), batch_of(rows(targets))
     wanted = loss_and_gradients(model, **inputs)
-    seen, divisor = [], functional._divisor
-    monkeypatch.setattr(functional, "_divisor", lambda *given: seen.append(given) or divisor(*given))
+    seen, divisor = [], losses._divisor
+    monkeypatch.setattr(losses, "_divisor", lambda *given: seen.append(given) or divisor(*given))
     model.loss_function = getattr(accumloss, ASSIGNED[head])
     same(loss_and_gradients(model, **inputs), wanted)
     assert seen or not IS_CURRENT, "the model did not call it"

@@ -9,7 +9,7 @@ A call, or a step, without a single item has loss 0 and gradient 0.
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import Any, Literal, NamedTuple, Protocol
+from typing import Any, Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -21,34 +21,26 @@ from .options import LossOptions
 from .sums import TokenSums
 
 
-class Observer(Protocol):
-    """Gets to see each loss that is divided, and what takes its place is what it returns."""
-
-    @property
-    def metrics(self) -> bool:
-        """Whether to compute the metrics of TokenSums."""
-
-    def __call__(self, loss: torch.Tensor, sums: TokenSums | None) -> torch.Tensor:
-        """loss (), divided; sums, with metrics, where they are wanted and the loss is a cross-entropy."""
-
-
-class Divisor(NamedTuple):
-    """What a sum is divided by, where the gradient that will come back to the quotient is known as well.
+class Known(NamedTuple):
+    """A divisor, where the gradient that will come back to the quotient is known as well: for the integrations.
 
     Trainer averages the losses of k micro-batches, so that 1/k comes back to each. A gradient that is written in forward
     is written for that factor, and need not be visited again.
     """
 
-    value: torch.Tensor  # () > 0, on any device
+    divisor: torch.Tensor  # () > 0, on any device
     expected_grad: float = 1.0
-    observer: Observer | None = None  # sees the quotient
-
-    def observed(self, loss: torch.Tensor, sums: TokenSums | None = None) -> torch.Tensor:
-        """The loss, or what the observer puts in its place."""
-        return loss if self.observer is None else self.observer(loss, sums)
+    metrics: bool = False  # whether the sums are to have theirs
 
 
-NumItems = int | float | torch.Tensor | Divisor | None
+class Divided(NamedTuple):
+    """A loss, and the sums that it was made of."""
+
+    loss: torch.Tensor  # ()
+    sums: TokenSums | None = None  # where their metrics were asked for, of a cross-entropy
+
+
+NumItems = int | float | torch.Tensor | None
 InPlace = Literal[False, "backward", "forward"]
 
 # dtypes whose gradient may be written before the incoming gradient is known; see ops.GradInForward
@@ -155,12 +147,26 @@ def causal_lm_loss(
         ValueError, RuntimeError, IndexError: as cross_entropy, and where num_items_in_batch or inplace do not fit.
     """
     options = LossOptions(ignore_index, label_smoothing, z_loss, softcap, logit_scale)
+    return causal_lm(logits, labels, vocab_size, shift_labels, num_items_in_batch, options, weight, inplace).loss
+
+
+def causal_lm(
+    logits: torch.Tensor,
+    labels: torch.Tensor | None,
+    vocab_size: int | None,
+    shift_labels: torch.Tensor | None,
+    given: NumItems | Known,
+    options: LossOptions,
+    weight: torch.Tensor | None = None,
+    inplace: InPlace = False,
+) -> Divided:
+    """causal_lm_loss, for a divisor of any kind."""
     targets, shift = (labels, 1) if shift_labels is None else (shift_labels, 0)
     if targets is None:
         raise ValueError("causal_lm_loss: expected labels (B, T) or shift_labels (B, T), got neither")
     _check_tensors("causal_lm_loss", ("logits (B, T, V)", logits), ("labels (B, T)", targets))
     _check_vocab_size("causal_lm_loss", logits, vocab_size)
-    return _mean_loss("causal_lm_loss", logits, targets, weight, options, shift, num_items_in_batch, inplace)
+    return _mean_loss("causal_lm_loss", logits, targets, shift, given, options, weight, inplace)
 
 
 @checked
@@ -254,24 +260,42 @@ def linear_causal_lm_loss(
     Returns:
         0-dim loss, fp32 (fp64 for fp64 hidden states).
     """
-    if labels is None and shift_labels is None:
-        raise ValueError("linear_causal_lm_loss: expected labels (B, T) or shift_labels (B, T), got neither")
     options = LossOptions(ignore_index, label_smoothing, z_loss, softcap, logit_scale)
-    targets, shift = (shift_labels, 0) if shift_labels is not None else (labels, 1)
-    _check_tensors("linear_causal_lm_loss", ("labels (B, T)", targets))
-    assert targets is not None
-    given, _, metrics = _given(num_items_in_batch)
-    divisor = num_items_in_batch
-    if divisor is None and class_weight is None and targets.dim() > 0:
-        # counted before, on the device: the gradients are then written for it, and not visited again
-        divisor = (targets[..., shift:] != ignore_index).count_nonzero()
-    loss, sums = _linear(
-        "linear_causal_lm_loss", hidden, weight, targets, bias, class_weight, options, shift, metrics, divisor, num_valid,
+    return linear_causal_lm(
+        hidden, weight, labels, shift_labels, num_items_in_batch, options, bias, class_weight, num_valid,
         max_scratch_bytes,
-    )  # fmt: skip
-    if divisor is None:
+    ).loss  # fmt: skip
+
+
+def linear_causal_lm(
+    hidden: torch.Tensor,
+    weight: torch.Tensor,
+    labels: torch.Tensor | None,
+    shift_labels: torch.Tensor | None,
+    given: NumItems | Known,
+    options: LossOptions,
+    bias: torch.Tensor | None = None,
+    class_weight: torch.Tensor | None = None,
+    num_valid: int | None = None,
+    max_scratch_bytes: int = linear.MAX_SCRATCH_BYTES,
+) -> Divided:
+    """linear_causal_lm_loss, for a divisor of any kind."""
+    name = "linear_causal_lm_loss"
+    if labels is None and shift_labels is None:
+        raise ValueError(f"{name}: expected labels (B, T) or shift_labels (B, T), got neither")
+    targets, shift = (shift_labels, 0) if shift_labels is not None else (labels, 1)
+    _check_tensors(name, ("labels (B, T)", targets))
+    assert targets is not None
+    if given is None and class_weight is None and targets.dim() > 0:
+        # counted before, on the device: the gradients are then written for it, and not visited again
+        given = (targets[..., shift:] != options.ignore_index).count_nonzero()
+    metrics = isinstance(given, Known) and given.metrics
+    loss, sums = _linear(
+        name, hidden, weight, targets, bias, class_weight, options, shift, metrics, given, num_valid, max_scratch_bytes
+    )
+    if given is None:
         loss = loss / ops.mean_divisor(sums.num_items, sums.total_weight, class_weight, loss.dtype)
-    return loss if given is None else given.observed(loss, sums if metrics else None)
+    return Divided(loss, sums if metrics else None)
 
 
 @checked_loss
@@ -303,9 +327,22 @@ def masked_lm_loss(
         0-dim loss, fp32 (fp64 for fp64 logits).
     """
     options = LossOptions(ignore_index, label_smoothing, z_loss, softcap, logit_scale)
+    return masked_lm(logits, labels, vocab_size, num_items_in_batch, options, weight, inplace).loss
+
+
+def masked_lm(
+    logits: torch.Tensor,
+    labels: torch.Tensor,
+    vocab_size: int | None,
+    given: NumItems | Known,
+    options: LossOptions,
+    weight: torch.Tensor | None = None,
+    inplace: InPlace = False,
+) -> Divided:
+    """masked_lm_loss, for a divisor of any kind."""
     _check_tensors("masked_lm_loss", ("logits (..., V)", logits), ("labels (...)", labels))
     _check_vocab_size("masked_lm_loss", logits, vocab_size)
-    return _mean_loss("masked_lm_loss", logits, labels, weight, options, 0, num_items_in_batch, inplace)
+    return _mean_loss("masked_lm_loss", logits, labels, 0, given, options, weight, inplace)
 
 
 @checked_loss
@@ -336,9 +373,22 @@ def token_classification_loss(
         0-dim loss, fp32 (fp64 for fp64 logits).
     """
     options = LossOptions(ignore_index, label_smoothing, z_loss, softcap, logit_scale)
+    return token_classification(logits, labels, config, num_items_in_batch, options, weight, inplace).loss
+
+
+def token_classification(
+    logits: torch.Tensor,
+    labels: torch.Tensor,
+    config: Any,
+    given: NumItems | Known,
+    options: LossOptions,
+    weight: torch.Tensor | None = None,
+    inplace: InPlace = False,
+) -> Divided:
+    """token_classification_loss, for a divisor of any kind."""
     _check_tensors("token_classification_loss", ("logits (B, T, C)", logits), ("labels (B, T)", labels))
     _check_vocab_size("token_classification_loss", logits, getattr(config, "num_labels", None), "config.num_labels")
-    return _mean_loss("token_classification_loss", logits, labels, weight, options, 0, num_items_in_batch, inplace)
+    return _mean_loss("token_classification_loss", logits, labels, 0, given, options, weight, inplace)
 
 
 @checked_loss
@@ -382,9 +432,22 @@ def sequence_classification_loss(
     Raises:
         ValueError, RuntimeError, IndexError: as causal_lm_loss, and for an option that the problem has no use for.
     """
+    options = LossOptions(ignore_index, label_smoothing, z_loss, softcap, logit_scale)
+    return sequence_classification(labels, pooled_logits, config, num_items_in_batch, options, weight, inplace).loss
+
+
+def sequence_classification(
+    labels: torch.Tensor,
+    pooled_logits: torch.Tensor,
+    config: Any,
+    given: NumItems | Known,
+    options: LossOptions,
+    weight: torch.Tensor | None = None,
+    inplace: InPlace = False,
+) -> Divided:
+    """sequence_classification_loss, for a divisor of any kind; without sums where it is no cross-entropy."""
     name = "sequence_classification_loss"
     _check_tensors(name, ("labels (B,)", labels), ("pooled_logits (B, C)", pooled_logits))
-    options = LossOptions(ignore_index, label_smoothing, z_loss, softcap, logit_scale)
     num_labels = config.num_labels
     set_problem_type(config, labels)
     problem = config.problem_type
@@ -392,20 +455,19 @@ def sequence_classification_loss(
 
     if problem == "single_label_classification":
         _check_vocab_size(name, pooled_logits, num_labels, "config.num_labels")
-        return _mean_loss(name, pooled_logits, labels, weight, options, 0, num_items_in_batch, inplace)
+        return _mean_loss(name, pooled_logits, labels, 0, given, options, weight, inplace)
 
     acc = ops.accumulation_dtype(pooled_logits)
     logits, targets = pooled_logits.to(acc), labels.to(acc)
-    unused: dict[str, Any] = {"ignore_index": ignore_index, "label_smoothing": label_smoothing, "z_loss": z_loss}
     if problem == "regression":
-        unused.update(softcap=softcap, logit_scale=logit_scale, weight=weight, inplace=inplace)
-        _refuse_options(name, problem, unused)
+        _refuse_options(name, problem, {**options.as_kwargs(), "weight": weight, "inplace": inplace})
         if num_labels == 1 and logits.shape != targets.shape:  # (B, 1) and (B,)
             columns = logits if logits.shape[-1:] == (1,) else logits.unsqueeze(-1)
             logits, targets = columns.squeeze(-1), _like_rows(name, columns, targets)
         _check_same_shape(name, logits, targets)
         loss_sum = F.mse_loss(logits, targets, reduction="sum")
     elif problem == "multi_label_classification":
+        unused = {option: getattr(options, option) for option in ("ignore_index", "label_smoothing", "z_loss")}
         _refuse_options(name, problem, {**unused, "inplace": inplace})
         options.check(name, acc)
         _check_same_shape(name, logits, targets)
@@ -419,9 +481,8 @@ def sequence_classification_loss(
             f"{name}: expected config.problem_type regression, single_label_classification or "
             f"multi_label_classification, got {problem!r}"
         )
-    divisor = _divisor(name, num_items_in_batch, loss_sum)
-    loss = loss_sum / (max(targets.numel(), 1) if divisor is None else divisor)
-    return num_items_in_batch.observed(loss) if isinstance(num_items_in_batch, Divisor) else loss
+    divisor, _, _ = _resolved(name, given, loss_sum)
+    return Divided(loss_sum / (max(targets.numel(), 1) if divisor is None else divisor))
 
 
 def set_problem_type(config: Any, labels: torch.Tensor) -> None:
@@ -465,6 +526,23 @@ def question_answering_loss(
     """
     if start_positions is None or end_positions is None:
         return None
+    options = LossOptions(label_smoothing=label_smoothing, z_loss=z_loss, softcap=softcap, logit_scale=logit_scale)
+    start, end = question_answering(
+        start_logits, end_logits, start_positions, end_positions, num_items_in_batch, options, inplace
+    )
+    return (start.loss + end.loss) / 2
+
+
+def question_answering(
+    start_logits: torch.Tensor,
+    end_logits: torch.Tensor,
+    start_positions: torch.Tensor,
+    end_positions: torch.Tensor,
+    given: NumItems | tuple[NumItems | Known, NumItems | Known],
+    options: LossOptions,
+    inplace: InPlace = False,
+) -> tuple[Divided, Divided]:
+    """The two ends whose mean is question_answering_loss, for divisors of any kind."""
     name = "question_answering_loss"
     _check_tensors(
         name, ("start_logits (B, T)", start_logits), ("end_logits (B, T)", end_logits),
@@ -475,23 +553,28 @@ def question_answering_loss(
             f"{name}: expected start_logits and end_logits of one shape (B, T), got {tuple(start_logits.shape)} and "
             f"{tuple(end_logits.shape)}"
         )
-    B, ignore_index = start_logits.shape
-    options = LossOptions(ignore_index, label_smoothing, z_loss, softcap, logit_scale)
-    if isinstance(num_items_in_batch, tuple) and not isinstance(num_items_in_batch, Divisor):
-        if len(num_items_in_batch) != 2:
-            raise ValueError(f"{name}: expected a pair for num_items_in_batch, got {len(num_items_in_batch)} values")
-        start_items, end_items = num_items_in_batch
-    else:
-        start_items = end_items = num_items_in_batch
+    B, T = start_logits.shape
+    options = replace(options, ignore_index=T)
+    start_items, end_items = _pair(name, given)
 
-    def one(end: str, logits: torch.Tensor, positions: torch.Tensor, count: NumItems) -> torch.Tensor:
+    def one(end: str, logits: torch.Tensor, positions: torch.Tensor, items: NumItems | Known) -> Divided:
         if positions.shape not in ((B,), (B, 1)):
             raise RuntimeError(f"{name}: expected {end} of shape ({B},) or ({B}, 1), got {tuple(positions.shape)}")
-        labels = positions.reshape(B).to(logits.device).clamp(0, ignore_index)
-        return _mean_loss(name, logits, labels, None, options, 0, count, inplace)
+        labels = positions.reshape(B).to(logits.device).clamp(0, T)
+        return _mean_loss(name, logits, labels, 0, items, options, None, inplace)
 
-    start = one("start_positions", start_logits, start_positions, start_items)
-    return (start + one("end_positions", end_logits, end_positions, end_items)) / 2
+    return (
+        one("start_positions", start_logits, start_positions, start_items),
+        one("end_positions", end_logits, end_positions, end_items),
+    )
+
+
+def _pair(name: str, given: Any) -> tuple[NumItems | Known, NumItems | Known]:
+    if not isinstance(given, tuple):
+        return given, given
+    if len(given) != 2:
+        raise ValueError(f"{name}: expected a pair for num_items_in_batch, got {len(given)} values")
+    return given
 
 
 @checked_loss
@@ -528,10 +611,26 @@ def semantic_segmentation_loss(
     Returns:
         0-dim loss, fp32 (fp64 for fp64 logits).
     """
-    name = "semantic_segmentation_loss"
     options = LossOptions(ignore_index, label_smoothing, z_loss, softcap, logit_scale)
+    first, *auxiliary = semantic_segmentation(
+        logits, labels, auxiliary_logits, num_items_in_batch, options, weight, inplace
+    )
+    return first.loss + auxiliary_loss_weight * auxiliary[0].loss if auxiliary else first.loss
 
-    def one(what: str, head: torch.Tensor) -> torch.Tensor:
+
+def semantic_segmentation(
+    logits: torch.Tensor,
+    labels: torch.Tensor,
+    auxiliary_logits: torch.Tensor | None,
+    given: NumItems | Known,
+    options: LossOptions,
+    weight: torch.Tensor | None = None,
+    inplace: InPlace = False,
+) -> list[Divided]:
+    """Of the head, and of the auxiliary head where there is one: what semantic_segmentation_loss adds up."""
+    name = "semantic_segmentation_loss"
+
+    def one(what: str, head: torch.Tensor) -> Divided:
         _check_tensors(name, (f"{what} (B, C, h, w)", head), ("labels (B, H, W)", labels))
         if head.dim() != 4 or labels.dim() != 3 or head.shape[0] != labels.shape[0]:
             raise RuntimeError(
@@ -541,28 +640,28 @@ def semantic_segmentation_loss(
         inner = head.contiguous(memory_format=torch.channels_last)  # small: before it is enlarged
         enlarged = F.interpolate(inner, size=labels.shape[-2:], mode="bilinear", align_corners=False)
         by_pixel = enlarged.permute(0, 2, 3, 1)  # (B, H, W, C)
-        return _mean_loss(name, by_pixel, labels, weight, options, 0, num_items_in_batch, inplace)
+        return _mean_loss(name, by_pixel, labels, 0, given, options, weight, inplace)
 
-    loss = one("logits", logits)
-    if auxiliary_logits is None:
-        return loss
-    return loss + auxiliary_loss_weight * one("auxiliary_logits", auxiliary_logits)
+    found = [one("logits", logits)]
+    if auxiliary_logits is not None:
+        found.append(one("auxiliary_logits", auxiliary_logits))
+    return found
 
 
 def _mean_loss(
     name: str,
     logits: torch.Tensor,
     labels: torch.Tensor,
-    weight: torch.Tensor | None,
-    options: LossOptions,
     shift: int,
-    num_items_in_batch: NumItems,
+    given: NumItems | Known,
+    options: LossOptions,
+    weight: torch.Tensor | None,
     inplace: InPlace,
-) -> torch.Tensor:
+) -> Divided:
     """The one way from logits to a loss: sum, divided once."""
     if inplace not in (False, "backward", "forward"):
         raise ValueError(f'{name}: expected False, "backward" or "forward" for inplace, got {inplace!r}')
-    _refuse_functorch(name, logits, labels, weight, num_items_in_batch)
+    _refuse_functorch(name, logits, labels, weight, given.divisor if isinstance(given, Known) else given)
     options.check(name, ops.accumulation_dtype(logits))
     labels = _like_rows(name, logits, labels, shift)
     _check_class_weight(name, "weight", weight, logits.shape[-1:])
@@ -571,8 +670,7 @@ def _mean_loss(
     if weight is not None and weight.device != logits.device:
         weight = weight.to(logits.device, non_blocking=True)
 
-    divisor = _divisor(name, num_items_in_batch, logits)
-    given, expected_grad, metrics = _given(num_items_in_batch)
+    divisor, expected_grad, metrics = _resolved(name, given, logits)
     kwargs = {"shift": shift, "metrics": metrics, **options.as_kwargs()}
     wants_grad = torch.is_grad_enabled() and logits.requires_grad
     # The compiler takes the op with its formula; so do second derivatives, which fp64 is for.
@@ -588,7 +686,7 @@ def _mean_loss(
         if divisor is None:
             divisor = ops.mean_divisor(num_items, total_weight, weight, loss_sum.dtype)
         loss, fields = loss_sum / divisor, [loss_sum, num_items, total_weight, num_correct, entropy_sum]
-    return loss if given is None else given.observed(loss, TokenSums(*fields) if metrics else None)
+    return Divided(loss, TokenSums(*fields) if metrics else None)
 
 
 def _linear(
@@ -601,19 +699,20 @@ def _linear(
     options: LossOptions,
     shift: int,
     metrics: bool,
-    num_items_in_batch: NumItems,
+    given: NumItems | Known,
     num_valid: int | None,
     max_scratch_bytes: int,
 ) -> tuple[torch.Tensor, TokenSums]:
-    """loss_sum divided by num_items_in_batch (None: not divided), which carries the gradient, and the sums."""
-    _refuse_functorch(name, hidden, weight, labels, bias, class_weight, num_items_in_batch)
+    """loss_sum divided by what is given (None: not divided), which carries the gradient, and the sums."""
+    known = given.divisor if isinstance(given, Known) else given
+    _refuse_functorch(name, hidden, weight, labels, bias, class_weight, known)
     _check_tensors(name, ("hidden (..., H)", hidden), ("weight (V, H)", weight), ("labels (...)", labels))
     _check_shift(name, shift)
     linear.check(name, hidden, weight, labels, bias, class_weight, num_valid, max_scratch_bytes)
     options.check(name, ops.accumulation_dtype(hidden))
     labels = labels.to(hidden.device, non_blocking=True)
     class_weight = class_weight if class_weight is None else class_weight.to(hidden.device, non_blocking=True)
-    divisor = _divisor(name, num_items_in_batch, hidden)
+    divisor, expected_grad, _ = _resolved(name, given, hidden)
     kwargs: dict[str, Any] = {"shift": shift, "metrics": metrics, **options.as_kwargs()}
     if torch.compiler.is_compiling():
         kwargs.update(num_valid=num_valid, max_scratch_bytes=max_scratch_bytes)
@@ -623,7 +722,6 @@ def _linear(
         hidden, weight, bias = linear.autocast(hidden, weight, bias)
         if divisor is None:
             divisor = torch.ones((), dtype=ops.accumulation_dtype(hidden), device=hidden.device)
-        _, expected_grad, _ = _given(num_items_in_batch)
         needs = linear.needs_of(hidden, weight, bias)
         limits = (num_valid, max_scratch_bytes)
         loss, *sums = linear.LinearGradInForward.apply(
@@ -664,12 +762,12 @@ def _in_place(
     return ops.InPlaceForward.apply(logits, labels, weight, divisor, expected_grad, kwargs)
 
 
-def _given(num_items_in_batch: NumItems) -> tuple[Divisor | None, float, bool]:
-    """The Divisor, where it is one; the gradient that will come back to the loss; whether metrics are wanted."""
-    if not isinstance(num_items_in_batch, Divisor):
-        return None, 1.0, False
-    observer = num_items_in_batch.observer
-    return num_items_in_batch, num_items_in_batch.expected_grad, observer is not None and observer.metrics
+def _resolved(name: str, given: NumItems | Known, like: torch.Tensor) -> tuple[torch.Tensor | None, float, bool]:
+    """A divisor as in _divisor, the gradient that will come back to the loss, and whether metrics are wanted."""
+    if isinstance(given, Known):
+        divisor = given.divisor.to(like.device, ops.accumulation_dtype(like), non_blocking=True)
+        return divisor, given.expected_grad, given.metrics
+    return _divisor(name, given, like), 1.0, False
 
 
 def _divisor(name: str, num_items_in_batch: NumItems, like: torch.Tensor) -> torch.Tensor | None:
@@ -677,8 +775,6 @@ def _divisor(name: str, num_items_in_batch: NumItems, like: torch.Tensor) -> tor
     if num_items_in_batch is None:
         return None
     acc = ops.accumulation_dtype(like)
-    if isinstance(num_items_in_batch, Divisor):
-        return num_items_in_batch.value.to(like.device, acc, non_blocking=True)
     info = torch.finfo(acc)
     if isinstance(num_items_in_batch, torch.Tensor):
         shape, dtype = tuple(num_items_in_batch.shape), num_items_in_batch.dtype

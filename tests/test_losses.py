@@ -2,6 +2,7 @@
 
 import copy
 import dataclasses
+import doctest
 from types import SimpleNamespace
 
 import pytest
@@ -12,7 +13,7 @@ from oracle import expected
 from tolerances import SUM, UNIT, assert_close, assert_within
 
 import accumloss
-from accumloss import LossOptions, TokenSums
+from accumloss import LossOptions, TokenSums, cuda, linear
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 B, T, V = 8, 12, 61
@@ -441,10 +442,9 @@ def test_check_finds_nothing_on_cpu():
     assert accumloss.check() is None
 
 
-def test_docstring_examples():
-    import doctest
-
-    from accumloss import functional
-
-    results = doctest.testmod(functional)
-    assert results.attempted >= 3 and results.failed == 0
+@pytest.mark.parametrize(
+    "module,least", [(accumloss.losses, 3), (linear.plan, 4), (cuda, 2)], ids=["losses", "linear.plan", "cuda"]
+)
+def test_docstring_examples(module, least):
+    results = doctest.testmod(module)
+    assert results.attempted >= least and results.failed == 0

@@ -1,0 +1,15 @@
+"""Linear head and cross-entropy in one: sums, counts and gradients from hidden states, without ever holding the logits."""
+
+from .op import LinearGradInForward, autocast, check, linear_cross_entropy, needs_of
+from .plan import MAX_SCRATCH_BYTES, LinearPlan, linear_plan
+
+__all__ = [
+    "MAX_SCRATCH_BYTES",
+    "LinearGradInForward",
+    "LinearPlan",
+    "autocast",
+    "check",
+    "linear_cross_entropy",
+    "linear_plan",
+    "needs_of",
+]
