@@ -14,6 +14,7 @@ import torch
 
 from .._compat import not_compiled
 from ..sums import TokenSums
+from . import counting
 from . import step as steps
 
 PROBES = (0.5, 0.125)  # what a term is made larger by, of itself: a loss that is linear in it changes alike by both
@@ -63,7 +64,7 @@ class Evaluation(steps.Step):
 
     def begin(self, inputs: Any, probed: tuple[int, float] | None = None) -> None:
         """Begins a batch; probed: a term, and by how much of itself it is to be larger than it is."""
-        inputs = steps.entries_of(inputs)
+        inputs = counting.entries_of(inputs)
         self.window, self.probed = [inputs], probed
         super().begin(inputs)
         self.terms, self.token_sums, self.amount = [], None, None
@@ -87,7 +88,7 @@ class Evaluation(steps.Step):
         if length is not None:
             items = (labels.clamp(0, length) != length).sum().double()
         else:
-            items = steps.Rule("labels", shift, ignore_index, weight=weight).total({"labels": labels})
+            items = counting.Rule("labels", shift, ignore_index, weight=weight).total({"labels": labels})
         return steps.Divisor(steps.at_least_one(items), observer=_Term(self, items))
 
     def observe(self, loss: torch.Tensor, items: torch.Tensor, sums: TokenSums | None = None) -> torch.Tensor:
@@ -104,15 +105,15 @@ class Evaluation(steps.Step):
 
     # Shares are amounts here: what of the set this batch is, is not known before its end.
 
-    def share_of(self, rule: steps.Rule) -> torch.Tensor:
+    def share_of(self, rule: counting.Rule) -> torch.Tensor:
         return rule.total(self.inputs)
 
     def share_of_rows(self) -> float:
-        return float(steps.num_rows(self.inputs))
+        return float(counting.num_rows(self.inputs))
 
     def objects_of_the_step(self) -> float:
         """Losses are sums over boxes or masks, divided by how many this batch has, or by 1."""
-        counts = steps.num_objects(self.inputs)
+        counts = counting.num_objects(self.inputs)
         if counts is not None:
             self.calls += 1
             self.amount = Amount(max(sum(counts), 1), sum(counts))

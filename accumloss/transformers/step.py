@@ -17,6 +17,16 @@ import torch
 
 from .._compat import not_compiled
 from ..sums import TokenSums, at_least_one
+from .counting import (
+    Origin,
+    Rule,
+    likely_origins,
+    may_be_labels,
+    num_objects,
+    num_rows,
+    reshaping_origins,
+    same_memory,
+)
 
 
 class Observer(Protocol):
@@ -42,149 +52,6 @@ class Divisor(NamedTuple):
         return loss if self.observer is None else self.observer(loss, sums)
 
 
-class Rule(NamedTuple):
-    """How the items of a term are found in any micro-batch of the step."""
-
-    key: str  # the entry that holds the labels
-    shift: int = 0  # the first labels of each row are no targets
-    ignore_index: int | None = -100  # None: every element is an item
-    length_of: str | None = None  # question answering: positions beyond dimension 1 of this entry are no items
-    longer_by: int = 0  # logits have so many more positions than the entry: patches of an image
-    weight: torch.Tensor | None = None  # (V,) class weights: an item counts as much as its class weighs
-    mask: str | None = None  # labels where this entry is not 1 are no items
-    part: int | None = None  # the labels are entry[..., part]: a codebook of several
-    copies: int = 1  # as often the labels are targets: heads that predict several tokens ahead
-    last: int = 0  # so many labels at the end of each row are no targets either
-    filled: int | None = None  # labels of this value are no items: padding that the head ignores
-
-    def labels(self, batch: Mapping[str, Any]) -> torch.Tensor:
-        """The entry, or its part, without the first and the last labels of each row."""
-        return self._targets(batch[self.key] if self.part is None else batch[self.key][..., self.part])
-
-    def _targets(self, entry: torch.Tensor) -> torch.Tensor:
-        if not self.shift and not self.last:
-            return entry  # a row that was squeezed has no dimension
-        return entry[..., self.shift : entry.shape[-1] - self.last]
-
-    def total(self, batch: Mapping[str, Any]) -> torch.Tensor:
-        """The items of one micro-batch, or their total weight: () float64 on the device of the entry."""
-        labels = self.labels(batch)
-        if self.length_of is not None:
-            length = batch[self.length_of].shape[1] + self.longer_by
-            is_item = labels.clamp(0, length) != length
-        elif self.ignore_index is not None:
-            is_item = labels != self.ignore_index
-        elif self.mask is None and self.filled is None:
-            return torch.full((), labels.numel(), dtype=torch.float64, device=labels.device)
-        else:
-            is_item = torch.ones_like(labels, dtype=torch.bool)
-        if self.mask is not None:
-            is_item = is_item & (self._targets(batch[self.mask]) == 1)
-        if self.filled is not None:
-            is_item = is_item & (labels != self.filled)
-        if self.weight is None:
-            return is_item.sum().double() * self.copies
-        weight = self.weight.to(labels.device, torch.float64)
-        return weight[torch.where(is_item, labels, 0).long()].masked_fill(~is_item, 0).sum() * self.copies
-
-    def __hash__(self) -> int:
-        return hash((*self._replace(weight=None)._asdict().values(), id(self.weight)))
-
-    def __eq__(self, other: object) -> bool:
-        if not isinstance(other, Rule):
-            return False
-        mine, theirs = self._replace(weight=None), other._replace(weight=None)
-        return tuple(mine) == tuple(theirs) and self.weight is other.weight
-
-
-class Origin(NamedTuple):
-    """How a head makes the labels of a call from an entry of the batch."""
-
-    key: str
-    first: int = 0  # the first labels of each row are left out
-    mask: str | None = None  # an entry: only where it is 1
-    part: int | None = None  # of the last dimension
-    kept: str = "all"  # of the entry: all, items (not ignored), rows (with an item), seen (where the mask is 1), copies
-    last: int = 0  # the last labels of each row are left out
-    front: int = 0  # columns of ignored labels stand before each row: a prompt that is learned
-    back: int = 0  # and behind it: padding
-    filled: int | None = None  # labels of this value are ignored
-
-    def copies_in(
-        self,
-        labels: torch.Tensor,
-        batch: Mapping[str, Any],
-        shift: int,
-        ignore_index: int | None,
-        length: int | None,
-    ) -> int:
-        """How often a call's labels hold what this makes of a micro-batch; 0 where they are something else."""
-        entry = batch[self.key]
-        if self.part is not None:
-            entry = entry[..., self.part]
-        if self.kept == "copies":  # of the whole entry; a part that is ignored altogether counts nothing
-            if entry.numel() == 0:
-                return 0
-            chunks = labels.reshape(-1).split(entry.numel())
-            copies = [chunk for chunk in chunks if not bool((chunk == ignore_index).all())]
-            return len(copies) if all(_same_values(entry, chunk) for chunk in copies) else 0
-        if length is not None:
-            entry = entry.clamp(0, length)
-        elif self.first or self.last:
-            entry = entry[..., self.first : entry.shape[-1] - self.last]
-        if self.front or self.back:
-            labels = labels.reshape(*entry.shape[:-1], -1)
-            inside = slice(self.front, labels.shape[-1] - self.back)
-            for beside in (labels[..., : self.front], labels[..., inside.stop :]):
-                if not bool(torch.eq(beside, -100 if ignore_index is None else ignore_index).all()):
-                    return 0
-            labels = labels[..., inside]
-        if self.filled is not None and ignore_index is not None:
-            entry = entry.masked_fill(entry == self.filled, ignore_index)
-        if self.kept == "items":
-            entry = entry[entry != ignore_index]
-        elif self.kept == "rows":
-            entry = entry[(entry != ignore_index)[..., shift:].any(-1)]
-        elif self.kept == "seen":
-            entry = entry[batch[self.mask] == 1] if self.mask is not None else entry
-        elif self.mask is not None and ignore_index is not None:
-            entry = torch.where(batch[self.mask] == 1, entry, ignore_index)
-        return int(entry.numel() == labels.numel() and _same_values(entry, labels))
-
-
-def _origins(
-    entries: Mapping[str, torch.Tensor], labels: torch.Tensor, ignore_index: int | None, length: int | None
-) -> Iterator[Origin]:
-    """The origins that labels of this size may have; the likeliest first."""
-    masks = {key: value for key, value in entries.items() if "mask" in key}
-    masks = dict(sorted(masks.items(), key=lambda entry: entry[0] == "attention_mask"))  # another is there for the loss
-    size = labels.numel()
-    for key, entry in entries.items():
-        shifted = entry[..., 1:].numel() if entry.dim() > 1 and length is None else -1
-        seen_by = [name for name, mask in masks.items() if mask.shape == entry.shape] if may_be_labels(key) else []
-        if entry.numel() == size:
-            if labels.dim() == 1 and entry.dim() > 1 and length is None:
-                # flattened into a copy: something was masked or dropped, though nothing is in this one
-                yield from (Origin(key, mask=mask, kept="seen") for mask in seen_by)
-            yield Origin(key)
-            if ignore_index is not None:
-                yield from (Origin(key, mask=mask) for mask in seen_by)
-        elif shifted == size:
-            yield Origin(key, first=1)
-        if length is not None or not may_be_labels(key):
-            continue
-        if entry.dim() > 2 and entry.numel() == size * entry.shape[-1]:
-            yield from (Origin(key, part=part) for part in range(entry.shape[-1]))
-        if size < entry.numel():
-            yield from (Origin(key, mask=mask, kept="seen") for mask in seen_by)
-            if ignore_index is not None:
-                yield Origin(key, kept="items")
-                if entry.dim() > 1 and labels.dim() > 1 and labels.shape[-1] == entry.shape[-1]:
-                    yield Origin(key, kept="rows")
-        elif ignore_index is not None and 0 < entry.numel() < size and size % entry.numel() == 0:
-            yield Origin(key, kept="copies")
-
-
 class _Recorder:
     """Observes the losses of a micro-batch in eager mode: each is a term of what compute_loss returns."""
 
@@ -199,30 +66,6 @@ class _Recorder:
     def __call__(self, loss: torch.Tensor, sums: TokenSums | None) -> torch.Tensor:
         observer = self.step.observer
         return self.step.record(loss if observer is None else observer(loss, sums))
-
-
-def _reshaped(
-    key: str, entry: torch.Tensor, labels: torch.Tensor, ignore_index: int | None, length: int | None
-) -> Iterator[Origin]:
-    """Origins whose rows are shorter or longer than the entry's, or where labels of one value are ignored."""
-    if ignore_index is None or length is not None or entry.is_floating_point() or entry.dim() == 0:
-        return
-    columns = entry.shape[-1]
-    rows = entry.numel() // max(columns, 1)
-    if rows and labels.numel() % rows == 0 and entry.dim() > 1 and may_be_labels(key):
-        more = labels.numel() // rows - columns
-        if more > 0:
-            yield Origin(key, front=more)
-            yield Origin(key, back=more)
-        elif more < 0:
-            if more < -1:
-                yield Origin(key, first=-more)
-            yield Origin(key, last=-more)
-    if entry.numel() == labels.numel():
-        flat, given = entry.reshape(-1), labels.reshape(-1).to(entry.device)
-        changed = flat[flat != given]
-        if changed.numel() and bool((changed == changed[0]).all()) and int(changed[0]) != ignore_index:
-            yield Origin(key, filled=int(changed[0]))
 
 
 class Step:
@@ -465,17 +308,16 @@ class Step:
                 return None
             length_of, longer_by = found
         for key, value in entries.items():
-            if key not in changed and value.numel() == labels.numel() and _same_memory(value, labels):
+            if key not in changed and value.numel() == labels.numel() and same_memory(value, labels):
                 return Rule(key, shift, ignore_index, length_of, longer_by)
         call = (self.calls, tuple(entries))
         known = self.origins.get(call)
         likeliest = [] if known is None else [known]
-        reshaped = (_reshaped(*entry, labels, ignore_index, length) for entry in entries.items())
         fitting: list[tuple[Origin, int]] = []
         # what is left out or put in is looked for where nothing else fits: few labels fit much by chance
         for origins in (
-            itertools.chain(likeliest, _origins(entries, labels, ignore_index, length)),
-            itertools.chain.from_iterable(reshaped),
+            itertools.chain(likeliest, likely_origins(entries, labels, ignore_index, length)),
+            reshaping_origins(entries, labels, ignore_index, length),
         ):
             for origin in origins if not fitting else ():
                 copies = origin.copies_in(labels, entries, shift, ignore_index, length) if origin.key in entries else 0
@@ -500,6 +342,7 @@ class Step:
             copies=copies,
             last=origin.last,
             filled=origin.filled,
+            half=origin.half,
         )
         before = self.compared.setdefault(self.calls, rule)
         if rule != before and bool(self._here(rule) != self._here(before)):
@@ -523,71 +366,6 @@ class Step:
                 return key, 0
         text = self.inputs.get("input_ids")
         return ("input_ids", length - text.shape[1]) if isinstance(text, torch.Tensor) and text.dim() == 2 else None
-
-
-def num_objects(batch: Mapping[str, Any]) -> list[int] | None:
-    """The boxes or masks of each row: of labels that are a list of {"class_labels": (n,), ...}, or of a list of class_labels."""
-    labels = batch.get("labels")
-    if isinstance(labels, (list, tuple)) and all(isinstance(row, Mapping) and "class_labels" in row for row in labels):
-        return [len(row["class_labels"]) for row in labels]
-    classes = batch.get("class_labels")
-    if isinstance(classes, (list, tuple)) or (isinstance(classes, torch.Tensor) and classes.dim() == 2):
-        return [len(row) for row in classes]
-    return None
-
-
-def num_rows(batch: Mapping[str, Any]) -> int:
-    """The rows of a micro-batch: the size of its first entry that has any."""
-    for value in batch.values():
-        if isinstance(value, (list, tuple)):
-            return len(value)
-        if isinstance(value, torch.Tensor) and value.dim() > 0:
-            return value.shape[0]
-    return 0
-
-
-def entries_of(batch: Any) -> Mapping[str, Any]:
-    """The entries of a batch of any kind by name: of a mapping, a tuple or list, a dataclass or another object."""
-    if isinstance(batch, Mapping):
-        return batch
-    if hasattr(batch, "_asdict"):
-        return batch._asdict()
-    if isinstance(batch, (list, tuple)):
-        return {f"entry {i}": value for i, value in enumerate(batch)}
-    if isinstance(batch, torch.Tensor):
-        return {"entry": batch}
-    return vars(batch) if hasattr(batch, "__dict__") else {}
-
-
-def like(batch: Any, entries: Mapping[str, Any]) -> Any:
-    """A batch of the kind of another, with these entries."""
-    if hasattr(batch, "_make"):
-        return batch._make(entries.values())
-    return type(batch)(entries.values()) if isinstance(batch, (list, tuple)) else dict(entries)
-
-
-def may_be_labels(key: Any) -> bool:
-    """Whether an entry of this name may hold labels; the entries of a tuple have no names."""
-    return isinstance(key, str) and ("label" in key or "target" in key or key.startswith("entry"))
-
-
-def kept(batch: Any) -> dict[str, Any]:
-    """The entries of a batch as they are now: those that may hold labels are copied, since a forward may write over them."""
-    entries = entries_of(batch)
-    copied = {
-        key: entries[key].clone()
-        for key in filter(may_be_labels, entries)
-        if isinstance(entries[key], torch.Tensor) and not entries[key].is_floating_point()
-    }
-    return {**entries, **copied}
-
-
-def _same_memory(a: torch.Tensor, b: torch.Tensor) -> bool:
-    return a.device == b.device and a.dtype == b.dtype and a.data_ptr() == b.data_ptr()
-
-
-def _same_values(a: torch.Tensor, b: torch.Tensor) -> bool:
-    return torch.equal(a.reshape(-1).to(b.device, b.dtype), b.reshape(-1))
 
 
 # Module-global and not a context variable: DataParallel's threads must see it, and the compiler guards on it cheaply.

@@ -26,8 +26,8 @@ import torch
 
 from .._compat import not_compiled
 from ..sums import TokenSums
+from . import counting, hook, losses, mapping, objective, rebind
 from . import evaluation as evaluations
-from . import hook, losses, mapping, objective, rebind
 from . import step as steps
 from .registration import Patches, registration
 from .settings import settings
@@ -55,7 +55,7 @@ class Window:
 
     def __init__(self, fetched: Sequence[Any]):
         self.fetched = fetched
-        self.batches = [steps.kept(batch) for batch in fetched]
+        self.batches = [counting.kept(batch) for batch in fetched]
         self.totals: dict[Any, Any] = {}
         self.seen = 0  # micro-batches that have been trained on
 
@@ -64,9 +64,9 @@ class Window:
         for batch, entries in zip(self.fetched, self.batches, strict=True):
             if batch is inputs:
                 return entries
-        mine = {v.data_ptr() for v in steps.entries_of(inputs).values() if isinstance(v, torch.Tensor) and v.numel()}
+        mine = {v.data_ptr() for v in counting.entries_of(inputs).values() if isinstance(v, torch.Tensor) and v.numel()}
         for batch, entries in zip(self.fetched, self.batches, strict=True):
-            theirs = steps.entries_of(batch).values()
+            theirs = counting.entries_of(batch).values()
             if any(isinstance(v, torch.Tensor) and v.numel() and v.data_ptr() in mine for v in theirs):
                 return entries
         return None
@@ -77,7 +77,7 @@ class State:
 
     def __init__(self) -> None:
         self.window: Window | None = None
-        self.origins: dict[Any, steps.Origin] = {}  # of the labels of earlier calls
+        self.origins: dict[Any, counting.Origin] = {}  # of the labels of earlier calls
         self.metrics: Metrics | None = None
         self.warned: set[str] = set()
         self.check = objective.Check()
@@ -202,9 +202,11 @@ def counted_labels(model: Any, batch: Mapping[str, Any]) -> Any:
     return labels[..., 1:] if isinstance(labels, torch.Tensor) and shifts_labels(model) else labels
 
 
-def _counted_rule(model: Any, batch: Mapping[str, Any]) -> steps.Rule:
+def _counted_rule(model: Any, batch: Mapping[str, Any]) -> counting.Rule:
     """counted_labels, as a rule."""
-    return steps.Rule("shift_labels") if "shift_labels" in batch else steps.Rule("labels", int(shifts_labels(model)))
+    return (
+        counting.Rule("shift_labels") if "shift_labels" in batch else counting.Rule("labels", int(shifts_labels(model)))
+    )
 
 
 def ranks(trainer: Any) -> int:
@@ -379,7 +381,7 @@ def make_step(trainer: Any, inputs: Any) -> steps.Step:
 
 
 def _begin(trainer: Any, step: steps.Step, inputs: Any) -> None:
-    step.begin(steps.entries_of(inputs))
+    step.begin(counting.entries_of(inputs))
     if isinstance(step.inputs.get("labels"), torch.Tensor) and isinstance(inputs, Mapping):
         step.main = _counted_rule(base_model(trainer), inputs)
 
@@ -498,7 +500,7 @@ def _compute_batch_of_set(
         given = None if is_ours else num_items_in_batch
         return original(trainer, model, inputs, return_outputs, given, **kwargs)
     step.inputs = inputs
-    labels = steps.entries_of(inputs).get("labels")
+    labels = counting.entries_of(inputs).get("labels")
     step.main = _counted_rule(base_model(trainer), inputs) if isinstance(labels, torch.Tensor) else None
     step.num_items_in_batch = None
     # compiled code makes use of it, and is not observed
@@ -553,7 +555,7 @@ def share(trainer: Any, step: steps.Step, is_called: bool) -> Any:
     elif is_called:
         return None
     elif step.window and (mask := next((key for key in MASKS if isinstance(step.inputs.get(key), torch.Tensor)), None)):
-        return step.share_of(steps.Rule(mask, ignore_index=0))
+        return step.share_of(counting.Rule(mask, ignore_index=0))
     elif step.num_items_in_batch is not None and not computes_its_loss_alone(type(model).forward):
         return None
     return step.share_of_rows()
@@ -648,7 +650,7 @@ def _prediction_step(
     if evaluation.is_linear:
         amount = evaluation.amount or _amount(trainer, evaluation)
     else:
-        amount = evaluations.Amount(*[float(steps.num_rows(evaluation.inputs))] * 2)
+        amount = evaluations.Amount(*[float(counting.num_rows(evaluation.inputs))] * 2)
         objective.tell_evaluation(trainer, state_of(trainer).warned)
     evaluation.add(loss, amount, is_real=real > 0)
     return predicted
@@ -679,7 +681,7 @@ def _largest(trainer: Any, *numbers: int) -> list[int]:
 
 def real_rows(trainer: Any, inputs: Any) -> tuple[int, bool]:
     """How many rows of a batch are not there only to make the ranks' last batches equally large; whether all ranks' are not."""
-    rows = steps.num_rows(steps.entries_of(inputs))
+    rows = counting.num_rows(counting.entries_of(inputs))
     state = trainer.accelerator.gradient_state
     ranks_with_batches = trainer.args.world_size // same_batch(trainer)
     if ranks_with_batches == 1 or not state.end_of_dataloader or state.remainder <= 0:
@@ -690,19 +692,19 @@ def real_rows(trainer: Any, inputs: Any) -> tuple[int, bool]:
 
 def first_rows(inputs: Any, n: int) -> Any:
     """The first rows of a batch; where an entry has none, the labels of the others are ignored instead."""
-    entries = steps.entries_of(inputs)
-    rows = steps.num_rows(entries)
+    entries = counting.entries_of(inputs)
+    rows = counting.num_rows(entries)
     by_row = {
         k: v for k, v in entries.items() if isinstance(v, (list, tuple)) or (isinstance(v, torch.Tensor) and v.dim())
     }
     if all(len(value) == rows for value in by_row.values()):
-        return steps.like(inputs, {**entries, **{key: value[:n] for key, value in by_row.items()}})
+        return counting.like(inputs, {**entries, **{key: value[:n] for key, value in by_row.items()}})
     ignored = {}
     for key in ("labels", "shift_labels"):
         if isinstance(entries.get(key), torch.Tensor) and not entries[key].is_floating_point():
             ignored[key] = entries[key].clone()
             ignored[key][n:] = -100
-    return steps.like(inputs, {**entries, **ignored})
+    return counting.like(inputs, {**entries, **ignored})
 
 
 def _amount(trainer: Any, evaluation: evaluations.Evaluation) -> evaluations.Amount:

@@ -9,7 +9,7 @@ from training import IS_CURRENT
 
 import accumloss
 from accumloss.auditing import census, tiny, worker
-from accumloss.transformers import heads, rebind
+from accumloss.transformers import counting, heads, rebind
 from accumloss.transformers import step as steps
 
 PATTERNS = {
@@ -180,8 +180,8 @@ def test_objects_of_the_step():
     assert step.divisor(torch.zeros(2, 10).long(), weight=weight).value.item() == pytest.approx((8 + 32 * 0.1) / 2)
     # class weights of the user's own say nothing of objects
     assert step._matched(torch.zeros(2, 10).long(), torch.tensor([1.0, 3.0, 0.1])) is None
-    assert steps.num_objects({"class_labels": torch.zeros(2, 3)}) == [3, 3]
-    assert steps.num_objects({"labels": torch.zeros(2, 3)}) is None
+    assert counting.num_objects({"class_labels": torch.zeros(2, 3)}) == [3, 3]
+    assert counting.num_objects({"labels": torch.zeros(2, 3)}) is None
 
 
 def test_ranks_count_equally_often_whatever_they_find():
@@ -205,7 +205,7 @@ def test_ranks_count_equally_often_whatever_they_find():
         divisors = []
         for inputs, labels in zip((first, second), made, strict=True):
             step = steps.Step([first, second], inputs, 4, 1.0, over_ranks, totals, gathers=True)
-            step.main = steps.Rule("labels")
+            step.main = counting.Rule("labels")
             divisors.append(step.divisor(labels).value.item())
         assert len(counts) == 1, what
         if what == "recognised":

@@ -32,7 +32,7 @@ from transformers.loss import loss_utils
 from transformers.loss.loss_utils import LOSS_MAPPING
 
 import accumloss
-from accumloss.transformers import losses, trainer
+from accumloss.transformers import counting, losses, trainer
 from accumloss.transformers import step as steps
 
 TARGETS = 35  # labels of rows() that are targets of a causal loss: position 0 of a row is none
@@ -394,7 +394,7 @@ def test_trap_22_labels_that_are_no_entry_of_the_batch():
     labels = torch.tensor([[1, 2, 3, -100], [4, -100, -100, -100]])
     window = [{"labels": labels}, {"labels": torch.ones(2, 4, dtype=torch.int64)}]
     step = steps.Step(window, window[0], averaged=2, expected_grad=0.5, over_ranks=lambda total: total, totals={})
-    step.main = steps.Rule("labels")  # 4 here, 12 in the step
+    step.main = counting.Rule("labels")  # 4 here, 12 in the step
     as_many = step.divisor(torch.tensor([9, 9, 9, 9]))
     other = step.divisor(torch.tensor([9, 9]))
     assert as_many.value == 12 / 2 and other.value == 2
