@@ -32,6 +32,7 @@ __all__ = [
 
 registration.add(
     Part(lambda state: state.is_active, trainer.install),
+    Part(lambda state: state.is_active, trainer.install_smoother),
     Part(lambda state: state.covers_all, mapping.install),
     Part(lambda state: state.covers_all, trainer.install_name),
     Part(lambda state: state.is_active and settings.fused_linear, deferred.install),

@@ -82,6 +82,7 @@ class Evaluation(steps.Step):
         length: int | None = None,
         weight: torch.Tensor | None = None,
         is_compiled: bool = False,
+        name: str = "",
     ) -> steps.Divisor:
         """The items of the call, whatever was given."""
         self.calls += 1
@@ -102,6 +103,9 @@ class Evaluation(steps.Step):
 
     def part(self, value: torch.Tensor, share: Any) -> torch.Tensor:
         return self.observe(value, torch.as_tensor(share, dtype=torch.float64))
+
+    def see(self, value: torch.Tensor, *_: Any) -> torch.Tensor:
+        return value
 
     # Shares are amounts here: what of the set this batch is, is not known before its end.
 

@@ -23,9 +23,13 @@ def _is_mean(reduction: str, size_average: Any, reduce: Any) -> bool:
     """Whether a loss is called for a mean inside of a step, which is then divided by what the step holds."""
     if not steps.is_counted():
         return False
-    if reduction == "sum" and not torch.compiler.is_compiling():
-        steps.saw_a_sum()
     return reduction == "mean" and size_average is None and reduce is None
+
+
+def _is_by_hand(reduction: str, size_average: Any, reduce: Any) -> bool:
+    """Whether a loss is called inside of a step for its sum or its single values, which the caller then averages."""
+    is_eager = steps.is_counted() and not torch.compiler.is_compiling()
+    return is_eager and reduction in ("sum", "none") and size_average is None and reduce is None
 
 
 def cross_entropy(
@@ -41,13 +45,18 @@ def cross_entropy(
     """``torch.nn.functional.cross_entropy``: input (N, C) or (N, C, ...), target (N) or (N, ...)."""
     is_indices = not target.is_floating_point() and input.dim() > 1 and input.dim() == target.dim() + 1
     if not _is_mean(reduction, size_average, reduce) or not is_indices:
-        return F.cross_entropy(
+        value = F.cross_entropy(
             input, target, weight, size_average, ignore_index, reduce, reduction, label_smoothing=label_smoothing
         )
+        if not is_indices or not _is_by_hand(reduction, size_average, reduce):
+            return value
+        return steps.see(value, target, reduction, ignore_index, "cross_entropy", weight)
     logits = input if input.dim() == 2 else input.movedim(1, -1)
     # question answering: positions are classes, and those beyond the sequence are clamped to its length and ignored
     length = ignore_index if ignore_index == logits.shape[-1] else None
-    divisor = losses.divisor(target, None, ignore_index=ignore_index, length=length, weight=weight)
+    divisor = losses.divisor(
+        target, None, ignore_index=ignore_index, length=length, weight=weight, name="cross_entropy"
+    )
     options = losses.smoothed({"label_smoothing": label_smoothing} if label_smoothing else {})
     given = losses.of_core({"weight": weight, **options}, ignore_index)
     return losses.observed(divisor, core.masked_lm(logits, target, None, losses.known(divisor), *given))
@@ -64,8 +73,10 @@ def nll_loss(
 ) -> torch.Tensor:
     """``torch.nn.functional.nll_loss``: log-probabilities (N, C) or (N, C, ...), target (N) or (N, ...)."""
     if not _is_mean(reduction, size_average, reduce):
-        return F.nll_loss(input, target, weight, size_average, ignore_index, reduce, reduction)
-    divisor = losses.divisor(target, None, ignore_index=ignore_index, weight=weight)
+        value = F.nll_loss(input, target, weight, size_average, ignore_index, reduce, reduction)
+        is_seen = _is_by_hand(reduction, size_average, reduce)
+        return steps.see(value, target, reduction, ignore_index, "nll_loss", weight) if is_seen else value
+    divisor = losses.divisor(target, None, ignore_index=ignore_index, weight=weight, name="nll_loss")
     if divisor is None:
         return F.nll_loss(input, target, weight, ignore_index=ignore_index)
     total = F.nll_loss(input, target, weight, ignore_index=ignore_index, reduction="sum")
@@ -83,7 +94,11 @@ def mse_loss(
     """``torch.nn.functional.mse_loss``."""
     extra = {} if weight is None else {"weight": weight}
     loss = F.mse_loss(input, target, size_average, reduce, reduction, **extra)
-    return _over_step(loss, target) if _is_mean(reduction, size_average, reduce) and weight is None else loss
+    if weight is not None:
+        return loss
+    if _is_by_hand(reduction, size_average, reduce):
+        return steps.see(loss, target, reduction, None, "mse_loss")
+    return _over_step(loss, target, "mse_loss") if _is_mean(reduction, size_average, reduce) else loss
 
 
 def _over_elements(theirs: Any) -> Any:
@@ -98,9 +113,11 @@ def _over_elements(theirs: Any) -> Any:
         given = signature.bind(*args, **kwargs).arguments
         reduction = given.get("reduction", "mean")
         if reduction == "batchmean":  # kl_div: the sum, divided by the rows
-            return steps.part(value, lambda step: step.share_of_call())
-        is_mean = _is_mean(reduction, given.get("size_average"), given.get("reduce"))
-        return _over_step(value, given["target"]) if is_mean else value
+            return steps.part(value, lambda step: step.share_of_call(), theirs.__name__)
+        old = given.get("size_average"), given.get("reduce")
+        if _is_by_hand(reduction, *old):
+            return steps.see(value, given["target"], reduction, None, theirs.__name__)
+        return _over_step(value, given["target"], theirs.__name__) if _is_mean(reduction, *old) else value
 
     return loss
 
@@ -113,9 +130,9 @@ binary_cross_entropy = _over_elements(F.binary_cross_entropy)
 binary_cross_entropy_with_logits = _over_elements(F.binary_cross_entropy_with_logits)
 
 
-def _over_step(mean: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+def _over_step(mean: torch.Tensor, target: torch.Tensor, name: str) -> torch.Tensor:
     """A mean over the elements of target as a part of the step's: times its elements, divided by the step's."""
-    divisor = losses.divisor(target, None, ignore_index=None)
+    divisor = losses.divisor(target, None, ignore_index=None, name=name)
     if divisor is None:
         return mean
     return divisor.observed(mean * (target.numel() / divisor.value).to(mean.device, mean.dtype))

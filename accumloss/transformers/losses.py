@@ -162,6 +162,7 @@ def causal_lm_loss(
             shift=shift,
             ignore_index=ignore_index,
             weight=options.get("weight"),
+            name="causal_lm_loss",
         )
         fused = _fused(logits, targets, vocab_size, shift, num_items_in_batch, ignore_index, options)
         if fused is not None:
@@ -181,7 +182,9 @@ def masked_lm_loss(
 ) -> torch.Tensor:
     """accumloss.masked_lm_loss in the place of ``ForMaskedLMLoss``."""
     options = _inplace(smoothed(_options_of("masked_lm", kwargs)))
-    count = divisor(labels, num_items_in_batch, ignore_index=ignore_index, weight=options.get("weight"))
+    count = divisor(
+        labels, num_items_in_batch, ignore_index=ignore_index, weight=options.get("weight"), name="masked_lm_loss"
+    )
     fused = _fused(logits, labels, vocab_size, 0, count, ignore_index, options)
     if fused is not None:
         return fused
@@ -205,6 +208,7 @@ def token_classification_loss(
         num_items_in_batch,
         ignore_index=ignore_index,
         weight=options.get("weight"),
+        name="token_classification_loss",
     )
     given = of_core(options, ignore_index)
     logits = _in_shape_of(labels, logits, config.num_labels)
@@ -229,6 +233,7 @@ def sequence_classification_loss(
         num_items_in_batch,
         ignore_index=ignore_index if is_single else None,
         weight=options.get("weight") if is_single else None,
+        name="sequence_classification_loss",
     )
     given = of_core(options, ignore_index)
     return observed(count, core.sequence_classification(labels, pooled_logits, config, known(count), *given))
@@ -246,7 +251,7 @@ def question_answering_loss(
     if start_positions is None or end_positions is None:
         return None
     counts = tuple(
-        divisor(positions, num_items_in_batch, length=logits.shape[1])
+        divisor(positions, num_items_in_batch, length=logits.shape[1], name="question_answering_loss")
         for logits, positions in ((start_logits, start_positions), (end_logits, end_positions))
     )
     options, _, inplace = of_core(_options_of("question_answering", kwargs))
@@ -273,6 +278,7 @@ def semantic_segmentation_loss(
         num_items_in_batch,
         ignore_index=ignore_index,
         weight=options.get("weight"),
+        name="semantic_segmentation_loss",
     )
     given = of_core(options, ignore_index)
     heads = core.semantic_segmentation(logits, labels, auxiliary_logits, known(count), *given)

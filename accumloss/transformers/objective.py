@@ -19,6 +19,7 @@ from torch.utils._pytree import tree_map
 from ..inexact import InexactWarning
 from . import step as steps
 from .registration import Patches
+from .terms import COUNTED, MEANS, Combination, Schemes
 
 # a rest of the loss that is the same for all micro-batches to so much, relatively, depends on none of them
 SAME = 1e-6
@@ -109,19 +110,6 @@ def is_touched(step: steps.Step) -> bool:
     return step.items.is_touched if isinstance(step.items, Items) else True
 
 
-def _coefficients(step: steps.Step, loss: torch.Tensor) -> list[torch.Tensor | None]:
-    """Of the recognised terms in the loss; None of one that is not in it."""
-    terms = [term for term in step.returned if term.requires_grad]
-    if not terms or not isinstance(loss, torch.Tensor) or not loss.requires_grad:
-        return []
-    return list(torch.autograd.grad(loss.sum(), terms, retain_graph=True, allow_unused=True))
-
-
-def _used(step: steps.Step, loss: torch.Tensor) -> bool:
-    """Whether a recognised term is in the loss: a model may compute one that nobody takes."""
-    return any(coefficient is not None for coefficient in _coefficients(step, loss))
-
-
 class Check:
     """Holds what the micro-batches of the first windows returned against the terms that were recognised.
 
@@ -135,25 +123,22 @@ class Check:
         self._scale: list[torch.Tensor] = []
         self._reasons: set[str] = set()
 
-    def add(self, step: steps.Step, loss: torch.Tensor, is_summed: bool) -> None:
+    def add(self, step: steps.Step, loss: Any, combination: Combination, schemes: Schemes, is_summed: bool) -> None:
         """One micro-batch, before its backward."""
-        terms = [term for term in step.returned if term.requires_grad]
         if not isinstance(loss, torch.Tensor) or not loss.requires_grad or loss.dim():
             self._reasons.add("what compute_loss returned is no loss with a gradient")
             return
         if step.unknown:
             self._reasons.add("the labels of a loss come from no entry of the batch: it is averaged as its rows")
-        if is_summed or step.is_known or not terms:
+        self._reasons |= step.coupled
+        if is_summed or step.is_known or not step.terms:
             if not is_summed and not step.is_known and not step.calls and not is_touched(step):
                 self._reasons.add("nothing that it computes was recognised: it stays what Trainer makes of it")
             return
         if is_touched(step) and not (isinstance(step.items, Items) and step.items.is_taken):
             return  # what else there is honours the number that it was given
-        rest = loss.detach().double()
-        for coefficient, term in zip(_coefficients(step, loss), terms, strict=True):
-            if coefficient is not None:
-                rest = rest - coefficient.double() * term.detach().double()
-        self._rests.append(rest)
+        with torch.no_grad():
+            self._rests.append(combination.rest(loss.double(), schemes.left_in_rest()))
         self._scale.append(loss.detach().double().abs())
 
     def blame(self, reason: str) -> None:
@@ -209,19 +194,41 @@ def divided(
     with micro_batches(trainer, 1, 1):
         result = call(*args, **kwargs)
     loss = result[0] if isinstance(result, tuple) else result
-    is_taken = isinstance(step.items, Items) and step.items.is_taken
-    may_be_sum = is_taken or (step.sums > 0 and not is_touched(step))
-    is_summed = may_be_sum and not step.is_known and not _used(step, loss)  # the number may be taken for a log
-    if check is not None and trainer.args.n_gpu <= 1:
-        check.add(step, loss, is_summed)
+    loss, is_summed = _weighed(trainer, step, loss, check)
     factor = 1.0
     if is_summed:
         factor = 1.0 if leaves_it else float(k)
-    elif leaves_it and (step.returned or step.is_known or step.calls or is_touched(step)):
+    elif leaves_it and (step.terms or step.is_known or step.calls or is_touched(step)):
         factor = 1.0 / k
     if factor != 1.0:
         loss = loss * factor if factor > 1 else loss / k
     return (loss, *result[1:]) if isinstance(result, tuple) else loss
+
+
+def _weighed(trainer: Any, step: steps.Step, loss: Any, check: Check | None) -> tuple[Any, bool]:
+    """The loss whose terms are parts of the step's, also those that are averaged by hand; and whether it is a plain sum."""
+    is_taken = isinstance(step.items, Items) and step.items.is_taken
+    may_be_sum = (is_taken or (step.sums > 0 and not is_touched(step))) and not step.is_known
+    is_looked_at = check is not None and trainer.args.n_gpu <= 1
+    schemes = step.schemes
+    if not is_looked_at and not may_be_sum and not schemes.are_acted_on:
+        return loss, False
+    combination = Combination(step, loss)
+    if is_looked_at:
+        assert check is not None
+        number = step.items if is_touched(step) else None
+        number = number.share if isinstance(number, Items) else number
+        for reason in schemes.look(step, loss, combination, number, is_taken):
+            check.blame(reason)
+    # the number may be taken for a log, and a sum beside a mean
+    has_means = any(schemes.found.get(term.call) in (*MEANS, COUNTED) for term, _ in combination.pairs)
+    is_summed = may_be_sum and not combination.uses_a_mean and not has_means
+    if is_looked_at:
+        assert check is not None
+        check.add(step, loss, combination, schemes, is_summed)
+    if not is_summed and isinstance(loss, torch.Tensor):
+        loss = schemes.weighed(step, combination, loss)
+    return loss, is_summed
 
 
 def tell_evaluation(trainer: Any, warned: set[str]) -> None:

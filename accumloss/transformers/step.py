@@ -27,6 +27,7 @@ from .counting import (
     reshaping_origins,
     same_memory,
 )
+from .terms import ACTED_ON, UNKNOWN, Schemes, Term, is_contrastive
 
 
 class Observer(Protocol):
@@ -103,7 +104,8 @@ class Step:
         self.totals = totals
         self.origins = {} if origins is None else origins
         self.gathers = gathers
-        self.compared: dict[int, Rule] = totals.setdefault(
+        self.schemes = Schemes()  # the Trainer's, of what is averaged by hand
+        self.compared: dict[Any, Rule] = totals.setdefault(
             "compared", {}
         )  # of this window: call -> what its labels fitted
         self.main: Rule | None = None  # what Trainer counts
@@ -116,9 +118,12 @@ class Step:
             None  # this micro-batch in the window: labels as they were when it was fetched
         )
         self.versions: dict[str, int] = {}  # of the entries of inputs, before anything ran
-        self.returned: list[torch.Tensor] = []  # what losses of ours returned
-        self.sums = 0  # PyTorch's losses with reduction="sum"
+        self.terms: list[Term] = []  # what losses of ours returned, and PyTorch's that somebody averages by hand
+        self.found: tuple[str, Rule | None] = "", None  # of the call that is to be recorded next
+        self.by_hand = 0  # calls of the latter
+        self.sums = 0  # of them, those with reduction="sum"
         self.unknown = 0  # calls whose labels are of no known origin
+        self.coupled: set[str] = set()  # why no split of the batch can be exact
         self.micro_batches = 1  # of this step; Trainer's own count says 1 while compute_loss runs
         self.asked = 1  # of a full one
         self.depth = 0  # of compute_loss, which may call another
@@ -141,8 +146,31 @@ class Step:
 
         While a Check looks at them the caller gets a copy: he may add to it in place.
         """
-        self.returned.append(loss)
+        name, rule = self.found
+        self.terms.append(Term(loss, name, rule, ("mean", self.calls)))
+        self.found = "", None
         return loss.clone() if self.is_watched else loss
+
+    def see(
+        self,
+        value: torch.Tensor,
+        target: torch.Tensor,
+        reduction: str,
+        ignore_index: int | None,
+        name: str,
+        weight: Any,
+    ) -> torch.Tensor:
+        """Keeps what a loss of PyTorch's returned that its caller averages; he gets a copy, which he may write over."""
+        self.sums += reduction == "sum"
+        call = "by hand", self.by_hand
+        self.by_hand += 1
+        is_left = not self.is_watched and self.schemes.found.get(call, UNKNOWN) not in ACTED_ON
+        if is_left or not self.window or not value.requires_grad:
+            return value
+        rule = self._rule(target, 0, ignore_index, None, call)
+        rule = rule if rule is None or weight is None else rule._replace(weight=weight)
+        self.terms.append(Term(value, name, rule, call, reduction, target, ignore_index))
+        return value.clone()
 
     def is_given(self, value: Any) -> bool:
         """Whether a num_items_in_batch is the one that Trainer, or we in its place, handed in."""
@@ -177,6 +205,7 @@ class Step:
         length: int | None = None,
         weight: torch.Tensor | None = None,
         is_compiled: bool = False,
+        name: str = "",
     ) -> Any:
         """The num_items_in_batch of a loss over these labels, which may be any reshaped view or copy of an entry.
 
@@ -188,6 +217,7 @@ class Step:
         if not self.window or not self.is_given(given):
             return given
         observer = self.observer if is_compiled else self.recorder
+        self.found = name, None
         matched = self._matched(labels, weight) if weight is not None else None
         if matched is not None:
             return Divisor(matched, self.expected_grad, observer)
@@ -198,17 +228,24 @@ class Step:
         counted = main if rule is None else rule
         total = self._total_of_call(None if counted is None else counted._replace(weight=weight))
         if rule is not None and total is not None:
+            self.found = name, rule._replace(weight=weight)
             return Divisor(total / self.averaged, self.expected_grad, observer)
         if length is not None:
             self.unknown += 1
             return None
-        of_rows = ignore_index is None and labels.dim() == 1 and labels.numel() == num_rows(self.inputs)
+        of_rows = ignore_index is None and self.are_alike_in_rows(labels, self.calls)
         self.unknown += int((main is None or total is None) and not of_rows)
+        if self.is_watched and not is_compiled and is_contrastive(labels, num_rows(self.inputs)):
+            self.coupled.add(f"{name or 'a loss'} tells each row apart from the others of its micro-batch")
+            main = None
         here = Rule("labels", shift, ignore_index, weight=weight).total({"labels": labels})
         mean = at_least_one(here) / self.share_of_rows()
         if main is None or total is None:
             return Divisor(mean, self.expected_grad, observer)
         is_main = here == main._replace(weight=weight).total(self.inputs).to(here.device)
+        if self.is_watched and not is_compiled:
+            self.unknown += int(not is_main)
+            self.found = name, main._replace(weight=weight) if is_main else None
         step = (total / self.averaged).to(here.device)
         return Divisor(torch.where(is_main, step, mean), self.expected_grad, observer)
 
@@ -222,7 +259,7 @@ class Step:
         """The items of the step that this rank holds."""
         return torch.stack([rule.total(batch) for batch in self.window]).sum()
 
-    def _total_of_call(self, rule: Rule | None) -> torch.Tensor | None:
+    def _total_of_call(self, rule: Rule | None, call: Any = None) -> torch.Tensor | None:
         """total(rule) for this call of a loss; None without a rule.
 
         Where ranks wait for each other, each call of the window's first micro-batch counts once, rule or not. A call that
@@ -230,10 +267,11 @@ class Step:
         """
         if not self.gathers:
             return None if rule is None else self.total(rule)
-        if self.calls not in self.totals:
+        call = self.calls if call is None else call
+        if call not in self.totals:
             held = torch.zeros((), dtype=torch.float64) if rule is None else self._here(rule)
-            self.totals[self.calls] = rule, at_least_one(self.over_ranks(held))
-        counted, total = self.totals[self.calls]
+            self.totals[call] = rule, at_least_one(self.over_ranks(held))
+        counted, total = self.totals[call]
         if rule is None or counted is None:
             return None
         return total if rule == counted else total * self._here(rule) / at_least_one(self._here(counted))
@@ -273,6 +311,31 @@ class Step:
         total = sum(sum(count) for count in counts if count is not None)
         return max(total, 1) / len(counts) / max(sum(here), 1)
 
+    def are_alike_in_rows(self, target: torch.Tensor, call: Any) -> bool:
+        """Whether a target without ignored elements has equally many in each row of the step, so that they weigh as rows."""
+        rows = num_rows(self.inputs)
+        if rows == 0 or target.numel() % rows:
+            return False
+        of_a_row = target.numel() // rows
+        return self.totals.setdefault(("elements of a row", call), of_a_row) == of_a_row
+
+    def held(self, rule: Rule) -> torch.Tensor:
+        """The items of this micro-batch, by its entries as they were when it was fetched."""
+        return rule.total(self.inputs if self.here is None or rule.key not in self.here else self.here)
+
+    def is_of_one_length(self, rule: Rule | None) -> bool:
+        """Whether the rows of all micro-batches are as long, so that padding weighs as much in each."""
+        if rule is None or not all(isinstance(batch.get(rule.key), torch.Tensor) for batch in self.window):
+            return False
+        return len({batch[rule.key].shape[1:] for batch in self.window}) == 1
+
+    def share_of_call_by_hand(self, call: Any, rule: Rule | None) -> Any:
+        """share_of a rule, for a loss that somebody averages; counted once a window, and by all ranks."""
+        total = self._total_of_call(rule, call)
+        if rule is None or total is None:
+            return self.share_of_rows()
+        return (self.held(rule) * self.averaged / total.to(self.held(rule).device)).to(torch.float32)
+
     def share_of(self, rule: Rule) -> torch.Tensor | float:
         """What a mean over the items of this micro-batch is multiplied by, for it to weigh as much as they do in the step."""
         return (rule.total(self.inputs) * self.averaged / self.total(rule)).to(torch.float32)
@@ -294,7 +357,9 @@ class Step:
         rows = sum(len(count) for count in counts if count is not None)
         return (objects + (rows * queries - objects) * weight[-1].double()) / len(counts)
 
-    def _rule(self, labels: torch.Tensor, shift: int, ignore_index: int | None, length: int | None) -> Rule | None:
+    def _rule(
+        self, labels: torch.Tensor, shift: int, ignore_index: int | None, length: int | None, number: Any = None
+    ) -> Rule | None:
         """How the items of these labels are counted: by the entry whose elements they are.
 
         The same memory, or else the same values, whose comparison synchronises. Where a micro-batch fits several origins (no
@@ -310,7 +375,8 @@ class Step:
         for key, value in entries.items():
             if key not in changed and value.numel() == labels.numel() and same_memory(value, labels):
                 return Rule(key, shift, ignore_index, length_of, longer_by)
-        call = (self.calls, tuple(entries))
+        number = self.calls if number is None else number
+        call = (number, tuple(entries))
         known = self.origins.get(call)
         likeliest = [] if known is None else [known]
         fitting: list[tuple[Origin, int]] = []
@@ -344,7 +410,7 @@ class Step:
             filled=origin.filled,
             half=origin.half,
         )
-        before = self.compared.setdefault(self.calls, rule)
+        before = self.compared.setdefault(number, rule)
         if rule != before and bool(self._here(rule) != self._here(before)):
             self.unknown += 1  # the micro-batches before were counted by another, which fitted them as well
         return rule
@@ -384,10 +450,16 @@ def is_counted() -> bool:
 
 
 @not_compiled
-def saw_a_sum() -> None:
-    """One of PyTorch's losses was called with reduction="sum"."""
-    if _current is not None:
-        _current.sums += 1
+def see(
+    value: torch.Tensor,
+    target: torch.Tensor,
+    reduction: str,
+    ignore_index: int | None = None,
+    name: str = "",
+    weight: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """What a loss of PyTorch's returned with reduction="sum" or "none", for the current step to look at."""
+    return value if _current is None else _current.see(value, target, reduction, ignore_index, name, weight)
 
 
 @not_compiled
@@ -397,9 +469,12 @@ def share(of: Callable[[Step], Any]) -> Any:
 
 
 @not_compiled
-def part(value: torch.Tensor, share: Callable[[Step], Any]) -> torch.Tensor:
+def part(value: torch.Tensor, share: Callable[[Step], Any], name: str = "") -> torch.Tensor:
     """A mean of one micro-batch as a part of the current step's, which is as large as share says."""
-    return value if _current is None else _current.part(value, share(_current))
+    if _current is None:
+        return value
+    _current.found = name, None
+    return _current.part(value, share(_current))
 
 
 @contextmanager

@@ -26,7 +26,7 @@ import torch
 
 from .._compat import not_compiled
 from ..sums import TokenSums
-from . import counting, hook, losses, mapping, objective, rebind
+from . import counting, hook, losses, mapping, objective, rebind, terms
 from . import evaluation as evaluations
 from . import step as steps
 from .registration import Patches, registration
@@ -81,6 +81,7 @@ class State:
         self.metrics: Metrics | None = None
         self.warned: set[str] = set()
         self.check = objective.Check()
+        self.schemes = terms.Schemes()
 
 
 def state_of(trainer: Any) -> State:
@@ -148,6 +149,27 @@ def install_name(patches: Patches) -> None:
     module = _trainer_module()
     if hasattr(module, "ForCausalLMLoss"):
         patches.bind(module, "ForCausalLMLoss", losses.causal_lm_loss)
+
+
+def install_smoother(patches: Patches) -> None:
+    """Trainer's label smoother, for those who call it in a compute_loss of their own."""
+    from transformers.trainer_pt_utils import LabelSmoother
+
+    if not patches:
+        _originals["label_smoother"] = LabelSmoother.__call__
+        patches.bind(LabelSmoother, "__call__", _smooth)
+
+
+def _smooth(
+    self: Any, model_output: Any, labels: torch.Tensor, shift_labels: bool = False, num_items_in_batch: Any = None
+) -> torch.Tensor:
+    """LabelSmoother.__call__: a mean over the labels, which in a step are those of all its micro-batches."""
+    logits = model_output["logits"] if isinstance(model_output, Mapping) else model_output[0]
+    if not steps.is_counted() or labels.dim() != logits.dim() - 1:
+        given = {} if num_items_in_batch is None else {"num_items_in_batch": num_items_in_batch}
+        return _originals["label_smoother"](self, model_output, labels, shift_labels, **given)
+    loss = losses.causal_lm_loss if shift_labels else losses.masked_lm_loss
+    return loss(logits, labels, None, num_items_in_batch, self.ignore_index, label_smoothing=self.epsilon)
 
 
 def _trainer_module() -> Any:
@@ -341,18 +363,31 @@ def _look_at(trainer: Any, step: steps.Step) -> None:
     if window is None or state.check.is_done:
         return
     window.seen += 1
-    if not step.is_computed and not step.returned:
+    if not step.is_computed and not step.terms:
         state.check.blame("training_step computes it without compute_loss, by nothing that was recognised")
     if window.seen < len(window.fetched):
         return
     if len(window.fetched) == 1 and trainer.args.world_size == 1:
-        state.check = objective.Check()  # nothing was accumulated
+        state.check, state.schemes = objective.Check(), terms.Schemes()  # nothing was accumulated
         return
+    for reason in state.schemes.ends_of_window():
+        state.check.blame(reason)
+    for reason in _coupling(base_model(trainer)):
+        state.check.blame(reason)
     reason = state.check.end()
     library = bypassing_library(trainer)
     if reason and library:
         reason += f" ({library} computes the loss of {type(base_model(trainer)).__name__}: {_REMEDIES[library]})"
     objective.tell(trainer, state.warned, reason)
+
+
+def _coupling(model: Any) -> set[str]:
+    """What in a model normalises by the statistics of the micro-batch, as it stands in the middle of its training."""
+    norms = (torch.nn.modules.batchnorm._BatchNorm,)
+    found = {type(part).__name__ for part in model.modules() if isinstance(part, norms) and part.training}
+    return {
+        f"{name} normalises by the statistics of a micro-batch, and no split of a batch is then exact" for name in found
+    }
 
 
 def make_step(trainer: Any, inputs: Any) -> steps.Step:
@@ -372,6 +407,7 @@ def make_step(trainer: Any, inputs: Any) -> steps.Step:
         gathers=trainer.args.average_tokens_across_devices and trainer.args.world_size > 1,
     )
     step.trainer, step.here, step.is_watched = trainer, here, not state.check.is_done
+    step.schemes = state.schemes
     step.micro_batches = getattr(
         trainer, "current_gradient_accumulation_steps", 1
     )  # absent where train() is not running
@@ -444,14 +480,25 @@ def _compute_loss(
     if self.model_accepts_loss_kwargs and not step.is_given(num_items_in_batch):
         given = torch.as_tensor(num_items_in_batch) / ranks(self)  # somebody's own number
         inputs = {**inputs, "num_items_in_batch": given}
-    elif self.model_accepts_loss_kwargs and step.items is not None:
-        share = step.items.share if isinstance(step.items, objective.Items) else step.items
+    elif (items := _items_for(self, step)) is not None:
+        share = items.share if isinstance(items, objective.Items) else items
         step.num_items_in_batch = (share / ranks(self)).to(torch.float32)
         inputs = {**inputs, "num_items_in_batch": step.num_items_in_batch}
     # without num_items_in_batch Trainer passes none, and does not multiply by the ranks
     loss, outputs = _smoothed_loss(self, step, original, model, inputs, **kwargs)
     loss = _weighed(self, step, loss, is_called=step.calls > calls)
     return (loss, outputs) if return_outputs else loss
+
+
+def _items_for(trainer: Any, step: steps.Step) -> Any:
+    """The items per micro-batch that the model is to be given; None: it takes none, or there are none."""
+    if trainer.model_accepts_loss_kwargs:
+        return step.items
+    if not takes_the_items(type(base_model(trainer)).forward) or not step.window:
+        return None
+    if step.items is None and step.main is not None:  # Trainer counts none for such a model
+        return step.total(step.main) / step.micro_batches
+    return step.items
 
 
 def _weighed(trainer: Any, step: steps.Step, loss: torch.Tensor, is_called: bool) -> torch.Tensor:
@@ -587,6 +634,15 @@ def names_the_items(forward: Callable[..., Any]) -> bool:
     try:
         return "num_items_in_batch" in inspect.getsource(inspect.unwrap(forward))
     except (OSError, TypeError):
+        return False
+
+
+@functools.cache
+def takes_the_items(forward: Callable[..., Any]) -> bool:
+    """Whether a forward has a parameter num_items_in_batch. Trainer passes it to those only that take any keyword."""
+    try:
+        return "num_items_in_batch" in inspect.signature(forward).parameters
+    except (ValueError, TypeError):
         return False
 
 

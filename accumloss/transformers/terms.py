@@ -1,0 +1,280 @@
+"""The terms that a loss is made of, and those among them that somebody averages by hand.
+
+PyTorch's losses with reduction="sum" or "none" are divided by whoever called them: ``loss.sum() / mask.sum()`` is a mean over
+the micro-batch, and ``loss.sum() / num_items_in_batch`` a part of the step's. Which it is says the coefficient of the term in
+the loss, by autograd: 1 / items, 1 / rows, 1 / num_items_in_batch or 1.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+
+from .counting import Rule, half_of, num_rows
+
+if TYPE_CHECKING:
+    from .step import Step
+
+
+class Term(NamedTuple):
+    """What one call of a loss returned inside of a step."""
+
+    value: torch.Tensor  # (), or without a reduction one for each label
+    name: str  # of the loss
+    rule: Rule | None  # how its items are counted; None: they are rows, or of no known origin
+    call: tuple[str, int]  # which of the micro-batch's calls it is
+    reduction: str = "mean"
+    target: torch.Tensor | None = None  # without a reduction
+    ignore_index: int | None = None
+
+
+# How a coefficient is made: what is divided by, or how often it is added up
+ITEMS = "its items"
+WEIGHTS = "the weights of its items"
+ROWS = "its rows"
+ELEMENTS = "its elements, padding included"
+NUMBER = "num_items_in_batch"
+TAKEN = "num_items_in_batch as a number of Python's"
+SUM = "nothing: a sum"
+COUNTED = "num_items_in_batch, times its own items"
+UNKNOWN = ""
+
+MEANS = (ITEMS, WEIGHTS, ROWS, ELEMENTS)
+ACTED_ON = (*MEANS, SUM, TAKEN, COUNTED)
+
+
+class Combination:
+    """A loss as a combination of the terms of a step: the sum of coefficient times term, and a rest.
+
+    Attributes:
+        pairs: the terms that are in the loss, with their coefficients.
+    """
+
+    def __init__(self, step: Step, loss: Any):
+        terms = [term for term in step.terms if term.value.requires_grad]
+        self.pairs: list[tuple[Term, torch.Tensor]] = []
+        if terms and isinstance(loss, torch.Tensor) and loss.requires_grad:
+            values = [term.value for term in terms]
+            found = torch.autograd.grad(loss.sum(), values, retain_graph=True, allow_unused=True)
+            self.pairs = [(term, c.detach()) for term, c in zip(terms, found, strict=True) if c is not None]
+
+    @property
+    def uses_a_mean(self) -> bool:
+        return any(term.reduction == "mean" for term, _ in self.pairs)
+
+    def rest(self, loss: torch.Tensor, left: Any = ()) -> torch.Tensor:
+        """What is left of the loss without its terms, but for those of the calls that are to be left in it."""
+        for term, coefficient in self.pairs:
+            if term.call not in left:
+                loss = loss - (coefficient * term.value).sum()
+        return loss
+
+
+class Schemes:
+    """What is known of how a Trainer averages its terms, by call: found in its first window, and used from then on.
+
+    Attributes:
+        found: call -> one of the words above: the first of those that fitted all micro-batches so far.
+        units: call -> the coefficients of this window's micro-batches, where they follow none of them.
+    """
+
+    def __init__(self) -> None:
+        self.found: dict[Any, str] = {}
+        self._fitting: dict[Any, list[str]] = {}
+        self.units: dict[Any, list[float]] = {}
+
+    @property
+    def are_acted_on(self) -> bool:
+        return any(scheme in ACTED_ON for scheme in self.found.values())
+
+    def look(self, step: Step, loss: torch.Tensor, combination: Combination, number: Any, is_taken: bool) -> set[str]:
+        """Finds the scheme of each term in a micro-batch of the first window; what speaks against one found before.
+
+        Args:
+            number: num_items_in_batch per micro-batch, where the loss has made use of it; else None.
+            is_taken: whether it was taken as a number of Python's, of the whole step.
+        """
+        reasons = set()
+        for term, coefficient in combination.pairs:
+            fitting = _fitting(step, term, coefficient, number, is_taken)
+            before = self.found.get(term.call)
+            if before is None:
+                if step.gathers and term.reduction != "mean":
+                    fitting = _agreed(step, fitting)
+                if SUM in fitting and not _is_averaged(loss, term.value):
+                    fitting = [SUM]
+                self._fitting[term.call] = fitting
+                self.found[term.call] = fitting[0] if fitting else UNKNOWN
+            elif term.reduction == "mean":
+                if before == UNKNOWN and fitting:
+                    self.found[term.call] = fitting[0]  # its factor was 1, so far
+            elif before != UNKNOWN and before not in fitting:
+                still = [scheme for scheme in self._fitting[term.call] if scheme in fitting]
+                self._fitting[term.call], self.found[term.call] = still, still[0] if still else UNKNOWN
+                reasons.add(f"the {term.name} that is divided by hand fitted another divisor in a micro-batch before")
+            if self.found[term.call] == UNKNOWN and term.reduction != "mean":
+                unit = _unit(term, coefficient)
+                if unit is not None:
+                    self.units.setdefault(term.call, []).append(unit[0])
+                elif number is None:
+                    reasons.add(f"the {term.name} without a reduction is averaged in a way that is not recognised")
+            elif term.reduction == "mean" and number is not None:
+                self.units.setdefault(term.call, []).append(1.0 if fitting else float(coefficient))
+            if self.found[term.call] == ELEMENTS and not step.is_of_one_length(term.rule):
+                reasons.add(f"the {term.name} is averaged over padding too, of which the micro-batches have less")
+            is_of_rows = term.ignore_index is None and term.target is not None
+            is_of_rows = is_of_rows and step.are_alike_in_rows(term.target, term.call)
+            if self.found[term.call] in (ITEMS, WEIGHTS) and term.rule is None and not is_of_rows:
+                reasons.add(f"the labels of the {term.name} that is divided by hand come from no entry of the batch")
+        return reasons
+
+    def ends_of_window(self) -> set[str]:
+        """What speaks against coefficients that are taken for those of a sum, or of a mean."""
+        varied = any(max(units) - min(units) > 1e-5 * max(map(abs, units)) for units in self.units.values() if units)
+        self.units.clear()
+        return {"a loss is divided by another number in each micro-batch, which is not recognised"} if varied else set()
+
+    def weighed(self, step: Step, combination: Combination, loss: torch.Tensor) -> torch.Tensor:
+        """The loss whose terms are parts of the step's, as those are that accumloss divides."""
+        for term, coefficient in combination.pairs:
+            scheme = self.found.get(term.call, UNKNOWN)
+            if scheme in ACTED_ON:
+                factor = _factor(step, term, coefficient, scheme)
+                loss = loss + ((factor - 1) * (coefficient * term.value).sum()).to(loss.device, loss.dtype)
+        return loss
+
+    def left_in_rest(self) -> set[Any]:
+        """Calls of which nothing is known, and which so are no terms."""
+        return {call for call, scheme in self.found.items() if scheme == UNKNOWN and call[0] == "by hand"}
+
+
+def _is_averaged(loss: torch.Tensor, value: torch.Tensor) -> bool:
+    """Whether there is a division or a mean between a term and the loss: with a single row or item it cannot be seen from its
+    coefficient."""
+    waiting, seen = [loss.grad_fn], set()
+    while waiting:
+        node = waiting.pop()
+        if node is None or node in seen or node is value.grad_fn:
+            continue
+        seen.add(node)
+        if node.name().startswith(("Div", "Mean")) and _leads_to(node, value.grad_fn):
+            return True
+        waiting += [following for following, _ in node.next_functions]
+        if len(seen) > MOST_NODES:
+            return True
+    return False
+
+
+MOST_NODES = 200  # of a graph that are looked at
+
+
+def _leads_to(node: Any, wanted: Any) -> bool:
+    waiting, seen = [node], set()
+    while waiting and len(seen) <= MOST_NODES:
+        node = waiting.pop()
+        if node is wanted:
+            return True
+        if node is not None and node not in seen:
+            seen.add(node)
+            waiting += [following for following, _ in node.next_functions]
+    return False
+
+
+def _unit(term: Term, coefficient: torch.Tensor) -> tuple[float, torch.Tensor | None] | None:
+    """The one coefficient of all items, and where they are if they are not all: a mask of the value's shape.
+
+    None: the items have different ones.
+    """
+    if term.reduction == "sum":
+        return float(coefficient), None
+    is_item = torch.ones_like(coefficient, dtype=torch.bool)
+    if term.ignore_index is not None and term.target is not None and term.target.shape == coefficient.shape:
+        is_item = term.target != term.ignore_index
+    used = is_item & (coefficient != 0)
+    values = coefficient[used]
+    if not values.numel():
+        return 0.0, None
+    low, high = float(values.min()), float(values.max())
+    if high - low > _tolerance(coefficient) * abs(high):
+        return None
+    return high, None if bool((used == is_item).all()) else used
+
+
+def _tolerance(value: torch.Tensor) -> float:
+    return max(1e-5, 4 * torch.finfo(value.dtype).eps)
+
+
+def _fitting(step: Step, term: Term, coefficient: torch.Tensor, number: Any, is_taken: bool) -> list[str]:
+    """The schemes that a coefficient fits, the likeliest first."""
+
+    def is_one(value: Any) -> bool:
+        return abs(float(value) - 1) <= _tolerance(coefficient)
+
+    here = None if term.rule is None else step.held(term.rule)
+    if term.reduction == "mean":
+        if number is None or here is None or is_one(coefficient):
+            return []
+        whole = number * (step.micro_batches if is_taken else 1)
+        return [COUNTED] if here > 0 and is_one(float(coefficient) * float(whole) / float(here)) else []
+    unit = _unit(term, coefficient)
+    if unit is None:
+        return []
+    scale, used = unit
+    if used is not None or scale == 0:
+        return [NUMBER] if number is not None and not is_taken and is_one(scale * float(number)) else []
+    fitting = []
+    if here is None and term.target is not None:
+        here = Rule("labels", 0, term.ignore_index).total({"labels": term.target})
+    if here is not None and term.rule is not None and term.rule.weight is not None:
+        unweighted = step.held(term.rule._replace(weight=None))
+        fitting += [WEIGHTS] if is_one(scale * float(here)) else []
+        here = unweighted
+    if here is not None and is_one(scale * float(here)):
+        fitting.append(ITEMS)
+    if number is not None and not is_taken and is_one(scale * float(number)):
+        fitting.append(NUMBER)
+    if is_taken and is_one(scale * float(number) * step.micro_batches):
+        fitting.append(TAKEN)
+    if is_one(scale * num_rows(step.inputs)):
+        fitting.append(ROWS)
+    if term.target is not None and term.rule is not None and is_one(scale * term.target.numel()):
+        fitting.append(ELEMENTS)
+    if is_one(scale):
+        fitting.append(SUM)
+    return fitting
+
+
+def _agreed(step: Step, fitting: list[str]) -> list[str]:
+    """Those that fit on all ranks. All of them ask equally often."""
+    ranks = float(step.over_ranks(torch.ones((), dtype=torch.float64)))
+    agreed = []
+    for scheme in (WEIGHTS, ITEMS, NUMBER, TAKEN, ROWS, ELEMENTS, SUM):
+        fits = torch.full((), float(scheme in fitting), dtype=torch.float64)
+        if float(step.over_ranks(fits)) == ranks:
+            agreed.append(scheme)
+    return agreed
+
+
+def _factor(step: Step, term: Term, coefficient: torch.Tensor, scheme: str) -> Any:
+    """What a term is multiplied by to be a part of the step's, which Trainer averages over the micro-batches."""
+    if scheme in (SUM, TAKEN):
+        return float(step.micro_batches)
+    if scheme == COUNTED:  # the mean has been divided by what the step holds already
+        return torch.where(coefficient == 0, 1.0, 1 / coefficient)
+    if scheme == ROWS:
+        return step.share_of_rows()
+    rule = term.rule
+    if rule is not None and scheme == ITEMS:
+        rule = rule._replace(weight=None)
+    if rule is not None and scheme == ELEMENTS:
+        rule = rule._replace(weight=None, ignore_index=None, mask=None, filled=None)
+    return step.share_of_call_by_hand(term.call, rule)
+
+
+def is_contrastive(labels: torch.Tensor, rows: int) -> bool:
+    """Whether labels are the numbers of the rows: each row is to be told apart from the others of its micro-batch."""
+    first = half_of(labels, 0) if labels.numel() == 2 * rows else labels
+    if labels.dim() != 1 or rows < 2 or labels.is_floating_point():
+        return False
+    return bool((first == torch.arange(len(first), device=labels.device)).all())
