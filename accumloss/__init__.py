@@ -4,7 +4,7 @@ from typing import TYPE_CHECKING, Any
 
 from .accumulation import Accumulator
 from .cuda import CudaPlan, check, plan
-from .inexact import InexactWarning
+from .inexact import InexactError, InexactWarning
 from .linear import LinearPlan, linear_plan
 from .losses import (
     causal_lm_loss,
@@ -22,6 +22,7 @@ from .options import LossOptions
 from .sums import TokenSums
 from .transformers import (
     Explanation,
+    Verification,
     compute_loss_func,
     explain,
     make_loss,
@@ -29,6 +30,7 @@ from .transformers import (
     registered,
     registered_losses,
     unregister_from_transformers,
+    verify,
 )
 
 if TYPE_CHECKING:
@@ -40,10 +42,12 @@ __all__ = [
     "Accumulator",
     "CudaPlan",
     "Explanation",
+    "InexactError",
     "InexactWarning",
     "LinearPlan",
     "LossOptions",
     "TokenSums",
+    "Verification",
     "audit",
     "build_info",
     "causal_lm_loss",
@@ -66,6 +70,7 @@ __all__ = [
     "sequence_classification_loss",
     "token_classification_loss",
     "unregister_from_transformers",
+    "verify",
 ]
 
 

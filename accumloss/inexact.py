@@ -6,3 +6,7 @@ class InexactWarning(UserWarning):
 
     ``warnings.simplefilter("error", accumloss.InexactWarning)`` makes it an error.
     """
+
+
+class InexactError(RuntimeError, InexactWarning):
+    """The same, where ``register_with_transformers(verify="error")`` was asked for."""

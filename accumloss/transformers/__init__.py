@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -10,16 +11,20 @@ from typing import Any
 import torch
 
 from ..keywords import checked, named_by
-from . import deferred, losses, mapping, trainer
+from . import deferred, losses, mapping, objective
+from . import trainer as _trainer
 from .deferred import Explanation
 from .hook import compute_loss_func
 from .losses import make_loss
 from .mapping import registered_losses
+from .probe import MeasuredTerm, Verification
 from .registration import Part, registration
 from .settings import settings
 
 __all__ = [
     "Explanation",
+    "MeasuredTerm",
+    "Verification",
     "compute_loss_func",
     "explain",
     "make_loss",
@@ -28,13 +33,14 @@ __all__ = [
     "registered_losses",
     "unregister_from_transformers",
     "unregistered",
+    "verify",
 ]
 
 registration.add(
-    Part(lambda state: state.is_active, trainer.install),
-    Part(lambda state: state.is_active, trainer.install_smoother),
+    Part(lambda state: state.is_active, _trainer.install),
+    Part(lambda state: state.is_active, _trainer.install_smoother),
     Part(lambda state: state.covers_all, mapping.install),
-    Part(lambda state: state.covers_all, trainer.install_name),
+    Part(lambda state: state.covers_all, _trainer.install_name),
     Part(lambda state: state.is_active and settings.fused_linear, deferred.install),
 )
 
@@ -47,6 +53,7 @@ def register_with_transformers(
     evaluation: bool = True,
     metrics: bool = False,
     fused_linear: bool = False,
+    verify: bool | str = False,
 ) -> None:
     """Makes the losses of transformers exact under gradient accumulation, for every model and every Trainer, or for one model.
 
@@ -66,12 +73,17 @@ def register_with_transformers(
         fused_linear: in training, language models compute their loss from the hidden states, chunk by chunk, without
             ever holding the logits; ``outputs.logits`` computes them when it is read, before the next optimizer step.
             explain(model) says whether a model does, and why not. Register after importing peft, if you use it.
+        verify: before its first step, what a Trainer's loss averages over is measured (see verify()), and what was found is
+            made use of from then on. "error": InexactError is raised where the step is not exact, in the place of the
+            InexactWarning. False: nothing of yours is called twice.
 
     Raises:
         RuntimeError: transformers is missing, or lacks something that has to be replaced. Nothing is changed then.
         TypeError: model is no transformers model.
-        ValueError: model has a loss of its own, or one that accumloss does not replace.
+        ValueError: model has a loss of its own, or one that accumloss does not replace; verify is something else.
     """
+    if verify not in (False, True, "error"):
+        raise ValueError(f'register_with_transformers: expected verify to be False, True or "error", got {verify!r}')
     _check_transformers()
     before = registration.snapshot()
     if model is None:
@@ -87,7 +99,7 @@ def register_with_transformers(
             )
         registration.cover_model(base, replacement)
     settings.inplace_backward, settings.evaluation, settings.metrics = inplace_backward, evaluation, metrics
-    settings.fused_linear = fused_linear
+    settings.fused_linear, settings.verify = fused_linear, verify
     try:
         registration.sync()
     except BaseException:
@@ -113,7 +125,7 @@ def unregister_from_transformers(model: Any = None) -> None:
 
 @functools.partial(checked, also=named_by(register_with_transformers))
 @contextmanager
-def registered(model: Any = None, **options: bool) -> Iterator[None]:
+def registered(model: Any = None, **options: Any) -> Iterator[None]:
     """register_with_transformers for the length of a with block; afterwards everything is as it was before."""
     before = registration.snapshot()
     register_with_transformers(model, **options)
@@ -155,6 +167,41 @@ def explain(model: Any) -> Explanation:
         found = deferred.why_not(base) or deferred.why_not_called(model, base)
         path, reason = ("fused", "") if found is None else ("logits", found)
     return Explanation(type(base).__name__, path, reason, mapping.qualified_name(loss))
+
+
+@checked
+def verify(trainer: Any) -> Verification:
+    """Measures whether a Trainer's step over micro-batches is that of the one batch, and prints it term by term.
+
+    Its own compute_loss is called on 3 to 6 rows of its own train_dataset, collated whole and in parts, in fp32, in the mode
+    of training but without dropout: 9 times, or 18. Random numbers, buffers, flags and the attributes of the Trainer are put
+    back, nothing is logged, no weight is changed. Where accumloss is not registered, it is for the length of the call.
+
+    Args:
+        trainer: a transformers Trainer of any class, before, between or after its trainings.
+
+    Returns:
+        Verification, which is printed on the first rank. An InexactWarning is given where the step is not exact, and where
+        that cannot be measured.
+
+    Raises:
+        TypeError: trainer is no Trainer.
+    """
+    _check_transformers()
+    from transformers import Trainer
+
+    if not isinstance(trainer, Trainer):
+        raise TypeError(f"verify: expected a transformers Trainer, got {type(trainer).__name__}")
+    with contextlib.nullcontext() if registration.is_active else registered():
+        _trainer.rebind.rebind_for(trainer, _trainer.base_model(trainer))
+        found = _trainer.measure(trainer)
+    if trainer.is_world_process_zero():
+        print(found)
+    if found.is_exact is None:
+        objective.tell(trainer, set(), f"it could not be measured: {found.reason}")
+    elif not found.is_exact:
+        objective.tell(trainer, set(), found.reason, may="differs")
+    return found
 
 
 @contextmanager

@@ -118,9 +118,9 @@ class Origin(NamedTuple):
         if self.filled is not None and ignore_index is not None:
             entry = entry.masked_fill(entry == self.filled, ignore_index)
         if self.kept == "items":
-            entry = entry[entry != ignore_index]
+            entry = entry[torch.ne(entry, -100 if ignore_index is None else ignore_index)]
         elif self.kept == "rows":
-            entry = entry[(entry != ignore_index)[..., shift:].any(-1)]
+            entry = entry[torch.ne(entry, -100 if ignore_index is None else ignore_index)[..., shift:].any(-1)]
         elif self.kept == "seen":
             entry = entry if mask is None else entry[mask == 1]
         elif mask is not None and ignore_index is not None:

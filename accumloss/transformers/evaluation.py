@@ -33,7 +33,7 @@ class _Term:
 
     def __init__(self, evaluation: Evaluation, items: torch.Tensor):
         self.evaluation, self.items = evaluation, items
-        self.metrics = evaluation.metrics and not evaluation.terms
+        self.metrics = evaluation.metrics and not evaluation.means
 
     @not_compiled
     def __call__(self, loss: torch.Tensor, sums: TokenSums | None) -> torch.Tensor:
@@ -53,7 +53,7 @@ class Evaluation(steps.Step):
     def __init__(self, metrics: bool, skips_non_finite: bool):
         super().__init__([], {}, averaged=1, expected_grad=1.0, over_ranks=lambda total: total, totals={})
         self.metrics, self.skips_non_finite = metrics, skips_non_finite
-        self.terms: list[tuple[torch.Tensor, torch.Tensor]] = []  # of this batch: mean, items
+        self.means: list[tuple[torch.Tensor, torch.Tensor]] = []  # of this batch: mean, items
         self.token_sums: TokenSums | None = None
         self.amount: Amount | None = None
         self.probed: tuple[int, float] | None = None
@@ -67,7 +67,7 @@ class Evaluation(steps.Step):
         inputs = counting.entries_of(inputs)
         self.window, self.probed = [inputs], probed
         super().begin(inputs)
-        self.terms, self.token_sums, self.amount = [], None, None
+        self.means, self.token_sums, self.amount = [], None, None
         self.calls = 0
 
     # What losses ask a step --------------------------------------------------------------------------------------------
@@ -93,8 +93,8 @@ class Evaluation(steps.Step):
         return steps.Divisor(steps.at_least_one(items), observer=_Term(self, items))
 
     def observe(self, loss: torch.Tensor, items: torch.Tensor, sums: TokenSums | None = None) -> torch.Tensor:
-        index = len(self.terms)
-        self.terms.append((loss.detach().double(), items.to(loss.device)))
+        index = len(self.means)
+        self.means.append((loss.detach().double(), items.to(loss.device)))
         if sums is not None:
             self.token_sums = sums
         if self.probed is None or index != self.probed[0]:
@@ -138,7 +138,7 @@ class Evaluation(steps.Step):
             again: the loss of this batch with a term probed.
             agree: the largest of each number over the ranks, all of which must compute the batch equally often.
         """
-        terms = list(self.terms)
+        terms = list(self.means)
         is_term = len(terms) == 1 and bool((loss.double() == terms[0][0]) & (terms[0][0] != 0))
         is_finite = bool(torch.isfinite(loss))
         num_terms, differs, not_finite = agree(len(terms), int(not is_term), int(not is_finite))
@@ -167,7 +167,7 @@ class Evaluation(steps.Step):
         times, over = (torch.as_tensor(value, dtype=torch.float64).to(device) for value in amount)
         row = [loss * times, over]
         for index in range(self.num_terms):
-            mean, items = self.terms[index] if index < len(self.terms) else (empty, empty)
+            mean, items = self.means[index] if index < len(self.means) else (empty, empty)
             mean, items = mean.to(device), items.to(device, torch.float64)
             row += [mean * items, items, mean * times]
         sums = self.token_sums

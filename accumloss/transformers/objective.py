@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch.utils._pytree import tree_map
 
-from ..inexact import InexactWarning
+from ..inexact import InexactError, InexactWarning
 from . import step as steps
 from .registration import Patches
 from .terms import COUNTED, MEANS, Combination, Schemes
@@ -157,16 +157,17 @@ class Check:
         return "; ".join(sorted(self._reasons))
 
 
-def tell(trainer: Any, warned: set[str], reason: str) -> None:
-    """Warns once for each Trainer that its step is not exact by construction."""
+def tell(trainer: Any, warned: set[str], reason: str, raises: bool = False, may: str = "may differ") -> None:
+    """Warns once for each Trainer that its step is not exact, or not by construction."""
     if not reason or "inexact" in warned:
         return
     warned.add("inexact")
-    warnings.warn(
-        f"accumloss: the loss of {type(trainer).__name__} over micro-batches may differ from that of the one batch: {reason}",
-        InexactWarning,
-        stacklevel=4,
+    message = (
+        f"accumloss: the loss of {type(trainer).__name__} over micro-batches {may} from that of the one batch: {reason}"
     )
+    if raises:
+        raise InexactError(message)
+    warnings.warn(message, InexactWarning, stacklevel=4)
 
 
 def divided(
@@ -194,11 +195,12 @@ def divided(
     with micro_batches(trainer, 1, 1):
         result = call(*args, **kwargs)
     loss = result[0] if isinstance(result, tuple) else result
+    step.raw = loss
     loss, is_summed = _weighed(trainer, step, loss, check)
     factor = 1.0
     if is_summed:
         factor = 1.0 if leaves_it else float(k)
-    elif leaves_it and (step.terms or step.is_known or step.calls or is_touched(step)):
+    elif leaves_it and (step.terms or step.is_known or step.calls or is_touched(step) or step.measured.rest):
         factor = 1.0 / k
     if factor != 1.0:
         loss = loss * factor if factor > 1 else loss / k
@@ -211,23 +213,28 @@ def _weighed(trainer: Any, step: steps.Step, loss: Any, check: Check | None) -> 
     may_be_sum = (is_taken or (step.sums > 0 and not is_touched(step))) and not step.is_known
     is_looked_at = check is not None and trainer.args.n_gpu <= 1
     schemes = step.schemes
-    if not is_looked_at and not may_be_sum and not schemes.are_acted_on:
+    is_measured = bool(step.measured.rest) and isinstance(loss, torch.Tensor) and not is_touched(step)
+    if not is_looked_at and not may_be_sum and not schemes.are_acted_on and not is_measured:
         return loss, False
     combination = Combination(step, loss)
     if is_looked_at:
         assert check is not None
-        number = step.items if is_touched(step) else None
+        number = step.items if is_touched(step) else step.num_items_in_batch if step.is_known else None
         number = number.share if isinstance(number, Items) else number
         for reason in schemes.look(step, loss, combination, number, is_taken):
             check.blame(reason)
     # the number may be taken for a log, and a sum beside a mean
     has_means = any(schemes.found.get(term.call) in (*MEANS, COUNTED) for term, _ in combination.pairs)
-    is_summed = may_be_sum and not combination.uses_a_mean and not has_means
+    is_summed = may_be_sum and not combination.uses_a_mean and not has_means and not is_measured
     if is_looked_at:
         assert check is not None
         check.add(step, loss, combination, schemes, is_summed)
     if not is_summed and isinstance(loss, torch.Tensor):
+        rest = combination.rest(loss, schemes.left_in_rest()) if is_measured else None
         loss = schemes.weighed(step, combination, loss)
+        if rest is not None:
+            share = step.share_of_weights(step.measured.rest, "the rest")
+            loss = loss + ((share - 1) * rest).to(loss.device, loss.dtype)
     return loss, is_summed
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 
 @dataclass
@@ -10,6 +11,7 @@ class Settings:
     inplace_backward: bool = False  # the losses write their gradient over the logits in backward
     evaluation: bool = True  # evaluation losses are means over the items of the whole set
     metrics: bool = False  # token accuracy and entropy go into Trainer's logs
+    verify: Any = False  # measures what a Trainer's loss averages over; "error": raises where it is not exact
     fused_linear: bool = False  # heads defer their logits, and losses compute themselves from the hidden states
 
     def reset(self) -> None:

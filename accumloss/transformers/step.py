@@ -27,7 +27,7 @@ from .counting import (
     reshaping_origins,
     same_memory,
 )
-from .terms import ACTED_ON, UNKNOWN, Schemes, Term, is_contrastive
+from .terms import ACTED_ON, ROWS_WEIGH, SUM_WEIGHS, UNKNOWN, Measured, Schemes, Term, Weight, is_contrastive
 
 
 class Observer(Protocol):
@@ -104,6 +104,9 @@ class Step:
         self.totals = totals
         self.origins = {} if origins is None else origins
         self.gathers = gathers
+        self.raw: Any = None  # what compute_loss returned
+        self.measured = Measured()  # what its loss was measured to average over
+        self.ambiguous: set[str] = set()  # where several things fitted, which now are not alike
         self.schemes = Schemes()  # the Trainer's, of what is averaged by hand
         self.compared: dict[Any, Rule] = totals.setdefault(
             "compared", {}
@@ -120,6 +123,7 @@ class Step:
         self.versions: dict[str, int] = {}  # of the entries of inputs, before anything ran
         self.terms: list[Term] = []  # what losses of ours returned, and PyTorch's that somebody averages by hand
         self.found: tuple[str, Rule | None] = "", None  # of the call that is to be recorded next
+        self.share_found: Any = None  # where it is no matter of its rule
         self.by_hand = 0  # calls of the latter
         self.sums = 0  # of them, those with reduction="sum"
         self.unknown = 0  # calls whose labels are of no known origin
@@ -129,6 +133,7 @@ class Step:
         self.depth = 0  # of compute_loss, which may call another
         self.is_computed = False  # whether a compute_loss was called
         self.is_watched = False
+        self.is_watched_for_ambiguity = False
         self.trainer: Any = None  # whose step it is
         self.is_known = False  # how the loss depends on the micro-batches, though no loss of ours computed it
         self.recorder = _Recorder(self)
@@ -147,8 +152,8 @@ class Step:
         While a Check looks at them the caller gets a copy: he may add to it in place.
         """
         name, rule = self.found
-        self.terms.append(Term(loss, name, rule, ("mean", self.calls)))
-        self.found = "", None
+        self.terms.append(Term(loss, name, rule, ("mean", self.calls), share=self.share_found))
+        self.found, self.share_found = ("", None), None
         return loss.clone() if self.is_watched else loss
 
     def see(
@@ -169,7 +174,7 @@ class Step:
             return value
         rule = self._rule(target, 0, ignore_index, None, call)
         rule = rule if rule is None or weight is None else rule._replace(weight=weight)
-        self.terms.append(Term(value, name, rule, call, reduction, target, ignore_index))
+        self.terms.append(Term(value, name, rule, call, reduction, target=target, ignore_index=ignore_index))
         return value.clone()
 
     def is_given(self, value: Any) -> bool:
@@ -224,6 +229,11 @@ class Step:
         rule = self._rule(labels, shift, ignore_index, length)
         if rule is None and ignore_index is None and length is None:
             rule = self._rule_of_size(labels)
+        measured = dict(self.measured.calls).get(("mean", self.calls))
+        if rule is None and measured and length is None:
+            here = at_least_one(Rule("labels", shift, ignore_index, weight=weight).total({"labels": labels}).double())
+            self.share_found = self.share_of_weights(measured, ("measured", self.calls))
+            return Divisor((here / self.share_found).to(torch.float64), self.expected_grad, observer)
         main = None if self.main is None or ignore_index is None or length is not None else self.main
         counted = main if rule is None else rule
         total = self._total_of_call(None if counted is None else counted._replace(weight=weight))
@@ -336,12 +346,35 @@ class Step:
             return self.share_of_rows()
         return (self.held(rule) * self.averaged / total.to(self.held(rule).device)).to(torch.float32)
 
+    def share_of_mean(self, term: Term) -> Any:
+        """What the mean of a recognised loss over its own items was multiplied by."""
+        if term.share is not None:
+            return term.share
+        return self.share_of_rows() if term.rule is None else self.share_of_call_by_hand(("mean", term.call), term.rule)
+
+    def share_of_weights(self, weights: Sequence[Weight], call: Any) -> Any:
+        """What a mean of this micro-batch over what was measured is multiplied by, to be a part of the step's."""
+        shares = [self._share_of_weight(weight, (call, i)) for i, weight in enumerate(weights)]
+        if len(shares) > 1 and self.is_watched_for_ambiguity:
+            values = [float(share) for share in shares]
+            if max(values) - min(values) > 1e-6 * max(values):
+                self.ambiguous.add("what it averages over fits several rules, which differ in this window")
+        return shares[0]
+
+    def _share_of_weight(self, weight: Weight, call: Any) -> Any:
+        if isinstance(weight, Rule):
+            return self.share_of_call_by_hand(call, weight)
+        if weight == SUM_WEIGHS:
+            return float(self.micro_batches)
+        return self.share_of_rows() if weight == ROWS_WEIGH else 1.0
+
     def share_of(self, rule: Rule) -> torch.Tensor | float:
         """What a mean over the items of this micro-batch is multiplied by, for it to weigh as much as they do in the step."""
         return (rule.total(self.inputs) * self.averaged / self.total(rule)).to(torch.float32)
 
     def part(self, value: torch.Tensor, share: Any) -> torch.Tensor:
         """A mean of this micro-batch as a part of the step's."""
+        self.share_found = share
         return self.record(value * share)
 
     def _matched(self, classes: torch.Tensor, weight: torch.Tensor) -> torch.Tensor | None:

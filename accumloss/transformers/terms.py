@@ -25,8 +25,29 @@ class Term(NamedTuple):
     rule: Rule | None  # how its items are counted; None: they are rows, or of no known origin
     call: tuple[str, int]  # which of the micro-batch's calls it is
     reduction: str = "mean"
+    share: Any = None  # of the mean over its own items, in what was returned; None: by its rule
     target: torch.Tensor | None = None  # without a reduction
     ignore_index: int | None = None
+
+
+# What a mean was measured to be over: a Rule, or one of these
+ROWS_WEIGH = "rows"
+SUM_WEIGHS = "nothing: it is a plain sum"
+CONSTANT = "nothing: it is the same in every micro-batch"
+Weight = Rule | str
+
+
+class Measured(NamedTuple):
+    """What a training step makes use of, where register_with_transformers(verify=True) has measured.
+
+    Attributes:
+        rest: what the part of the loss is a mean over that nothing recognised computed; all that fitted, the likeliest
+            first. Empty: there is none, or nothing fits.
+        calls: the same for recognised losses whose labels come from no entry of the batch, by call.
+    """
+
+    rest: tuple[Weight, ...] = ()
+    calls: tuple[tuple[Any, tuple[Weight, ...]], ...] = ()
 
 
 # How a coefficient is made: what is divided by, or how often it is added up
@@ -123,8 +144,9 @@ class Schemes:
                 self.units.setdefault(term.call, []).append(1.0 if fitting else float(coefficient))
             if self.found[term.call] == ELEMENTS and not step.is_of_one_length(term.rule):
                 reasons.add(f"the {term.name} is averaged over padding too, of which the micro-batches have less")
-            is_of_rows = term.ignore_index is None and term.target is not None
-            is_of_rows = is_of_rows and step.are_alike_in_rows(term.target, term.call)
+            is_of_rows = (
+                term.ignore_index is None and term.target is not None and step.are_alike_in_rows(term.target, term.call)
+            )
             if self.found[term.call] in (ITEMS, WEIGHTS) and term.rule is None and not is_of_rows:
                 reasons.add(f"the labels of the {term.name} that is divided by hand come from no entry of the batch")
         return reasons
@@ -152,7 +174,8 @@ class Schemes:
 def _is_averaged(loss: torch.Tensor, value: torch.Tensor) -> bool:
     """Whether there is a division or a mean between a term and the loss: with a single row or item it cannot be seen from its
     coefficient."""
-    waiting, seen = [loss.grad_fn], set()
+    seen: set[Any] = set()
+    waiting: list[Any] = [loss.grad_fn]
     while waiting:
         node = waiting.pop()
         if node is None or node in seen or node is value.grad_fn:
@@ -170,7 +193,8 @@ MOST_NODES = 200  # of a graph that are looked at
 
 
 def _leads_to(node: Any, wanted: Any) -> bool:
-    waiting, seen = [node], set()
+    seen: set[Any] = set()
+    waiting = [node]
     while waiting and len(seen) <= MOST_NODES:
         node = waiting.pop()
         if node is wanted:

@@ -20,13 +20,14 @@ import functools
 import inspect
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 import torch
 
 from .._compat import not_compiled
 from ..sums import TokenSums
-from . import counting, hook, losses, mapping, objective, rebind, terms
+from . import counting, hook, losses, mapping, objective, probe, rebind, terms
 from . import evaluation as evaluations
 from . import step as steps
 from .registration import Patches, registration
@@ -81,6 +82,8 @@ class State:
         self.metrics: Metrics | None = None
         self.warned: set[str] = set()
         self.check = objective.Check()
+        self.measured = terms.Measured()
+        self.verification: probe.Verification | None = None
         self.schemes = terms.Schemes()
 
 
@@ -332,6 +335,7 @@ def _around_training_step(trainer: Any, theirs: Callable[..., Any], *args: Any, 
         return theirs(*args, **kwargs)
     inputs = kwargs.get("inputs", args[1] if len(args) > 1 else None)  # an override may have a signature of its own
     rebind.rebind_for(trainer, base_model(trainer))
+    _measure_once(trainer, inputs)
     step = make_step(trainer, inputs)
     state = state_of(trainer)
     if settings.metrics:
@@ -360,6 +364,9 @@ def _look_at(trainer: Any, step: steps.Step) -> None:
     """At the end of a window: says once what of the step is not exact by construction."""
     state = state_of(trainer)
     window = state.window
+    for reason in step.ambiguous - state.warned:
+        state.warned |= {reason, "ambiguous"}
+        objective.tell(trainer, set(), reason, settings.verify == "error")
     if window is None or state.check.is_done:
         return
     window.seen += 1
@@ -372,22 +379,97 @@ def _look_at(trainer: Any, step: steps.Step) -> None:
         return
     for reason in state.schemes.ends_of_window():
         state.check.blame(reason)
-    for reason in _coupling(base_model(trainer)):
+    for reason in probe.coupling(base_model(trainer)):
         state.check.blame(reason)
     reason = state.check.end()
     library = bypassing_library(trainer)
     if reason and library:
         reason += f" ({library} computes the loss of {type(base_model(trainer)).__name__}: {_REMEDIES[library]})"
-    objective.tell(trainer, state.warned, reason)
+    found = state.verification
+    if reason and found is not None:
+        reason += f"; it could not be measured: {found.reason}"
+    elif reason:
+        reason += "; accumloss.verify(trainer) measures what it averages over"
+    objective.tell(trainer, state.warned, reason, settings.verify == "error")
 
 
-def _coupling(model: Any) -> set[str]:
-    """What in a model normalises by the statistics of the micro-batch, as it stands in the middle of its training."""
-    norms = (torch.nn.modules.batchnorm._BatchNorm,)
-    found = {type(part).__name__ for part in model.modules() if isinstance(part, norms) and part.training}
-    return {
-        f"{name} normalises by the statistics of a micro-batch, and no split of a batch is then exact" for name in found
-    }
+def measure(trainer: Any, here: Any = None, is_training: bool = False) -> probe.Verification:
+    """What the loss of a Trainer averages over, measured on its own rows; see accumloss.verify."""
+    state = state_of(trainer)
+    before, measured = state.window, state.measured
+    name = type(trainer).__name__
+    dataloaders = list(trainer.accelerator._dataloaders)
+    theirs = trainer.compute_loss
+    if isinstance(theirs, functools.partial) and theirs.func is _around_compute_loss:
+        theirs = theirs.args[1]
+    try:
+        why_not = _why_not_measured(trainer)
+        if why_not:
+            raise probe.NotMeasured(why_not)
+        model = getattr(trainer.model, "_orig_mod", trainer.model)
+        with probe.as_it_was(trainer, model):
+            loader = trainer.callback_handler.train_dataloader if is_training else trainer.get_train_dataloader()
+
+            def run(measured: terms.Measured) -> probe.Verification:
+                counted = functools.partial(_counted_rule, base_model(trainer))
+                return probe.Probe(trainer, model, theirs, counted, measured).run(loader, here)
+
+            found = run(measured)
+            if found.is_exact is False and (found.measured.rest or any(w for _, w in found.measured.calls)):
+                again = run(found.measured)
+                if again.is_exact and is_training:
+                    return replace(again, measured=found.measured, can_be_exact=True)
+                return replace(found, forwards=again.forwards + found.forwards, can_be_exact=bool(again.is_exact))
+            return found
+    except probe.NotMeasured as error:
+        return probe.Verification(name, None, str(error))
+    except Exception as error:  # whatever the code of somebody else raises on rows of its own dataset
+        return probe.Verification(name, None, f"on some rows of its dataset it raised {type(error).__name__}: {error}")
+    finally:
+        trainer.accelerator._dataloaders[:] = dataloaders
+        state.window = before
+
+
+def _why_not_measured(trainer: Any) -> str:
+    if not is_covered(trainer):
+        return "accumloss is not registered for its model"
+    if getattr(trainer, "is_fsdp_enabled", False) or getattr(trainer, "is_deepspeed_enabled", False):
+        return "its weights are sharded"
+    step = type(trainer).training_step
+    if step is not training_step and not {"super", "compute_loss"} & set(inspect.unwrap(step).__code__.co_names):
+        return f"{type(trainer).__name__}.training_step computes the loss itself"
+    if trainer.train_dataset is None:
+        return "it has no train_dataset"
+    return ""
+
+
+def _measure_once(trainer: Any, inputs: Any) -> None:
+    """Before the first step of a Trainer, where register_with_transformers(verify=True) asks for it."""
+    state = state_of(trainer)
+    window = state.window
+    if not settings.verify or state.verification is not None or window is None:
+        return
+    if len(window.fetched) == 1 and trainer.args.world_size == 1:
+        return  # nothing is accumulated
+    mine = found = measure(trainer, inputs, is_training=True)
+    if trainer.args.world_size > 1:
+        from accelerate.utils import broadcast_object_list  # type: ignore[import-untyped]
+
+        found = broadcast_object_list([mine])[0]  # all ranks must count equally often
+        if (mine.is_exact, mine.measured) != (found.is_exact, found.measured):
+            objective.tell(
+                trainer,
+                set(),
+                f"on rank {trainer.args.process_index} it was measured to be another: {mine.reason or 'exact'}",
+            )
+    state.verification = found
+    if found.is_exact is None:
+        return  # what is known by construction is all there is
+    state.check.is_done, state.schemes = True, found.schemes
+    if found.can_be_exact:
+        state.measured = found.measured
+    if not found.is_exact:
+        objective.tell(trainer, state.warned, found.reason, settings.verify == "error", "differs")
 
 
 def make_step(trainer: Any, inputs: Any) -> steps.Step:
@@ -407,7 +489,8 @@ def make_step(trainer: Any, inputs: Any) -> steps.Step:
         gathers=trainer.args.average_tokens_across_devices and trainer.args.world_size > 1,
     )
     step.trainer, step.here, step.is_watched = trainer, here, not state.check.is_done
-    step.schemes = state.schemes
+    step.schemes, step.measured = state.schemes, state.measured
+    step.is_watched_for_ambiguity = "ambiguous" not in state.warned
     step.micro_batches = getattr(
         trainer, "current_gradient_accumulation_steps", 1
     )  # absent where train() is not running
@@ -695,11 +778,11 @@ def _prediction_step(
         return predicted
     loss = predicted[0].mean()
     real, are_all_real = real_rows(trainer, inputs)
-    terms, token_sums, amount = evaluation.terms, evaluation.token_sums, evaluation.amount
+    means, token_sums, amount = evaluation.means, evaluation.token_sums, evaluation.amount
     if evaluation.coefficients is None:
         evaluation.find_coefficients(loss, lambda term: loss_of(inputs, term), functools.partial(_largest, trainer))
     if are_all_real:
-        evaluation.terms, evaluation.token_sums, evaluation.amount = terms, token_sums, amount
+        evaluation.means, evaluation.token_sums, evaluation.amount = means, token_sums, amount
     else:  # rows that fill the last batch up are in the set already
         inputs = first_rows(inputs, max(real, 1))
         loss = loss_of(inputs)
