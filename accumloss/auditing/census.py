@@ -24,7 +24,7 @@ from typing import Any
 
 import torch
 
-from . import reasons
+from ..transformers import coupled
 from .measure import DEPENDS_ON_BATCH, EXACT, SAME_LOSS
 
 Line = dict[str, Any]
@@ -173,7 +173,7 @@ def why_not_exact(line: Line) -> str:
     """Why a class that is not exact cannot be, or nothing."""
     if line["reason"].startswith(DEPENDS_ON_BATCH):
         return str(line["reason"])
-    return reasons.why_not_exact(line["name"], line["head"])
+    return coupled.why(line["name"]) or (coupled.CONTRASTIVE if line["head"] == "contrastive" else "")
 
 
 def row(line: Line) -> dict[str, Any]:

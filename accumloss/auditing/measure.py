@@ -17,11 +17,12 @@ import time
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
 from .. import transformers as integration
+from ..inexact import InexactWarning
 
 Rows = list[dict[str, Any]]
 Gradients = dict[str, torch.Tensor]
@@ -53,6 +54,7 @@ class StepResult:
     seconds: float
     peak_mb: float  # of the process, above what was in use before
     groups: dict[str, float] = field(default_factory=dict)  # gradient error of each parameter group
+    told: str = ""  # the InexactWarning that was given
 
     @property
     def is_exact(self) -> bool:
@@ -284,8 +286,18 @@ def name_of(sizes: Sequence[int]) -> str:
     return f"{len(sizes)}x{sizes[0]}" if len(set(sizes)) == 1 else "+".join(map(str, sizes))
 
 
-def train_step(model: torch.nn.Module, rows: Rows, batch_size: int, way: str) -> tuple[Gradients, float, float, float]:
-    """One optimizer step of the real Trainer over all rows: gradient, logged loss, seconds, peak memory (MB)."""
+class Trained(NamedTuple):
+    """What one optimizer step of the real Trainer did."""
+
+    gradients: Gradients
+    loss: float  # as logged
+    seconds: float
+    peak_mb: float
+    told: str  # the InexactWarning, where there was one
+
+
+def train_step(model: torch.nn.Module, rows: Rows, batch_size: int, way: str) -> Trained:
+    """One optimizer step of the real Trainer over all rows."""
     import transformers
 
     class Recorder(transformers.TrainerCallback):
@@ -305,8 +317,14 @@ def train_step(model: torch.nn.Module, rows: Rows, batch_size: int, way: str) ->
 
     recorder = Recorder()
     context = integration.registered() if way == "accumloss" else integration.unregistered()
-    with tempfile.TemporaryDirectory() as folder, context, prepared(model) as copied, warnings.catch_warnings():
+    with (
+        tempfile.TemporaryDirectory() as folder,
+        context,
+        prepared(model) as copied,
+        warnings.catch_warnings(record=True) as caught,
+    ):
         warnings.simplefilter("ignore")
+        warnings.simplefilter("always", InexactWarning)
         trainer = SequentialTrainer(
             model=copied,
             args=transformers.TrainingArguments(
@@ -331,7 +349,8 @@ def train_step(model: torch.nn.Module, rows: Rows, batch_size: int, way: str) ->
         trainer.remove_callback(transformers.PrinterCallback)
         with _measured() as measured:
             trainer.train()
-    return recorder.gradients, recorder.loss, measured["seconds"], measured["peak_mb"]
+    told = "; ".join(str(warning.message) for warning in caught if issubclass(warning.category, InexactWarning))
+    return Trained(recorder.gradients, recorder.loss, measured["seconds"], measured["peak_mb"], told)
 
 
 def evaluation_difference(model: torch.nn.Module, rows: Rows, batch_sizes: Sequence[int], way: str) -> float | None:
@@ -388,14 +407,14 @@ def step_result(
     groups: bool,
 ) -> StepResult:
     """One step of Trainer, held against the one batch."""
-    gradients, logged, seconds, peak_mb = train_step(model, rows, batch_size, way)
+    gradients, logged, seconds, peak_mb, told = train_step(model, rows, batch_size, way)
     size = norm(whole)
     error = norm(difference(gradients, whole)) / size
     loss_error = abs(logged - loss) / abs(loss) if loss else abs(logged)
     by_group = group_errors(gradients, whole) if groups else {}
     cause = "" if error <= EXACT and loss_error <= EXACT else cause_of(gradients, parts, error)
     ratio = norm(gradients) / size
-    return StepResult(way, split, len(parts), ratio, error, loss_error, cause, seconds, peak_mb, by_group)
+    return StepResult(way, split, len(parts), ratio, error, loss_error, cause, seconds, peak_mb, by_group, told)
 
 
 # of the micro-batches; the first is some k times too large

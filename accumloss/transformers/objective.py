@@ -18,6 +18,7 @@ from torch.utils._pytree import tree_map
 
 from ..inexact import InexactError, InexactWarning
 from . import step as steps
+from .coupled import ROUTER_LOSSES
 from .registration import Patches
 from .terms import COUNTED, MEANS, Combination, Schemes
 
@@ -128,9 +129,16 @@ class Check:
         if not isinstance(loss, torch.Tensor) or not loss.requires_grad or loss.dim():
             self._reasons.add("what compute_loss returned is no loss with a gradient")
             return
-        if step.unknown:
+        if step.unknown and not step.coupled:
             self._reasons.add("the labels of a loss come from no entry of the batch: it is averaged as its rows")
         self._reasons |= step.coupled
+        self._reasons |= {
+            f"{term.name} is coupled over the tokens of a micro-batch, and averaged"
+            for term, _ in combination.pairs
+            if term.name in ROUTER_LOSSES
+        }
+        if step.is_of_objects:
+            return
         if is_summed or step.is_known or not step.terms:
             if not is_summed and not step.is_known and not step.calls and not is_touched(step):
                 self._reasons.add("nothing that it computes was recognised: it stays what Trainer makes of it")
@@ -221,7 +229,7 @@ def _weighed(trainer: Any, step: steps.Step, loss: Any, check: Check | None) -> 
         assert check is not None
         number = step.items if is_touched(step) else step.num_items_in_batch if step.is_known else None
         number = number.share if isinstance(number, Items) else number
-        for reason in schemes.look(step, loss, combination, number, is_taken):
+        for reason in schemes.look(step, loss, combination, number, is_taken) if not step.is_of_objects else ():
             check.blame(reason)
     # the number may be taken for a log, and a sum beside a mean
     has_means = any(schemes.found.get(term.call) in (*MEANS, COUNTED) for term, _ in combination.pairs)

@@ -20,11 +20,8 @@ import torch
 
 from . import heads
 from . import step as steps
+from .coupled import ROUTER_LOSSES
 from .registration import registration
-
-# Means over the tokens that pass through a router, coupled over them: no split of them is exact. Each micro-batch's weighs
-# as much as its tokens do in the step.
-ROUTER_LOSSES = ("load_balancing_loss_func", "router_z_loss_func")
 
 CRITERIA = "transformers.loss.loss_"  # of detection: classes that LOSS_MAPPING's functions make
 # packages whose modules stay as they are: PyTorch, Trainer itself, and what computes no loss
@@ -207,7 +204,9 @@ def _times(share: Callable[[steps.Step], Any]) -> Callable[[Callable[..., Any]],
         @functools.wraps(function)
         def weighed(*args: Any, **kwargs: Any) -> Any:
             value = function(*args, **kwargs)
-            return steps.part(value, share) if steps.is_counted() and isinstance(value, torch.Tensor) else value
+            if not steps.is_counted() or not isinstance(value, torch.Tensor):
+                return value
+            return steps.part(value, share, function.__name__)
 
         return weighed
 

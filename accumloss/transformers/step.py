@@ -127,6 +127,7 @@ class Step:
         self.by_hand = 0  # calls of the latter
         self.sums = 0  # of them, those with reduction="sum"
         self.unknown = 0  # calls whose labels are of no known origin
+        self.is_of_objects = False  # sums over boxes or masks, which are divided by those of the step
         self.coupled: set[str] = set()  # why no split of the batch can be exact
         self.micro_batches = 1  # of this step; Trainer's own count says 1 while compute_loss runs
         self.asked = 1  # of a full one
@@ -170,7 +171,7 @@ class Step:
         call = "by hand", self.by_hand
         self.by_hand += 1
         is_left = not self.is_watched and self.schemes.found.get(call, UNKNOWN) not in ACTED_ON
-        if is_left or not self.window or not value.requires_grad:
+        if is_left or self.is_of_objects or not self.window or not value.requires_grad:
             return value
         rule = self._rule(target, 0, ignore_index, None, call)
         rule = rule if rule is None or weight is None else rule._replace(weight=weight)
@@ -318,6 +319,7 @@ class Step:
         if not counts or here is None or None in counts:
             return 1.0
         self.calls += 1
+        self.is_of_objects = True
         total = sum(sum(count) for count in counts if count is not None)
         return max(total, 1) / len(counts) / max(sum(here), 1)
 

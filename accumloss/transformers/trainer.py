@@ -27,7 +27,7 @@ import torch
 
 from .._compat import not_compiled
 from ..sums import TokenSums
-from . import counting, hook, losses, mapping, objective, probe, rebind, terms
+from . import counting, coupled, hook, losses, mapping, objective, probe, rebind, terms
 from . import evaluation as evaluations
 from . import step as steps
 from .registration import Patches, registration
@@ -379,7 +379,9 @@ def _look_at(trainer: Any, step: steps.Step) -> None:
         return
     for reason in state.schemes.ends_of_window():
         state.check.blame(reason)
-    for reason in probe.coupling(base_model(trainer)):
+    smallest = min(counting.num_rows(batch) for batch in window.batches)
+    why = coupled.why(type(base_model(trainer)).__name__, smallest)
+    for reason in probe.coupling(base_model(trainer)) | ({why} if why else set()):
         state.check.blame(reason)
     reason = state.check.end()
     library = bypassing_library(trainer)
