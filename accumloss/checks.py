@@ -114,6 +114,15 @@ def check_grad(function: str, grad_loss_sum: torch.Tensor, logits: torch.Tensor)
     check_device(function, "grad_loss_sum", grad_loss_sum, logits)
 
 
+def check_divisor(function: str, divisor: torch.Tensor, logits: torch.Tensor, dtype: torch.dtype) -> None:
+    require(
+        divisor.numel() == 1 and divisor.dtype == dtype,
+        function,
+        lambda: f"a divisor of dtype {dtype} with one element, got {divisor.dtype} of shape {_shape(divisor)}",
+    )
+    check_device(function, "divisor", divisor, logits)
+
+
 def check_saved(
     function: str, name: str, saved: torch.Tensor, dtype: torch.dtype, labels: torch.Tensor, logits: torch.Tensor
 ) -> None:

@@ -6,7 +6,7 @@ import difflib
 import functools
 import inspect
 from collections.abc import Callable, Collection
-from typing import Any, ParamSpec, TypeVar, cast
+from typing import Any, ParamSpec, TypeVar
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -53,7 +53,7 @@ def checked(function: Callable[P, R], name: str = "", also: Collection[str] = ()
         name: what errors call it; its own by default.
         also: further names, which it takes as **kwargs.
     """
-    known = [*named_by(function), *also]
+    known = dict.fromkeys((*named_by(function), *also))  # in their order
     name = name or function.__name__
 
     @functools.wraps(function)
@@ -68,7 +68,7 @@ def checked(function: Callable[P, R], name: str = "", also: Collection[str] = ()
 
 def checked_loss(function: Callable[P, R]) -> Callable[P, R]:
     """checked for a loss that may be assigned to ``model.loss_function``: what every model passes along is left out."""
-    known = named_by(function)
+    known = dict.fromkeys(named_by(function))  # in their order
     name = function.__name__
     remedy = (
         "; where a model passes it to its loss_function, assign "
@@ -77,12 +77,11 @@ def checked_loss(function: Callable[P, R]) -> Callable[P, R]:
 
     @functools.wraps(function)
     def call(*args: P.args, **kwargs: P.kwargs) -> R:
-        of_loss: dict[str, Any] = {}
-        for given, value in kwargs.items():
-            if given in known:
-                of_loss[given] = value
-            elif given not in FROM_MODELS:
+        passed = [given for given in kwargs if given not in known]
+        for given in passed:
+            if given not in FROM_MODELS:
                 refuse(name, given, known, remedy)
-        return cast(Callable[..., R], function)(*args, **of_loss)
+            del kwargs[given]
+        return function(*args, **kwargs)
 
     return call

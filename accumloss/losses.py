@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from . import checks, linear, ops, reference
 from ._compat import is_functorch_active
 from .keywords import checked, checked_loss
-from .options import LossOptions
+from .options import LossOptions, options_of
 from .sums import TokenSums
 
 
@@ -45,6 +45,9 @@ InPlace = Literal[False, "backward", "forward"]
 
 # dtypes whose gradient may be written before the incoming gradient is known; see ops.GradInForward
 _GRAD_IN_FORWARD_DTYPES = (torch.bfloat16, torch.float32)
+
+# the least and the largest number > 0 of the dtypes of a sum
+_HELD = {dtype: (torch.finfo(dtype).tiny, torch.finfo(dtype).max) for dtype in (torch.float32, torch.float64)}
 
 
 @checked
@@ -95,9 +98,9 @@ def cross_entropy(
     _check_tensors("cross_entropy", ("logits (..., V)", logits), ("labels (...)", labels))
     _check_class_weight("cross_entropy", "weight", weight, logits.shape[-1:])
     _check_shift("cross_entropy", shift)
-    options = LossOptions(ignore_index, label_smoothing, z_loss, softcap, logit_scale)
+    options = options_of(ignore_index, label_smoothing, z_loss, softcap, logit_scale)
     options.check("cross_entropy", ops.accumulation_dtype(logits))
-    outputs = ops.cross_entropy(logits, labels, weight, shift=shift, metrics=metrics, **options.as_kwargs())
+    outputs = ops.cross_entropy(logits, labels, weight, **_of_op(options, shift, metrics))
     loss_sum, num_items, total_weight, _, num_correct, entropy_sum, _ = outputs
     if not metrics:
         return TokenSums(loss_sum, num_items, total_weight)
@@ -146,7 +149,7 @@ def causal_lm_loss(
         TypeError: an unknown keyword, but for those that models of transformers pass along (accumloss/keywords.py).
         ValueError, RuntimeError, IndexError: as cross_entropy, and where num_items_in_batch or inplace do not fit.
     """
-    options = LossOptions(ignore_index, label_smoothing, z_loss, softcap, logit_scale)
+    options = options_of(ignore_index, label_smoothing, z_loss, softcap, logit_scale)
     return causal_lm(logits, labels, vocab_size, shift_labels, num_items_in_batch, options, weight, inplace).loss
 
 
@@ -219,7 +222,7 @@ def linear_cross_entropy(
         >>> sums.num_items.item(), round(sums.loss_sum.item(), 4), sums.accuracy.item()
         (2, 0.4402, 1.0)
     """
-    options = LossOptions(ignore_index, label_smoothing, z_loss, softcap, logit_scale)
+    options = options_of(ignore_index, label_smoothing, z_loss, softcap, logit_scale)
     loss_sum, sums = _linear(
         "linear_cross_entropy", hidden, weight, labels, bias, class_weight, options, shift, metrics, None, num_valid,
         max_scratch_bytes,
@@ -260,7 +263,7 @@ def linear_causal_lm_loss(
     Returns:
         0-dim loss, fp32 (fp64 for fp64 hidden states).
     """
-    options = LossOptions(ignore_index, label_smoothing, z_loss, softcap, logit_scale)
+    options = options_of(ignore_index, label_smoothing, z_loss, softcap, logit_scale)
     return linear_causal_lm(
         hidden, weight, labels, shift_labels, num_items_in_batch, options, bias, class_weight, num_valid,
         max_scratch_bytes,
@@ -326,7 +329,7 @@ def masked_lm_loss(
     Returns:
         0-dim loss, fp32 (fp64 for fp64 logits).
     """
-    options = LossOptions(ignore_index, label_smoothing, z_loss, softcap, logit_scale)
+    options = options_of(ignore_index, label_smoothing, z_loss, softcap, logit_scale)
     return masked_lm(logits, labels, vocab_size, num_items_in_batch, options, weight, inplace).loss
 
 
@@ -372,7 +375,7 @@ def token_classification_loss(
     Returns:
         0-dim loss, fp32 (fp64 for fp64 logits).
     """
-    options = LossOptions(ignore_index, label_smoothing, z_loss, softcap, logit_scale)
+    options = options_of(ignore_index, label_smoothing, z_loss, softcap, logit_scale)
     return token_classification(logits, labels, config, num_items_in_batch, options, weight, inplace).loss
 
 
@@ -432,7 +435,7 @@ def sequence_classification_loss(
     Raises:
         ValueError, RuntimeError, IndexError: as causal_lm_loss, and for an option that the problem has no use for.
     """
-    options = LossOptions(ignore_index, label_smoothing, z_loss, softcap, logit_scale)
+    options = options_of(ignore_index, label_smoothing, z_loss, softcap, logit_scale)
     return sequence_classification(labels, pooled_logits, config, num_items_in_batch, options, weight, inplace).loss
 
 
@@ -611,7 +614,7 @@ def semantic_segmentation_loss(
     Returns:
         0-dim loss, fp32 (fp64 for fp64 logits).
     """
-    options = LossOptions(ignore_index, label_smoothing, z_loss, softcap, logit_scale)
+    options = options_of(ignore_index, label_smoothing, z_loss, softcap, logit_scale)
     first, *auxiliary = semantic_segmentation(
         logits, labels, auxiliary_logits, num_items_in_batch, options, weight, inplace
     )
@@ -671,14 +674,14 @@ def _mean_loss(
         weight = weight.to(logits.device, non_blocking=True)
 
     divisor, expected_grad, metrics = _resolved(name, given, logits)
-    kwargs = {"shift": shift, "metrics": metrics, **options.as_kwargs()}
+    kwargs = _of_op(options, shift, metrics)
     wants_grad = torch.is_grad_enabled() and logits.requires_grad
     # The compiler takes the op with its formula; so do second derivatives, which fp64 is for.
     in_forward = wants_grad and divisor is not None and logits.dtype in _GRAD_IN_FORWARD_DTYPES
     if inplace and wants_grad:
         loss, *fields = _in_place(name, logits, labels, weight, divisor, expected_grad, kwargs, inplace)
     elif in_forward and not torch.compiler.is_compiling():
-        loss, *fields = ops.GradInForward.apply(logits, labels, weight, divisor, expected_grad, kwargs)
+        loss, *fields = ops.GradInForward.apply(logits, (labels, weight, divisor, expected_grad, kwargs))
     else:
         loss_sum, num_items, total_weight, _, num_correct, entropy_sum, _ = ops.cross_entropy(
             logits, labels, weight, **kwargs
@@ -687,6 +690,16 @@ def _mean_loss(
             divisor = ops.mean_divisor(num_items, total_weight, weight, loss_sum.dtype)
         loss, fields = loss_sum / divisor, [loss_sum, num_items, total_weight, num_correct, entropy_sum]
     return Divided(loss, TokenSums(*fields) if metrics else None)
+
+
+def _of_op(options: LossOptions, shift: int, metrics: bool) -> dict[str, Any]:
+    """The keyword arguments of an op, but for its defaults."""
+    kwargs = options.given()
+    if shift:
+        kwargs["shift"] = shift
+    if metrics:
+        kwargs["metrics"] = True
+    return kwargs
 
 
 def _linear(
@@ -775,7 +788,7 @@ def _divisor(name: str, num_items_in_batch: NumItems, like: torch.Tensor) -> tor
     if num_items_in_batch is None:
         return None
     acc = ops.accumulation_dtype(like)
-    info = torch.finfo(acc)
+    tiny, largest = _HELD[acc]
     if isinstance(num_items_in_batch, torch.Tensor):
         shape, dtype = tuple(num_items_in_batch.shape), num_items_in_batch.dtype
         if num_items_in_batch.numel() == 0:
@@ -790,13 +803,13 @@ def _divisor(name: str, num_items_in_batch: NumItems, like: torch.Tensor) -> tor
         value = first.to(acc)
         # NaN for what is no number of items, or none that acc holds: what it is cannot be known here without a sync.
         # Not clamp(min=1): what is passed may be the items of a step for each of its micro-batches, a fraction.
-        is_held = value.clamp(info.tiny, info.max) == value
+        is_held = value.clamp(tiny, largest) == value
         return torch.where(is_held, value, torch.where(first == 0, torch.ones_like(value), float("nan")))
     is_number = isinstance(num_items_in_batch, (int, float)) and not isinstance(num_items_in_batch, bool)
-    if not is_number or not (num_items_in_batch == 0 or info.tiny <= num_items_in_batch <= info.max):
+    if not is_number or not (num_items_in_batch == 0 or tiny <= num_items_in_batch <= largest):
         raise ValueError(
             f"{name}: expected num_items_in_batch >= 0, got {num_items_in_batch!r}; it is 0 or a number in "
-            f"[{info.tiny:.4g}, {info.max:.4g}], which {acc} holds, or a tensor of one; None counts the items of the call"
+            f"[{tiny:.4g}, {largest:.4g}], which {acc} holds, or a tensor of one; None counts the items of the call"
         )
     return torch.full((), float(num_items_in_batch) if num_items_in_batch else 1.0, dtype=acc, device=like.device)
 

@@ -15,7 +15,14 @@ import torch
 from torch.autograd.function import once_differentiable
 
 from . import checks, reference
-from ._compat import after_ad_inplace, below_ad_inplace, below_autograd
+from ._compat import (
+    after_ad_inplace,
+    after_autograd,
+    below_ad_inplace,
+    below_autograd,
+    direct_apply,
+    is_functorch_active,
+)
 from .options import LossOptions
 from .sums import at_least_one
 
@@ -87,6 +94,13 @@ def _(grad_loss_sum, logits, labels, weight=None, **options):
     return _fake_sums(logits)
 
 
+@torch.library.register_fake("accumloss::mean_with_grad")
+def _(divisor, logits, labels, weight=None, expected_grad=1.0, **options):
+    checks.check_call("mean_with_grad", logits, labels, weight, options)
+    checks.check_divisor("mean_with_grad", divisor, logits, accumulation_dtype(logits))
+    return logits.new_empty((), dtype=divisor.dtype), logits.new_empty(logits.shape)
+
+
 @torch.library.register_fake("accumloss::scratch")
 def _(like, rows, columns):
     checks.check_scratch(like, rows, columns)
@@ -96,19 +110,6 @@ def _(like, rows, columns):
 @torch.library.register_fake("accumloss::scale_")
 def _(values, factor):
     checks.check_scale(values, factor)
-
-
-# Language models: cross_entropy with the shift set. Autograd, fake tensors and the compiler see only cross_entropy. -------
-
-
-@torch.library.impl("accumloss::causal_lm", "CompositeImplicitAutograd")
-def _(logits, labels, weight=None, **options):
-    return _ops.cross_entropy(logits, labels, weight, shift=1, **options)[:2]
-
-
-@torch.library.impl("accumloss::masked_lm", "CompositeImplicitAutograd")
-def _(logits, labels, weight=None, **options):
-    return _ops.cross_entropy(logits, labels, weight, **options)[:2]
 
 
 # Autograd ------------------------------------------------------------------------------------------------------------
@@ -141,24 +142,80 @@ for _name in ("cross_entropy_backward_", "cross_entropy_with_grad_", "scale_"):
     _library.impl(_name, _pass_on(getattr(_ops, _name).default), "ADInplaceOrView", with_keyset=True)
 
 
-def _setup_forward(ctx: Any, inputs: tuple, keyword_only_inputs: dict, output: tuple) -> None:
-    logits, labels, weight = inputs
-    _, num_items, total_weight, lse, num_correct, entropy_sum, nll = output
-    ctx.options = keyword_only_inputs
-    ctx.save_for_backward(logits, labels, lse, nll, weight)
-    ctx.mark_non_differentiable(num_items, total_weight, lse, num_correct, entropy_sum, nll)
-    ctx.set_materialize_grads(False)
+class CrossEntropy(torch.autograd.Function):
+    """cross_entropy, whose gradient is a second visit of the logits. Only loss_sum has one."""
+
+    apply = direct_apply
+
+    @staticmethod
+    def forward(ctx, logits, weight, call):
+        num_outputs, keyset, labels, ctx.options = call
+        outputs = _below_autograd(keyset, logits, labels, weight, ctx.options)
+        ctx.save_for_backward(logits, labels, outputs[3], outputs[6], weight)
+        outputs = outputs[:num_outputs]
+        ctx.mark_non_differentiable(*outputs[1:])
+        ctx.set_materialize_grads(False)
+        return outputs
+
+    @staticmethod
+    def backward(ctx, grad_loss_sum, *_):
+        if grad_loss_sum is None:
+            return None, None, None
+        logits, labels, lse, nll, weight = ctx.saved_tensors
+        return _gradient(grad_loss_sum, logits, labels, lse, nll, weight, ctx.options), None, None
 
 
-def _backward(ctx: Any, grad_loss_sum: torch.Tensor | None, *_: None) -> tuple:
-    if grad_loss_sum is None:
-        return None, None, None
-    logits, labels, lse, nll, weight = ctx.saved_tensors
-    grad = _ops.cross_entropy_backward(grad_loss_sum, logits, labels, lse, nll, weight, **ctx.options)
-    return grad, None, None
+def _below_autograd(keyset, logits, labels, weight, options):
+    with below_autograd():
+        if keyset is None:  # of an op that is not cross_entropy itself
+            return _ops.cross_entropy(logits, labels, weight, **options)
+        return _ops.cross_entropy.default.redispatch(keyset & after_autograd, logits, labels, weight, **options)
 
 
-torch.library.register_autograd("accumloss::cross_entropy", _backward, setup_context=_setup_forward, lib=_library)
+def _gradient(grad_loss_sum, logits, labels, lse, nll, weight, options):
+    """cross_entropy_backward; below autograd where nobody differentiates it again."""
+    if torch.is_grad_enabled():
+        return _ops.cross_entropy_backward(grad_loss_sum, logits, labels, lse, nll, weight, **options)
+    checks.refuse_forward_ad("torch.ops.accumloss.cross_entropy_backward", grad_loss_sum, logits, lse, nll, weight)
+    with below_autograd():
+        return _ops.cross_entropy_backward(grad_loss_sum, logits, labels, lse, nll, weight, **options)
+
+
+def _first_outputs(num_outputs, keyset, logits, labels, weight, options):
+    """The first outputs of cross_entropy, with a gradient where one is wanted."""
+    checks.refuse_forward_ad("torch.ops.accumloss.cross_entropy", logits, labels, weight)
+    is_recorded = torch.is_grad_enabled() and (logits.requires_grad or (weight is not None and weight.requires_grad))
+    if not is_recorded:
+        return _below_autograd(keyset, logits, labels, weight, options)[:num_outputs]
+    if is_functorch_active():
+        raise RuntimeError(
+            "torch.ops.accumloss.cross_entropy: expected no torch.func transform (grad, vjp, vmap, ...) around tensors that "
+            "require grad, got one; use torch.autograd.grad, which also gives second derivatives"
+        )
+    return CrossEntropy.apply(logits, weight, (num_outputs, keyset, labels, options))
+
+
+# Kernels of their own and not register_autograd, whose wrappers take longer than a small call.
+
+
+def _cross_entropy(keyset, logits, labels, weight=None, **options):
+    return _first_outputs(7, keyset, logits, labels, weight, options)
+
+
+def _language_model(shift: int) -> Any:
+    """A kernel that is cross_entropy with a shift, whose outputs it records itself. What traces sees only cross_entropy."""
+    of_shift = {"shift": shift} if shift else {}
+
+    def kernel(logits, labels, weight=None, **options):
+        return _first_outputs(2, None, logits, labels, weight, {**of_shift, **options})
+
+    return kernel
+
+
+_kernels = torch.library.Library("accumloss", "IMPL")
+_kernels.impl("cross_entropy", _cross_entropy, "Autograd", with_keyset=True)
+_kernels.impl("causal_lm", _language_model(1), "CompositeImplicitAutograd")
+_kernels.impl("masked_lm", _language_model(0), "CompositeImplicitAutograd")
 
 
 def _setup_backward(ctx: Any, inputs: tuple, keyword_only_inputs: dict, output: torch.Tensor) -> None:
@@ -191,16 +248,20 @@ def _setup_refused(ctx: Any, inputs: tuple, keyword_only_inputs: dict, output: t
     pass
 
 
-def _refuse_backward(ctx: Any, *grads: Any) -> None:
-    raise RuntimeError(
-        "torch.ops.accumloss.cross_entropy_with_grad: expected no backward through it, since it returns the gradient "
-        "itself; use torch.ops.accumloss.cross_entropy, or the functions of the accumloss package"
+def _refuse_backward_of(name: str) -> Any:
+    def refuse_backward(ctx: Any, *grads: Any) -> None:
+        raise RuntimeError(
+            f"torch.ops.accumloss.{name}: expected no backward through it, since it returns the gradient itself; "
+            "use torch.ops.accumloss.cross_entropy, or the functions of the accumloss package"
+        )
+
+    return refuse_backward
+
+
+for _name in ("cross_entropy_with_grad", "mean_with_grad"):
+    torch.library.register_autograd(
+        f"accumloss::{_name}", _refuse_backward_of(_name), setup_context=_setup_refused, lib=_library
     )
-
-
-torch.library.register_autograd(
-    "accumloss::cross_entropy_with_grad", _refuse_backward, setup_context=_setup_refused, lib=_library
-)
 
 
 # The gradient in forward, and in place -------------------------------------------------------------------------------
@@ -215,14 +276,19 @@ class GradInForward(torch.autograd.Function):
     items would underflow in fp16, before a GradScaler's factor reaches it.
     """
 
+    apply = direct_apply
+
     @staticmethod
-    def forward(ctx, logits, labels, weight, divisor, expected_grad, options):
+    def forward(ctx, logits, call):
         # logits (..., V), labels (...), weight (V,) or None, divisor ()
-        factor = expected_grad / divisor
-        with below_autograd():
-            *sums, ctx.grad = _ops.cross_entropy_with_grad(factor, logits, labels, weight, **options)
+        labels, weight, divisor, ctx.expected_grad, ctx.options = call
         ctx.save_for_backward(logits, labels, weight, divisor)
-        ctx.expected_grad, ctx.options = expected_grad, options
+        with below_autograd():
+            if logits.is_cpu and "metrics" not in ctx.options:
+                loss, ctx.grad = _ops.mean_with_grad(divisor, logits, labels, weight, ctx.expected_grad, **ctx.options)
+                return (loss,)
+            factor = _expected_factor(ctx.expected_grad, divisor)
+            *sums, ctx.grad = _ops.cross_entropy_with_grad(factor, logits, labels, weight, **ctx.options)
         return _loss_and_sums(ctx, sums, divisor)
 
     @staticmethod
@@ -238,7 +304,7 @@ class GradInForward(torch.autograd.Function):
             grad = _ops.cross_entropy_with_grad(grad_loss / divisor, logits, labels, weight, **ctx.options)[-1]
         else:
             _scale_to(grad, grad_loss, ctx.expected_grad)
-        return grad, None, None, None, None, None
+        return grad, None
 
 
 class InPlaceForward(torch.autograd.Function):
@@ -247,7 +313,7 @@ class InPlaceForward(torch.autograd.Function):
     @staticmethod
     def forward(ctx, logits, labels, weight, divisor, expected_grad, options):
         data = logits.detach()
-        sums = _ops.cross_entropy_with_grad_(expected_grad / divisor, data, labels, weight, **options)
+        sums = _ops.cross_entropy_with_grad_(_expected_factor(expected_grad, divisor), data, labels, weight, **options)
         torch.autograd.graph.increment_version(logits)  # whoever saved the logits for its own backward must notice
         ctx.grad, ctx.expected_grad, ctx.options = data, expected_grad, options
         return _loss_and_sums(ctx, sums, divisor)
@@ -266,10 +332,15 @@ class InPlaceForward(torch.autograd.Function):
         return grad, None, None, None, None, None
 
 
+def _expected_factor(expected_grad: float, divisor: torch.Tensor) -> torch.Tensor:
+    """expected_grad / divisor: by one kernel where it is 1, the same bits."""
+    return divisor.reciprocal() if expected_grad == 1 else expected_grad / divisor
+
+
 def _loss_and_sums(ctx: Any, sums: Sequence[torch.Tensor], divisor: torch.Tensor) -> tuple[torch.Tensor, ...]:
     """What the functions here return: the loss, and with metrics the fields of TokenSums, which sums are."""
     loss = sums[0] / divisor
-    if not ctx.options["metrics"]:
+    if "metrics" not in ctx.options:
         return (loss,)
     ctx.mark_non_differentiable(*sums)
     return loss, *sums

@@ -55,6 +55,8 @@ class LossOptions:
 
         Nor may ``softcap / logit_scale``, where the cap begins, be beyond it: the kernels divide one by the other.
         """
+        if self is DEFAULT:
+            return
         info = torch.finfo(dtype)
         for name, value, is_off in (
             ("label_smoothing", self.label_smoothing, self.label_smoothing == 0),
@@ -79,6 +81,10 @@ class LossOptions:
             "logit_scale": self.logit_scale,
         }
 
+    def given(self) -> dict[str, Any]:
+        """as_kwargs, without those of DEFAULT: the fewer an op is called with, the sooner it begins."""
+        return {} if self is DEFAULT else self.as_kwargs()
+
 
 NAMES = tuple(field.name for field in fields(LossOptions))
 # As csrc/bindings.cpp writes them: for ops that are defined in Python.
@@ -92,6 +98,23 @@ def _check(name: str, value: Any, minimum: float, expected: str, maximum: float 
     is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
     if not is_number or not minimum <= value <= maximum:
         raise ValueError(f"LossOptions: expected {expected} for {name}, got {value!r}")
+
+
+DEFAULT = LossOptions()  # checked here, once; every dtype holds it
+
+
+def options_of(
+    ignore_index: int, label_smoothing: float, z_loss: float, softcap: float, logit_scale: float
+) -> LossOptions:
+    """LossOptions, as they are given to a loss: DEFAULT itself where nothing else was."""
+    is_default = (
+        (type(ignore_index) is int and ignore_index == DEFAULT.ignore_index)
+        and (type(label_smoothing) is float and label_smoothing == DEFAULT.label_smoothing)
+        and (type(z_loss) is float and z_loss == DEFAULT.z_loss)
+        and (type(softcap) is float and softcap == DEFAULT.softcap)
+        and (type(logit_scale) is float and logit_scale == DEFAULT.logit_scale)
+    )
+    return DEFAULT if is_default else LossOptions(ignore_index, label_smoothing, z_loss, softcap, logit_scale)
 
 
 LossOptions.__init__ = keywords.checked(LossOptions.__init__, "LossOptions")  # type: ignore[method-assign]

@@ -45,6 +45,9 @@ STABLE_TORCH_LIBRARY(accumloss, m) {
       "cross_entropy_with_grad_(Tensor grad_loss_sum, Tensor(a!) logits, Tensor labels, Tensor? weight=None, "
       "*" ALL_OPTIONS
       ") -> (Tensor loss_sum, Tensor num_items, Tensor total_weight, Tensor num_correct, Tensor entropy_sum)");
+  m.def(
+      "mean_with_grad(Tensor divisor, Tensor logits, Tensor labels, Tensor? weight=None, float expected_grad=1.0, *"
+      ", int shift=0" LM_OPTIONS ") -> (Tensor loss, Tensor grad_logits)");
   m.def("scale_(Tensor(a!) values, Tensor factor) -> ()");
   m.def("scratch(Tensor like, int rows, int columns) -> Tensor");
   // Both are cross_entropy through the dispatcher, in ops.py: there an error keeps its type and message.
@@ -100,6 +103,10 @@ struct Ops {
                                    Option... option) {
     return cross_entropy_with_grad_(backend(), grad_loss_sum, logits, labels, weight, LossOptions{option...});
   }
+  static std::tuple<Tensor, Tensor> mean_with_grad(Tensor divisor, Tensor logits, Tensor labels, OptionalTensor weight,
+                                                   double expected_grad, Option... option) {
+    return accumloss::mean_with_grad(backend(), divisor, logits, labels, weight, expected_grad, LossOptions{option...});
+  }
   static void scale(Tensor values, Tensor factor) { scale_(backend(), values, factor); }
   static Tensor scratch(Tensor like, int64_t rows, int64_t columns) {
     return accumloss::scratch(backend(), like, rows, columns);
@@ -118,7 +125,10 @@ void register_ops(torch::stable::detail::StableLibrary& m) {
   m.impl("scratch", TORCH_BOX(&OpsOfBackend::scratch));
 }
 
-STABLE_TORCH_LIBRARY_IMPL(accumloss, CPU, m) { register_ops<ready_cpu>(m); }
+STABLE_TORCH_LIBRARY_IMPL(accumloss, CPU, m) {
+  register_ops<ready_cpu>(m);
+  m.impl("mean_with_grad", TORCH_BOX((&Ops<ready_cpu, int64_t ACCUMLOSS_LOSS_OPTIONS(AS_TYPE)>::mean_with_grad)));
+}
 #if defined(ACCUMLOSS_WITH_CUDA)
 STABLE_TORCH_LIBRARY_IMPL(accumloss, CUDA, m) { register_ops<ready_cuda>(m); }
 #endif

@@ -430,6 +430,44 @@ InPlaceOutputs cross_entropy_with_grad_(const Backend& backend, const Tensor& gr
   return {sums.loss_sum, sums.num_items, sums.total_weight, sums.num_correct, sums.entropy_sum};
 }
 
+namespace {
+
+// As torch divides a number by a tensor: the reciprocal times the number.
+template <typename Acc>
+Acc quotient(double number, Acc divisor) {
+  const Acc reciprocal = Acc(1) / divisor;
+  return number == 1 ? reciprocal : reciprocal * static_cast<Acc>(number);
+}
+
+template <typename Acc>
+std::tuple<Tensor, Tensor> mean_with_grad_as(const Backend& backend, const Call& call, const void* divisor,
+                                             double expected_grad, const Tensor& grad_logits) {
+  const Acc n = *static_cast<const Acc*>(divisor);
+  const Acc factor = quotient(expected_grad, n);
+  Acc loss_sum, total_weight, entropy_sum;
+  int64_t num_items, num_correct;
+  backend.forward_with_grad(call.inputs, {&loss_sum, &num_items, &total_weight, &num_correct, &entropy_sum}, &factor,
+                            logits_view("mean_with_grad", grad_logits));
+  const Tensor loss = call.scalar(call.acc);
+  *static_cast<Acc*>(loss.data_ptr()) = loss_sum / n;
+  return {loss, grad_logits};
+}
+
+}  // namespace
+
+std::tuple<Tensor, Tensor> mean_with_grad(const Backend& backend, const Tensor& divisor, const Tensor& logits,
+                                          const Tensor& labels, const optional<Tensor>& weight, double expected_grad,
+                                          const LossOptions& options) {
+  const Call call("mean_with_grad", logits, labels, weight, options);
+  if (divisor.numel() != 1 || divisor.scalar_type() != call.acc)
+    fail("mean_with_grad", "a divisor of dtype ", dtype_string(call.acc), " with one element, got ",
+         dtype_string(divisor.scalar_type()), " of shape ", shape_string(divisor));
+  check_device("mean_with_grad", "divisor", divisor, call.logits);
+  const Tensor grad_logits = call.grad_logits(backend);
+  const auto run = call.acc == ScalarType::Double ? mean_with_grad_as<double> : mean_with_grad_as<float>;
+  return run(backend, call, divisor.data_ptr(), expected_grad, grad_logits);
+}
+
 void scale_(const Backend& backend, const Tensor& values, const Tensor& factor) {
   const Dtype dtype = dtype_of("scale_", values);
   if (values.dim() < 1) fail("scale_", "values of shape (..., n), got a 0-dim tensor; pass values.view(1)");

@@ -51,6 +51,15 @@ InPlaceOutputs cross_entropy_with_grad_(const Backend& backend, const Tensor& gr
                                         const Tensor& labels, const std::optional<Tensor>& weight,
                                         const LossOptions& options);
 
+// loss_sum / divisor (), and its gradient for expected_grad as what comes back to it (..., V). On CPU, where both
+// quotients are of two numbers.
+std::tuple<Tensor, Tensor> mean_with_grad(const Backend& backend,
+                                          const Tensor& divisor,                // ()
+                                          const Tensor& logits,                 // (..., V)
+                                          const Tensor& labels,                 // (...)
+                                          const std::optional<Tensor>& weight,  // (V,)
+                                          double expected_grad, const LossOptions& options);
+
 // values *= factor, (...) and (); nothing is written where factor is 1.
 void scale_(const Backend& backend, const Tensor& values, const Tensor& factor);
 

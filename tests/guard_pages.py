@@ -116,7 +116,7 @@ def run(count: int, seed: int) -> None:
             "softcap": draw(0.0, 0.0, 0.0, 20.0), "z_loss": draw(0.0, 0.0, 1e-3),
         }  # fmt: skip
         op = draw("cross_entropy", "cross_entropy_backward", "cross_entropy_backward_", "cross_entropy_with_grad",
-                  "cross_entropy_with_grad_", "scale_")  # fmt: skip
+                  "cross_entropy_with_grad_", "mean_with_grad", "scale_")  # fmt: skip
         acc = torch.float64 if dtype == torch.float64 else torch.float32
         x = layout(generator, (torch.randn(*sizes, V, generator=generator) * 3).to(dtype), kind)
         y = torch.randint(0, V, sizes, generator=generator)
@@ -133,10 +133,13 @@ def run(count: int, seed: int) -> None:
         inputs = {
             "cross_entropy": [x, y, weight], "scale_": [x.contiguous(), one],
             "cross_entropy_backward": [one, x, y, lse, nll, weight], "cross_entropy_with_grad": [one, x, y, weight],
+            "mean_with_grad": [one, x, y, weight],
         }  # fmt: skip
         given = inputs[op] if op in inputs else inputs[op.removesuffix("_")]
         if op == "scale_":
             kwargs = {}
+        if op == "mean_with_grad":
+            del kwargs["metrics"]
         guards = [None if t is None else Guarded(t, at_end) for t in given]
         written = {"scale_": 0}.get(op, 1) if op.endswith("_") else -1
         for i, guard in enumerate(guards):

@@ -36,7 +36,27 @@ def test_guards_and_keys_of_the_dispatcher():
     assert (values == 2).all()
     torch.ops.accumloss.scale_(values, two)
     assert (values == 4).all()
-    assert isinstance(_compat.after_ad_inplace, torch._C.DispatchKeySet)
+    for keys in (_compat.after_ad_inplace, _compat.after_autograd):
+        assert isinstance(keys, torch._C.DispatchKeySet)
+
+
+def test_a_function_is_applied_without_what_torch_does_in_python():
+    class Double(torch.autograd.Function):
+        apply = _compat.direct_apply
+
+        @staticmethod
+        def forward(ctx, x):
+            return x * 2
+
+        @staticmethod
+        def backward(ctx, grad):
+            return grad * 2
+
+    leaf = torch.ones((), requires_grad=True)
+    doubled = Double.apply(leaf)
+    assert doubled.grad_fn.name() == "DoubleBackward"
+    doubled.backward()
+    assert leaf.grad.item() == 2
 
 
 def test_a_backward_and_the_levels_of_transforms_are_known():

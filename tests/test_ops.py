@@ -1,10 +1,13 @@
 """What the ops owe PyTorch: opcheck, gradcheck, compile, functorch, autocast, versions, in-place rules."""
 
+from contextlib import nullcontext
+
 import pytest
 import torch
 from cases import DTYPES, Case, sample_cases
 from oracle import expected
 from tolerances import assert_within
+from torch.fx.experimental.proxy_tensor import make_fx
 
 import accumloss
 
@@ -49,6 +52,8 @@ def test_opcheck(case):
     _, _, _, lse, _, _, nll = ops.cross_entropy(logits, labels, weight, **kwargs)
     check(ops.cross_entropy_backward.default, (g, logits, labels, lse, nll, weight), kwargs)
     check(ops.cross_entropy_with_grad.default, (g, logits, labels, weight), kwargs)
+    mean = {name: value for name, value in kwargs.items() if name != "metrics"}
+    check(ops.mean_with_grad.default, (g, logits, labels, weight, 0.25), mean)
     dense = logits.clone(memory_format=torch.contiguous_format)
     check(ops.cross_entropy_backward_.default, (g, dense.clone(), labels, lse, nll, weight), kwargs)
     check(ops.cross_entropy_with_grad_.default, (g, dense.clone(), labels, weight), kwargs)
@@ -128,6 +133,8 @@ def test_compile_handles_changing_shapes():
 def test_torch_func_is_refused_by_a_clear_error():
     labels = torch.tensor([1, 2])
     for function in (
+        lambda x: ops.cross_entropy(x, labels)[0],
+        lambda x: ops.masked_lm(x, labels)[0],
         lambda x: accumloss.masked_lm_loss(x, labels, num_items_in_batch=2),
         lambda x: accumloss.cross_entropy(x, labels).loss_sum,
     ):
@@ -168,7 +175,7 @@ def test_autocast_keeps_the_dtype_of_the_logits(dtype):
 
 def test_gradient_is_skipped_without_requires_grad(monkeypatch):
     calls = []
-    for name in ("cross_entropy_with_grad", "cross_entropy_backward"):
+    for name in ("mean_with_grad", "cross_entropy_with_grad", "cross_entropy_backward"):
         original = getattr(ops, name)
 
         def recorded(*args, original=original, name=name, **kwargs):
@@ -183,7 +190,7 @@ def test_gradient_is_skipped_without_requires_grad(monkeypatch):
         accumloss.masked_lm_loss(torch.randn(2, 3, requires_grad=True), labels, num_items_in_batch=2)
     assert calls == []
     accumloss.masked_lm_loss(torch.randn(2, 3, requires_grad=True), labels, num_items_in_batch=2)
-    assert calls == ["cross_entropy_with_grad"]  # the recorder works
+    assert calls == ["mean_with_grad"]  # the recorder works
 
 
 def test_outputs_are_fresh_and_only_the_loss_carries_a_gradient():
@@ -205,6 +212,62 @@ def test_causal_lm_and_masked_lm_are_cross_entropy():
     assert ops.causal_lm(logits, labels)[1].item() == 8
     assert torch.equal(ops.masked_lm(logits, labels)[0], ops.cross_entropy(logits, labels)[0])
     assert ops.masked_lm(logits, labels)[1].item() == 10
+
+
+def test_what_is_traced_is_cross_entropy():
+    """By whatever traces, real or fake tensors: an op that went past the dispatcher would be missing in the graph."""
+
+    def nodes(graph):
+        found = [str(node.target) for node in graph.nodes if node.op == "call_function"]
+        return [name for name in found if "accumloss" in name]
+
+    class Losses(torch.nn.Module):
+        def forward(self, x, y):
+            return ops.masked_lm(x, y)[0] + ops.causal_lm(x, y)[0]
+
+    x, y = torch.randn(4, 7, requires_grad=True), torch.tensor([1, 2, -100, 6])
+    alone = ["accumloss.cross_entropy.default"] * 2
+    for pre_dispatch in (False, True):
+        for mode in ("real", "fake"):
+            traced = make_fx(Losses(), tracing_mode=mode, pre_dispatch=pre_dispatch)(x, y)
+            whole = ["accumloss.masked_lm.default", "accumloss.causal_lm.default"]
+            assert nodes(traced.graph) in (alone, whole), (pre_dispatch, mode)
+    exported = torch.export.export(Losses(), (x, y))
+    assert nodes(exported.run_decompositions().graph) == alone
+
+
+def test_a_recorded_backward_runs_under_compiled_autograd():
+    """The autograd functions hand on what it knows them by."""
+    labels = torch.tensor([1, 2])
+    for function in (
+        lambda x: ops.masked_lm(x, labels)[0],
+        lambda x: accumloss.masked_lm_loss(x, labels, num_items_in_batch=2),
+    ):
+        found = []
+        for compiles in (False, True):
+            leaf = torch.arange(6.0).view(2, 3).requires_grad_()
+            loss = function(leaf)
+            with torch._dynamo.compiled_autograd._enable(lambda graph: graph) if compiles else nullcontext():
+                loss.backward()
+            found.append(leaf.grad)
+        assert torch.equal(*found)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_mean_with_grad_is_the_quotient(dtype):
+    """To the bit what the sum, its gradient and torch's divisions give."""
+    for case in sample_cases(dtype, large=False):
+        acc = torch.float64 if dtype == torch.float64 else torch.float32
+        for divisor in (torch.tensor(7.0, dtype=acc), torch.tensor(0.3, dtype=acc)):
+            for expected_grad in (1.0, 1 / 3):
+                factor = expected_grad / divisor
+                loss_sum, *_, wanted = ops.cross_entropy_with_grad(
+                    factor, case.logits, case.labels, case.weight, **case.kwargs
+                )
+                given = (divisor, case.logits, case.labels, case.weight, expected_grad)
+                loss, grad = ops.mean_with_grad(*given, **case.kwargs)
+                assert torch.equal(loss.nan_to_num(), (loss_sum / divisor).nan_to_num()), case.name
+                assert torch.equal(grad.nan_to_num(), wanted.nan_to_num()), case.name
 
 
 # Bad input: one case for each message -----------------------------------------------------------------------------------
@@ -274,9 +337,10 @@ def test_backward_needs_what_forward_returned():
 
 def test_backward_through_the_gradient_op_is_refused():
     leaf = torch.zeros(2, 5, requires_grad=True)
-    out = ops.cross_entropy_with_grad(torch.ones(()), leaf, torch.zeros(2, dtype=torch.int64))
-    with pytest.raises(RuntimeError, match="expected no backward through it"):
-        out[0].backward()
+    for op in (ops.cross_entropy_with_grad, ops.mean_with_grad):
+        out = op(torch.ones(()), leaf, torch.zeros(2, dtype=torch.int64))
+        with pytest.raises(RuntimeError, match=f"{op.__name__}: expected no backward through it"):
+            out[0].backward()
 
 
 def test_scale():

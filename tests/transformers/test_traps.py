@@ -465,7 +465,7 @@ def test_the_gradient_is_written_once(monkeypatch):
     assert factors == [1.0] * 3
 
 
-OPS = ("cross_entropy", "cross_entropy_backward", "cross_entropy_with_grad")
+OPS = ("cross_entropy", "cross_entropy_backward", "cross_entropy_with_grad", "mean_with_grad")
 
 
 def spy(scale, factors):
