@@ -13,8 +13,9 @@ import warnings
 from pathlib import Path
 from typing import Any
 
+from .. import transformers as integration
 from . import audit_rows, census, models, report, tiny
-from .measure import WAYS, AuditError
+from .measure import REMEDIES, WAYS, AuditError
 
 
 def add_parser(commands: Any) -> None:
@@ -32,7 +33,9 @@ def add_parser(commands: Any) -> None:
         help="a folder, a hub id, a class (BertForMaskedLM), a configuration class or a model_type",
     )
     parser.add_argument(
-        "--factory", metavar="PKG.MODULE:FUNCTION", help="a function of yours that returns (model, batches)"
+        "--factory",
+        metavar="PKG.MODULE:FUNCTION",
+        help="a function of yours that returns (model, batches), or a Trainer",
     )
     parser.add_argument(
         "--trust-remote-code",
@@ -89,6 +92,8 @@ def run_one(options: argparse.Namespace) -> int:
         subject = models.from_factory(options.factory)
     else:
         subject = models.from_name(options.model, options.trust_remote_code)
+    if subject.trainer is not None:
+        return _verify(subject.trainer, options.json)
     gc.freeze()  # Trainer collects garbage after each training: all that is imported takes most of that time
     steps = 1 + len(WAYS) * len([size for size in options.batch_sizes if 0 < size < len(subject.rows)])
     with report.progress(steps, "steps") as advance:
@@ -100,6 +105,19 @@ def run_one(options: argparse.Namespace) -> int:
     else:
         report.show(found, f"{subject.name}: {subject.note}" if subject.note else "")
     return 0 if found.is_exact() else 1
+
+
+def _verify(trainer: Any, as_json: bool) -> int:
+    """The audit of a Trainer: its own compute_loss on its own rows."""
+    found = integration.verification(trainer)
+    if as_json:
+        told = {name: value for name, value in vars(found).items() if name not in ("measured", "schemes")}
+        print(json.dumps({**told, "terms": [vars(term) for term in found.terms]}, indent=2))
+    else:
+        print(found)
+        if found.is_exact is False and not found.can_be_exact:
+            print(f"what to do: {REMEDIES['coupled']}")
+    return 2 if found.is_exact is None else 0 if found.is_exact else 1
 
 
 def run_census(options: argparse.Namespace) -> int:

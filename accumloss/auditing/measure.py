@@ -71,6 +71,7 @@ class Report:
     noise: float  # relative difference of its gradient where the rows come in another order: rounding
     steps: list[StepResult]
     reason: str = ""  # why accumloss is not exact, where it is not
+    remedy: str = ""  # what can be done about it
     # of the one batch\'s gradient from every weighting of the micro-batches\', where accumloss is not exact
     distance: float | None = None
     # way: relative difference of Trainer's eval_loss between batch sizes; without a way whose Trainer gives none
@@ -451,6 +452,20 @@ def group_errors(gradients: Gradients, whole: Gradients) -> dict[str, float]:
 
 
 DEPENDS_ON_BATCH = "what the model returns for a row depends on the other rows of its batch"
+REMEDIES = {
+    DEPENDS_ON_BATCH: (
+        "give every micro-batch rows of one length and its attention mask; where the model itself mixes rows, let a micro-batch "
+        "hold the whole step: a larger per_device_train_batch_size and gradient_accumulation_steps=1"
+    ),
+    "coupled": (
+        "let a micro-batch hold all the rows that its loss compares: a larger per_device_train_batch_size, over "
+        "gradient checkpointing if memory is short; more micro-batches are another objective"
+    ),
+    "not recognised": (
+        "accumloss.register_with_transformers(verify=True) measures what it averages over and weighs it so; "
+        "accumloss.verify(trainer) shows what it finds"
+    ),
+}
 COUPLED = 1e-3  # a gradient further than this from the span of the micro-batches' is of no weighting of them
 
 
@@ -463,14 +478,17 @@ def explained(
         name, change = largest_change(copied, rows)
     if change > COUPLED:
         reason = f"{DEPENDS_ON_BATCH}: {name} of a row alone differs by {change:.2g} of its size"
+        remedy = REMEDIES[DEPENDS_ON_BATCH]
     elif distance > COUPLED:
         reason = (
             f"the loss is coupled over the batch, or has terms that count different things: no weighting of the micro-batches "
             f"gives the gradient of the one batch (it is {distance:.2g} of its size away)"
         )
+        remedy = REMEDIES["coupled"]
     else:
         reason = f"what the loss averages over was not recognised: {report.worst('accumloss').cause}"
-    return replace(report, reason=reason, distance=distance)
+        remedy = REMEDIES["not recognised"]
+    return replace(report, reason=reason, remedy=remedy, distance=distance)
 
 
 def largest_change(model: torch.nn.Module, rows: Rows) -> tuple[str, float]:

@@ -7,7 +7,7 @@ import importlib
 import io
 import pickle
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -24,6 +24,7 @@ class Subject(NamedTuple):
     model: torch.nn.Module
     rows: measure.Rows
     note: str = ""
+    trainer: Any = None  # whose own step is to be measured
 
 
 def from_name(name: str, trust_remote_code: bool = False) -> Subject:
@@ -54,20 +55,22 @@ def from_name(name: str, trust_remote_code: bool = False) -> Subject:
 
 
 def from_factory(path: str) -> Subject:
-    """pkg.module:function, which returns (model, batches) as audit() takes them."""
+    """pkg.module:function, which returns (model, batches) as audit() takes them, or a Trainer."""
     module_name, _, function_name = path.partition(":")
     if not module_name or not function_name:
         raise AuditError(f"audit: expected --factory pkg.module:function, got {path!r}")
     if "" not in sys.path:
         sys.path.insert(0, "")  # as python -m does: the module may lie in the working directory
     try:
-        function: Callable[[], tuple[torch.nn.Module, Sequence[Mapping[str, Any]]]]
+        function: Callable[[], Any]
         function = getattr(importlib.import_module(module_name), function_name)
     except (ImportError, AttributeError) as error:
         raise AuditError(f"audit: expected --factory {path} to import, got: {error}") from error
     made = function()
+    if any(cls.__module__ == "transformers.trainer" for cls in type(made).__mro__):
+        return Subject(type(made).__name__, made.model, [], trainer=made)
     if not isinstance(made, tuple) or len(made) != 2 or not isinstance(made[0], torch.nn.Module):
-        raise AuditError(f"audit: expected {path}() to return (model, batches), got {type(made).__name__}")
+        raise AuditError(f"audit: expected {path}() to return (model, batches) or a Trainer, got {type(made).__name__}")
     model, batches = made
     return Subject(type(model).__name__, model, measure.rows_of(list(batches)))
 

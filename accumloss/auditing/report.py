@@ -56,6 +56,11 @@ def verdict(report: Report) -> str:
         lines.append(f"{way}: eval_loss {depends} batch size ({difference:.0e})")
     if report.reason:
         lines.append(f"why not with accumloss: {report.reason}")
+    if report.remedy:
+        lines.append(f"what to do: {report.remedy}")
+    told = next((step.told for step in report.steps if step.told), "")
+    if told:
+        lines.append(f"a training is told: {told}")
     if report.noise > EXACT / 10:
         lines.append(f"rounding alone moves this gradient by {report.noise:.0e}: errors below that say nothing")
     return "\n".join(lines)

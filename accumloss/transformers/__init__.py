@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from ..keywords import checked, named_by
-from . import deferred, losses, mapping, objective
+from . import deferred, losses, mapping, objective, rebind
 from . import trainer as _trainer
 from .deferred import Explanation
 from .hook import compute_loss_func
@@ -152,6 +152,17 @@ def explain(model: Any) -> Explanation:
     loss = mapping.loss_of(base)
     ours = losses.underlying(loss)
     reason = ""
+    by_itself = rebind.losses_of(type(base)) if not deferred.calls_loss_function(type(base)) else None
+    if by_itself is not None and registration.is_active:
+        path, reason = "logits", f"its forward calls {', '.join(by_itself)} itself, and no loss_function"
+        if not by_itself:
+            path = "stock"
+            reason = "its forward calls no loss that accumloss knows; accumloss.verify(trainer) measures what it averages over"
+        if getattr(base, "_loss_function", None) is not None and not registration.is_one_of(base):
+            reason += "; the loss_function that was assigned to it has no effect"
+        return Explanation(
+            type(base).__name__, path, reason, f"{type(base).__module__}.{type(base).__qualname__}.forward"
+        )
     if ours is None:
         path = "stock"
         reason = (
@@ -192,9 +203,7 @@ def verify(trainer: Any) -> Verification:
 
     if not isinstance(trainer, Trainer):
         raise TypeError(f"verify: expected a transformers Trainer, got {type(trainer).__name__}")
-    with contextlib.nullcontext() if registration.is_active else registered():
-        _trainer.rebind.rebind_for(trainer, _trainer.base_model(trainer))
-        found = _trainer.measure(trainer)
+    found = verification(trainer)
     if trainer.is_world_process_zero():
         print(found)
     if found.is_exact is None:
@@ -202,6 +211,13 @@ def verify(trainer: Any) -> Verification:
     elif not found.is_exact:
         objective.tell(trainer, set(), found.reason, may="differs")
     return found
+
+
+def verification(trainer: Any) -> Verification:
+    """verify() of a Trainer, without a word."""
+    with contextlib.nullcontext() if registration.is_active else registered():
+        _trainer.rebind.rebind_for(trainer, _trainer.base_model(trainer))
+        return _trainer.measure(trainer)
 
 
 @contextmanager

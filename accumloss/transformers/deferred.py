@@ -279,10 +279,13 @@ def head_of(model: Any) -> Any:
         return None
 
 
-@functools.cache
-def _calls_loss_function(cls: Any) -> bool:
+def calls_loss_function(cls: Any) -> bool:
     """Whether the forward of a class takes its loss from model.loss_function."""
-    forward = inspect.unwrap(cls.forward)
+    return _names_loss_function(inspect.unwrap(cls.forward))
+
+
+@functools.cache
+def _names_loss_function(forward: Any) -> bool:
     try:
         return "loss_function" in inspect.getsource(forward)
     except (OSError, TypeError):
@@ -291,7 +294,7 @@ def _calls_loss_function(cls: Any) -> bool:
 
 def why_not(model: Any) -> str | None:
     """Why the head of a model computes its logits; None where it defers them."""
-    if not _calls_loss_function(type(model)):  # type: ignore[arg-type]  # a class is hashable
+    if not calls_loss_function(type(model)):
         return "its forward does not call loss_function"
     head = head_of(model)
     if head is None:

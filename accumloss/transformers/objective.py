@@ -134,8 +134,8 @@ class Check:
         self._reasons |= step.coupled
         self._reasons |= {
             f"{term.name} is coupled over the tokens of a micro-batch, and averaged"
-            for term, _ in combination.pairs
-            if term.name in ROUTER_LOSSES
+            for term, coefficient in combination.pairs
+            if term.name in ROUTER_LOSSES and bool(coefficient != 0)
         }
         if step.is_of_objects:
             return

@@ -327,6 +327,19 @@ def coupling(model: Any) -> set[str]:
     }
 
 
+is_running = False  # whether a loss is being measured
+
+
+@contextmanager
+def _running() -> Iterator[None]:
+    global is_running
+    is_running = True
+    try:
+        yield
+    finally:
+        is_running = False
+
+
 # Measuring ------------------------------------------------------------------------------------------------------------
 
 
@@ -358,7 +371,7 @@ class Probe:
     def run(self, loader: Any, here: Any = None) -> Verification:
         """Raises NotMeasured, and whatever the Trainer's own code raises."""
         name = type(self.trainer).__name__
-        with as_it_was(self.trainer, self.model), _in_fp32(self.model):
+        with as_it_was(self.trainer, self.model), _in_fp32(self.model), _running():
             batches = _Batches(loader, here)
             rows = batches.rows
             self.model.train()

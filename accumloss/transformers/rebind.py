@@ -117,6 +117,25 @@ def _codes(value: Any) -> Iterator[CodeType]:
         waiting += [constant for constant in code.co_consts if isinstance(constant, CodeType)]
 
 
+def losses_of(cls: type) -> tuple[str, ...]:
+    """PyTorch's losses that the forward of a class names, or functions of its module that it calls."""
+    known = {*heads.FUNCTIONS, *heads.CLASSES}
+    functions = [vars(base)["forward"] for base in cls.__mro__ if "forward" in vars(base)][:1]
+    found: set[str] = set()
+    seen: set[Any] = set()
+    while functions:
+        function = inspect.unwrap(functions.pop())
+        if function in seen or not isinstance(function, FunctionType):
+            continue
+        seen.add(function)
+        names = {name for code in _codes(function) for name in code.co_names}
+        found |= names & known
+        module = vars(sys.modules.get(function.__module__, torch))
+        functions += [module[name] for name in names if isinstance(module.get(name), FunctionType)]
+        functions += [value for name in names if isinstance(value := getattr(cls, name, None), FunctionType)]
+    return tuple(sorted(found))
+
+
 def _spells_out(code: CodeType) -> bool:
     """Whether code may say torch.nn.functional.cross_entropy, or torch.nn.CrossEntropyLoss."""
     names = set(code.co_names)

@@ -158,6 +158,10 @@ class Registration:
         """Assigns loss to the loss_function of a model, once."""
         self.models.setdefault(model, Patches()).bind(model, "_loss_function", loss)
 
+    def is_one_of(self, model: Any) -> bool:
+        """Whether a model was registered by itself."""
+        return model in self.models
+
     def uncover_model(self, model: Any) -> None:
         patches = self.models.pop(model, None)
         if patches is not None:

@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import functools
 import inspect
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
@@ -26,8 +27,9 @@ from typing import Any
 import torch
 
 from .._compat import not_compiled
+from ..inexact import InexactWarning
 from ..sums import TokenSums
-from . import counting, coupled, hook, losses, mapping, objective, probe, rebind, terms
+from . import counting, coupled, deferred, hook, losses, mapping, objective, probe, rebind, terms
 from . import evaluation as evaluations
 from . import step as steps
 from .registration import Patches, registration
@@ -270,8 +272,29 @@ def same_batch(trainer: Any) -> int:
 
 
 def train(self: Any, *args: Any, **kwargs: Any) -> Any:
+    _tell_unused_loss(self)
     with outermost(self):
         return _originals["train"](self, *args, **kwargs)
+
+
+def _tell_unused_loss(trainer: Any) -> None:
+    """A loss of ours that was assigned to a model which never asks for it."""
+    model = base_model(trainer)
+    given = getattr(model, "_loss_function", None)
+    is_unused = losses.underlying(given) is not None and not deferred.calls_loss_function(type(model))
+    if (
+        is_covered(trainer)
+        and is_unused
+        and not registration.is_one_of(model)
+        and "loss_function" not in state_of(trainer).warned
+    ):
+        state_of(trainer).warned.add("loss_function")
+        warnings.warn(
+            f"accumloss: the loss_function that was assigned to {type(model).__name__} has no effect: its forward calls none; "
+            "pass Trainer a compute_loss_func: functools.partial(accumloss.compute_loss_func, ...)",
+            InexactWarning,
+            stacklevel=3,
+        )
 
 
 @contextmanager

@@ -6,13 +6,46 @@ import contextlib
 import faulthandler
 import os
 import sys
+import warnings
 from pathlib import Path
 
 import torch
+import torch.nn.functional as F
 import transformers
 from training import HEADS, build, make_trainer, rows
 
 import accumloss
+from accumloss.transformers import probe
+
+
+class SumOverItsItems(transformers.Trainer):
+    """Divides a sum by the items of the micro-batch, by hand."""
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        logits, labels = model(**inputs).logits, inputs["labels"]
+        return F.cross_entropy(logits.flatten(0, 1), labels.flatten(), reduction="sum") / (labels != -100).sum()
+
+
+class ByHand(transformers.Trainer):
+    """A mean over the items by nothing that is known, which is measured."""
+
+    calls = 0
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        self.calls += 1
+        logits, labels = model(**{**inputs, "labels": None}).logits, inputs["labels"]
+        taken = logits.log_softmax(-1).gather(-1, labels.clamp(min=0)[..., None])[..., 0]
+        return -(taken * (labels != -100)).sum() / (labels != -100).sum()
+
+
+class AnotherOnOneRank(ByHand):
+    """Measured to be something else on the second rank: what the first finds holds there too, and it is told."""
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        loss = super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+        is_measured = probe.is_running and torch.distributed.get_rank() == 1
+        return loss * len(inputs["labels"]) if is_measured else loss
+
 
 # name: head, whether accumloss is registered, whether the count is that of all ranks
 RUNS = {
@@ -21,17 +54,23 @@ RUNS = {
     "masked, own loss": ("masked, own loss", True, True),
     "causal, each for itself": ("causal", True, False),
     "causal, each for itself, stock": ("causal", False, False),
+    "divided by hand": ("token classes", True, True, SumOverItsItems),
+    "measured": ("token classes", True, True, ByHand),
+    "measured to be another": ("token classes", True, True, AnotherOnOneRank),
 }
 
 
-def train(head: str, is_registered: bool, average: bool) -> dict:
+def train(head: str, is_registered: bool, average: bool, cls: type = transformers.Trainer) -> dict:
     name, config, targets = HEADS[head]
-    with accumloss.registered() if is_registered else contextlib.nullcontext():
+    registered = accumloss.registered(verify=issubclass(cls, ByHand)) if is_registered else contextlib.nullcontext()
+    with registered, warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always", accumloss.InexactWarning)
         # dealt so that each rank takes two rows of every four: the ranks hold very different numbers of labels
         trainer, recorder = make_trainer(
             build(name, **config),
             rows(targets),
             accumulation=2,
+            trainer_class=cls,
             batch_size=2,
             ddp_backend="gloo",
             average_tokens_across_devices=average,
@@ -39,7 +78,10 @@ def train(head: str, is_registered: bool, average: bool) -> dict:
         )
         trainer.train()
     gradients = {n.removeprefix("module."): g for n, g in recorder.gradients.items()}
-    return {"gradients": gradients, "loss": recorder.losses[-1]}
+    told = [str(w.message) for w in caught if issubclass(w.category, accumloss.InexactWarning)]
+    all_told: list = [None, None]
+    torch.distributed.all_gather_object(all_told, told)
+    return {"gradients": gradients, "loss": recorder.losses[-1], "told": all_told}
 
 
 def main(out: str) -> None:

@@ -220,7 +220,7 @@ def test_audit_of_an_own_model(capsys, tmp_path, monkeypatch):
     assert main(["audit", "--factory", "own_audit:make"]) == 1
     assert "coupled over the batch" in capsys.readouterr().out.replace("\n", " ")
     for factory, message in (
-        ("own_audit:wrong", "expected own_audit:wrong() to return (model, batches), got int"),
+        ("own_audit:wrong", "expected own_audit:wrong() to return (model, batches) or a Trainer, got int"),
         ("own_audit:missing", "expected --factory own_audit:missing to import"),
         ("nonsense", "expected --factory pkg.module:function, got 'nonsense'"),
     ):

@@ -16,7 +16,8 @@ def two_ranks(tmp_path_factory):
     """The step of each run of distributed_training.py."""
     out = tmp_path_factory.mktemp("ranks") / "found.pt"
     torchrun(Path(__file__).with_name("distributed_training.py"), out)
-    return {name: Step(run["gradients"], run["loss"], {}, None) for name, run in torch.load(out).items()}
+    found = torch.load(out)
+    return {name: Step(run["gradients"], run["loss"], run["told"], None) for name, run in found.items()}
 
 
 def one_batch(head):
@@ -29,6 +30,19 @@ def test_uneven_ranks(head, two_ranks):
     full, step = one_batch(head), two_ranks[head]
     assert error(step, full) <= TRAINER_GRADIENT
     assert loss_error(step, full) <= TRAINER_LOSS
+
+
+@pytest.mark.parametrize("name", ["divided by hand", "measured", "measured to be another"])
+def test_losses_by_hand_on_uneven_ranks(name, two_ranks):
+    full, step = one_batch("token classes"), two_ranks[name]
+    assert error(step, full) <= TRAINER_GRADIENT
+    assert loss_error(step, full) <= TRAINER_LOSS
+    on_first, on_second = step.weights  # what each rank was told
+    assert not on_first
+    if name == "measured to be another":
+        assert len(on_second) == 1 and "on rank 1 it was measured to be another" in on_second[0]
+    else:
+        assert not on_second
 
 
 def test_trap_11_ranks_that_count_for_themselves(two_ranks):
