@@ -1,8 +1,8 @@
 """The loss of a whole evaluation set: every term a mean over its items of the set, whatever the batches and the ranks.
 
 Trainer averages the means of the batches, weighted by their rows. Here each term of the loss reports its mean and its items,
-batch by batch. The loss of a model may be any sum of multiples of its terms and of a rest: the multiples are found once, by
-what the loss of the first batch changes by when a term does.
+batch by batch. The loss of a model may be any sum of multiples of its terms and of a rest: the multiples are its derivatives
+by them, in the first batch (tracked.py). Nobody's code is called twice for it.
 """
 
 from __future__ import annotations
@@ -16,9 +16,17 @@ from .._compat import not_compiled
 from ..sums import TokenSums
 from . import counting
 from . import step as steps
+from .terms import ELEMENTS, ITEMS, ROWS, SUM, WEIGHTS, Term, fitting_schemes, is_contrastive
+from .tracked import leaf_and_tracked, untracked
 
-PROBES = (0.5, 0.125)  # what a term is made larger by, of itself: a loss that is linear in it changes alike by both
-LINEAR = 1e-5  # of the loss: how much the two may disagree by
+SCHEMES = (
+    WEIGHTS,
+    ITEMS,
+    ROWS,
+    ELEMENTS,
+    SUM,
+)  # what somebody may divide a sum by, in the order in which they are tried
+SAME = 1e-5  # of the loss: what the rest may differ by from batch to batch
 
 
 class Amount(NamedTuple):
@@ -54,20 +62,33 @@ class Evaluation(steps.Step):
         super().__init__([], {}, averaged=1, expected_grad=1.0, over_ranks=lambda total: total, totals={})
         self.metrics, self.skips_non_finite = metrics, skips_non_finite
         self.means: list[tuple[torch.Tensor, torch.Tensor]] = []  # of this batch: mean, items
+        self.summed: list[tuple[torch.Tensor, torch.Tensor]] = []  # of this batch, by somebody: sum, counts by scheme
+        self.leaves: list[torch.Tensor] = []  # of the means, where they are tracked
+        self.leaves_by_hand: list[tuple[torch.Tensor, Term]] = []
+        self.fitting: list[set[str]] | None = None  # of what somebody sums: the schemes that fitted all batches so far
+        self.rests: list[torch.Tensor] = []  # of the batches: the loss without its means, its size, what somebody sums
         self.token_sums: TokenSums | None = None
         self.amount: Amount | None = None
-        self.probed: tuple[int, float] | None = None
+        self.target: torch.Tensor | None = None
         self.is_linear = True  # in its terms
+        self.is_touched = False  # somebody's own compute_loss has made use of num_items_in_batch
+        self.is_by_number = False  # what of the loss is no term honours the number
         self.num_terms: int | None = None  # of a batch
         self.coefficients: list[float] | None = None  # of the terms in the loss
-        self.totals_of_set: torch.Tensor | None = None  # (2 + 3 terms + 3) float64, see add()
+        self.totals_of_set: torch.Tensor | None = None  # float64, see add()
 
-    def begin(self, inputs: Any, probed: tuple[int, float] | None = None) -> None:
-        """Begins a batch; probed: a term, and by how much of itself it is to be larger than it is."""
+    @property
+    def is_looking(self) -> bool:
+        """Whether the terms of this batch are tracked."""
+        return self.coefficients is None or any(len(fitting) > 1 for fitting in self.fitting or ())
+
+    def begin(self, inputs: Any) -> None:
+        """Begins a batch."""
         inputs = counting.entries_of(inputs)
-        self.window, self.probed = [inputs], probed
+        self.window = [inputs]
         super().begin(inputs)
-        self.means, self.token_sums, self.amount = [], None, None
+        self.means, self.summed, self.token_sums, self.amount = [], [], None, None
+        self.leaves, self.leaves_by_hand = [], []
         self.calls = 0
 
     # What losses ask a step --------------------------------------------------------------------------------------------
@@ -90,22 +111,65 @@ class Evaluation(steps.Step):
             items = (labels.clamp(0, length) != length).sum().double()
         else:
             items = counting.Rule("labels", shift, ignore_index, weight=weight).total({"labels": labels})
+        are_indices = ignore_index is not None and length is None and not labels.is_floating_point()
+        if self.is_looking and not is_compiled and are_indices and self._is_contrastive(labels):
+            self.coupled.add(f"{name or 'a loss'} tells each row apart from the others of its batch")
         return steps.Divisor(steps.at_least_one(items), observer=_Term(self, items))
 
+    def _is_contrastive(self, labels: torch.Tensor) -> bool:
+        """Whether labels are the numbers of the rows, and no entry of the batch."""
+        rows = counting.num_rows(self.inputs)
+        if not is_contrastive(labels, rows) and not (rows == labels.numel() == 1 and bool((labels == 0).all())):
+            return False
+        entries = (v for v in self.inputs.values() if isinstance(v, torch.Tensor) and v.numel() == labels.numel())
+        return not any(counting.same_values(entry, labels) for entry in entries)
+
     def observe(self, loss: torch.Tensor, items: torch.Tensor, sums: TokenSums | None = None) -> torch.Tensor:
-        index = len(self.means)
         self.means.append((loss.detach().double(), items.to(loss.device)))
         if sums is not None:
             self.token_sums = sums
-        if self.probed is None or index != self.probed[0]:
+        if not self.is_looking or torch.compiler.is_compiling():
             return loss
-        return loss + (self.probed[1] * _size(loss)).to(loss.dtype)
+        leaf, handed_out = leaf_and_tracked(loss)
+        self.leaves.append(leaf)
+        return handed_out
 
     def part(self, value: torch.Tensor, share: Any) -> torch.Tensor:
         return self.observe(value, torch.as_tensor(share, dtype=torch.float64))
 
-    def see(self, value: torch.Tensor, *_: Any) -> torch.Tensor:
-        return value
+    def see(
+        self,
+        value: torch.Tensor,
+        target: torch.Tensor,
+        reduction: str,
+        ignore_index: int | None,
+        name: str,
+        weight: Any,
+    ) -> torch.Tensor:
+        """A loss of PyTorch's that its caller averages: its sum, and all that he may divide it by."""
+        if self.amount is not None:  # over boxes or masks
+            return value
+        rule = counting.Rule("labels", 0, ignore_index, weight=weight)
+        counts = {
+            ITEMS: rule._replace(weight=None).total({"labels": target}),
+            ROWS: self.share_of_rows(),
+            ELEMENTS: float(target.numel()),
+            SUM: 1.0,
+        }
+        counts[WEIGHTS] = rule.total({"labels": target}) if weight is not None else counts[ITEMS]
+        over = [torch.as_tensor(counts[scheme], dtype=torch.float64).to(value.device) for scheme in SCHEMES]
+        self.summed.append((value.detach().double().sum(), torch.stack(over)))
+        if not self.is_looking:
+            return value
+        leaf, handed_out = leaf_and_tracked(value)
+        term = Term(
+            leaf, name, rule, ("by hand", len(self.summed)), reduction, target=target, ignore_index=ignore_index
+        )
+        self.leaves_by_hand.append((leaf, term))
+        return handed_out
+
+    def held(self, rule: counting.Rule) -> torch.Tensor:
+        return rule.total({"labels": self.target})
 
     # Shares are amounts here: what of the set this batch is, is not known before its end.
 
@@ -125,63 +189,101 @@ class Evaluation(steps.Step):
 
     # Adding up ---------------------------------------------------------------------------------------------------------
 
-    def find_coefficients(
-        self, loss: torch.Tensor, again: Callable[[tuple[int, float]], torch.Tensor], agree: Callable[..., list[int]]
-    ) -> None:
+    def look(self, loss: torch.Tensor, agree: Callable[..., list[int]]) -> None:
         """Finds how the loss depends on its terms, where that of this batch is finite.
 
         A loss that is not linear in them (a perplexity) is none that could be put together from theirs: is_linear is false
         then, and no term is taken out of it.
 
         Args:
-            loss: ().
-            again: the loss of this batch with a term probed.
-            agree: the largest of each number over the ranks, all of which must compute the batch equally often.
+            loss: (), tracked where a term is in it.
+            agree: the largest of each number over the ranks, all of which ask equally often.
         """
-        terms = list(self.means)
-        is_term = len(terms) == 1 and bool((loss.double() == terms[0][0]) & (terms[0][0] != 0))
-        is_finite = bool(torch.isfinite(loss))
-        num_terms, differs, not_finite = agree(len(terms), int(not is_term), int(not is_finite))
         if self.num_terms is None:
-            self.num_terms = num_terms
-        if not_finite:
+            numbers = agree(len(self.means), len(self.summed))
+            self.num_terms, self.fitting = numbers[0], [set(SCHEMES) for _ in range(numbers[1])]
+        loss = untracked(loss)
+        is_finite = bool(torch.isfinite(loss))
+        if agree(int(not is_finite))[0]:
             return  # another batch will tell
-        if not differs:
-            self.coefficients = [1.0] * self.num_terms
-            return
-        coefficients, bends = [], 0
-        for term in range(self.num_terms):
-            size = _size(terms[term][0]) if term < len(terms) else torch.ones((), dtype=torch.float64)
-            found = [((again((term, probe)).double() - loss.double()) / (probe * size)).item() for probe in PROBES]
-            coefficients.append(found[0])
-            bends |= int(not abs(found[0] - found[1]) * size.item() <= LINEAR * abs(loss.item()))
-        self.is_linear = not agree(bends)[0]
-        self.coefficients = coefficients if self.is_linear else [0.0] * self.num_terms
+        leaves = [*self.leaves, *(leaf for leaf, _ in self.leaves_by_hand)]
+        found: list[torch.Tensor | None] = [None] * len(leaves)
+        if leaves and loss.requires_grad:
+            found = list(torch.autograd.grad(loss, leaves, create_graph=True, retain_graph=True, allow_unused=True))
+        bends = int(any(_bends(coefficient, leaves) for coefficient in found))
+        if self.coefficients is None:
+            coefficients = [0.0 if c is None else float(c) for c in found[: len(self.leaves)]]
+            self.coefficients = [*coefficients, *[0.0] * (self.num_terms - len(coefficients))]
+        assert self.fitting is not None
+        for index, (_, term) in enumerate(self.leaves_by_hand[: len(self.fitting)]):
+            coefficient = found[len(self.leaves) + index]
+            self.target = term.target
+            schemes = [] if coefficient is None else fitting_schemes(self, term, coefficient.detach(), loss)
+            self.fitting[index] &= set(schemes)
+        if agree(bends)[0]:
+            self.is_linear, self.coefficients = False, [0.0] * self.num_terms
+            self.fitting = [set() for _ in self.fitting]
 
     def add(self, loss: torch.Tensor, amount: Amount, is_real: bool = True) -> None:
         """Adds this batch to the set. Without a host sync."""
-        assert self.num_terms is not None
+        assert self.num_terms is not None and self.fitting is not None
+        loss = untracked(loss)
         device = loss.device
         loss = loss.detach().double()
         empty = torch.zeros((), dtype=torch.float64, device=device)
         times, over = (torch.as_tensor(value, dtype=torch.float64).to(device) for value in amount)
-        row = [loss * times, over]
+        row, rest = [loss * times, over], loss
         for index in range(self.num_terms):
             mean, items = self.means[index] if index < len(self.means) else (empty, empty)
             mean, items = mean.to(device), items.to(device, torch.float64)
             row += [mean * items, items, mean * times]
+            rest = rest - self.coefficients[index] * mean if self.coefficients else rest
+        of_batch = []
+        for index in range(len(self.fitting)):
+            total, counts = self.summed[index] if index < len(self.summed) else (empty, torch.zeros(len(SCHEMES)))
+            total, counts = total.to(device), counts.to(device, torch.float64)
+            means = total / torch.where(counts > 0, counts, torch.ones_like(counts))
+            row += [total, *counts, *(means * times)]
+            of_batch += list(means)
         sums = self.token_sums
         for value in (None, None, None) if sums is None else (sums.num_items, sums.num_correct, sums.entropy_sum):
             row.append(empty if value is None else value.to(device, torch.float64))
         added = torch.stack(row)
         if not is_real:
             added = torch.zeros_like(added)
-        elif self.skips_non_finite:
-            added = torch.where(torch.isfinite(loss), added, torch.zeros_like(added))
+        else:
+            self.rests.append(torch.stack([rest, loss.abs(), *of_batch]))
+            if self.skips_non_finite:
+                added = torch.where(torch.isfinite(loss), added, torch.zeros_like(added))
         self.totals_of_set = added if self.totals_of_set is None else self.totals_of_set + added
 
-    def results(self, over_ranks: Callable[[torch.Tensor], torch.Tensor]) -> dict[str, float]:
-        """The loss of the set, and where there are metrics the accuracy and entropy of its items; {} where it had none."""
+    def agree_on_schemes(self, agree: Callable[..., list[int]]) -> list[int | None]:
+        """Of what somebody sums, which of SCHEMES fitted all batches of all ranks; None: none did."""
+        chosen: list[int | None] = []
+        for fitting in self.fitting or []:
+            misfits = agree(*(int(scheme not in fitting) for scheme in SCHEMES))
+            chosen.append(misfits.index(0) if 0 in misfits else None)
+        return chosen
+
+    def depends_on_batches(self, chosen: list[int | None]) -> bool:
+        """Whether a part of the loss that is no term differs from batch to batch, so that its mean over the rows may be another."""
+        if len(self.rests) < 2:
+            return False
+        stacked = torch.stack(self.rests)
+        rests, sizes = stacked[:, 0], stacked[:, 1]
+        for index, scheme in enumerate(chosen):
+            if scheme is not None:
+                rests = rests - stacked[:, 2 + index * len(SCHEMES) + scheme]
+        rests = rests[torch.isfinite(rests)]
+        return bool(len(rests) > 1 and rests.max() - rests.min() > SAME * sizes.nan_to_num().max())
+
+    def results(self, over_ranks: Callable[[torch.Tensor], torch.Tensor], chosen: list[int | None]) -> dict[str, float]:
+        """The loss of the set, and where there are metrics the accuracy and entropy of its items; {} where it had none.
+
+        Args:
+            over_ranks: adds up over them.
+            chosen: what somebody's sums are divided by.
+        """
         if self.totals_of_set is None or self.coefficients is None:
             return {}
         total, amount, *rest = over_ranks(self.totals_of_set).tolist()
@@ -190,16 +292,26 @@ class Evaluation(steps.Step):
         for index, coefficient in enumerate(self.coefficients):
             of_items, term_items, of_batches = by_term[3 * index : 3 * index + 3]
             loss += coefficient * (_ratio(of_items, term_items) - _ratio(of_batches, amount))
+        width = 1 + 2 * len(SCHEMES)
+        for index, scheme in enumerate(chosen):
+            begin = 3 * len(self.coefficients) + index * width
+            summed, *of_schemes = by_term[begin : begin + width]
+            if scheme is not None:
+                count, of_batches = of_schemes[scheme], of_schemes[len(SCHEMES) + scheme]
+                of_set = summed if SCHEMES[scheme] == SUM else _ratio(summed, count)
+                loss += of_set - _ratio(of_batches, amount)
         results = {"loss": loss}
         if items:
             results.update(token_accuracy=_ratio(correct, items), token_entropy=_ratio(entropy, items))
         return results
 
 
-def _size(term: torch.Tensor) -> torch.Tensor:
-    """The size of a term, 1 where it is none."""
-    size = term.detach().double().abs()
-    return torch.where(size > 0, size, torch.ones_like(size))
+def _bends(coefficient: torch.Tensor | None, leaves: list[torch.Tensor]) -> bool:
+    """Whether what a loss depends on a term by depends on a term in its turn."""
+    if coefficient is None or not coefficient.requires_grad:
+        return False
+    again = torch.autograd.grad(coefficient.sum(), leaves, retain_graph=True, allow_unused=True)
+    return any(second is not None and bool((second != 0).any()) for second in again)
 
 
 def _ratio(total: float, items: float) -> float:

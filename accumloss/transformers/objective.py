@@ -246,13 +246,18 @@ def _weighed(trainer: Any, step: steps.Step, loss: Any, check: Check | None) -> 
     return loss, is_summed
 
 
-def tell_evaluation(trainer: Any, warned: set[str]) -> None:
-    """Warns once for each Trainer whose evaluation loss depends on the size of the batches."""
+NOT_LINEAR = "it is no sum of multiples of means, as a perplexity is none"
+OF_NO_TERM = "a part of it was computed by none of the losses that accumloss knows"
+
+
+def tell_evaluation(trainer: Any, warned: set[str], reason: str = NOT_LINEAR) -> None:
+    """Warns once for each Trainer whose evaluation loss depends on the size of the batches, or may."""
     if "evaluation" not in warned:
         warned.add("evaluation")
+        verb = "may depend" if reason == OF_NO_TERM else "depends"
         warnings.warn(
-            f"accumloss: the evaluation loss of {type(trainer).__name__} depends on the batch size: it is no sum of multiples of "
-            "means, as a perplexity is none; it is averaged over the batches by their rows, as Trainer does",
+            f"accumloss: the evaluation loss of {type(trainer).__name__} {verb} on the batch size: {reason}; it is averaged over "
+            "the batches by their rows, as Trainer does",
             InexactWarning,
             stacklevel=4,
         )

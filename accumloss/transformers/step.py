@@ -142,7 +142,7 @@ class Step:
 
     def begin(self, inputs: Mapping[str, Any]) -> None:
         """Takes inputs as the entries of this micro-batch from here on, as they are before anything runs."""
-        known = {id(self.inputs[key]): version for key, version in self.versions.items()}
+        known = {id(self.inputs[key]): version for key, version in self.versions.items() if key in self.inputs}
         tensors = {key: value for key, value in inputs.items() if isinstance(value, torch.Tensor)}
         self.versions = {key: known.get(id(value), value._version) for key, value in tensors.items()}
         self.inputs = dict(inputs)  # somebody may take entries out

@@ -174,14 +174,16 @@ class Schemes:
 def _is_averaged(loss: torch.Tensor, value: torch.Tensor) -> bool:
     """Whether there is a division or a mean between a term and the loss: with a single row or item it cannot be seen from its
     coefficient."""
+    wanted = torch.autograd.graph.get_gradient_edge(value).node
     seen: set[Any] = set()
     waiting: list[Any] = [loss.grad_fn]
     while waiting:
         node = waiting.pop()
-        if node is None or node in seen or node is value.grad_fn:
+        if node is None or node in seen or node is wanted:
             continue
         seen.add(node)
-        if node.name().startswith(("Div", "Mean")) and _leads_to(node, value.grad_fn):
+        is_of_one = getattr(node, "_saved_self_sym_sizes", None) == ()  # the mean of a loss is the loss
+        if node.name().startswith(("Div", "Mean")) and not is_of_one and _leads_to(node, wanted):
             return True
         waiting += [following for following, _ in node.next_functions]
         if len(seen) > MOST_NODES:
@@ -267,6 +269,12 @@ def _fitting(step: Step, term: Term, coefficient: torch.Tensor, number: Any, is_
     if is_one(scale):
         fitting.append(SUM)
     return fitting
+
+
+def fitting_schemes(step: Step, term: Term, coefficient: torch.Tensor, loss: torch.Tensor) -> list[str]:
+    """The schemes that a coefficient of a term that somebody averages fits; a sum over one row or item is told by its graph."""
+    fitting = _fitting(step, term, coefficient, None, False)
+    return [SUM] if SUM in fitting and not _is_averaged(loss, term.value) else fitting
 
 
 def _agreed(step: Step, fitting: list[str]) -> list[str]:

@@ -29,7 +29,7 @@ import torch
 from .._compat import not_compiled
 from ..inexact import InexactWarning
 from ..sums import TokenSums
-from . import counting, coupled, deferred, hook, losses, mapping, objective, probe, rebind, terms
+from . import counting, coupled, deferred, hook, losses, mapping, objective, probe, rebind, terms, tracked
 from . import evaluation as evaluations
 from . import step as steps
 from .registration import Patches, registration
@@ -659,7 +659,8 @@ def _compute_batch_of_set(
     step.main = _counted_rule(base_model(trainer), inputs) if isinstance(labels, torch.Tensor) else None
     step.num_items_in_batch = None
     # compiled code makes use of it, and is not observed
-    if trainer.model_accepts_loss_kwargs and step.main is not None:
+    takes_items = trainer.model_accepts_loss_kwargs or takes_the_items(type(base_model(trainer)).forward)
+    if takes_items and step.main is not None:
         given = step.num_items_in_batch = steps.at_least_one(step.main.total(inputs)).to(torch.float32)
         inputs = {**inputs, "num_items_in_batch": given}
     loss, outputs = _smoothed_loss(trainer, step, original, model, inputs, **kwargs)
@@ -763,19 +764,21 @@ def evaluation_loop(self: Any, *args: Any, **kwargs: Any) -> Any:
         return original(self, *args, **kwargs)
     rebind.rebind_for(self, base_model(self))
     evaluation = evaluations.Evaluation(settings.metrics, self.args.logging_nan_inf_filter)
-    own = vars(self).get("prediction_step")  # of the instance; a subclass may have another than Trainer
-    self.prediction_step = functools.partial(_prediction_step, self, evaluation, self.prediction_step)
+    patches = Patches()  # of the instance; a subclass may have others than Trainer
+    patches.bind(self, "prediction_step", functools.partial(_prediction_step, self, evaluation, self.prediction_step))
+    if type(self).compute_loss is not compute_loss:
+        patches.bind(self, "compute_loss", functools.partial(_evaluated, self, evaluation, self.compute_loss))
     try:
         with steps.entered(evaluation):
             output = original(self, *args, **kwargs)
     finally:
-        del self.prediction_step
-        if own is not None:
-            self.prediction_step = own
+        patches.undo()
+    chosen = evaluation.agree_on_schemes(functools.partial(_largest, self))
+    _tell_evaluation(self, evaluation, chosen)
     given = inspect.signature(original).bind(self, *args, **kwargs).arguments
     prefix = given.get("metric_key_prefix", "eval")
     if output.metrics is not None and f"{prefix}_loss" in output.metrics:
-        results = evaluation.results(lambda sums: _sum_over_ranks(self, sums))
+        results = evaluation.results(lambda sums: _sum_over_ranks(self, sums), chosen)
         output.metrics.update({f"{prefix}_{name}": value for name, value in results.items()})
     return output
 
@@ -792,32 +795,38 @@ def _prediction_step(
 ) -> Any:
     """Trainer's, of any class, whose loss goes into the evaluation."""
 
-    def loss_of(inputs: Any, probed: tuple[int, float] | None = None) -> torch.Tensor:
-        evaluation.begin(inputs, probed)
-        return predict(model, inputs, True, *args, **kwargs)[0].mean()
-
     evaluation.begin(inputs)
     with _smoothed_in_kernel(trainer, evaluation, prediction_loss_only):
         predicted = predict(model, inputs, prediction_loss_only, *args, **kwargs)
     if predicted[0] is None:
-        return predicted
+        return tracked.plain(predicted)
     loss = predicted[0].mean()
+    predicted = tracked.plain(predicted)
     real, are_all_real = real_rows(trainer, inputs)
-    means, token_sums, amount = evaluation.means, evaluation.token_sums, evaluation.amount
-    if evaluation.coefficients is None:
-        evaluation.find_coefficients(loss, lambda term: loss_of(inputs, term), functools.partial(_largest, trainer))
-    if are_all_real:
-        evaluation.means, evaluation.token_sums, evaluation.amount = means, token_sums, amount
-    else:  # rows that fill the last batch up are in the set already
+    if evaluation.is_looking:
+        evaluation.look(loss, functools.partial(_largest, trainer))
+    if not are_all_real:  # rows that fill the last batch up are in the set already
         inputs = first_rows(inputs, max(real, 1))
-        loss = loss_of(inputs)
+        evaluation.begin(inputs)
+        loss = predict(model, inputs, True, *args, **kwargs)[0].mean()
     if evaluation.is_linear:
-        amount = evaluation.amount or _amount(trainer, evaluation)
+        amount = evaluation.amount or _measured_amount(trainer, evaluation) or _amount(trainer, evaluation)
     else:
         amount = evaluations.Amount(*[float(counting.num_rows(evaluation.inputs))] * 2)
-        objective.tell_evaluation(trainer, state_of(trainer).warned)
     evaluation.add(loss, amount, is_real=real > 0)
     return predicted
+
+
+def _tell_evaluation(trainer: Any, evaluation: evaluations.Evaluation, chosen: list[int | None]) -> None:
+    """Says what of an evaluation may depend on the size of its batches."""
+    knows = state_of(trainer).measured.rest or evaluation.is_by_number or not _is_somebodys_own(trainer)
+    reasons = sorted(evaluation.coupled)
+    if not evaluation.is_linear:
+        reasons.append(objective.NOT_LINEAR)
+    elif not knows and evaluation.depends_on_batches(chosen):
+        reasons.append(objective.OF_NO_TERM)
+    if reasons:
+        objective.tell_evaluation(trainer, state_of(trainer).warned, "; ".join(reasons))
 
 
 @contextmanager
@@ -871,14 +880,58 @@ def first_rows(inputs: Any, n: int) -> Any:
     return counting.like(inputs, {**entries, **ignored})
 
 
+def _evaluated(
+    trainer: Any, evaluation: evaluations.Evaluation, theirs: Callable[..., Any], *args: Any, **kwargs: Any
+) -> Any:
+    """The outermost compute_loss of somebody's own, in an evaluation: whether it makes use of the items that it is given."""
+    given = kwargs.get("num_items_in_batch")
+    inputs: Any = kwargs.get("inputs", args[1] if len(args) > 1 else None)
+    labels = counting.entries_of(inputs).get("labels")
+    if given is None or not isinstance(labels, torch.Tensor) or objective.is_compiled(trainer):
+        return theirs(*args, **kwargs)
+    items = objective.Items.of(given, 1)
+    evaluation.main = _counted_rule(base_model(trainer), inputs)
+    result = theirs(*args, **{**kwargs, "num_items_in_batch": items})
+    evaluation.is_touched = items.is_touched or items.is_taken
+    evaluation.is_by_number = evaluation.is_by_number or evaluation.is_touched
+    return result
+
+
+def _is_somebodys_own(trainer: Any) -> bool:
+    """Whether the loss of an evaluation is computed by other code than Trainer's and transformers'."""
+    import transformers
+
+    cls = type(trainer)
+    own = transformers.Trainer.prediction_step, transformers.Seq2SeqTrainer.prediction_step
+    is_own = cls.compute_loss is not compute_loss or cls.prediction_step not in own
+    return (
+        is_own
+        or trainer.compute_loss_func is not None
+        or not type(base_model(trainer)).__module__.startswith(OURS_TO_KNOW)
+    )
+
+
+def _measured_amount(trainer: Any, evaluation: evaluations.Evaluation) -> evaluations.Amount | None:
+    """What a batch weighs where it was measured what the rest of the loss is a mean over."""
+    weight = next(iter(state_of(trainer).measured.rest), None)
+    if not isinstance(weight, counting.Rule) or not isinstance(evaluation.inputs.get(weight.key), torch.Tensor):
+        return None
+    items = weight.total(evaluation.inputs)
+    return evaluations.Amount(items, items)
+
+
 def _amount(trainer: Any, evaluation: evaluations.Evaluation) -> evaluations.Amount:
     """What a batch weighs in the set, besides its terms: its rows, mostly."""
     rows = evaluation.share_of_rows()
+    if evaluation.is_touched and evaluation.main is not None:
+        of_main = evaluation.main.total(evaluation.inputs)
+        return evaluations.Amount(of_main, of_main)
     if is_sum_over_examples(base_model(trainer)):
         return evaluations.Amount(1.0, rows)
     items = share(trainer, evaluation, evaluation.calls > 0)
     if items is None:
-        main = None if evaluation.calls else evaluation.main
+        main = None if evaluation.calls or evaluation.summed else evaluation.main
+        evaluation.is_by_number = evaluation.is_by_number or main is not None
         items = rows if main is None else main.total(evaluation.inputs)
     return evaluations.Amount(items, items)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import functools
 import warnings
@@ -34,7 +35,8 @@ def computes(loss):
 
     class Own(Trainer):
         def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
-            return loss(self, model, inputs, num_items_in_batch)
+            value = loss(self, model, inputs, num_items_in_batch)
+            return (value, {"loss": value}) if return_outputs else value
 
     return {"trainer_class": Own}
 
@@ -332,6 +334,55 @@ def test_iterable_dataset_with_an_incomplete_micro_batch():
     assert error(step, full) <= TRAINER_GRADIENT and loss_error(step, full) <= TRAINER_LOSS
 
 
+def evaluated(model, examples, size, options, register=True):
+    options = {"prediction_loss_only": True, **options, "per_device_eval_batch_size": size}
+    with accumloss.registered() if register else contextlib.nullcontext():
+        trainer, _ = make_trainer(copy.deepcopy(model), fresh(examples), 1, **options)
+        return trainer.evaluate(fresh(examples))["eval_loss"]
+
+
+@pytest.mark.parametrize("name", [name for name in EXACT if not name.startswith("model_accepts_loss_kwargs_set")])
+def test_evaluation_is_that_of_the_one_batch(name):
+    model, examples, options = of(getattr(Exact, name))
+    wanted = evaluated(model, examples, 8, options, register=False)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", accumloss.InexactWarning)
+        for size in (8, 3, 2, 1):
+            assert abs(evaluated(model, examples, size, options) - wanted) <= 2 * TRAINER_LOSS * abs(wanted)
+
+
+def test_an_evaluation_calls_nothing_of_the_users_twice():
+    model, examples = tagger()
+    seen = []
+
+    def loss(self, model, inputs, n):
+        outputs = model(**inputs)
+        mean = F.cross_entropy(*flat(outputs, inputs["labels"]))
+        seen.append(mean.item())
+        by_hand = -outputs.logits.log_softmax(-1).flatten(0, 1)[inputs["labels"].flatten() != -100]
+        assert (
+            abs(by_hand.gather(1, inputs["labels"][inputs["labels"] != -100][:, None]).mean().item() - seen[-1]) < 1e-5
+        )
+        return 0.5 * outputs.loss + 0.5 * mean + 1
+
+    evaluated(model, examples, 2, computes(loss))
+    assert len(seen) == 4
+
+
+def test_an_evaluation_needs_no_memory_for_a_graph_of_the_model():
+    """The terms record what is made of them; the operations of the model record nothing."""
+    model, examples = tagger()
+    graphs = []
+
+    def loss(self, model, inputs, n):
+        outputs = model(**inputs)
+        graphs.append((outputs.logits.requires_grad, torch.is_grad_enabled()))
+        return 2 * outputs.loss
+
+    evaluated(model, examples, 2, computes(loss))
+    assert graphs == [(False, False)] * 4
+
+
 # Told -------------------------------------------------------------------------------------------------------------------
 
 
@@ -400,3 +451,13 @@ def test_by_hand_is_told_and_never_worse_than_stock(name):
     with accumloss.registered(), pytest.warns(accumloss.InexactWarning, match=says):
         step = train(model, fresh(examples), split[0], batch_size=split[1], **options)
     assert TRAINER_GRADIENT < error(step, full) <= error(stock, full) * (1 + 1e-6)
+
+
+@pytest.mark.parametrize("name", ["contrastive", "focal", "sum_over_something", "compute_loss_func_by_hand"])
+def test_evaluation_by_hand_is_told_and_stocks(name):
+    _, model, examples, options, _ = getattr(Told, name)()
+    for size in (2, 1):
+        stock = evaluated(model, examples, size, options, register=False)
+        with pytest.warns(accumloss.InexactWarning, match="on the batch size") as caught:
+            ours = evaluated(model, examples, size, options)
+        assert len(caught) == 1 and abs(ours - stock) <= TRAINER_LOSS * abs(stock)
