@@ -461,3 +461,19 @@ def test_evaluation_by_hand_is_told_and_stocks(name):
         with pytest.warns(accumloss.InexactWarning, match="on the batch size") as caught:
             ours = evaluated(model, examples, size, options)
         assert len(caught) == 1 and abs(ours - stock) <= TRAINER_LOSS * abs(stock)
+
+
+@pytest.mark.parametrize("verify", [False, True])
+def test_resuming_goes_on_as_the_one_batch_would(tmp_path, verify):
+    """Three steps, interrupted after the first: what was learned of the loss is learned anew."""
+    model, examples, options = of(Exact.sum_over_its_own_items)
+    full = train(model, fresh(examples), 1, steps=3, **options)
+    saved = {"save_strategy": "steps", "save_steps": 1, "output_dir": str(tmp_path)}
+    with accumloss.registered(verify=verify), warnings.catch_warnings():
+        warnings.simplefilter("error", accumloss.InexactWarning)
+        train(model, fresh(examples), 4, steps=1, **saved, **options)
+        trainer, _ = make_trainer(copy.deepcopy(model), fresh(examples), 4, steps=3, **saved, **options)
+        trainer.train(resume_from_checkpoint=str(tmp_path / "checkpoint-1"))
+    assert trainer.state.global_step == 3
+    for name, weight in trainer.model.named_parameters():
+        torch.testing.assert_close(weight.detach(), full.weights[name], rtol=1e-4, atol=1e-6)
