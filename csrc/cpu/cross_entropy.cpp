@@ -22,7 +22,7 @@
 #include "../row.h"
 #include "instruction_set.h"
 #include "kept_memory.h"
-#include "row_kernels.h"
+#include "rows/table.h"
 
 namespace accumloss {
 namespace cpu {

@@ -1,8 +1,8 @@
-// The table of row kernels that row_kernels.cpp fills once for each instruction set.
+// The table of row kernels that table.cpp fills once for each instruction set.
 #pragma once
 
-#include "../cross_entropy.h"
-#include "../row.h"
+#include "../../cross_entropy.h"
+#include "../../row.h"
 
 namespace accumloss {
 namespace cpu {
