@@ -20,7 +20,7 @@ ACCUMLOSS_INLINE void prefetch(const T* group, int64_t ahead) {
 
 // buffer[i] = x[i], i < n; entries up to the next multiple of kLanes are overwritten with anything finite.
 template <typename T, typename Acc>
-ACCUMLOSS_INLINE void load_block(const T* x, int64_t n, Acc* buffer, int64_t ahead = kPrefetchBytes) {
+ACCUMLOSS_NOINLINE void load_block(const T* x, int64_t n, Acc* buffer, int64_t ahead = kPrefetchBytes) {
   constexpr int kWidth = Vectors<Acc>::kWidth;
   int64_t i = 0;
   for (; i + kLanes <= n; i += kLanes) {
@@ -35,7 +35,7 @@ ACCUMLOSS_INLINE void load_block(const T* x, int64_t n, Acc* buffer, int64_t ahe
 }
 
 template <typename T, typename Acc>
-ACCUMLOSS_INLINE void store_block(const Acc* buffer, int64_t n, T* x) {
+ACCUMLOSS_NOINLINE void store_block(const Acc* buffer, int64_t n, T* x) {
   constexpr int kWidth = Vectors<Acc>::kWidth;
   int64_t i = 0;
   for (; i + kLanes <= n; i += kLanes)
@@ -49,7 +49,7 @@ ACCUMLOSS_INLINE void store_block(const Acc* buffer, int64_t n, T* x) {
 
 // buffer = z(buffer)
 template <typename Acc>
-void transform_block(Acc* buffer, int64_t n, const Transform<Acc>& transform) {
+ACCUMLOSS_NOINLINE void transform_block(Acc* buffer, int64_t n, const Transform<Acc>& transform) {
   constexpr int kWidth = Vectors<Acc>::kWidth;
   for (int64_t i = 0; i < n; i += kWidth) {
     const auto x = load(buffer + i);
@@ -61,7 +61,7 @@ void transform_block(Acc* buffer, int64_t n, const Transform<Acc>& transform) {
 
 // grad *= dz/dx (logits x, before the transform); see Transform::slope
 template <typename Acc>
-void multiply_by_slope(const Acc* x, int64_t n, const Transform<Acc>& transform, Acc* grad) {
+ACCUMLOSS_NOINLINE void multiply_by_slope(const Acc* x, int64_t n, const Transform<Acc>& transform, Acc* grad) {
   constexpr int kWidth = Vectors<Acc>::kWidth;
   using Real = typename Vectors<Acc>::Real;
   for (int64_t i = 0; i < n; i += kWidth) {
@@ -90,9 +90,10 @@ ACCUMLOSS_INLINE Acc max_block(const Acc* z, int64_t padded) {
   return max_lanes<Acc>(max);
 }
 
-// sum_j exp(z_j - reference), and sum_j exp(z_j - reference) (z_j - reference) where kWeighted.
-template <bool kWeighted, bool kStore, typename Acc>
-ACCUMLOSS_INLINE Acc sum_exps(const Acc* z, int64_t padded, int64_t n, Acc reference, Acc* exps, Acc* weighted) {
+// exps_j = exp(z_j - reference), which may be z: their sum, and sum_j exp(z_j - reference) (z_j - reference) where
+// kWeighted.
+template <bool kWeighted, typename Acc>
+ACCUMLOSS_NOINLINE Acc sum_exps(const Acc* z, int64_t padded, Acc reference, Acc* exps, Acc* weighted) {
   constexpr int kWidth = Vectors<Acc>::kWidth;
   constexpr int kVectors = kLanes / kWidth;
   using Real = typename Vectors<Acc>::Real;
@@ -106,13 +107,7 @@ ACCUMLOSS_INLINE Acc sum_exps(const Acc* z, int64_t padded, int64_t n, Acc refer
       sums[k] += e[k];
       if (kWeighted) products[k] += e[k] * x;
     }
-    if (kStore) {
-      if (i + kLanes <= n) {
-        for (int k = 0; k < kVectors; ++k) store(e[k], exps + i + k * kWidth);
-      } else {
-        std::memcpy(exps + i, e, static_cast<size_t>(n - i) * sizeof(Acc));
-      }
-    }
+    for (int k = 0; k < kVectors; ++k) store(e[k], exps + i + k * kWidth);
   }
   if (kWeighted) *weighted = sum_lanes<Acc>(products);
   return sum_lanes<Acc>(sums);
@@ -120,7 +115,7 @@ ACCUMLOSS_INLINE Acc sum_exps(const Acc* z, int64_t padded, int64_t n, Acc refer
 
 // sum_j w_j (z_j - reference), j < n
 template <typename Acc>
-double sum_linear(const Acc* z, const Acc* weight, int64_t n, double reference) {
+ACCUMLOSS_NOINLINE double sum_linear(const Acc* z, const Acc* weight, int64_t n, double reference) {
   const Acc origin = static_cast<Acc>(reference);
   Acc lanes[kLanes] = {};
   for (int64_t i = 0; i < n; i += kLanes) {
@@ -135,8 +130,8 @@ double sum_linear(const Acc* z, const Acc* weight, int64_t n, double reference) 
 // The same in double, for a block whose sum is beyond Acc, as that of masked classes is: of z, or of x times scale
 // where that is z. skipped: the label's position, or -1.
 template <typename T, typename Acc>
-__attribute__((noinline)) double sum_linear_wide(const T* x, double scale, const Acc* z, const Acc* weight, int64_t n,
-                                                 int64_t skipped, double reference) {
+ACCUMLOSS_NOINLINE double sum_linear_wide(const T* x, double scale, const Acc* z, const Acc* weight, int64_t n,
+                                          int64_t skipped, double reference) {
   alignas(64) Acc buffer[kBlock];
   if (x != nullptr) load_block(x, n, buffer);
   double sum = 0;
@@ -147,13 +142,27 @@ __attribute__((noinline)) double sum_linear_wide(const T* x, double scale, const
   return sum;
 }
 
+// x[0] in the type of the computation, in each lane.
 template <typename T>
-bool label_is_argmax(const void* x, int64_t V, int64_t target) {
+ACCUMLOSS_INLINE typename Lanes<T>::Real load_one(const T* x) {
+  T copy[Lanes<T>::kWidth];
+  for (int k = 0; k < Lanes<T>::kWidth; ++k) copy[k] = *x;
+  return load(copy);
+}
+// x[0] = value, rounded as whole vectors are.
+template <typename T>
+ACCUMLOSS_INLINE void store_one(typename Lanes<T>::Acc value, T* x) {
+  T copy[Lanes<T>::kWidth];
+  store(broadcast(value), copy);
+  *x = copy[0];
+}
+
+template <typename T>
+ACCUMLOSS_NOINLINE bool label_is_argmax(const void* x, int64_t V, int64_t target) {
   using Acc = typename AccOf<T>::type;
   const T* logits = static_cast<const T*>(x);
   alignas(64) Acc z[kBlock];
-  load_block(logits + target, 1, z);
-  const Acc label = z[0];
+  const Acc label = load_one(logits + target)[0];
   for (int64_t begin = 0; begin < V; begin += kBlock) {
     const int64_t n = V - begin < kBlock ? V - begin : kBlock;
     load_block(logits + begin, n, z);
@@ -177,10 +186,8 @@ struct RoundedLse {
 
 template <typename T>
 ACCUMLOSS_INLINE void set_target(const RowSegment& row, const RowGrad<double>& gradient, T* grad) {
-  using Acc = typename AccOf<T>::type;
   if (row.target < row.begin || row.target >= row.end) return;
-  alignas(64) Acc value[kLanes] = {static_cast<Acc>(gradient.target)};
-  store_block(value, 1, grad + (row.target - row.begin));
+  store_one(static_cast<typename Lanes<T>::Acc>(gradient.target), grad + (row.target - row.begin));
 }
 
 // What is written past the caches is put together here first: lines are written whole wherever rows begin.

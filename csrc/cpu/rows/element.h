@@ -108,7 +108,7 @@ constexpr Acc negative_infinity(Acc) {
 // kLanes consecutive elements as vectors, in the order in which they are cheapest to take apart and to put together:
 // that of memory, but for bf16 the elements of even index before those of odd index.
 template <typename T>
-struct Group {
+struct Lanes {
   using Acc = typename AccOf<T>::type;
   using Real = typename Vectors<Acc>::Real;
   static constexpr int kWidth = Vectors<Acc>::kWidth;
@@ -124,7 +124,8 @@ struct Group {
 
 // A pair of elements is one word: the one of even index its lower half.
 template <>
-struct Group<BFloat16> {
+struct Lanes<BFloat16> {
+  using Acc = float;
   using Real = FloatReal;
   static constexpr int kWidth = Vectors<float>::kWidth;
   static constexpr int kVectors = kLanes / kWidth;

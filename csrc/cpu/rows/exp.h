@@ -9,37 +9,53 @@ namespace accumloss {
 namespace cpu {
 namespace {
 
-// r -> p = (exp(r) - 1 - r) / r^2 on |r| <= ln(2) / 2, of kCount vectors
-template <int kCount>
-ACCUMLOSS_INLINE void exp_tails(const Vectors<float>::Real* r, Vectors<float>::Real* p) {  // minimax, 3.3e-9 of exp(r)
-  for (int k = 0; k < kCount; ++k) p[k] = r[k] * 0.00138131449136f + 0.00836941882809f;
-  for (int k = 0; k < kCount; ++k) p[k] = p[k] * r[k] + 0.0416684567812f;
-  for (int k = 0; k < kCount; ++k) p[k] = p[k] * r[k] + 0.166665147915f;
-  for (int k = 0; k < kCount; ++k) p[k] = p[k] * r[k] + 0.499999930507f;
-}
-ACCUMLOSS_INLINE Vectors<float>::Real exp_tail(Vectors<float>::Real r) {
-  Vectors<float>::Real p;
-  exp_tails<1>(&r, &p);
-  return p;
-}
-ACCUMLOSS_INLINE Vectors<double>::Real exp_tail(Vectors<double>::Real r) {  // Taylor, 4e-18
-  Vectors<double>::Real p = r * (1.0 / 6227020800.0) + 1.0 / 479001600.0;
-  p = p * r + 1.0 / 39916800.0;
-  p = p * r + 1.0 / 3628800.0;
-  p = p * r + 1.0 / 362880.0;
-  p = p * r + 1.0 / 40320.0;
-  p = p * r + 1.0 / 5040.0;
-  p = p * r + 1.0 / 720.0;
-  p = p * r + 1.0 / 120.0;
-  p = p * r + 1.0 / 24.0;
-  p = p * r + 1.0 / 6.0;
-  return p * r + 0.5;
-}
+// A constant as a variable: in a loop that uses it often and has too few registers, GCC would load a constant from
+// memory for each of its uses.
+struct Held {
+  template <typename Real>
+  ACCUMLOSS_INLINE Real operator()(Real value) const {
+#if defined(__x86_64__)
+    asm("" : "+x"(value));
+#elif defined(__aarch64__)
+    asm("" : "+w"(value));
+#endif
+    return value;
+  }
+};
+// For a loop that uses it little.
+struct AsItIs {
+  template <typename Real>
+  ACCUMLOSS_INLINE Real operator()(Real value) const {
+    return value;
+  }
+};
 
-template <int kCount>
-ACCUMLOSS_INLINE void exp_tails(const Vectors<double>::Real* r, Vectors<double>::Real* p) {
-  for (int k = 0; k < kCount; ++k) p[k] = exp_tail(r[k]);
-}
+// What exp() takes in each lane. tail: the coefficients of (exp(r) - 1 - r) / r^2 on |r| <= ln(2) / 2, the highest
+// first.
+template <typename Acc>
+struct ExpConstants {
+  using Real = typename Vectors<Acc>::Real;
+  static constexpr int kTail = sizeof(Acc) == 4 ? 5 : 12;
+  Real log2e, magic, lowest, one, tail[kTail];
+
+  template <typename Keep>
+  ACCUMLOSS_INLINE explicit ExpConstants(const Keep& keep)
+      : log2e(keep(broadcast(Acc(1.4426950408889634)))),
+        magic(keep(broadcast(Acc(Vectors<Acc>::kMagic)))),
+        lowest(keep(broadcast(Acc(Vectors<Acc>::kLowest)))),
+        one(keep(broadcast(Acc(1)))) {
+    if constexpr (sizeof(Acc) == 4) {
+      constexpr float kMinimax[] = {0.00138131449136f, 0.00836941882809f, 0.0416684567812f, 0.166665147915f,
+                                    0.499999930507f};  // 3.3e-9 of exp(r)
+      for (int i = 0; i < kTail; ++i) tail[i] = keep(broadcast(kMinimax[i]));
+    } else {
+      constexpr double kTaylor[] = {1.0 / 6227020800.0, 1.0 / 479001600.0, 1.0 / 39916800.0, 1.0 / 3628800.0,
+                                    1.0 / 362880.0,     1.0 / 40320.0,     1.0 / 5040.0,     1.0 / 720.0,
+                                    1.0 / 120.0,        1.0 / 24.0,        1.0 / 6.0,        0.5};  // 4e-18
+      for (int i = 0; i < kTail; ++i) tail[i] = keep(broadcast(kTaylor[i]));
+    }
+  }
+};
 
 // x - n log(2)
 ACCUMLOSS_INLINE Vectors<double>::Real remainder(Vectors<double>::Real x, Vectors<double>::Real n) {
@@ -60,10 +76,13 @@ ACCUMLOSS_INLINE typename Vectors<Acc>::Real exp_or_zero(typename Vectors<Acc>::
   using V = Vectors<Acc>;
   using Real = typename V::Real;
   using Int = typename V::Int;
-  const Real shifted = x * Acc(1.4426950408889634) + V::kMagic;
-  const Real n = shifted - V::kMagic;
+  const ExpConstants<Acc> c{AsItIs()};
+  const Real shifted = x * c.log2e + c.magic;
+  const Real n = shifted - c.magic;
   const Real r = remainder(x, n);
-  const Real e = (exp_tail(r) * r + Acc(1)) * r + Acc(1);
+  Real e = c.tail[0];
+  for (int i = 1; i < c.kTail; ++i) e = e * r + c.tail[i];
+  e = (e * r + c.one) * r + c.one;
   const Real power = reinterpret_cast<Real>(reinterpret_cast<Int>(shifted) << V::kMantissaBits);  // 2^n
   return zero ? Real{} : e * power;
 }
@@ -72,7 +91,8 @@ ACCUMLOSS_INLINE typename Vectors<Acc>::Real exp_or_zero(typename Vectors<Acc>::
 // which is up to 4e-6. Side by side in each step: what waits for a result waits outside of the core's schedulers.
 template <typename T, typename Acc, int kCount>
 ACCUMLOSS_INLINE void exps_of_differences(const typename Vectors<Acc>::Real* z, typename Vectors<Acc>::Real reference,
-                                          typename Vectors<Acc>::Real* d, typename Vectors<Acc>::Real* e) {
+                                          typename Vectors<Acc>::Real* d, typename Vectors<Acc>::Real* e,
+                                          const ExpConstants<Acc>& c = ExpConstants<Acc>(AsItIs())) {
   using V = Vectors<Acc>;
   using Real = typename V::Real;
   using Int = typename V::Int;
@@ -84,17 +104,19 @@ ACCUMLOSS_INLINE void exps_of_differences(const typename Vectors<Acc>::Real* z, 
     for (int k = 0; k < kCount; ++k) back[k] = d[k] - z[k];
     for (int k = 0; k < kCount; ++k) low[k] = (z[k] - (d[k] - back[k])) - (reference + back[k]);
   }
-  for (int k = 0; k < kCount; ++k) shifted[k] = d[k] * Acc(1.4426950408889634) + V::kMagic;
-  for (int k = 0; k < kCount; ++k) n[k] = shifted[k] - V::kMagic;
+  for (int k = 0; k < kCount; ++k) shifted[k] = d[k] * c.log2e + c.magic;
+  for (int k = 0; k < kCount; ++k) n[k] = shifted[k] - c.magic;
   for (int k = 0; k < kCount; ++k) r[k] = remainder(d[k], n[k]);
   if (kHasLow)
     for (int k = 0; k < kCount; ++k) r[k] = r[k] + low[k];
-  exp_tails<kCount>(r, e);
-  for (int k = 0; k < kCount; ++k) e[k] = e[k] * r[k] + Acc(1);
-  for (int k = 0; k < kCount; ++k) e[k] = e[k] * r[k] + Acc(1);
+  for (int k = 0; k < kCount; ++k) e[k] = r[k] * c.tail[0] + c.tail[1];
+  for (int i = 2; i < c.kTail; ++i)
+    for (int k = 0; k < kCount; ++k) e[k] = e[k] * r[k] + c.tail[i];
+  for (int k = 0; k < kCount; ++k) e[k] = e[k] * r[k] + c.one;
+  for (int k = 0; k < kCount; ++k) e[k] = e[k] * r[k] + c.one;
   for (int k = 0; k < kCount; ++k) {
     const Real power = reinterpret_cast<Real>(reinterpret_cast<Int>(shifted[k]) << V::kMantissaBits);  // 2^n
-    e[k] = d[k] < V::kLowest ? Real{} : e[k] * power;
+    e[k] = d[k] < c.lowest ? Real{} : e[k] * power;
   }
 }
 
@@ -107,15 +129,16 @@ struct ExpFrom {
   static constexpr double kUnit = 1;            // of u in z
   static constexpr bool kClampsAlways = false;  // whether u exp() is 0 at -inf also where exp() is not asked to clamp
   const Acc origin_;
+  const ExpConstants<Acc> constants_;
 
-  ACCUMLOSS_INLINE explicit ExpFrom(Acc origin) : origin_(origin) {}
+  template <typename Keep = AsItIs>
+  ACCUMLOSS_INLINE explicit ExpFrom(Acc origin, const Keep& keep = Keep()) : origin_(origin), constants_(keep) {}
   ACCUMLOSS_INLINE double origin() const { return origin_; }
   // u = (z - origin) / kUnit; where kClamps, raised to where the exponential is zero, so that u exp() is 0 at -inf
   template <bool kClamps, int kCount>
   ACCUMLOSS_INLINE void exps(const Real* z, Real* u, Real* e) const {
-    exps_of_differences<T, Acc, kCount>(z, broadcast(origin_), u, e);
-    for (int k = 0; kClamps && k < kCount; ++k)
-      u[k] = u[k] < Vectors<Acc>::kLowest ? broadcast<Acc>(Vectors<Acc>::kLowest) : u[k];
+    exps_of_differences<T, Acc, kCount>(z, broadcast(origin_), u, e, constants_);
+    for (int k = 0; kClamps && k < kCount; ++k) u[k] = u[k] < constants_.lowest ? constants_.lowest : u[k];
   }
   template <bool kClamps>
   ACCUMLOSS_INLINE Real exp(Real z, Real* u) const {
@@ -147,8 +170,14 @@ struct ExpFrom<BFloat16> {
   static constexpr bool kFused = false;
 #endif
   float scale_, offset_;
+  Real lowest_, magic_, coefficients_[6];  // of 2^(2f) on [-1/4, 1/4], minimax, 9e-8; the highest first
 
-  ACCUMLOSS_INLINE explicit ExpFrom(float origin) : scale_(kScale) {
+  template <typename Keep = AsItIs>
+  ACCUMLOSS_INLINE explicit ExpFrom(float origin, const Keep& keep = Keep())
+      : scale_(kScale), lowest_(keep(broadcast(float(kLowest)))), magic_(keep(broadcast(float(kMagic)))) {
+    constexpr float kCoefficients[] = {0.0424471274018f, 0.154744207859f, 0.444058686495f,
+                                       0.960889697075f,  1.3862940073f,   1.0f};
+    for (int i = 0; i < 6; ++i) coefficients_[i] = keep(broadcast(kCoefficients[i]));
     if (!(std::fabs(origin) < kFar)) {
       scale_ = 1;
       uint32_t bits;
@@ -172,15 +201,13 @@ struct ExpFrom<BFloat16> {
   ACCUMLOSS_INLINE void exps(const Real* z, Real* u, Real* e) const {
     Real shifted[kCount], f[kCount], p[kCount];
     for (int k = 0; k < kCount; ++k) u[k] = kFused ? z[k] * scale_ + offset_ : (z[k] + offset_) * scale_;
-    for (int k = 0; k < kCount; ++k) u[k] = maximum(broadcast<float>(kLowest), u[k]);  // a NaN stays
-    for (int k = 0; k < kCount; ++k) shifted[k] = u[k] + kMagic;
-    for (int k = 0; k < kCount; ++k) f[k] = shifted[k] - kMagic;
+    for (int k = 0; k < kCount; ++k) u[k] = maximum(lowest_, u[k]);  // a NaN stays
+    for (int k = 0; k < kCount; ++k) shifted[k] = u[k] + magic_;
+    for (int k = 0; k < kCount; ++k) f[k] = shifted[k] - magic_;
     for (int k = 0; k < kCount; ++k) f[k] = u[k] - f[k];
-    for (int k = 0; k < kCount; ++k) p[k] = f[k] * 0.0424471274018f + 0.154744207859f;  // minimax on [-1/4, 1/4], 9e-8
-    for (int k = 0; k < kCount; ++k) p[k] = p[k] * f[k] + 0.444058686495f;
-    for (int k = 0; k < kCount; ++k) p[k] = p[k] * f[k] + 0.960889697075f;
-    for (int k = 0; k < kCount; ++k) p[k] = p[k] * f[k] + 1.3862940073f;
-    for (int k = 0; k < kCount; ++k) p[k] = p[k] * f[k] + 1.0f;
+    for (int k = 0; k < kCount; ++k) p[k] = f[k] * coefficients_[0] + coefficients_[1];
+    for (int i = 2; i < 6; ++i)
+      for (int k = 0; k < kCount; ++k) p[k] = p[k] * f[k] + coefficients_[i];
     for (int k = 0; k < kCount; ++k)
       e[k] = p[k] * reinterpret_cast<Real>(reinterpret_cast<Int>(shifted[k]) << Vectors<float>::kMantissaBits);
   }

@@ -45,17 +45,11 @@ void push_general(const RowSegment& row, const LossOptions& options, RowState<do
     }
     // all -inf so far: any finite reference makes every exponential zero (and keeps a NaN)
     const Acc reference = state->max == -kInfinity ? Acc(0) : static_cast<Acc>(state->max);
+    if (exps != nullptr) references[begin / kBlock] = reference;
+    Acc* const e = exps != nullptr ? exps + begin : z;
     Acc weighted = 0;
-    Acc sum;
-    if (exps != nullptr) {
-      Acc* e = exps + begin;
-      references[begin / kBlock] = reference;
-      sum = options.metrics ? sum_exps<true, true>(z, padded, n, reference, e, &weighted)
-                            : sum_exps<false, true>(z, padded, n, reference, e, &weighted);
-    } else {
-      sum = options.metrics ? sum_exps<true, false>(z, padded, n, reference, static_cast<Acc*>(nullptr), &weighted)
-                            : sum_exps<false, false>(z, padded, n, reference, static_cast<Acc*>(nullptr), &weighted);
-    }
+    const Acc sum = options.metrics ? sum_exps<true>(z, padded, reference, e, &weighted)
+                                    : sum_exps<false>(z, padded, reference, e, &weighted);
     state->sum += sum;
     state->weighted += weighted + static_cast<double>(sum) * (static_cast<double>(reference) - row.reference);
   }
@@ -63,9 +57,9 @@ void push_general(const RowSegment& row, const LossOptions& options, RowState<do
 
 // What both gradient writers share: smoothing, the transform's slope, the label's entry.
 template <typename T, typename Acc>
-ACCUMLOSS_INLINE void finish_grad_block(const RowSegment& row, int64_t begin, int64_t n,
-                                        const Transform<Acc>& transform, Acc smoothing, Acc target_grad, Acc* z,
-                                        T* grad, Acc* g) {
+ACCUMLOSS_NOINLINE void finish_grad_block(const RowSegment& row, int64_t begin, int64_t n,
+                                          const Transform<Acc>& transform, Acc smoothing, Acc target_grad, Acc* z,
+                                          T* grad, Acc* g) {
   const int64_t padded = round_up(n, kLanes);
   if (smoothing != 0) {
     if (row.weight != nullptr) {

@@ -46,7 +46,7 @@ ACCUMLOSS_INLINE double sum_group(const double* values) {
   return lanes[0];
 }
 
-ACCUMLOSS_INLINE void begin_group(ShortRows& rows, GroupSums& group) {
+ACCUMLOSS_NOINLINE void begin_group(ShortRows& rows, GroupSums& group) {
   for (int r = static_cast<int>(rows.count); r < kGroup; ++r) rows.labels[r] = rows.ignore_index;
   for (int r = 0; r < kGroup; ++r) {
     group.items[r] = -static_cast<int64_t>(rows.labels[r] != rows.ignore_index);
@@ -80,7 +80,7 @@ ACCUMLOSS_INLINE void find_argmax(GroupSums& group, const ComesFirst& comes_firs
 
 // row_result and RowGrad of row.h, for a vector of rows at a time, in float: the rounding of the one difference that
 // may be large is recovered, and every other step costs a unit or two.
-ACCUMLOSS_INLINE void finish_group(ShortRows& rows, bool metrics, GroupSums& group) {
+ACCUMLOSS_NOINLINE void finish_group(ShortRows& rows, bool metrics, GroupSums& group) {
   using Real = Vectors<float>::Real;
   using Int = Vectors<float>::Int;
   constexpr int kWidth = Vectors<float>::kWidth;
@@ -263,12 +263,9 @@ void grouped_rows(ShortRows& rows, void* grad) {
     int64_t j = 0;
     for (; j + kLanes < stride; j += kLanes)
       for (int k = 0; k < kVectors; ++k) work(j + k * kWidth, k, std::false_type());
-    if (stride - j == kLanes) {
-      for (int k = 0; k < kVectors / 2; ++k) work(j + k * kWidth, k, std::false_type());
+    for (int k = 0; k < kVectors / 2; ++k) work(j + k * kWidth, k, std::true_type());
+    if (stride - j == kLanes)
       for (int k = kVectors / 2; k < kVectors; ++k) work(j + k * kWidth, k, std::true_type());
-    } else {
-      for (int k = 0; k < kVectors / 2; ++k) work(j + k * kWidth, k, std::true_type());
-    }
   };
 
   // the logits of the classes other than the label go to exps; their maximum is left
@@ -316,8 +313,10 @@ void grouped_rows(ShortRows& rows, void* grad) {
     constexpr int64_t kStep = kVectorBytes == 64 ? 2 * kLanes : kLanes;
     int64_t j = 0;
     for (; j + kStep <= stride; j += kStep) visit(j, Count<kStep / kWidth>());
-    if (stride - j == 3 * kHalf) visit(j, Count<3 * kHalf / kWidth>());
-    if (stride - j == 2 * kHalf) visit(j, Count<2 * kHalf / kWidth>());
+    if constexpr (kStep > 2 * kHalf) {
+      if (stride - j == 3 * kHalf) visit(j, Count<3 * kHalf / kWidth>());
+      if (stride - j == 2 * kHalf) visit(j, Count<2 * kHalf / kWidth>());
+    }
     if (stride - j == kHalf) visit(j, Count<kHalf / kWidth>());
     store(sum_vectors<float>(sums), lanes + r * kWidth);
     if (kMetrics) store(sum_vectors<float>(products), more_lanes + r * kWidth);

@@ -13,11 +13,10 @@ namespace {
 template <typename T>
 double transform_one(const void* x, const LossOptions& options) {
   using Acc = typename AccOf<T>::type;
-  alignas(64) Acc buffer[kLanes];
-  load_block(static_cast<const T*>(x), 1, buffer);
+  alignas(64) typename Lanes<T>::Real z = load_one(static_cast<const T*>(x));
   const Transform<Acc> transform(options);
-  if (!transform.is_identity()) transform_block(buffer, kLanes, transform);
-  return buffer[0];
+  if (!transform.is_identity()) transform_block(reinterpret_cast<Acc*>(&z), Lanes<T>::kWidth, transform);
+  return z[0];
 }
 
 template <typename T>
@@ -25,10 +24,8 @@ void push(const RowSegment& row, const LossOptions& options, RowState<double>* s
   using Acc = typename AccOf<T>::type;
   Acc* e = static_cast<Acc*>(exps);
   Acc* r = static_cast<Acc*>(references);
-  if (!is_plain(options)) return push_general<T>(row, options, state, e, r);
-  if (options.metrics)
-    return exps != nullptr ? push_plain<true, true, T>(row, state, e, r) : push_plain<true, false, T>(row, state, e, r);
-  return exps != nullptr ? push_plain<false, true, T>(row, state, e, r) : push_plain<false, false, T>(row, state, e, r);
+  if (is_plain(options)) return push_plain<T>(row, options.metrics, state, e, r);
+  push_general<T>(row, options, state, e, r);
 }
 
 // write(row, grad) with grad at the class row.begin, for the segment as it is or in parts that go past the caches

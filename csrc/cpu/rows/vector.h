@@ -19,6 +19,9 @@ namespace cpu {
 namespace {
 
 #define ACCUMLOSS_INLINE inline __attribute__((always_inline))
+// What works on a block, or on a group of rows, is a function of its own: a call costs it nothing, a copy in each
+// caller much of the time of a build.
+#define ACCUMLOSS_NOINLINE __attribute__((noinline))
 
 #if defined(__AVX512F__)
 constexpr int kVectorBytes = 64;
@@ -109,10 +112,10 @@ ACCUMLOSS_INLINE bool any_greater(Vectors<double>::Real a, Vectors<double>::Real
   return any;
 }
 
-template <typename Acc>
+template <typename Acc, int kVectors>
 ACCUMLOSS_INLINE bool any_above(const typename Vectors<Acc>::Real* v, Acc limit) {
   typename Vectors<Acc>::Real max = v[0];
-  for (int k = 1; k < kLanes / Vectors<Acc>::kWidth; ++k) max = maximum(v[k], max);
+  for (int k = 1; k < kVectors; ++k) max = maximum(v[k], max);
   return any_greater(max, broadcast(limit));
 }
 
@@ -167,18 +170,18 @@ ACCUMLOSS_INLINE Acc sum_lanes(const typename Vectors<Acc>::Real* vectors) {
   return fold<Acc, Vectors<Acc>::kWidth>(sum_vectors<Acc>(vectors), Add());
 }
 
-template <typename Acc>
+template <typename Acc, int kVectors = kLanes / Vectors<Acc>::kWidth>
 ACCUMLOSS_INLINE Acc max_lanes(const typename Vectors<Acc>::Real* vectors) {
   constexpr int kWidth = Vectors<Acc>::kWidth;
   typename Vectors<Acc>::Real max = vectors[0];
-  for (int k = 1; k < kLanes / kWidth; ++k) max = maximum(vectors[k], max);
+  for (int k = 1; k < kVectors; ++k) max = maximum(vectors[k], max);
   return fold<Acc, kWidth>(max, Larger());
 }
 
 // out[r] = what fold() makes of the kWidth lanes of row r, r < count, a multiple of kWidth: two rows to a vector in
 // each step, so that it takes a quarter of the instructions.
 template <typename Combine>
-ACCUMLOSS_INLINE void fold_rows(const float* lanes, int64_t count, float* out, const Combine& combine) {
+ACCUMLOSS_NOINLINE void fold_rows(const float* lanes, int64_t count, float* out, const Combine& combine) {
   constexpr int kWidth = Vectors<float>::kWidth;
 #if defined(__AVX512F__)
   const __m512i order = _mm512_setr_epi32(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15);
