@@ -11,8 +11,8 @@
 #include "cpu/instruction_set.h"
 #include "cpu/kept_memory.h"
 #include "cpu/memory_limit.h"
-#include "cross_entropy_ops.h"
 #include "cuda/plan.h"
+#include "ops.h"
 #if defined(ACCUMLOSS_WITH_CUDA)
 #include "cuda/bad_labels.h"
 #endif

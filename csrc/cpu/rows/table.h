@@ -1,7 +1,7 @@
 // The table of row kernels that table.cpp fills once for each instruction set.
 #pragma once
 
-#include "../../cross_entropy.h"
+#include "../../backend.h"
 #include "../../row.h"
 
 namespace accumloss {

@@ -1,7 +1,5 @@
 // The launchers on CPU. Rows are shared out to threads in tasks whose size depends on V alone, and each task's sums are
 // added in order, so neither the number of threads nor their timing changes a bit. Few long rows are split along V.
-#include "../cross_entropy.h"
-
 #include <torch/csrc/stable/ops.h>
 #if defined(__x86_64__)
 #include <emmintrin.h>
@@ -19,6 +17,7 @@
 #include <string>
 #include <vector>
 
+#include "../backend.h"
 #include "../row.h"
 #include "instruction_set.h"
 #include "kept_memory.h"
