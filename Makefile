@@ -86,6 +86,6 @@ endif
 
 # Without isolation, so that the build is incremental.
 $(VENV)/.installed-%: $(VENV)/.torch $(SOURCES)
-	missing=$$($(BIN)/python build_tools/native.py missing) && $(PIP) install "setuptools>=77" "pybind11>=2.12" $$missing
+	missing=$$($(BIN)/python build_tools/native.py missing) && $(PIP) install "setuptools>=77" $$missing
 	$(PIP) install --no-build-isolation ".[$*]"
 	@touch $@

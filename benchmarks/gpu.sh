@@ -88,7 +88,7 @@ for wanted in sys.argv[1:]:
 if ! command -v "$python" > /dev/null; then
   needs "$python: not found; PYTHON names the interpreter that has torch"
 else
-  while read -r why; do needs "$why"; done < <("$python" -c "$probe" torch:2.10 pytest:8 setuptools:77 pybind11:2.12 numpy:1)
+  while read -r why; do needs "$why"; done < <("$python" -c "$probe" torch:2.10 pytest:8 setuptools:77 numpy:1)
   while read -r why; do note without 0 "$SECONDS" "$why"; done < <("$python" -c "$probe" transformers:4.57 matplotlib:3)
   why=$("$python" -c "
 import sys; sys.path.insert(0, '$root/build_tools'); import native
@@ -146,7 +146,7 @@ bench() {
 
 if [ "$part" = first ]; then
   if [ $is_dry ]; then
-    step "modules" 60 "$python" -c 'import torch, pytest, pybind11, setuptools, accumloss'
+    step "modules" 60 "$python" -c 'import torch, pytest, setuptools, accumloss'
     step "every kernel" 60 "$python" "$root/tests/cuda/every_kernel.py" --list
   else
     # for the GPU that is here alone: each architecture more takes its time again

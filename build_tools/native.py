@@ -127,7 +127,6 @@ class Prerequisites(NamedTuple):
     torch_version: str
     cmake: str
     ninja: str
-    pybind11: str  # the folder of its CMake configuration
 
 
 def prerequisites() -> Prerequisites:
@@ -136,23 +135,18 @@ def prerequisites() -> Prerequisites:
     torch = find_torch() or fail("torch 2.10 or newer is needed: pip install torch, or set ACCUMLOSS_TORCH_DIR to one")
     version = torch_version(torch)
     cmake, ninja = (find_tool(name) or fail(f"{name} is needed: pip install {name}") for name in ("cmake", "ninja"))
-    try:
-        import pybind11
-    except ImportError:
-        fail("pybind11 is needed: pip install pybind11")
-    return Prerequisites(torch, version, cmake, ninja, pybind11.get_cmake_dir())
+    return Prerequisites(torch, version, cmake, ninja)
 
 
 def build(destination: Path) -> None:
     """Builds _C and puts it into a folder. A second build with the same settings is incremental."""
-    torch, version, cmake, ninja, pybind11 = prerequisites()
+    torch, version, cmake, ninja = prerequisites()
     directory = ROOT / "build" / f"{sys.implementation.cache_tag}-torch{version}"
     configure = [
         *(cmake, "-S", str(ROOT), "-B", str(directory), "-G", "Ninja"),
         # All paths are given, so that none is remembered from an isolated build whose folder is gone.
         f"-DCMAKE_MAKE_PROGRAM={ninja}",
         f"-DPython_EXECUTABLE={sys.executable}",
-        f"-Dpybind11_DIR={pybind11}",
         f"-DACCUMLOSS_TORCH_DIR={torch}",
         *shlex.split(os.environ.get("CMAKE_ARGS", "")),
     ]

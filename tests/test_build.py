@@ -116,13 +116,12 @@ def test_find_tool_passes_over_broken_and_old(tmp_path):
 
 def configure(tmp_path, *arguments, **environment):
     """CMake's configuration of this project, by the function that the build uses, into a folder of its own."""
-    pytest.importorskip("pybind11", reason="pybind11 is not installed")
     code = f"""
-import native, pybind11
+import native
 cmake, ninja = native.find_tool("cmake"), native.find_tool("ninja")
 native.run([
     cmake, "-S", {str(ROOT)!r}, "-B", {str(tmp_path / "build")!r}, "-G", "Ninja", f"-DCMAKE_MAKE_PROGRAM={{ninja}}",
-    f"-DPython_EXECUTABLE={{sys.executable}}", f"-Dpybind11_DIR={{pybind11.get_cmake_dir()}}",
+    f"-DPython_EXECUTABLE={{sys.executable}}",
     f"-DACCUMLOSS_TORCH_DIR={{native.find_torch()}}", *{list(arguments)!r}])"""
     unset = dict.fromkeys(["CUDACXX", "CUDAHOSTCXX", "CUDAARCHS", "TORCH_CUDA_ARCH_LIST"])
     return run_python(code, **{**unset, **environment})
