@@ -127,7 +127,7 @@ struct ExpFrom {
   using Acc = typename std::conditional<std::is_same<T, double>::value, double, float>::type;
   using Real = typename Vectors<Acc>::Real;
   static constexpr double kUnit = 1;            // of u in z
-  static constexpr bool kClampsAlways = false;  // whether u exp() is 0 at -inf also where exp() is not asked to clamp
+  static constexpr bool kClampsAlways = false;  // whether u exp() is 0 at -inf also where exps() is not asked to clamp
   const Acc origin_;
   const ExpConstants<Acc> constants_;
 
@@ -139,12 +139,6 @@ struct ExpFrom {
   ACCUMLOSS_INLINE void exps(const Real* z, Real* u, Real* e) const {
     exps_of_differences<T, Acc, kCount>(z, broadcast(origin_), u, e, constants_);
     for (int k = 0; kClamps && k < kCount; ++k) u[k] = u[k] < constants_.lowest ? constants_.lowest : u[k];
-  }
-  template <bool kClamps>
-  ACCUMLOSS_INLINE Real exp(Real z, Real* u) const {
-    Real e;
-    exps<kClamps, 1>(&z, u, &e);
-    return e;
   }
 };
 
@@ -189,12 +183,6 @@ struct ExpFrom<BFloat16> {
   }
   ACCUMLOSS_INLINE double origin() const {
     return -static_cast<double>(offset_) / (kFused ? static_cast<double>(scale_) : 1.0);
-  }
-  template <bool kClamps>
-  ACCUMLOSS_INLINE Real exp(Real z, Real* u) const {
-    Real e;
-    exps<kClamps, 1>(&z, u, &e);
-    return e;
   }
   // kCount of them, side by side in each step: what waits for a result waits outside of the core's schedulers.
   template <bool kClamps, int kCount>

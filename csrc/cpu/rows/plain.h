@@ -204,15 +204,14 @@ void write_grad_plain(const RowSegment& row, const RowGrad<double>& gradient, T*
   using Real = typename V::Real;
   constexpr int kVectors = Lanes<T>::kVectors;
   const T* x = static_cast<const T*>(row.x);
-  const ExpFrom<T> exp_from(static_cast<Acc>(gradient.lse_high));
+  const ExpFrom<T> exp_from(static_cast<Acc>(gradient.lse_high), Held());
   const Acc probability = static_cast<Acc>(gradient.probability * std::exp(exp_from.origin() - gradient.lse_high));
   const auto visit = [&](const T* from, T* to) {
     Real v[kVectors];
     Lanes<T>::load(from, v);
-    for (int k = 0; k < kVectors; ++k) {
-      Real u;
-      v[k] = exp_from.template exp<false>(v[k], &u) * probability;
-    }
+    Real u[kVectors], e[kVectors];
+    exp_from.template exps<false, kVectors>(v, u, e);
+    for (int k = 0; k < kVectors; ++k) v[k] = e[k] * probability;
     Lanes<T>::store(v, to);
   };
   int64_t i = row.begin;
