@@ -64,15 +64,16 @@ class Labels {
 
   template <typename Label>
   void copy_as(int64_t begin, int64_t count, int64_t* y) const {
-    const int64_t T = logits_.T;
+    const int64_t T = logits_.T, stride = labels_.stride_t, shift = shift_,
+                  ignored = ignore_index_;  // y might be any of them
     RowIndex at = row_index(logits_, begin);
     for (int64_t i = 0; i < count; at = {at.b + 1, 0}) {
       const int64_t end = std::min(i + T - at.t, count);
-      const int64_t last = std::min(std::max(i + T - shift_ - at.t, i), end);  // that has a label
+      const int64_t last = std::min(std::max(i + T - shift - at.t, i), end);  // that has a label
       const Label* of_b = static_cast<const Label*>(labels_.data) + at.b * labels_.stride_b;
-      int64_t t = at.t + shift_;
-      for (; i < last; ++i, ++t) y[i] = of_b[t * labels_.stride_t];
-      for (; i < end; ++i) y[i] = ignore_index_;
+      int64_t t = at.t + shift;
+      for (; i < last; ++i, ++t) y[i] = of_b[t * stride];
+      for (; i < end; ++i) y[i] = ignored;
     }
   }
 

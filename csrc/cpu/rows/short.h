@@ -46,7 +46,7 @@ ACCUMLOSS_INLINE double sum_group(const double* values) {
   return lanes[0];
 }
 
-ACCUMLOSS_NOINLINE void begin_group(ShortRows& rows, GroupSums& group) {
+ACCUMLOSS_INLINE void begin_group(ShortRows& __restrict rows, GroupSums& __restrict group) {
   for (int r = static_cast<int>(rows.count); r < kGroup; ++r) rows.labels[r] = rows.ignore_index;
   for (int r = 0; r < kGroup; ++r) {
     group.items[r] = -static_cast<int64_t>(rows.labels[r] != rows.ignore_index);
@@ -80,7 +80,7 @@ ACCUMLOSS_INLINE void find_argmax(GroupSums& group, const ComesFirst& comes_firs
 
 // row_result and RowGrad of row.h, for a vector of rows at a time, in float: the rounding of the one difference that
 // may be large is recovered, and every other step costs a unit or two.
-ACCUMLOSS_NOINLINE void finish_group(ShortRows& rows, bool metrics, GroupSums& group) {
+ACCUMLOSS_NOINLINE void finish_group(ShortRows& __restrict rows, bool metrics, GroupSums& __restrict group) {
   using Real = Vectors<float>::Real;
   using Int = Vectors<float>::Int;
   constexpr int kWidth = Vectors<float>::kWidth;
