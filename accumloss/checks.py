@@ -1,6 +1,6 @@
 """What the ops refuse, in Python: for their fakes, which raise if and only if the ops do, the values of labels aside.
 
-Mirrors the checks of ``csrc/cross_entropy.cpp`` one by one. Sizes are compared by ``torch._check``, which may be symbols.
+Mirrors the checks of ``csrc/ops.cpp`` one by one. Sizes are compared by ``torch._check``, which may be symbols.
 """
 
 from __future__ import annotations

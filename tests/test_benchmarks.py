@@ -473,7 +473,7 @@ def test_gpu_script_runs_dry_in_two_parts(tmp_path):
 def test_gpu_script_names_what_is_missing_before_it_starts(tmp_path):
     """Each of it, and nothing is written."""
     old = tmp_path / "old"
-    for name, version in (("setuptools", "76.1"), ("pybind11", "2.9")):
+    for name, version in (("setuptools", "76.1"), ("pytest", "7.4")):
         (old / f"{name}-{version}.dist-info").mkdir(parents=True)
         (old / f"{name}-{version}.dist-info" / "METADATA").write_text(f"Name: {name}\nVersion: {version}\n")
     (old / "peer.whl").touch()
@@ -484,7 +484,7 @@ def test_gpu_script_names_what_is_missing_before_it_starts(tmp_path):
     command = ["bash", str(BENCHMARKS / "gpu.sh"), "first", str(out)]
     ran = subprocess.run(command, env=environment, capture_output=True, text=True)
     assert ran.returncode == 2
-    assert "setuptools >= 77: 76.1 is installed" in ran.stdout and "pybind11 >= 2.12: 2.9 is installed" in ran.stdout
+    assert "setuptools >= 77: 76.1 is installed" in ran.stdout and "pytest >= 8: 7.4 is installed" in ran.stdout
     assert "expected at most 64 MiB, got 65" in ran.stdout
     if not torch.cuda.is_available():
         assert "torch.cuda.is_available() is false" in ran.stdout

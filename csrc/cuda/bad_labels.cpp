@@ -54,4 +54,12 @@ bool take_bad_label(int64_t* row, int64_t* label) {
   return true;
 }
 
+void check_bad_labels() {
+  int64_t row = 0, label = 0;
+  if (!take_bad_label(&row, &label)) return;
+  throw std::out_of_range("cross_entropy: expected labels in [0, V) or ignore_index, got " + std::to_string(label) +
+                          " for row " + std::to_string(row) +
+                          " of an earlier call on CUDA; check vocab_size and the value that pads the labels");
+}
+
 }  // namespace accumloss

@@ -8,6 +8,8 @@ namespace accumloss {
 // True if a kernel that has run since the last call met a label outside [0, V) that is not ignore_index: one such
 // (row, label), row counted over (B, T). Reads memory of the host: does not wait for kernels still to run.
 bool take_bad_label(int64_t* row, int64_t* label);
+// Raises such a label as std::out_of_range, if there is one.
+void check_bad_labels();
 
 namespace cuda {
 

@@ -3,7 +3,7 @@
 // block goes to scratch; sum_partials adds them in a fixed order.
 #pragma once
 
-#include "../cross_entropy.h"
+#include "../backend.h"
 #include "bad_labels.h"
 #include "element.cuh"
 #include "group.cuh"

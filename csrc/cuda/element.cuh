@@ -7,7 +7,7 @@
 
 #include <cstdint>
 
-#include "../cross_entropy.h"
+#include "../backend.h"
 
 namespace accumloss::cuda {
 

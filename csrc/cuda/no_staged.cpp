@@ -17,9 +17,6 @@ int64_t staged_clusters(const char*, bool, bool, const Plan&, cudaStream_t) {
 template <typename T>
 void launch_staged(const char*, const ForwardArgs<float>&, bool, bool, const Plan&, cudaStream_t) {}
 
-#define ACCUMLOSS_INSTANTIATE(T)                                                           \
-  template int64_t staged_clusters<T>(const char*, bool, bool, const Plan&, cudaStream_t); \
-  template void launch_staged<T>(const char*, const ForwardArgs<float>&, bool, bool, const Plan&, cudaStream_t);
 ACCUMLOSS_INSTANTIATE(__nv_bfloat16)
 ACCUMLOSS_INSTANTIATE(__half)
 ACCUMLOSS_INSTANTIATE(float)

@@ -7,7 +7,7 @@
 #include <stdexcept>
 #include <string>
 
-#include "../cross_entropy.h"
+#include "../backend.h"
 
 namespace accumloss::cuda {
 

@@ -38,9 +38,6 @@ void launch_staged(const char* what, const ForwardArgs<float>& args, bool genera
   launch(what, kernel_of<T>(general, with_grad), grid, stream, args, shape);
 }
 
-#define ACCUMLOSS_INSTANTIATE(T)                                                           \
-  template int64_t staged_clusters<T>(const char*, bool, bool, const Plan&, cudaStream_t); \
-  template void launch_staged<T>(const char*, const ForwardArgs<float>&, bool, bool, const Plan&, cudaStream_t);
 ACCUMLOSS_INSTANTIATE(__nv_bfloat16)
 ACCUMLOSS_INSTANTIATE(__half)
 ACCUMLOSS_INSTANTIATE(float)

@@ -6,7 +6,7 @@
 
 #include "bad_labels.h"
 #include "context.h"
-#include "cross_entropy.h"
+#include "backend.h"
 #include "emulator.h"
 
 namespace accumloss::cuda {

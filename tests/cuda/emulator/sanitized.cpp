@@ -8,7 +8,7 @@
 #include <thread>
 #include <vector>
 
-#include "cross_entropy.h"
+#include "backend.h"
 #include "cuda_runtime.h"
 
 using namespace accumloss;

@@ -1,8 +1,8 @@
-// The table of row kernels that row_kernels.cpp fills once for each instruction set.
+// The table of row kernels that table.cpp fills once for each instruction set.
 #pragma once
 
-#include "../cross_entropy.h"
-#include "../row.h"
+#include "../../backend.h"
+#include "../../row.h"
 
 namespace accumloss {
 namespace cpu {
@@ -60,8 +60,8 @@ struct RowKernels {
   // z(x[0]), by the very code that transforms a whole row
   double (*transform_one)(const void* x, const LossOptions& options);
   // Sets state to the classes of the segment other than the target. Where exps is not null, it receives
-  // exp(z_j - r) (V, of Acc) and references (num_blocks(V), of Acc) the r of each block. exps may be x where
-  // is_plain() and the logits are of Acc.
+  // exp(z_j - r) (num_blocks(V) * kBlock, of Acc) and references (num_blocks(V), of Acc) the r of each block. exps may
+  // be x where is_plain() and the logits are of Acc: then it is (V,).
   void (*push)(const RowSegment& row, const LossOptions& options, RowState<double>* state, void* exps,
                void* references);
   // Writes dL/dx of the segment to grad, which may be x. Where streams, past the caches, and grad is not x.

@@ -1,4 +1,4 @@
-// What the device-independent op bodies (cross_entropy.cpp) hand to the kernels of a device.
+// What a device supplies: the four kernels of its Backend, and the views that the ops (ops.cpp) hand to them.
 #pragma once
 
 #include <cstddef>
@@ -45,7 +45,7 @@ struct CrossEntropySums {
   void* entropy_sum;     // () Acc
 };
 
-// The kernels of one device; cpu/cross_entropy.cpp and cuda/cross_entropy.cu each fill one in.
+// The kernels of one device; cpu/launch.cpp and cuda/cross_entropy.cu each fill one in.
 struct Backend {
   // sums, lse (B, T) double, nll (B, T) Acc; both are 0 in ignored rows. One read of the logits of the other rows.
   void (*forward)(const CrossEntropyInputs&, const CrossEntropySums&, double* lse, void* nll);

@@ -6,7 +6,7 @@
 #include <optional>
 #include <tuple>
 
-#include "cross_entropy.h"
+#include "backend.h"
 
 namespace accumloss {
 

@@ -1,4 +1,6 @@
 // Checks, allocation and the bodies of the ops. Knows no device: a Backend does the work.
+#include "ops.h"
+
 #include <torch/csrc/stable/ops.h>
 
 #include <algorithm>
@@ -9,8 +11,6 @@
 #include <string>
 #include <utility>
 #include <vector>
-
-#include "cross_entropy_ops.h"
 
 // Since torch 2.11: weak, so that the module loads in 2.10 too, where torch's allocator serves all gradients.
 extern "C" __attribute__((weak)) AOTITorchError torch_from_blob(

@@ -1,28 +1,25 @@
 // The launchers on CPU. Rows are shared out to threads in tasks whose size depends on V alone, and each task's sums are
 // added in order, so neither the number of threads nor their timing changes a bit. Few long rows are split along V.
-#include "../cross_entropy.h"
-
-#include <torch/csrc/stable/ops.h>
 #if defined(__x86_64__)
 #include <emmintrin.h>
 #endif
 
 #include <algorithm>
-#include <atomic>
 #include <cstdlib>
 #include <cstring>
-#include <exception>
 #include <memory>
 #include <new>
-#include <sstream>
 #include <stdexcept>
 #include <string>
 #include <vector>
 
+#include "../backend.h"
 #include "../row.h"
 #include "instruction_set.h"
 #include "kept_memory.h"
-#include "row_kernels.h"
+#include "labels.h"
+#include "rows/table.h"
+#include "tasks.h"
 
 namespace accumloss {
 namespace cpu {
@@ -33,7 +30,6 @@ constexpr int64_t kShortTaskElements = 8192;  // of the logits of short rows
 constexpr int64_t kShortRowElements = 64;     // as many take the time that a short row takes whatever its length
 constexpr int64_t kStreamedBytes = int64_t(32) << 20;  // of a gradient, at least
 constexpr int64_t kTasks = 256;                        // at most, or one for each row
-constexpr int64_t kSerialElements = 32768;             // below, the threads cost more than they save
 constexpr int64_t kSplitElements = 16 * kBlock;        // of one row, where rows are split
 constexpr int64_t kSplitRows = 8;                      // at most so many rows that count are split
 
@@ -64,62 +60,7 @@ const InstructionSet& instruction_set() {
   return set;
 }
 
-// Threads ----------------------------------------------------------------------------------------------------------
-
-// Consecutive tasks that begin on one thread.
-struct alignas(64) TaskRange {
-  std::atomic<int64_t> next;
-  int64_t end;
-};
-
-// Runs task(i, local) for every i in [0, num_tasks) on torch's threads: each takes the next one of a range of its own,
-// so that what it fetches ahead is its own, and then what others have left; local is what make_local() returned for
-// the thread.
-template <typename MakeLocal, typename Task>
-void run_tasks(int64_t num_tasks, int64_t elements, const MakeLocal& make_local, const Task& task) {
-  const int64_t threads = elements <= kSerialElements ? 1 : torch::stable::get_num_threads();
-  if (threads == 1 || num_tasks <= 1) {
-    const auto local = make_local();
-    for (int64_t i = 0; i < num_tasks; ++i) task(i, local);
-    return;
-  }
-  const int64_t workers = std::min(threads, num_tasks);
-  const std::unique_ptr<TaskRange[]> ranges(new TaskRange[static_cast<size_t>(workers)]);
-  for (int64_t worker = 0; worker < workers; ++worker) {
-    ranges[worker].next = worker * num_tasks / workers;
-    ranges[worker].end = (worker + 1) * num_tasks / workers;
-  }
-  std::atomic<bool> failed{false};
-  std::exception_ptr error;  // an exception must not cross torch's C interface: it would lose its message
-  torch::stable::parallel_for(0, workers, 1, [&](int64_t begin, int64_t end) {
-    for (int64_t worker = begin; worker < end; ++worker) {
-      try {
-        const auto local = make_local();
-        for (int64_t turn = 0; turn < workers; ++turn) {
-          TaskRange& range = ranges[(worker + turn) % workers];
-          for (int64_t i = range.next++; i < range.end; i = range.next++) task(i, local);
-        }
-      } catch (...) {
-        if (!failed.exchange(true)) error = std::current_exception();
-      }
-    }
-  });
-  if (error) std::rethrow_exception(error);
-}
-
-struct Nothing {};
-Nothing no_local() { return {}; }
-
 // Views ------------------------------------------------------------------------------------------------------------
-
-struct RowIndex {
-  int64_t b, t;
-};
-RowIndex row_index(const LogitsView& view, int64_t row) {
-  if (view.B == 1) return {0, row};
-  const int64_t b = row / view.T;
-  return {b, row - b * view.T};
-}
 
 char* row_data(const LogitsView& view, int64_t row) {
   const RowIndex at = row_index(view, row);
@@ -141,92 +82,20 @@ void set_element(void* data, Dtype dtype, int64_t i, double value) {
 struct Rows {
   const CrossEntropyInputs& inputs;
   const RowKernels& kernels;
+  Labels labels;
   int64_t N, V;
   double weight_sum;
 
   explicit Rows(const CrossEntropyInputs& inputs)
       : inputs(inputs),
         kernels(instruction_set().kernels[static_cast<int>(inputs.logits.dtype)]),
+        labels(inputs),
         N(inputs.logits.B * inputs.logits.T),
         V(inputs.logits.V),
         weight_sum(inputs.weight_sum != nullptr ? *inputs.weight_sum : static_cast<double>(inputs.logits.V)) {}
 
-  // The label of a row, or ignore_index.
-  int64_t label(int64_t row) const {
-    const LabelsView& labels = inputs.labels;
-    const RowIndex at = row_index(inputs.logits, row);
-    const int64_t t = at.t + inputs.options.shift;
-    if (t >= inputs.logits.T) return inputs.options.ignore_index;
-    const int64_t offset = at.b * labels.stride_b + t * labels.stride_t;
-    return labels.is_int32 ? static_cast<const int32_t*>(labels.data)[offset]
-                           : static_cast<const int64_t*>(labels.data)[offset];
-  }
-  // The same of rows [begin, begin + count), each a class or ignore_index. What indexes by a label takes it from here:
-  // what lies in the tensor may be another one by now.
-  void labels_of(int64_t begin, int64_t count, int64_t* y) const {
-    inputs.labels.is_int32 ? labels_as<int32_t>(begin, count, y) : labels_as<int64_t>(begin, count, y);
-    uint64_t bad = 0;
-    for (int64_t i = 0; i < count; ++i) bad |= misfit(y[i]);
-    if (bad >> 63 == 0) return;
-    check_labels();  // names the first of all rows
-    for (int64_t i = 0; i < count; ++i)
-      if (misfit(y[i]) >> 63 != 0) refuse(begin + i, y[i]);
-  }
-  template <typename Label>
-  void labels_as(int64_t begin, int64_t count, int64_t* y) const {
-    const LabelsView& labels = inputs.labels;
-    const int64_t T = inputs.logits.T;
-    RowIndex at = row_index(inputs.logits, begin);
-    for (int64_t i = 0; i < count; at = {at.b + 1, 0}) {
-      const int64_t end = std::min(i + T - at.t, count);
-      const int64_t last = std::min(std::max(i + T - inputs.options.shift - at.t, i), end);  // that has a label
-      const Label* of_b = static_cast<const Label*>(labels.data) + at.b * labels.stride_b;
-      int64_t t = at.t + inputs.options.shift;
-      for (; i < last; ++i, ++t) y[i] = of_b[t * labels.stride_t];
-      for (; i < end; ++i) y[i] = inputs.options.ignore_index;
-    }
-  }
-  bool ignored(int64_t label) const { return label == inputs.options.ignore_index; }
   double weight(int64_t label) const {
     return inputs.weight != nullptr ? element(inputs.weight, inputs.logits.dtype, label) : 1.0;
-  }
-  // A number whose highest bit says that a label is neither a class nor ignored, in operations that every machine has
-  // for vectors.
-  uint64_t misfit(int64_t label) const {
-    const uint64_t y = static_cast<uint64_t>(label), last = static_cast<uint64_t>(V) - 1,
-                   difference = y ^ static_cast<uint64_t>(inputs.options.ignore_index);
-    return (y | (last - y)) & (difference | (0 - difference));
-  }
-  template <typename Label>
-  bool labels_fit() const {
-    const LabelsView& labels = inputs.labels;
-    uint64_t bad = 0;  // its highest bit
-    const int64_t n = inputs.logits.T - inputs.options.shift;
-    for (int64_t b = 0; b < inputs.logits.B; ++b) {
-      const Label* from =
-          static_cast<const Label*>(labels.data) + b * labels.stride_b + inputs.options.shift * labels.stride_t;
-      if (labels.stride_t == 1) {
-        for (int64_t t = 0; t < n; ++t) bad |= misfit(from[t]);
-      } else {
-        for (int64_t t = 0; t < n; ++t) bad |= misfit(from[t * labels.stride_t]);
-      }
-    }
-    return bad >> 63 == 0;
-  }
-  [[noreturn]] void refuse(int64_t row, int64_t label) const {
-    std::ostringstream message;
-    message << "cross_entropy: expected labels in [0, " << V << ") or ignore_index " << inputs.options.ignore_index
-            << ", got " << label << " for row " << row << " of " << N
-            << "; check vocab_size and the value that pads the labels";
-    throw std::out_of_range(message.str());
-  }
-  // All of them, before anything is written over the logits.
-  void check_labels() const {
-    if (inputs.labels.is_int32 ? labels_fit<int32_t>() : labels_fit<int64_t>()) return;
-    for (int64_t row = 0; row < N; ++row) {
-      const int64_t y = label(row);
-      if (misfit(y) >> 63 != 0) refuse(row, y);
-    }
   }
 
   double target_logit(int64_t row, int64_t y) const {
@@ -262,15 +131,6 @@ struct Rows {
            (logits.B == 1 || logits.stride_b == logits.T * V) && options.label_smoothing == 0 && options.z_loss == 0 &&
            options.softcap == 0 && options.logit_scale == 1;
   }
-  int64_t num_segments() const { return (V + kSplitElements - 1) / kSplitElements; }
-  // task(begin, end, index) for consecutive ranges of the classes of one row
-  template <typename Task>
-  void for_each_segment(const Task& task) const {
-    run_tasks(num_segments(), V, no_local, [&](int64_t i, Nothing) {
-      const int64_t begin = i * kSplitElements;
-      task(begin, begin + kSplitElements < V ? begin + kSplitElements : V, i);
-    });
-  }
 };
 
 // The rows that count, and the others, in tasks: what counts is shared out in equal parts wherever it lies. All labels
@@ -281,9 +141,9 @@ class RowLists {
     int64_t labels[kGroup];
     for (int64_t begin = 0; begin < rows.N; begin += kGroup) {
       const int64_t count = std::min(rows.N - begin, kGroup);
-      rows.labels_of(begin, count, labels);
+      rows.labels.copy(begin, count, labels);
       for (int64_t r = 0; r < count; ++r) {
-        if (rows.ignored(labels[r]))
+        if (rows.labels.is_ignored(labels[r]))
           ignored_.push_back(begin + r);
         else
           counted_.push_back({begin + r, labels[r]});
@@ -295,30 +155,30 @@ class RowLists {
     int64_t row, label;
   };
   const Counted& counted(int64_t i) const { return counted_[i]; }
-  const std::vector<Counted>& counted() const { return counted_; }
   const std::vector<int64_t>& ignored() const { return ignored_; }
-  // Whether the threads share each row that counts.
+  // Whether the threads share each row that counts. Else each row is one thread's.
   bool is_split() const { return num_counted() <= kSplitRows && rows_.V > 2 * kSplitElements; }
 
-  int64_t num_tasks() const { return Parts(num_counted(), rows_.V).count(); }
-  // visit(begin, end, index, local) for consecutive ranges of the rows that count
+  int64_t num_tasks() const { return is_split() ? 1 : Parts(num_counted(), rows_.V).count(); }
+  // visit(begin, end, index, local) for consecutive ranges of the rows that count; where they are split, for all of
+  // them on the calling thread. local: see run_tasks.
   template <typename MakeLocal, typename Visit>
   void for_each_task(const MakeLocal& make_local, const Visit& visit) const {
+    if (is_split()) return visit(int64_t{0}, num_counted(), int64_t{0}, make_local());
     const Parts parts(num_counted(), rows_.V);
     run_tasks(parts.count(), num_counted() * rows_.V, make_local,
               [&](int64_t i, const auto& local) { visit(parts.begin(i), parts.end(i), i, local); });
   }
-  // ignore(begin, end) for ranges of those that do not
-  template <typename Ignore>
-  void for_each_ignored_task(const Ignore& ignore) const {
-    const Parts others(num_ignored(), rows_.V);
-    run_tasks(others.count(), num_ignored() * rows_.V, no_local,
-              [&](int64_t i, Nothing) { ignore(others.begin(i), others.end(i)); });
-  }
-  // both
+  // The same, and ignore(begin, end) for ranges of those that do not count.
   template <typename MakeLocal, typename Visit, typename Ignore>
   void for_each_task(const MakeLocal& make_local, const Visit& visit, const Ignore& ignore) const {
-    const Parts parts(num_counted(), rows_.V), others(num_ignored(), rows_.V);
+    const Parts others(num_ignored(), rows_.V);
+    if (is_split()) {
+      run_tasks(others.count(), num_ignored() * rows_.V, no_local,
+                [&](int64_t i, Nothing) { ignore(others.begin(i), others.end(i)); });
+      return for_each_task(make_local, visit);
+    }
+    const Parts parts(num_counted(), rows_.V);
     run_tasks(parts.count() + others.count(), rows_.N * rows_.V, make_local, [&](int64_t i, const auto& local) {
       if (i < parts.count())
         visit(parts.begin(i), parts.end(i), i, local);
@@ -326,20 +186,30 @@ class RowLists {
         ignore(others.begin(i - parts.count()), others.end(i - parts.count()));
     });
   }
+  // work(segment, index) for the whole row, or on the threads for the segments that it is split into.
+  template <typename Work>
+  void for_each_segment(int64_t i, double target_logit, const Work& work) const {
+    if (!is_split()) return work(segment(i, target_logit), int64_t{0});
+    run_tasks(num_segments(), rows_.V, no_local, [&](int64_t part, Nothing) {
+      const int64_t begin = part * kSplitElements, end = std::min(begin + kSplitElements, rows_.V);
+      work(rows_.segment(counted_[i].row, counted_[i].label, begin, end, target_logit), part);
+    });
+  }
+  // push of RowKernels for the whole row.
+  RowState<double> push(int64_t i, double target_logit, void* exps, void* references) const {
+    RowState<double> state;
+    std::vector<RowState<double>> parts(is_split() ? static_cast<size_t>(num_segments()) : 0);
+    for_each_segment(i, target_logit, [&](const RowSegment& segment, int64_t part) {
+      rows_.kernels.push(segment, rows_.inputs.options, parts.empty() ? &state : &parts[part], exps, references);
+    });
+    for (const RowState<double>& part : parts) state.merge(part);
+    return state;
+  }
 
   // z_y, and a fetch of the next row's
   double target_logit(int64_t i) const {
     if (i + 1 < num_counted()) __builtin_prefetch(data(i + 1) + counted_[i + 1].label * size());
     return rows_.target_logit(counted_[i].row, counted_[i].label);
-  }
-  // A whole row. What it fetches ahead are rows that count.
-  RowSegment segment(int64_t i, double target_logit) const {
-    RowSegment segment = rows_.segment(counted_[i].row, counted_[i].label, 0, rows_.V, target_logit);
-    const int64_t bytes = rows_.V * size(), last = (kPrefetchBytes + bytes - 1) / bytes;
-    segment.turn = ((last * bytes - kPrefetchBytes) / size() + kLanes - 1) / kLanes * kLanes;
-    segment.ahead_before = ahead(i, last - 1);
-    segment.ahead_after = ahead(i, last);
-    return segment;
   }
 
  private:
@@ -358,8 +228,18 @@ class RowLists {
 
   int64_t num_counted() const { return static_cast<int64_t>(counted_.size()); }
   int64_t num_ignored() const { return static_cast<int64_t>(ignored_.size()); }
+  int64_t num_segments() const { return (rows_.V + kSplitElements - 1) / kSplitElements; }
   int64_t size() const { return element_size(rows_.inputs.logits.dtype); }
   const char* data(int64_t i) const { return row_data(rows_.inputs.logits, counted_[i].row); }
+  // A whole row. What it fetches ahead are rows that count.
+  RowSegment segment(int64_t i, double target_logit) const {
+    RowSegment segment = rows_.segment(counted_[i].row, counted_[i].label, 0, rows_.V, target_logit);
+    const int64_t bytes = rows_.V * size(), last = (kPrefetchBytes + bytes - 1) / bytes;
+    segment.turn = ((last * bytes - kPrefetchBytes) / size() + kLanes - 1) / kLanes * kLanes;
+    segment.ahead_before = ahead(i, last - 1);
+    segment.ahead_after = ahead(i, last);
+    return segment;
+  }
   // How far from a byte of row i lies what comes kPrefetchBytes after it when the rows that count are strung together,
   // where that is in row i + rows.
   int64_t ahead(int64_t i, int64_t rows) const {
@@ -486,7 +366,7 @@ void run_short(const Rows& rows, const CrossEntropySums* sums, double* lse, void
   const Dtype dtype = rows.inputs.logits.dtype;
   const bool metrics = rows.inputs.options.metrics && sums != nullptr;
   const bool in_place = grad_logits != nullptr && grad_logits->data == rows.inputs.logits.data;
-  if (in_place) rows.check_labels();
+  if (in_place) rows.labels.check();
   const int64_t num_tasks = (rows.N + rows_per_task - 1) / rows_per_task;
   std::vector<Sums> parts(static_cast<size_t>(num_tasks));
   run_tasks(num_tasks, rows.N * (rows.V + kShortRowElements), no_local, [&](int64_t i, Nothing) {
@@ -501,7 +381,7 @@ void run_short(const Rows& rows, const CrossEntropySums* sums, double* lse, void
       group.count = std::min(end - begin, kGroup);
       group.has_next = begin + 2 * kGroup <= end;
       group.x = row_data(rows.inputs.logits, begin);
-      rows.labels_of(begin, group.count, group.labels);
+      rows.labels.copy(begin, group.count, group.labels);
       rows.kernels.short_rows(group, metrics, grad_logits != nullptr ? row_data(*grad_logits, begin) : nullptr);
       for (int64_t r = 0; lse != nullptr && r < group.count; ++r) {
         lse[begin + r] = group.lse[r];
@@ -520,43 +400,21 @@ void forward(const CrossEntropyInputs& inputs, const CrossEntropySums& sums, dou
   const Rows rows(inputs);
   const Dtype dtype = inputs.logits.dtype;
   if (rows.is_short()) return run_short(rows, &sums, lse, nll, 0, nullptr);
-  const auto finish = [&](const RowState<double>& state, int64_t row, int64_t y, double target_logit) {
-    const RowResult result = rows.result(state, row, y, target_logit);
-    lse[row] = result.lse;
-    set_element(nll, dtype, row, result.nll);
-    return sums_of_row(rows, state, result, row, y, target_logit);
-  };
   const RowLists lists(rows);
   for (const int64_t row : lists.ignored()) {
     lse[row] = 0;
     set_element(nll, dtype, row, 0);
   }
-
-  if (lists.is_split()) {
-    Sums total;
-    std::vector<RowState<double>> states(static_cast<size_t>(rows.num_segments()));
-    for (const auto& counted : lists.counted()) {
-      const int64_t row = counted.row, y = counted.label;
-      const double target_logit = rows.target_logit(row, y);
-      rows.for_each_segment([&](int64_t begin, int64_t end, int64_t i) {
-        states[i] = RowState<double>();
-        rows.kernels.push(rows.segment(row, y, begin, end, target_logit), inputs.options, &states[i], nullptr, nullptr);
-      });
-      RowState<double> state;
-      for (const RowState<double>& part : states) state.merge(part);
-      total.add(finish(state, row, y, target_logit));
-    }
-    total.write(sums, dtype);
-    return;
-  }
-
   std::vector<Sums> parts(static_cast<size_t>(lists.num_tasks()));
   lists.for_each_task(no_local, [&](int64_t begin, int64_t end, int64_t task, Nothing) {
     for (int64_t i = begin; i < end; ++i) {
+      const int64_t row = lists.counted(i).row, y = lists.counted(i).label;
       const double target_logit = lists.target_logit(i);
-      RowState<double> state;
-      rows.kernels.push(lists.segment(i, target_logit), inputs.options, &state, nullptr, nullptr);
-      parts[task].add(finish(state, lists.counted(i).row, lists.counted(i).label, target_logit));
+      const RowState<double> state = lists.push(i, target_logit, nullptr, nullptr);
+      const RowResult result = rows.result(state, row, y, target_logit);
+      lse[row] = result.lse;
+      set_element(nll, dtype, row, result.nll);
+      parts[task].add(sums_of_row(rows, state, result, row, y, target_logit));
     }
   });
   ordered_sum(parts).write(sums, dtype);
@@ -571,28 +429,20 @@ void backward(const CrossEntropyInputs& inputs, const double* lse, const void* n
     return run_short(rows, nullptr, nullptr, nullptr, grad, &grad_logits);
   const RowLists lists(rows);
   const bool streams = streams_gradient(rows, grad_logits);
-  const auto write = [&](int64_t row, const RowSegment& segment) {
-    const RowGrad<double> gradient = rows.gradient(lse[row], element(nll, dtype, row), segment.target, grad);
-    rows.kernels.write_grad(segment, inputs.options, gradient, streams, row_data(grad_logits, row));
-  };
-
-  const auto zero = [&](int64_t begin, int64_t end) { zero_rows(lists, begin, end, grad_logits); };
-  if (lists.is_split()) {
-    lists.for_each_ignored_task(zero);
-    for (const auto& counted : lists.counted())
-      rows.for_each_segment([&](int64_t begin, int64_t end, int64_t) {
-        write(counted.row, rows.segment(counted.row, counted.label, begin, end, 0));
-        if (streams) finish_streaming();
-      });
-    return;
-  }
   lists.for_each_task(
       no_local,
       [&](int64_t begin, int64_t end, int64_t, Nothing) {
-        for (int64_t i = begin; i < end; ++i) write(lists.counted(i).row, lists.segment(i, 0));
+        for (int64_t i = begin; i < end; ++i) {
+          const int64_t row = lists.counted(i).row, y = lists.counted(i).label;
+          const RowGrad<double> gradient = rows.gradient(lse[row], element(nll, dtype, row), y, grad);
+          lists.for_each_segment(i, 0, [&](const RowSegment& segment, int64_t) {
+            rows.kernels.write_grad(segment, inputs.options, gradient, streams, row_data(grad_logits, row));
+            if (streams && lists.is_split()) finish_streaming();
+          });
+        }
         if (streams) finish_streaming();
       },
-      zero);
+      [&](int64_t begin, int64_t end) { zero_rows(lists, begin, end, grad_logits); });
 }
 
 void forward_with_grad(const CrossEntropyInputs& inputs, const CrossEntropySums& sums, const void* grad_loss_sum,
@@ -602,59 +452,28 @@ void forward_with_grad(const CrossEntropyInputs& inputs, const CrossEntropySums&
   const double grad = element(grad_loss_sum, dtype, 0);
   if (rows.is_short() && grad_logits.stride_t == rows.V)
     return run_short(rows, &sums, nullptr, nullptr, grad, &grad_logits);
-
   const RowLists lists(rows);
   const bool streams = streams_gradient(rows, grad_logits);
-  const auto zero = [&](int64_t begin, int64_t end) { zero_rows(lists, begin, end, grad_logits); };
-  if (lists.is_split()) {
-    lists.for_each_ignored_task(zero);
-    Sums total;
-    std::vector<RowState<double>> states(static_cast<size_t>(rows.num_segments()));
-    const Exponentials scratch(rows.V, dtype);
-    for (const auto& counted : lists.counted()) {
-      const int64_t row = counted.row, y = counted.label;
-      const double target_logit = rows.target_logit(row, y);
-      void* exps = exps_of(rows, scratch, grad_logits, row, streams);
-      rows.for_each_segment([&](int64_t begin, int64_t end, int64_t i) {
-        states[i] = RowState<double>();
-        rows.kernels.push(rows.segment(row, y, begin, end, target_logit), inputs.options, &states[i], exps,
-                          scratch.references);
-      });
-      RowState<double> state;
-      for (const RowState<double>& part : states) state.merge(part);
-      const RowResult result = rows.result(state, row, y, target_logit);
-      total.add(sums_of_row(rows, state, result, row, y, target_logit));
-      const RowGrad<double> gradient = rows.gradient(result.lse, result.nll, y, grad);
-      rows.for_each_segment([&](int64_t begin, int64_t end, int64_t) {
-        rows.kernels.write_grad_from_exps(rows.segment(row, y, begin, end, target_logit), inputs.options, gradient,
-                                          exps, scratch.references, streams, row_data(grad_logits, row));
-        if (streams) finish_streaming();
-      });
-    }
-    total.write(sums, dtype);
-    return;
-  }
-
   std::vector<Sums> parts(static_cast<size_t>(lists.num_tasks()));
-  const auto make_scratch = [&] { return Exponentials(rows.V, dtype); };
-  lists.for_each_task(
-      make_scratch,
-      [&](int64_t begin, int64_t end, int64_t task, const Exponentials& scratch) {
-        for (int64_t i = begin; i < end; ++i) {
-          const int64_t row = lists.counted(i).row, y = lists.counted(i).label;
-          const double target_logit = lists.target_logit(i);
-          const RowSegment segment = lists.segment(i, target_logit);
-          void* exps = exps_of(rows, scratch, grad_logits, row, streams);
-          RowState<double> state;
-          rows.kernels.push(segment, inputs.options, &state, exps, scratch.references);
-          const RowResult result = rows.result(state, row, y, target_logit);
-          parts[task].add(sums_of_row(rows, state, result, row, y, target_logit));
-          rows.kernels.write_grad_from_exps(segment, inputs.options, rows.gradient(result.lse, result.nll, y, grad),
-                                            exps, scratch.references, streams, row_data(grad_logits, row));
-        }
-        if (streams) finish_streaming();
-      },
-      zero);
+  lists.for_each_task([&] { return Exponentials(rows.V, dtype); },
+                      [&](int64_t begin, int64_t end, int64_t task, const Exponentials& scratch) {
+                        for (int64_t i = begin; i < end; ++i) {
+                          const int64_t row = lists.counted(i).row, y = lists.counted(i).label;
+                          const double target_logit = lists.target_logit(i);
+                          void* const exps = exps_of(rows, scratch, grad_logits, row, streams);
+                          const RowState<double> state = lists.push(i, target_logit, exps, scratch.references);
+                          const RowResult result = rows.result(state, row, y, target_logit);
+                          parts[task].add(sums_of_row(rows, state, result, row, y, target_logit));
+                          const RowGrad<double> gradient = rows.gradient(result.lse, result.nll, y, grad);
+                          lists.for_each_segment(i, target_logit, [&](const RowSegment& segment, int64_t) {
+                            rows.kernels.write_grad_from_exps(segment, inputs.options, gradient, exps,
+                                                              scratch.references, streams, row_data(grad_logits, row));
+                            if (streams && lists.is_split()) finish_streaming();
+                          });
+                        }
+                        if (streams) finish_streaming();
+                      },
+                      [&](int64_t begin, int64_t end) { zero_rows(lists, begin, end, grad_logits); });
   ordered_sum(parts).write(sums, dtype);
 }
 
