@@ -16,16 +16,11 @@ from .._compat import not_compiled
 from ..sums import TokenSums
 from . import counting
 from . import step as steps
-from .terms import ELEMENTS, ITEMS, ROWS, SUM, WEIGHTS, Term, fitting_schemes, is_contrastive
+from .terms import ELEMENTS, ITEMS, ROWS, SCALED, SUM, WEIGHTS, Term, fitting_schemes, is_contrastive
 from .tracked import leaf_and_tracked, untracked
 
-SCHEMES = (
-    WEIGHTS,
-    ITEMS,
-    ROWS,
-    ELEMENTS,
-    SUM,
-)  # what somebody may divide a sum by, in the order in which they are tried
+# what somebody may divide a sum by, in the order in which they are tried
+SCHEMES = (WEIGHTS, ITEMS, ROWS, ELEMENTS, SUM, SCALED)
 SAME = 1e-5  # of the loss: what the rest may differ by from batch to batch
 
 
@@ -66,6 +61,7 @@ class Evaluation(steps.Step):
         self.leaves: list[torch.Tensor] = []  # of the means, where they are tracked
         self.leaves_by_hand: list[tuple[torch.Tensor, Term]] = []
         self.fitting: list[set[str]] | None = None  # of what somebody sums: the schemes that fitted all batches so far
+        self.scales: dict[int, float] = {}  # of sums, times what
         self.rests: list[torch.Tensor] = []  # of the batches: the loss without its means, its size, what somebody sums
         self.token_sums: TokenSums | None = None
         self.amount: Amount | None = None
@@ -155,6 +151,7 @@ class Evaluation(steps.Step):
             ROWS: self.share_of_rows(),
             ELEMENTS: float(target.numel()),
             SUM: 1.0,
+            SCALED: 1.0,
         }
         counts[WEIGHTS] = rule.total({"labels": target}) if weight is not None else counts[ITEMS]
         over = [torch.as_tensor(counts[scheme], dtype=torch.float64).to(value.device) for scheme in SCHEMES]
@@ -220,6 +217,10 @@ class Evaluation(steps.Step):
             self.target = term.target
             schemes = [] if coefficient is None else fitting_schemes(self, term, coefficient.detach(), loss)
             self.fitting[index] &= set(schemes)
+            if SCALED in schemes and coefficient is not None:
+                self.scales.setdefault(
+                    index, float(coefficient.detach().abs().max() * coefficient.detach().sum().sign())
+                )
         if agree(bends)[0]:
             self.is_linear, self.coefficients = False, [0.0] * self.num_terms
             self.fitting = [set() for _ in self.fitting]
@@ -265,6 +266,9 @@ class Evaluation(steps.Step):
             chosen.append(misfits.index(0) if 0 in misfits else None)
         return chosen
 
+    def _scale(self, index: int, scheme: int) -> float:
+        return self.scales.get(index, 1.0) if SCHEMES[scheme] == SCALED else 1.0
+
     def depends_on_batches(self, chosen: list[int | None]) -> bool:
         """Whether a part of the loss that is no term differs from batch to batch, so that its mean over the rows may be another."""
         if len(self.rests) < 2:
@@ -273,7 +277,7 @@ class Evaluation(steps.Step):
         rests, sizes = stacked[:, 0], stacked[:, 1]
         for index, scheme in enumerate(chosen):
             if scheme is not None:
-                rests = rests - stacked[:, 2 + index * len(SCHEMES) + scheme]
+                rests = rests - self._scale(index, scheme) * stacked[:, 2 + index * len(SCHEMES) + scheme]
         rests = rests[torch.isfinite(rests)]
         return bool(len(rests) > 1 and rests.max() - rests.min() > SAME * sizes.nan_to_num().max())
 
@@ -298,8 +302,8 @@ class Evaluation(steps.Step):
             summed, *of_schemes = by_term[begin : begin + width]
             if scheme is not None:
                 count, of_batches = of_schemes[scheme], of_schemes[len(SCHEMES) + scheme]
-                of_set = summed if SCHEMES[scheme] == SUM else _ratio(summed, count)
-                loss += of_set - _ratio(of_batches, amount)
+                of_set = summed if SCHEMES[scheme] in (SUM, SCALED) else _ratio(summed, count)
+                loss += self._scale(index, scheme) * (of_set - _ratio(of_batches, amount))
         results = {"loss": loss}
         if items:
             results.update(token_accuracy=_ratio(correct, items), token_entropy=_ratio(entropy, items))

@@ -20,7 +20,7 @@ from ..inexact import InexactError, InexactWarning
 from . import step as steps
 from .coupled import ROUTER_LOSSES
 from .registration import Patches
-from .terms import COUNTED, MEANS, Combination, Schemes
+from .terms import MEANS, NUMBER, SUMS, UNKNOWN, Combination, Schemes
 
 # a rest of the loss that is the same for all micro-batches to so much, relatively, depends on none of them
 SAME = 1e-6
@@ -204,10 +204,13 @@ def divided(
         result = call(*args, **kwargs)
     loss = result[0] if isinstance(result, tuple) else result
     step.raw = loss
-    loss, is_summed = _weighed(trainer, step, loss, check)
+    loss, kind = _weighed(trainer, step, loss, check)
     factor = 1.0
-    if is_summed:
+    if kind == SUMMED:
         factor = 1.0 if leaves_it else float(k)
+    elif kind == LEFT:
+        if check is not None and not leaves_it:
+            check.blame("a sum with a factor that is not recognised stays what Trainer makes of it")
     elif leaves_it and (step.terms or step.is_known or step.calls or is_touched(step) or step.measured.rest):
         factor = 1.0 / k
     if factor != 1.0:
@@ -215,15 +218,18 @@ def divided(
     return (loss, *result[1:]) if isinstance(result, tuple) else loss
 
 
-def _weighed(trainer: Any, step: steps.Step, loss: Any, check: Check | None) -> tuple[Any, bool]:
-    """The loss whose terms are parts of the step's, also those that are averaged by hand; and whether it is a plain sum."""
+SUMMED, LEFT = "a sum", "a sum over something that is not known"
+
+
+def _weighed(trainer: Any, step: steps.Step, loss: Any, check: Check | None) -> tuple[Any, str]:
+    """The loss whose terms are parts of the step's, also those that are averaged by hand; and whether it is a sum as a whole."""
     is_taken = isinstance(step.items, Items) and step.items.is_taken
     may_be_sum = (is_taken or (step.sums > 0 and not is_touched(step))) and not step.is_known
     is_looked_at = check is not None and trainer.args.n_gpu <= 1
     schemes = step.schemes
     is_measured = bool(step.measured.rest) and isinstance(loss, torch.Tensor) and not is_touched(step)
     if not is_looked_at and not may_be_sum and not schemes.are_acted_on and not is_measured:
-        return loss, False
+        return loss, ""
     combination = Combination(step, loss)
     if is_looked_at:
         assert check is not None
@@ -232,8 +238,8 @@ def _weighed(trainer: Any, step: steps.Step, loss: Any, check: Check | None) -> 
         for reason in schemes.look(step, loss, combination, number, is_taken) if not step.is_of_objects else ():
             check.blame(reason)
     # the number may be taken for a log, and a sum beside a mean
-    has_means = any(schemes.found.get(term.call) in (*MEANS, COUNTED) for term, _ in combination.pairs)
-    is_summed = may_be_sum and not combination.uses_a_mean and not has_means and not is_measured
+    found = {schemes.found.get(term.call, UNKNOWN) for term, _ in combination.pairs if term.reduction != "mean"}
+    is_summed = may_be_sum and not combination.uses_a_mean and not is_measured and not found & {*MEANS, NUMBER}
     if is_looked_at:
         assert check is not None
         check.add(step, loss, combination, schemes, is_summed)
@@ -243,7 +249,7 @@ def _weighed(trainer: Any, step: steps.Step, loss: Any, check: Check | None) -> 
         if rest is not None:
             share = step.share_of_weights(step.measured.rest, "the rest")
             loss = loss + ((share - 1) * rest).to(loss.device, loss.dtype)
-    return loss, is_summed
+    return loss, "" if not is_summed else SUMMED if found <= set(SUMS) else LEFT
 
 
 NOT_LINEAR = "it is no sum of multiples of means, as a perplexity is none"

@@ -58,11 +58,13 @@ ELEMENTS = "its elements, padding included"
 NUMBER = "num_items_in_batch"
 TAKEN = "num_items_in_batch as a number of Python's"
 SUM = "nothing: a sum"
+SCALED = "nothing: a sum, times a constant"
 COUNTED = "num_items_in_batch, times its own items"
 UNKNOWN = ""
 
 MEANS = (ITEMS, WEIGHTS, ROWS, ELEMENTS)
-ACTED_ON = (*MEANS, SUM, TAKEN, COUNTED)
+SUMS = (SUM, SCALED, TAKEN)
+ACTED_ON = (*MEANS, *SUMS, COUNTED)
 
 
 class Combination:
@@ -140,6 +142,9 @@ class Schemes:
                     self.units.setdefault(term.call, []).append(unit[0])
                 elif number is None:
                     reasons.add(f"the {term.name} without a reduction is averaged in a way that is not recognised")
+            elif self.found[term.call] == SCALED:
+                unit = _unit(term, coefficient)
+                self.units.setdefault(term.call, []).append(float("nan") if unit is None else unit[0])
             elif term.reduction == "mean" and number is not None:
                 self.units.setdefault(term.call, []).append(1.0 if fitting else float(coefficient))
             if self.found[term.call] == ELEMENTS and not step.is_of_one_length(term.rule):
@@ -153,7 +158,9 @@ class Schemes:
 
     def ends_of_window(self) -> set[str]:
         """What speaks against coefficients that are taken for those of a sum, or of a mean."""
-        varied = any(max(units) - min(units) > 1e-5 * max(map(abs, units)) for units in self.units.values() if units)
+        varied = any(
+            not max(units) - min(units) <= 1e-5 * max(map(abs, units)) for units in self.units.values() if units
+        )
         self.units.clear()
         return {"a loss is divided by another number in each micro-batch, which is not recognised"} if varied else set()
 
@@ -268,6 +275,8 @@ def _fitting(step: Step, term: Term, coefficient: torch.Tensor, number: Any, is_
         fitting.append(ELEMENTS)
     if is_one(scale):
         fitting.append(SUM)
+    elif not fitting and number is None and abs(float(f"{scale:.2g}") / scale - 1) <= 1e-6:
+        fitting.append(SCALED)  # by 0.01, or 0.5: a factor that somebody has written down
     return fitting
 
 
@@ -281,7 +290,7 @@ def _agreed(step: Step, fitting: list[str]) -> list[str]:
     """Those that fit on all ranks. All of them ask equally often."""
     ranks = float(step.over_ranks(torch.ones((), dtype=torch.float64)))
     agreed = []
-    for scheme in (WEIGHTS, ITEMS, NUMBER, TAKEN, ROWS, ELEMENTS, SUM):
+    for scheme in (WEIGHTS, ITEMS, NUMBER, TAKEN, ROWS, ELEMENTS, SUM, SCALED):
         fits = torch.full((), float(scheme in fitting), dtype=torch.float64)
         if float(step.over_ranks(fits)) == ranks:
             agreed.append(scheme)
@@ -290,7 +299,7 @@ def _agreed(step: Step, fitting: list[str]) -> list[str]:
 
 def _factor(step: Step, term: Term, coefficient: torch.Tensor, scheme: str) -> Any:
     """What a term is multiplied by to be a part of the step's, which Trainer averages over the micro-batches."""
-    if scheme in (SUM, TAKEN):
+    if scheme in SUMS:
         return float(step.micro_batches)
     if scheme == COUNTED:  # the mean has been divided by what the step holds already
         return torch.where(coefficient == 0, 1.0, 1 / coefficient)

@@ -13,7 +13,19 @@ import torch.nn.functional as F
 import transformers
 from tolerances import TRAINER_GRADIENT, TRAINER_LOSS
 from torch import nn
-from training import CLASSES, LABELS, Step, build, error, loss_error, make_trainer, rows, train
+from training import (
+    CLASSES,
+    COUNTS_POSITION_0,
+    GIVES_THE_NUMBER,
+    LABELS,
+    Step,
+    build,
+    error,
+    loss_error,
+    make_trainer,
+    rows,
+    train,
+)
 from transformers import Trainer
 
 import accumloss
@@ -169,6 +181,16 @@ class Exact:
 
         return OfTargets(cross_entropy), renamed(rows(), labels="target"), {"label_names": ["target"]}
 
+    def scaled_sum_in_a_module():
+        def loss(self, logits, labels):
+            return 0.01 * F.cross_entropy(logits.flatten(0, 1), labels.flatten(), reduction="sum")
+
+        class NoKeywords(Head):
+            def forward(self, input_ids, attention_mask=None, labels=None):
+                return super().forward(input_ids, labels=labels)
+
+        return NoKeywords(loss), rows(), {}
+
     def forward_names_the_number():
         class Naming(nn.Module):
             def __init__(self):
@@ -272,7 +294,14 @@ class Exact:
         return Frozen(cross_entropy, nn.BatchNorm1d(8)), rows(), {}
 
 
-EXACT = [name for name in vars(Exact) if not name.startswith("_")]
+WANTS_THE_NUMBER = ("none_over_the_number", "mean_times_its_items_over_the_number", "mean_times_its_items_over_an_int")
+EXACT = [
+    name
+    for name in vars(Exact)
+    if not name.startswith("_")
+    and (GIVES_THE_NUMBER or name not in WANTS_THE_NUMBER)
+    and not (COUNTS_POSITION_0 and name == "labels_made_in_prepare_inputs")  # the one batch of stock is wrong then
+]
 
 
 def fresh(examples):
@@ -303,7 +332,8 @@ def test_by_hand_is_exact_and_silent(name, split):
 
 
 @pytest.mark.parametrize(
-    "name", ["sum_over_its_own_items", "none_of_the_masked_ones", "mean_times_its_items_over_the_number"]
+    "name",
+    [n for n in EXACT if n in ("sum_over_its_own_items", "none_of_the_masked_ones", WANTS_THE_NUMBER[1])],
 )
 def test_what_was_learned_holds_in_later_windows(name):
     """After the first window nothing is looked at any more, and what was found is used."""
@@ -412,6 +442,17 @@ class Told:
             return total / (3.0 + (inputs["labels"] != -100).sum())
 
         return "divided by another number in each micro-batch", *tagger(), computes(loss), (4, 2)
+
+    def sum_over_something_in_a_module():
+        def loss(self, logits, labels):
+            total = F.cross_entropy(logits.flatten(0, 1), labels.flatten(), reduction="sum")
+            return total / (3.0 + (labels != -100).sum())
+
+        class NoKeywords(Head):
+            def forward(self, input_ids, attention_mask=None, labels=None):
+                return super().forward(input_ids, labels=labels)
+
+        return "divided by another number in each micro-batch", NoKeywords(loss), rows(), {}, (4, 2)
 
     def part_of_the_mask():
         def loss(self, model, inputs, n):

@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from tolerances import TRAINER_GRADIENT, TRAINER_LOSS
 from torch import nn
-from training import LABELS, build, error, loss_error, make_trainer, rows, train
+from training import GIVES_THE_NUMBER, LABELS, build, error, loss_error, make_trainer, rows, train
 from transformers import Trainer
 
 import accumloss
@@ -215,7 +215,15 @@ class Trainers:
             return F.cross_entropy(*flat(model(**{**inputs, "labels": None}), labels))
 
 
-EXACT = [name for name in vars(Trainers) if not name.startswith("_")]
+WANTS_THE_NUMBER = (
+    "sum_over_an_int",
+    "sum_by_hand_over_the_items",
+    "logs_the_number",
+    "takes_the_number_beside_a_mean",
+)
+EXACT = [
+    name for name in vars(Trainers) if not name.startswith("_") and (GIVES_THE_NUMBER or name not in WANTS_THE_NUMBER)
+]
 
 
 def fresh(examples):
@@ -319,7 +327,7 @@ class Told:
             return loss.detach()
 
 
-TOLD = [name for name in vars(Told) if not name.startswith("_")]
+TOLD = [name for name in vars(Told) if not name.startswith("_") and (GIVES_THE_NUMBER or name not in WANTS_THE_NUMBER)]
 
 
 @pytest.mark.parametrize("name", TOLD)
