@@ -76,7 +76,8 @@ class Evaluation(steps.Step):
     @property
     def is_looking(self) -> bool:
         """Whether the terms of this batch are tracked."""
-        return self.coefficients is None or any(len(fitting) > 1 for fitting in self.fitting or ())
+        is_open = any(len(fitting) > 1 or SCALED in fitting for fitting in self.fitting or ())
+        return self.coefficients is None or is_open
 
     def begin(self, inputs: Any) -> None:
         """Begins a batch."""
@@ -218,9 +219,9 @@ class Evaluation(steps.Step):
             schemes = [] if coefficient is None else fitting_schemes(self, term, coefficient.detach(), loss)
             self.fitting[index] &= set(schemes)
             if SCALED in schemes and coefficient is not None:
-                self.scales.setdefault(
-                    index, float(coefficient.detach().abs().max() * coefficient.detach().sum().sign())
-                )
+                scale = float(coefficient.detach().abs().max() * coefficient.detach().sum().sign())
+                if abs(self.scales.setdefault(index, scale) - scale) > SAME * abs(scale):
+                    self.fitting[index].discard(SCALED)
         if agree(bends)[0]:
             self.is_linear, self.coefficients = False, [0.0] * self.num_terms
             self.fitting = [set() for _ in self.fitting]

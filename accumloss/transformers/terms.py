@@ -275,9 +275,17 @@ def _fitting(step: Step, term: Term, coefficient: torch.Tensor, number: Any, is_
         fitting.append(ELEMENTS)
     if is_one(scale):
         fitting.append(SUM)
-    elif not fitting and number is None and abs(float(f"{scale:.2g}") / scale - 1) <= 1e-6:
-        fitting.append(SCALED)  # by 0.01, or 0.5: a factor that somebody has written down
+    elif not fitting and number is None and _is_written_down(step, scale):
+        fitting.append(SCALED)
     return fitting
+
+
+def _is_written_down(step: Step, scale: float) -> bool:
+    """Whether a factor is one of somebody's own, such as 0.01, and no division by something that the batch may hold so often."""
+    most = max((v.numel() for v in step.inputs.values() if isinstance(v, torch.Tensor)), default=0)
+    inverse = abs(1 / scale)
+    is_count = abs(inverse / max(round(inverse), 1) - 1) <= 1e-6 and inverse <= most
+    return not is_count and abs(float(f"{scale:.2g}") / scale - 1) <= 1e-6
 
 
 def fitting_schemes(step: Step, term: Term, coefficient: torch.Tensor, loss: torch.Tensor) -> list[str]:
