@@ -249,7 +249,8 @@ def _weighed(trainer: Any, step: steps.Step, loss: Any, check: Check | None) -> 
         if rest is not None:
             share = step.share_of_weights(step.measured.rest, "the rest")
             loss = loss + ((share - 1) * rest).to(loss.device, loss.dtype)
-    return loss, "" if not is_summed else SUMMED if found <= set(SUMS) else LEFT
+    is_known_sum = found <= set(SUMS) and not step.has_unknown_sums
+    return loss, "" if not is_summed else SUMMED if is_known_sum else LEFT
 
 
 NOT_LINEAR = "it is no sum of multiples of means, as a perplexity is none"

@@ -126,6 +126,7 @@ class Step:
         self.share_found: Any = None  # where it is no matter of its rule
         self.by_hand = 0  # calls of the latter
         self.sums = 0  # of them, those with reduction="sum"
+        self.has_unknown_sums = False  # of them, some that were found to be divided by nothing that is known
         self.unknown = 0  # calls whose labels are of no known origin
         self.is_of_objects = False  # sums over boxes or masks, which are divided by those of the step
         self.coupled: set[str] = set()  # why no split of the batch can be exact
@@ -171,6 +172,7 @@ class Step:
         call = "by hand", self.by_hand
         self.by_hand += 1
         is_left = not self.is_watched and self.schemes.found.get(call, UNKNOWN) not in ACTED_ON
+        self.has_unknown_sums |= is_left and reduction == "sum"
         if is_left or self.is_of_objects or not self.window or not value.requires_grad:
             return value
         rule = self._rule(target, 0, ignore_index, None, call)

@@ -494,6 +494,16 @@ def test_by_hand_is_told_and_never_worse_than_stock(name):
     assert TRAINER_GRADIENT < error(step, full) <= error(stock, full) * (1 + 1e-6)
 
 
+@pytest.mark.parametrize("verify", [False, True])
+def test_what_is_not_understood_stays_stocks_in_later_windows(verify):
+    _, model, examples, options, split = Told.sum_over_something_in_a_module()
+    stock = train(model, fresh(examples), split[0], batch_size=split[1], steps=3, **options)
+    with accumloss.registered(verify=verify), pytest.warns(accumloss.InexactWarning):
+        step = train(model, fresh(examples), split[0], batch_size=split[1], steps=3, **options)
+    for name, weight in stock.weights.items():
+        torch.testing.assert_close(step.weights[name], weight, rtol=1e-4, atol=1e-6)
+
+
 @pytest.mark.parametrize("name", ["contrastive", "focal", "sum_over_something", "compute_loss_func_by_hand"])
 def test_evaluation_by_hand_is_told_and_stocks(name):
     _, model, examples, options, _ = getattr(Told, name)()
