@@ -1,8 +1,12 @@
 """What is private in torch and transformers and used here is still there; an import of accumloss brings nothing heavy."""
 
+import ast
+import re
 import subprocess
 import sys
+from pathlib import Path
 
+import pytest
 import torch
 
 import accumloss
@@ -71,6 +75,97 @@ def test_a_backward_and_the_levels_of_transforms_are_known():
         assert _compat.is_forward_ad_open()
     torch.func.grad(lambda x: seen.append(_compat.is_functorch_active()) or x.sum())(torch.ones(2))
     assert seen[-1] is True
+
+
+def test_many_tensors_at_once():
+    group = [torch.ones(2), torch.full((3,), 2.0)]
+    _compat.foreach_mul_(group, torch.tensor(3.0))
+    assert [n.item() for n in _compat.foreach_norm(group, 2)] == pytest.approx([(2 * 9) ** 0.5, (3 * 36) ** 0.5])
+
+
+def test_layers_and_subclasses():
+    assert isinstance(torch.nn.BatchNorm2d(2), _compat.BatchNorm) and isinstance(torch.nn.Dropout1d(), _compat.Dropout)
+
+    class Asked(torch.Tensor):
+        @classmethod
+        def __torch_function__(cls, *args, **kwargs):
+            raise AssertionError("asked")
+
+    value = torch.ones(2).as_subclass(Asked)
+    with _compat.without_subclasses():
+        assert (value + 1).sum() == 4
+    assert _compat.tree_map(lambda x: x + 1, {"a": [1, (2,)]}) == {"a": [2, (3,)]}
+
+
+def test_the_end_of_a_backward():
+    seen = []
+    leaf = torch.ones((), requires_grad=True)
+    leaf.register_hook(lambda grad: _compat.at_the_end_of_backward(lambda: seen.append("end")) or seen.append("hook"))
+    (leaf * 2).backward()
+    assert seen == ["hook", "end"]
+
+
+def test_a_scaler_tells_whether_it_has_looked():
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0)
+    weight = torch.nn.Parameter(torch.ones(2))
+    optimizer = torch.optim.SGD([weight], 0.1)
+    scaler.scale(weight.sum()).backward()
+    assert not _compat.has_found_inf(scaler)
+    scaler.unscale_(optimizer)
+    assert _compat.has_found_inf(scaler)
+
+
+def test_a_compiled_model_and_hooks_on_all_modules():
+    model = torch.nn.Linear(2, 2)
+    compiled = torch.compile(model, backend="eager")
+    assert _compat.is_compiled(compiled) and not _compat.is_compiled(model)
+    assert _compat.uncompiled(compiled) is model is _compat.uncompiled(model)
+    assert not _compat.global_hooks()
+    handle = torch.nn.modules.module.register_module_forward_hook(lambda *args: None)
+    assert _compat.global_hooks()
+    handle.remove()
+    assert _compat.local_of(torch.ones(2)) is None
+
+
+def test_names_of_transformers_and_accelerate():
+    transformers, accelerate = pytest.importorskip("transformers"), pytest.importorskip("accelerate")
+    config = transformers.BertConfig(
+        vocab_size=9, hidden_size=4, num_hidden_layers=1, num_attention_heads=1, intermediate_size=4
+    )
+    model = transformers.BertForMaskedLM(config)
+    model.loss_function = len
+    assert vars(model)[_compat.LOSS_FUNCTION] is len
+    accelerator = accelerate.Accelerator(cpu=True, mixed_precision="bf16")
+    theirs = model.forward
+    assert _compat.without_autocast(model) is None and _compat.dataloaders_of(accelerator) == []
+    prepared, loader = accelerator.prepare(model, torch.utils.data.DataLoader([1, 2]))
+    assert _compat.without_autocast(prepared).__func__ is theirs.__func__
+    assert _compat.dataloaders_of(accelerator) == [loader]
+    assert not _compat.is_offloaded(model)
+    accelerate.hooks.add_hook_to_module(model, accelerate.hooks.ModelHook())
+    assert _compat.is_offloaded(model)
+
+
+def test_private_names_stand_in_one_file():
+    """A name that begins with an underscore, of an object that is not ours, is said by _compat.py alone."""
+    ours = {"_C", "_ops", "_replace", "_asdict", "_make"}  # of the package, and of NamedTuple
+    ours |= {"_version", "_check", "_make_wrapper_subclass"}  # documented, in spite of their names
+    found = []
+    package = Path(accumloss.__file__).parent
+    for path in package.rglob("*.py"):
+        if path.name == "_compat.py" or "auditing" in path.parts:
+            continue
+        tree = ast.parse(path.read_text())
+        mine = {node.name for node in ast.walk(tree) if isinstance(node, (ast.FunctionDef, ast.ClassDef))}
+        mine |= {
+            node.attr for node in ast.walk(tree) if isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Store)
+        }
+        for node in ast.walk(tree):
+            if isinstance(node, ast.Attribute) and re.fullmatch("_[a-zA-Z][a-zA-Z0-9_]*", node.attr):
+                is_of_torch = "torch" in ast.unparse(node.value).split(".")[0]
+                if is_of_torch and node.attr not in ours | mine:
+                    found.append(f"{path.relative_to(package)}:{node.lineno}: {ast.unparse(node)}")
+    assert not found
 
 
 def test_import_brings_no_compiler_no_audit_no_transformers():

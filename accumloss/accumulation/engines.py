@@ -7,6 +7,7 @@ from typing import Any, Literal, NamedTuple
 import torch
 import torch.distributed as dist
 
+from .. import _compat
 from ..sums import is_distributed
 
 Reduction = Literal["mean", "sum"]
@@ -37,4 +38,4 @@ def engine_of(owner: Any) -> Engine:
 
 def has_unscaled(scaler: Any) -> bool:
     """Whether scaler.unscale_() was called since its last update()."""
-    return any(state["found_inf_per_device"] for state in scaler._per_optimizer_states.values())
+    return _compat.has_found_inf(scaler)

@@ -204,5 +204,4 @@ def when_all_is_written(work: Callable[[], None], turns: int = 4) -> None:
     Autograd calls what is queued in its order. FSDP queues its work in a hook; DistributedDataParallel queues work that
     queues some more. Going to the end of the queue a few times comes after both.
     """
-    queue = torch.autograd.Variable._execution_engine.queue_callback
-    queue(work if turns == 0 else lambda: when_all_is_written(work, turns - 1))
+    _compat.at_the_end_of_backward(work if turns == 0 else lambda: when_all_is_written(work, turns - 1))

@@ -22,6 +22,7 @@ from typing import Any, NamedTuple
 import torch
 
 from .. import transformers as integration
+from .._compat import BatchNorm
 from ..inexact import InexactWarning
 
 Rows = list[dict[str, Any]]
@@ -189,7 +190,7 @@ def prepared(model: torch.nn.Module) -> Iterator[torch.nn.Module]:
     copied = copy.deepcopy(model).eval()
     copied.train = lambda mode=True: copied  # type: ignore[method-assign]
     for part in copied.modules():
-        if isinstance(part, torch.nn.modules.batchnorm._BatchNorm) and part.running_var is not None:
+        if isinstance(part, BatchNorm) and part.running_var is not None:
             part.forward = functools.partial(_normalized, part)  # type: ignore[method-assign]
     try:
         yield copied
@@ -197,7 +198,7 @@ def prepared(model: torch.nn.Module) -> Iterator[torch.nn.Module]:
         del copied.train
 
 
-def _normalized(norm: torch.nn.modules.batchnorm._BatchNorm, x: torch.Tensor) -> torch.Tensor:
+def _normalized(norm: BatchNorm, x: torch.Tensor) -> torch.Tensor:
     """Batch normalisation in eval mode, x (N, C, ...), in plain operations.
 
     PyTorch's own has a wrong gradient on CPU for one row whose gradient is laid out channels last with the strides of a larger

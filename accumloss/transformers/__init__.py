@@ -8,8 +8,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-import torch
-
+from .._compat import LOSS_FUNCTION, is_compiled, uncompiled
 from ..keywords import checked, named_by
 from . import deferred, losses, mapping, objective, rebind
 from . import trainer as _trainer
@@ -158,7 +157,7 @@ def explain(model: Any) -> Explanation:
         if not by_itself:
             path = "stock"
             reason = "its forward calls no loss that accumloss knows; accumloss.verify(trainer) measures what it averages over"
-        if getattr(base, "_loss_function", None) is not None and not registration.is_one_of(base):
+        if getattr(base, LOSS_FUNCTION, None) is not None and not registration.is_one_of(base):
             reason += "; the loss_function that was assigned to it has no effect"
         return Explanation(
             type(base).__name__, path, reason, f"{type(base).__module__}.{type(base).__qualname__}.forward"
@@ -172,7 +171,7 @@ def explain(model: Any) -> Explanation:
         path, reason = "logits", "its loss is that of no language model"
     elif not settings.fused_linear:
         path, reason = "logits", "registered without fused_linear=True"
-    elif isinstance(model, torch._dynamo.eval_frame.OptimizedModule):
+    elif is_compiled(model):
         path, reason = "logits", "it is compiled"
     else:
         found = deferred.why_not(base) or deferred.why_not_called(model, base)
@@ -232,7 +231,7 @@ def unregistered() -> Iterator[None]:
 
 
 def _base(model: Any, function: str) -> Any:
-    model = getattr(model, "_orig_mod", model)
+    model = uncompiled(model)
     if hasattr(model, "peft_config") and hasattr(model, "get_base_model"):
         model = model.get_base_model()
     if not hasattr(type(model), "loss_function"):

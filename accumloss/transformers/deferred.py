@@ -18,13 +18,13 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import nn
-from torch.utils._pytree import tree_map
 
+from .. import _compat
 from .registration import ABSENT, Patches, own
 from .settings import settings
 
 _Function = Callable[..., Any]
-_plain = torch._C.DisableTorchFunctionSubclass
+_plain = _compat.without_subclasses
 
 # answered by the wrapper itself: what the logits would say
 _METADATA: set[Any] = {
@@ -91,14 +91,14 @@ class DeferredLogits(torch.Tensor):
             recorded = args[1]._recorded(func, args[:1], kwargs)
             if recorded is not None:
                 return recorded
-        args, kwargs = tree_map(materialized, args), tree_map(materialized, kwargs)
+        args, kwargs = _compat.tree_map(materialized, args), _compat.tree_map(materialized, kwargs)
         return func(*args, **kwargs)
 
     @classmethod
     def __torch_dispatch__(  # type: ignore[override]  # of the base, a class method too
         cls, func: _Function, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        return func(*tree_map(materialized, args), **tree_map(materialized, kwargs or {}))
+        return func(*_compat.tree_map(materialized, args), **_compat.tree_map(materialized, kwargs or {}))
 
     def _recorded(self, func: _Function, more: tuple[Any, ...], kwargs: dict[str, Any]) -> DeferredLogits | None:
         """The deferred result of an operation that can wait; None for any other."""
@@ -301,13 +301,12 @@ def why_not(model: Any) -> str | None:
         return "the model names no output embeddings"
     if type(head) is not nn.Linear:
         return f"its head is {type(head).__module__}.{type(head).__qualname__}, not torch.nn.Linear"
-    if "forward" in vars(head) or hasattr(head, "_hf_hook"):
+    if "forward" in vars(head) or _compat.is_offloaded(head):
         return "its head's forward was replaced"
     hooks = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
     if any(getattr(head, name) for name in hooks):
         return "its head has hooks"
-    modules = sys.modules["torch.nn.modules.module"]
-    if any(getattr(modules, f"_global{name}") for name in hooks):
+    if _compat.global_hooks():
         return "there are hooks on all modules"
     if nn.utils.parametrize.is_parametrized(head):
         return "its head is parametrized"

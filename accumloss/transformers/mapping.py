@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any, cast
 
+from .._compat import LOSS_FUNCTION
 from .losses import REPLACEMENTS, Loss, underlying
 from .registration import Patches
 
@@ -51,7 +52,7 @@ def loss_of(model: Any) -> Loss | None:
     """What ``model.loss_function`` gives, the fallback included, without its warning; None for a model without one."""
     if not hasattr(type(model), "loss_function"):
         return None
-    own = getattr(model, "_loss_function", None)
+    own = getattr(model, LOSS_FUNCTION, None)
     if own is not None:
         return own
     mapping = loss_mapping()

@@ -14,8 +14,9 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from torch.utils._pytree import tree_map
 
+from .. import _compat
+from .._compat import tree_map
 from ..inexact import InexactError, InexactWarning
 from . import step as steps
 from .coupled import ROUTER_LOSSES
@@ -280,4 +281,4 @@ def is_taken_as_scaled(trainer: Any, num_items_in_batch: Any) -> bool:
 
 
 def is_compiled(trainer: Any) -> bool:
-    return any(hasattr(model, "_orig_mod") for model in (trainer.model, trainer.model_wrapped))
+    return any(_compat.is_compiled(model) for model in (trainer.model, trainer.model_wrapped))

@@ -22,6 +22,7 @@ from typing import Any, NamedTuple
 import torch
 from torch.overrides import TorchFunctionMode
 
+from .._compat import BatchNorm, Dropout, without_autocast
 from . import counting, objective
 from . import step as steps
 from .counting import Rule
@@ -280,8 +281,9 @@ def _in_fp32(model: Any) -> Iterator[None]:
     patches = Patches()
     theirs = []
     for part in model.modules():
-        if "_original_forward" in vars(part):  # what accelerate has put into autocast
-            patches.bind(part, "forward", part._original_forward)
+        theirs_before = without_autocast(part)
+        if theirs_before is not None:
+            patches.bind(part, "forward", theirs_before)
     try:
         for tensor in (*model.parameters(), *model.buffers()):
             if tensor.dtype in (torch.bfloat16, torch.float16):
@@ -306,7 +308,7 @@ def _uncompiled() -> Iterator[None]:
 
 @contextmanager
 def _without_dropout(model: Any) -> Iterator[None]:
-    layers = [part for part in model.modules() if isinstance(part, torch.nn.modules.dropout._DropoutNd)]
+    layers = [part for part in model.modules() if isinstance(part, Dropout)]
     before = [layer.p for layer in layers]
     for layer in layers:
         layer.p = 0.0
@@ -320,7 +322,7 @@ def _without_dropout(model: Any) -> Iterator[None]:
 
 def coupling(model: Any) -> set[str]:
     """What in a model normalises by the statistics of the micro-batch, as it stands in the middle of its training."""
-    norms = (torch.nn.modules.batchnorm._BatchNorm,)
+    norms = (BatchNorm,)
     found = {type(part).__name__ for part in model.modules() if isinstance(part, norms) and part.training}
     return {
         f"{name} normalises by the statistics of a micro-batch, and no split of a batch is then exact" for name in found

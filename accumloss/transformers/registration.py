@@ -10,6 +10,7 @@ import weakref
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
+from .._compat import LOSS_FUNCTION
 from .settings import settings
 
 ABSENT: Any = object()  # what an owner had under a name of which it had nothing of its own
@@ -156,7 +157,7 @@ class Registration:
 
     def cover_model(self, model: Any, loss: Any) -> None:
         """Assigns loss to the loss_function of a model, once."""
-        self.models.setdefault(model, Patches()).bind(model, "_loss_function", loss)
+        self.models.setdefault(model, Patches()).bind(model, LOSS_FUNCTION, loss)
 
     def is_one_of(self, model: Any) -> bool:
         """Whether a model was registered by itself."""
@@ -168,7 +169,7 @@ class Registration:
             patches.undo()
 
     def snapshot(self) -> Snapshot:
-        models = tuple((model, own(model, "_loss_function")) for model in self.models)
+        models = tuple((model, own(model, LOSS_FUNCTION)) for model in self.models)
         return Snapshot(self.covers_all, models, vars(settings).copy())
 
     def restore(self, before: Snapshot) -> None:

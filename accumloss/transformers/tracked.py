@@ -5,7 +5,8 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch.utils._pytree import tree_map
+
+from .._compat import tree_map, without_subclasses
 
 
 class Tracked(torch.Tensor):
@@ -49,7 +50,7 @@ def untracked(value: Any) -> Any:
     """The same, as a plain tensor with its graph; anything else as it is."""
     if not isinstance(value, Tracked):
         return value
-    with torch._C.DisableTorchFunctionSubclass(), torch.enable_grad():
+    with without_subclasses(), torch.enable_grad():
         return value.as_subclass(torch.Tensor)
 
 

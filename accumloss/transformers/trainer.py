@@ -26,7 +26,7 @@ from typing import Any
 
 import torch
 
-from .._compat import not_compiled
+from .._compat import LOSS_FUNCTION, dataloaders_of, not_compiled, uncompiled
 from ..inexact import InexactWarning
 from ..sums import TokenSums
 from . import counting, coupled, deferred, hook, losses, mapping, objective, probe, rebind, terms, tracked
@@ -192,7 +192,7 @@ def _trainer_module() -> Any:
 
 def base_model(trainer: Any) -> Any:
     """The transformers model inside of what torch.compile and PEFT have wrapped."""
-    model = getattr(trainer.model, "_orig_mod", trainer.model)
+    model = uncompiled(trainer.model)
     if hasattr(model, "peft_config") and hasattr(model, "get_base_model"):
         model = model.get_base_model()
     return model
@@ -280,7 +280,7 @@ def train(self: Any, *args: Any, **kwargs: Any) -> Any:
 def _tell_unused_loss(trainer: Any) -> None:
     """A loss of ours that was assigned to a model which never asks for it."""
     model = base_model(trainer)
-    given = getattr(model, "_loss_function", None)
+    given = getattr(model, LOSS_FUNCTION, None)
     is_unused = losses.underlying(given) is not None and not deferred.calls_loss_function(type(model))
     if (
         is_covered(trainer)
@@ -423,7 +423,7 @@ def measure(trainer: Any, here: Any = None, is_training: bool = False) -> probe.
     state = state_of(trainer)
     before, measured = state.window, state.measured
     name = type(trainer).__name__
-    dataloaders = list(trainer.accelerator._dataloaders)
+    dataloaders = list(dataloaders_of(trainer.accelerator))
     theirs = trainer.compute_loss
     if isinstance(theirs, functools.partial) and theirs.func is _around_compute_loss:
         theirs = theirs.args[1]
@@ -431,7 +431,7 @@ def measure(trainer: Any, here: Any = None, is_training: bool = False) -> probe.
         why_not = _why_not_measured(trainer)
         if why_not:
             raise probe.NotMeasured(why_not)
-        model = getattr(trainer.model, "_orig_mod", trainer.model)
+        model = uncompiled(trainer.model)
         with probe.as_it_was(trainer, model):
             loader = trainer.callback_handler.train_dataloader if is_training else trainer.get_train_dataloader()
 
@@ -451,7 +451,7 @@ def measure(trainer: Any, here: Any = None, is_training: bool = False) -> probe.
     except Exception as error:  # whatever the code of somebody else raises on rows of its own dataset
         return probe.Verification(name, None, f"on some rows of its dataset it raised {type(error).__name__}: {error}")
     finally:
-        trainer.accelerator._dataloaders[:] = dataloaders
+        dataloaders_of(trainer.accelerator)[:] = dataloaders
         state.window = before
 
 
