@@ -1,4 +1,5 @@
-# make demo | test | test-slow | test-all | lint | bench | bench-linear | bench-step | bench-gpu | census | cuda-report | clean
+# make demo | test | test-slow | test-all | lint | bench | bench-linear | bench-step | bench-gpu | census | trainers-census | cuda-report
+#      clean
 #
 # All of it happens in .venv, which the first target that needs it makes. A torch 2.10 or newer that PYTHON already has
 # is used from where it is; otherwise, or where TORCH is given (make test TORCH=torch==2.15.0), it is installed.
@@ -11,7 +12,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check
 SOURCES := pyproject.toml setup.py CMakeLists.txt \
            $(shell find accumloss build_tools csrc -name '*.py' -o -name '*.h' -o -name '*.cpp' -o -name '*.cu*')
 
-.PHONY: demo test test-slow test-all lint bench bench-linear bench-step bench-gpu census cuda-report clean
+.PHONY: demo test test-slow test-all lint bench bench-linear bench-step bench-gpu census trainers-census cuda-report clean
 .DELETE_ON_ERROR:
 .SECONDARY:
 
@@ -63,6 +64,12 @@ census: $(VENV)/.installed-test
 	cd $(VENV) && bin/python -m accumloss audit --all --out "$(CURDIR)/accumloss-census" $(ARGS)
 	cp accumloss-census/census.md docs/
 	cp accumloss-census/census.csv benchmarks/results/
+
+# Some 5 minutes on 2 cores. An interrupted one goes on where it stopped.
+trainers-census: $(VENV)/.installed-test
+	cd $(VENV) && bin/python -m accumloss audit --trainers --out "$(CURDIR)/accumloss-census" $(ARGS)
+	cp accumloss-census/trainers.md docs/
+	cp accumloss-census/trainers.csv benchmarks/results/
 
 # Registers, shared memory and spills of every CUDA kernel, into docs/performance.md. Needs nvcc, no GPU.
 cuda-report: $(VENV)/.installed-test

@@ -61,8 +61,8 @@ EXACT_WITH, COUPLED, WRONG, NOT_RUN = "exact", "cannot be exact", "wrong", "not 
 class Worker:
     """One worker process, started when it is first asked and again after it was killed."""
 
-    def __init__(self, log: Path):
-        self.log = log
+    def __init__(self, log: Path, program: str = "accumloss.auditing.worker"):
+        self.log, self.program = log, program
         self.folder = tempfile.TemporaryDirectory()  # to run in: python -m looks for modules where it runs
         self.process: subprocess.Popen[str] | None = None
 
@@ -72,11 +72,13 @@ class Worker:
                 **os.environ,
                 "TRANSFORMERS_VERBOSITY": "error",
                 "HF_HUB_OFFLINE": "1",
+                "HF_DATASETS_OFFLINE": "1",
+                "TRL_EXPERIMENTAL_SILENCE": "1",
                 "OMP_NUM_THREADS": "1",
             }
             with self.log.open("a") as errors:
                 self.process = subprocess.Popen(
-                    [sys.executable, "-m", "accumloss.auditing.worker"],
+                    [sys.executable, "-m", self.program],
                     stdin=subprocess.PIPE,
                     stdout=subprocess.PIPE,
                     stderr=errors,
@@ -117,8 +119,13 @@ def run(
     jobs: int,
     time_limit: float,
     on_line: Callable[[Line], None] = lambda line: None,
+    program: str = "accumloss.auditing.worker",
 ) -> list[Line]:
-    """The line of every class, those that ``state`` holds already included; name -> module in ``classes``."""
+    """The line of every class, those that ``state`` holds already included; name -> module in ``classes``.
+
+    Args:
+        program: the module that audits one of them for each line that it is given.
+    """
     state.parent.mkdir(parents=True, exist_ok=True)
     done = {line["name"]: line for line in read(state)}
     waiting: queue.SimpleQueue[tuple[str, str]] = queue.SimpleQueue()
@@ -128,7 +135,7 @@ def run(
     lock = threading.Lock()
 
     def work() -> None:
-        worker = Worker(state.with_suffix(".log"))
+        worker = Worker(state.with_suffix(".log"), program)
         try:
             while True:
                 try:

@@ -44,6 +44,11 @@ def add_parser(commands: Any) -> None:
     )
     parser.add_argument("--all", action="store_true", help="the census: every class of the installed transformers")
     parser.add_argument(
+        "--trainers",
+        action="store_true",
+        help="the census of Trainers: every loss of every Trainer of the installed trl and sentence-transformers",
+    )
+    parser.add_argument(
         "--batch-sizes",
         nargs="+",
         type=int,
@@ -53,8 +58,10 @@ def add_parser(commands: Any) -> None:
     )
     parser.add_argument("--groups", action="store_true", help="also the gradient error of each parameter group")
     parser.add_argument("--json", action="store_true", help="print JSON")
-    of_all = parser.add_argument_group("the census")
-    of_all.add_argument("--only", nargs="+", metavar="CLASS", help="these classes alone")
+    of_all = parser.add_argument_group("a census")
+    of_all.add_argument(
+        "--only", nargs="+", metavar="CLASS", help='these classes alone; with --trainers also "DPOTrainer sigmoid"'
+    )
     of_all.add_argument(
         "--jobs", type=int, default=os.cpu_count() or 1, metavar="N", help="processes (default: %(default)s)"
     )
@@ -66,20 +73,22 @@ def add_parser(commands: Any) -> None:
         type=Path,
         default=Path("accumloss-census"),
         metavar="FOLDER",
-        help="census.csv, census.md, and what is done so far (default: %(default)s)",
+        help="census.csv, census.md, or trainers.csv, trainers.md, and what is done so far (default: %(default)s)",
     )
     of_all.add_argument("--fresh", action="store_true", help="forget what an interrupted census has done")
 
 
 def run(options: argparse.Namespace) -> int:
     """Exit status: 0 exact, 1 not, 2 not measured."""
-    if (options.model is not None) + (options.factory is not None) + options.all != 1:
-        print("audit: expected one of MODEL, --factory and --all", file=sys.stderr)
+    if (options.model is not None) + (options.factory is not None) + options.all + options.trainers != 1:
+        print("audit: expected one of MODEL, --factory, --all and --trainers", file=sys.stderr)
         return 2
     if options.trust_remote_code and options.model is None:
         print("audit: expected MODEL with --trust-remote-code", file=sys.stderr)
         return 2
     try:
+        if options.trainers:
+            return run_trainers(options)
         return run_census(options) if options.all else run_one(options)
     except AuditError as error:
         print(error, file=sys.stderr)
@@ -150,6 +159,34 @@ def run_census(options: argparse.Namespace) -> int:
     (options.out / "census.md").write_text(text)
     print(json.dumps([census.row(line) for line in lines], indent=2) if options.json else text)
     return 1 if census.summary(lines)[census.WRONG] else 0
+
+
+def run_trainers(options: argparse.Namespace) -> int:
+    from . import trainers
+
+    _quiet()
+    state = options.out / "trainers.jsonl"
+    if options.fresh:
+        state.unlink(missing_ok=True)
+    cases = trainers.names(options.only)
+    start = time.perf_counter()
+    done = len({line["name"] for line in census.read(state)} & set(cases))
+    with report.progress(len(cases), "Trainers") as advance:
+        advance("", by=done)
+        lines = census.run(
+            cases,
+            state,
+            jobs=options.jobs,
+            time_limit=options.time_limit,
+            on_line=lambda line: advance(f"{line['name']}: {trainers.verdict(line)}"),
+            program="accumloss.auditing.trainers",
+        )
+    minutes = None if done else (time.perf_counter() - start) / 60
+    trainers.write_csv(lines, options.out / "trainers.csv")
+    text = trainers.markdown(lines, minutes)
+    (options.out / "trainers.md").write_text(text)
+    print(json.dumps([trainers.row(line) for line in lines], indent=2) if options.json else text)
+    return 1 if any(trainers.verdict(line) in trainers.FAILURES for line in lines) else 0
 
 
 def _quiet() -> None:

@@ -27,13 +27,14 @@ class Rule(NamedTuple):
     last: int = 0  # so many labels at the end of each row are no targets either
     filled: int | None = None  # labels of this value are no items: padding that the head ignores
     half: int | None = None  # only the first (0) or the second (1) half of the rows: chosen and rejected ones
+    of: int = 2  # in as many parts are the rows, of which half is one
 
     def labels(self, batch: Mapping[str, Any]) -> torch.Tensor:
         """The entry, or its part, without the first and the last labels of each row."""
         return self._targets(batch[self.key] if self.part is None else batch[self.key][..., self.part])
 
     def _targets(self, entry: torch.Tensor) -> torch.Tensor:
-        entry = half_of(entry, self.half)
+        entry = half_of(entry, self.half, self.of)
         if not self.shift and not self.last:
             return entry  # a row that was squeezed has no dimension
         return entry[..., self.shift : entry.shape[-1] - self.last]
@@ -128,12 +129,12 @@ class Origin(NamedTuple):
         return int(entry.numel() == labels.numel() and same_values(entry, labels))
 
 
-def half_of(entry: torch.Tensor, half: int | None) -> torch.Tensor:
-    """The first (0) or the second (1) half of the rows; None: all."""
+def half_of(entry: torch.Tensor, half: int | None, of: int = 2) -> torch.Tensor:
+    """The first (0) or the second (1) half of the rows, or one of more parts; None: all."""
     if half is None:
         return entry
-    rows = entry.shape[0] // 2
-    return entry[rows:] if half else entry[:rows]
+    rows = entry.shape[0] // of
+    return entry[half * rows : None if half == of - 1 else (half + 1) * rows]
 
 
 def likely_origins(
@@ -153,6 +154,8 @@ def likely_origins(
             yield Origin(key)
             if ignore_index is not None:
                 yield from (Origin(key, mask=mask) for mask in seen_by)
+                if entry.dim() > 1 and may_be_labels(key):
+                    yield Origin(key, first=1, back=1)  # shifted, and padded to their length again
         elif shifted == size:
             yield Origin(key, first=1)
         if length is not None or not may_be_labels(key):
@@ -226,7 +229,9 @@ def num_objects(batch: Mapping[str, Any]) -> list[int] | None:
 
 
 def num_rows(batch: Mapping[str, Any]) -> int:
-    """The rows of a micro-batch: the size of its first entry that has any."""
+    """The rows of a micro-batch: the size of its first entry that has any. A list of examples has one for each."""
+    if batch and all(isinstance(value, Mapping) for value in batch.values()):
+        return len(batch)
     for value in batch.values():
         if isinstance(value, (list, tuple)):
             return len(value)

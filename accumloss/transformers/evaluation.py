@@ -177,6 +177,9 @@ class Evaluation(steps.Step):
     def share_of_rows(self) -> float:
         return float(counting.num_rows(self.inputs))
 
+    def share_of_call_by_hand(self, call: Any, rule: Any) -> torch.Tensor:
+        return rule.total(self.inputs)
+
     def objects_of_the_step(self) -> float:
         """Losses are sums over boxes or masks, divided by how many this batch has, or by 1."""
         counts = counting.num_objects(self.inputs)

@@ -18,6 +18,7 @@ import torch
 from .. import _compat
 from .._compat import tree_map
 from ..inexact import InexactError, InexactWarning
+from . import known
 from . import step as steps
 from .coupled import ROUTER_LOSSES
 from .registration import Patches
@@ -201,7 +202,7 @@ def divided(
         else:
             step.items = Items.of(given, k)
         kwargs = {**kwargs, "num_items_in_batch": step.items}
-    with micro_batches(trainer, 1, 1):
+    with micro_batches(trainer, 1, 1), known.parts(trainer, step.known):
         result = call(*args, **kwargs)
     loss = result[0] if isinstance(result, tuple) else result
     step.raw = loss
@@ -248,10 +249,34 @@ def _weighed(trainer: Any, step: steps.Step, loss: Any, check: Check | None) -> 
         rest = combination.rest(loss, schemes.left_in_rest()) if is_measured else None
         loss = schemes.weighed(step, combination, loss)
         if rest is not None:
-            share = step.share_of_weights(step.measured.rest, "the rest")
-            loss = loss + ((share - 1) * rest).to(loss.device, loss.dtype)
+            loss = _with_rest(step, loss, rest)
     is_known_sum = found <= set(SUMS) and not step.has_unknown_sums
     return loss, "" if not is_summed else SUMMED if is_known_sum else LEFT
+
+
+def _with_rest(step: steps.Step, loss: Any, rest: torch.Tensor) -> Any:
+    """The loss whose rest is a part of the step's too."""
+    share = step.share_of_weights(step.measured.rest, "the rest")
+    if isinstance(share, float) and share == 1.0:
+        return loss
+    return loss + ((share - 1) * rest).to(loss.device, loss.dtype)
+
+
+def divided_by_itself(
+    trainer: Any, call: Callable[..., Any], step: steps.Step, ranks: int, args: Any, kwargs: Any
+) -> Any:
+    """What the compute_loss of a known Trainer returns that divides by what the step holds, but for a part of its loss.
+
+    The micro-batches are its own, and of one size.
+    """
+    step.averaged = step.micro_batches * ranks
+    with known.parts(trainer, step.known):
+        result = call(*args, **kwargs)
+    loss = result[0] if isinstance(result, tuple) else result
+    if step.measured.rest:
+        rest = Combination(step, loss).rest(loss) if step.terms else loss
+        loss = _with_rest(step, loss, rest)
+    return (loss, *result[1:]) if isinstance(result, tuple) else loss
 
 
 NOT_LINEAR = "it is no sum of multiples of means, as a perplexity is none"

@@ -106,6 +106,7 @@ class Step:
         self.gathers = gathers
         self.raw: Any = None  # what compute_loss returned
         self.measured = Measured()  # what its loss was measured to average over
+        self.known: Any = None  # what is written down of its Trainer (known.Known)
         self.ambiguous: set[str] = set()  # where several things fitted, which now are not alike
         self.schemes = Schemes()  # the Trainer's, of what is averaged by hand
         self.compared: dict[Any, Rule] = totals.setdefault(
@@ -229,10 +230,10 @@ class Step:
         matched = self._matched(labels, weight) if weight is not None else None
         if matched is not None:
             return Divisor(matched, self.expected_grad, observer)
-        rule = self._rule(labels, shift, ignore_index, length)
-        if rule is None and ignore_index is None and length is None:
-            rule = self._rule_of_size(labels)
         measured = dict(self.measured.calls).get(("mean", self.calls))
+        rule = None if measured and length is None else self._rule(labels, shift, ignore_index, length)
+        if rule is None and not measured and ignore_index is None and length is None:
+            rule = self._rule_of_size(labels)
         if rule is None and measured and length is None:
             here = at_least_one(Rule("labels", shift, ignore_index, weight=weight).total({"labels": labels}).double())
             self.share_found = self.share_of_weights(measured, ("measured", self.calls))
@@ -366,11 +367,11 @@ class Step:
         return shares[0]
 
     def _share_of_weight(self, weight: Weight, call: Any) -> Any:
-        if isinstance(weight, Rule):
-            return self.share_of_call_by_hand(call, weight)
         if weight == SUM_WEIGHS:
             return float(self.micro_batches)
-        return self.share_of_rows() if weight == ROWS_WEIGH else 1.0
+        if isinstance(weight, str):
+            return self.share_of_rows() if weight == ROWS_WEIGH else 1.0
+        return self.share_of_call_by_hand(call, weight)
 
     def share_of(self, rule: Rule) -> torch.Tensor | float:
         """What a mean over the items of this micro-batch is multiplied by, for it to weigh as much as they do in the step."""

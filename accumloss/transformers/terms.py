@@ -120,6 +120,8 @@ class Schemes:
         """
         reasons = set()
         for term, coefficient in combination.pairs:
+            if not bool(torch.isfinite(coefficient).all()):
+                continue  # nothing, divided by nothing: another micro-batch will tell
             fitting = _fitting(step, term, coefficient, number, is_taken)
             before = self.found.get(term.call)
             if before is None:
@@ -139,7 +141,9 @@ class Schemes:
             if self.found[term.call] == UNKNOWN and term.reduction != "mean":
                 unit = _unit(term, coefficient)
                 if unit is not None:
-                    self.units.setdefault(term.call, []).append(unit[0])
+                    # the weight of a single item says nothing of what all are divided by
+                    if term.reduction == "sum" or int((_is_item(term, coefficient) & (coefficient != 0)).sum()) > 1:
+                        self.units.setdefault(term.call, []).append(unit[0])
                 elif number is None:
                     reasons.add(f"the {term.name} without a reduction is averaged in a way that is not recognised")
             elif self.found[term.call] == SCALED:
@@ -221,9 +225,7 @@ def _unit(term: Term, coefficient: torch.Tensor) -> tuple[float, torch.Tensor | 
     """
     if term.reduction == "sum":
         return float(coefficient), None
-    is_item = torch.ones_like(coefficient, dtype=torch.bool)
-    if term.ignore_index is not None and term.target is not None and term.target.shape == coefficient.shape:
-        is_item = term.target != term.ignore_index
+    is_item = _is_item(term, coefficient)
     used = is_item & (coefficient != 0)
     values = coefficient[used]
     if not values.numel():
@@ -232,6 +234,13 @@ def _unit(term: Term, coefficient: torch.Tensor) -> tuple[float, torch.Tensor | 
     if high - low > _tolerance(coefficient) * abs(high):
         return None
     return high, None if bool((used == is_item).all()) else used
+
+
+def _is_item(term: Term, coefficient: torch.Tensor) -> torch.Tensor:
+    """Which values of a term without a reduction are not ignored; all where that cannot be said."""
+    if term.ignore_index is not None and term.target is not None and term.target.shape == coefficient.shape:
+        return term.target != term.ignore_index
+    return torch.ones_like(coefficient, dtype=torch.bool)
 
 
 def _tolerance(value: torch.Tensor) -> float:

@@ -29,7 +29,7 @@ import torch
 from .._compat import LOSS_FUNCTION, dataloaders_of, not_compiled, uncompiled
 from ..inexact import InexactWarning
 from ..sums import TokenSums
-from . import counting, coupled, deferred, hook, losses, mapping, objective, probe, rebind, terms, tracked
+from . import counting, coupled, deferred, hook, known, losses, mapping, objective, probe, rebind, terms, tracked
 from . import evaluation as evaluations
 from . import step as steps
 from .registration import Patches, registration
@@ -87,6 +87,17 @@ class State:
         self.measured = terms.Measured()
         self.verification: probe.Verification | None = None
         self.schemes = terms.Schemes()
+        self.known: known.Known | None = None  # what is written down of its class
+        self.is_looked_up = False
+
+    def look_up(self, trainer: Any, inputs: Any) -> known.Known | None:
+        """What is written down of a Trainer's class, by a micro-batch as compute_loss gets it: asked once."""
+        if not self.is_looked_up and isinstance(inputs, Mapping):
+            self.is_looked_up = True
+            self.known = known.look_up(trainer, inputs)
+            if self.known is not None:
+                self.check.is_done, self.measured = True, self.known.measured
+        return self.known
 
 
 def state_of(trainer: Any) -> State:
@@ -366,11 +377,14 @@ def _around_training_step(trainer: Any, theirs: Callable[..., Any], *args: Any, 
         step.observer = state.metrics
     # one that never reaches Trainer's own divides by itself, or not at all: for it there is one micro-batch
     is_theirs = not is_trainers_own(theirs)
-    says = (1, 1) if is_theirs else (step.micro_batches, step.asked)
+    says = (1, 1) if is_theirs and not reaches_trainers_own(theirs) else (step.micro_batches, step.asked)
     with steps.entered(step), objective.micro_batches(trainer, *says):
         if is_theirs:
             step.averaged, step.expected_grad = ranks(trainer), 1.0
-        loss = theirs(*args, **kwargs)
+        if state.known is not None and state.known.has_own_step:
+            loss = known.own_step(trainer, step, theirs, args, kwargs)
+        else:
+            loss = theirs(*args, **kwargs)
     _look_at(trainer, step)
     return loss
 
@@ -383,10 +397,20 @@ def is_trainers_own(method: Any) -> bool:
     return function is training_step or function is _originals.get("training_step")
 
 
+def reaches_trainers_own(method: Any) -> bool:
+    """Whether an override of training_step goes on to the one it overrides, as far as its code says."""
+    while isinstance(method, functools.partial):
+        method = method.func
+    code = getattr(inspect.unwrap(getattr(method, "__func__", method)), "__code__", None)
+    return code is not None and "super" in code.co_names
+
+
 def _look_at(trainer: Any, step: steps.Step) -> None:
     """At the end of a window: says once what of the step is not exact by construction."""
     state = state_of(trainer)
     window = state.window
+    if state.known is not None and state.known.coupled and (step.micro_batches > 1 or trainer.args.world_size > 1):
+        objective.tell(trainer, state.warned, state.known.coupled, settings.verify == "error", "differs")
     for reason in step.ambiguous - state.warned:
         state.warned |= {reason, "ambiguous"}
         objective.tell(trainer, set(), reason, settings.verify == "error")
@@ -474,6 +498,8 @@ def _measure_once(trainer: Any, inputs: Any) -> None:
     window = state.window
     if not settings.verify or state.verification is not None or window is None:
         return
+    if state.look_up(trainer, inputs) is not None:
+        return  # it is written down
     if len(window.fetched) == 1 and trainer.args.world_size == 1:
         return  # nothing is accumulated
     mine = found = measure(trainer, inputs, is_training=True)
@@ -513,6 +539,7 @@ def make_step(trainer: Any, inputs: Any) -> steps.Step:
         origins=state.origins,
         gathers=trainer.args.average_tokens_across_devices and trainer.args.world_size > 1,
     )
+    step.known = state.look_up(trainer, inputs)
     step.trainer, step.here, step.is_watched = trainer, here, not state.check.is_done
     step.schemes, step.measured = state.schemes, state.measured
     step.is_watched_for_ambiguity = "ambiguous" not in state.warned
@@ -538,7 +565,7 @@ def compute_loss(self: Any, *args: Any, **kwargs: Any) -> Any:
 def _around_compute_loss(trainer: Any, theirs: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
     step = steps.current()
     is_of_step = step is not None and step.is_training and step.trainer is trainer
-    if not is_of_step or not is_covered(trainer) or objective.says_it_is_scaled(trainer):
+    if not is_of_step or not is_covered(trainer):
         return theirs(*args, **kwargs)
     assert step is not None
     if step.depth:  # called by another, or by itself
@@ -547,14 +574,38 @@ def _around_compute_loss(trainer: Any, theirs: Callable[..., Any], *args: Any, *
     if len(args) > 3:
         args, kwargs = args[:3], {"num_items_in_batch": args[3], **kwargs}
     inputs = kwargs.get("inputs", args[1] if len(args) > 1 else None)
+    if step.known is None and state.look_up(trainer, inputs) is not None:
+        step.known, step.measured, step.is_watched = state.known, state.measured, False
+    divides_itself = objective.says_it_is_scaled(trainer)
+    if divides_itself and (step.known is None or step.known.window is None):
+        return theirs(*args, **kwargs)
     _begin(trainer, step, inputs)
     step.depth += 1
     step.is_computed = True
     try:
+        if step.known is not None and step.known.is_counted_often and kwargs.get("num_items_in_batch") is not None:
+            kwargs = {**kwargs, "num_items_in_batch": kwargs["num_items_in_batch"] / step.micro_batches}
+        if divides_itself:
+            assert step.known is not None and step.known.window is not None
+            step.window, step.here = list(step.known.window(trainer)), None
+            step.totals = {} if state.window is None else state.window.totals
+            return objective.divided_by_itself(trainer, theirs, step, ranks(trainer), args, kwargs)
         check = None if state.check.is_done else state.check
-        return objective.divided(trainer, theirs, step, ranks(trainer), check, args, kwargs)
+        with known.tokens_shown(args[0] if args else trainer.model, step.known, _shown_in(step)):
+            return objective.divided(trainer, theirs, step, ranks(trainer), check, args, kwargs)
     finally:
         step.depth -= 1
+
+
+def _shown_in(step: steps.Step) -> Any:
+    """What takes the sums over the tokens of a micro-batch, where metrics are wanted of it."""
+    observer = step.observer
+
+    def show(sums: TokenSums) -> None:
+        if step.observer is not None:
+            step.observer(sums.loss_sum, sums)
+
+    return show if observer is not None and observer.metrics else None
 
 
 AROUND = {
@@ -795,9 +846,19 @@ def _prediction_step(
 ) -> Any:
     """Trainer's, of any class, whose loss goes into the evaluation."""
 
-    evaluation.begin(inputs)
+    written = evaluation.known = state_of(trainer).look_up(trainer, inputs)
+
+    def show(sums: TokenSums) -> None:
+        evaluation.token_sums = evaluation.token_sums or sums
+
+    def called(inputs: Any, loss_only: bool) -> Any:
+        evaluation.begin(inputs)
+        shown = show if evaluation.metrics else None
+        with known.parts(trainer, written), known.tokens_shown(model, written, shown):
+            return predict(model, inputs, loss_only, *args, **kwargs)
+
     with _smoothed_in_kernel(trainer, evaluation, prediction_loss_only):
-        predicted = predict(model, inputs, prediction_loss_only, *args, **kwargs)
+        predicted = called(inputs, prediction_loss_only)
     if predicted[0] is None:
         return tracked.plain(predicted)
     loss = predicted[0].mean()
@@ -807,10 +868,10 @@ def _prediction_step(
         evaluation.look(loss, functools.partial(_largest, trainer))
     if not are_all_real:  # rows that fill the last batch up are in the set already
         inputs = first_rows(inputs, max(real, 1))
-        evaluation.begin(inputs)
-        loss = predict(model, inputs, True, *args, **kwargs)[0].mean()
+        loss = called(inputs, True)[0].mean()
     if evaluation.is_linear:
-        amount = evaluation.amount or _measured_amount(trainer, evaluation) or _amount(trainer, evaluation)
+        amount = evaluation.amount or _known_amount(evaluation) or _measured_amount(trainer, evaluation)
+        amount = amount or _amount(trainer, evaluation)
     else:
         amount = evaluations.Amount(*[float(counting.num_rows(evaluation.inputs))] * 2)
     evaluation.add(loss, amount, is_real=real > 0)
@@ -819,6 +880,10 @@ def _prediction_step(
 
 def _tell_evaluation(trainer: Any, evaluation: evaluations.Evaluation, chosen: list[int | None]) -> None:
     """Says what of an evaluation may depend on the size of its batches."""
+    if evaluation.known is not None:
+        if evaluation.known.coupled:
+            objective.tell_evaluation(trainer, state_of(trainer).warned, evaluation.known.coupled)
+        return
     knows = state_of(trainer).measured.rest or evaluation.is_by_number or not _is_somebodys_own(trainer)
     reasons = sorted(evaluation.coupled)
     if not evaluation.is_linear:
@@ -911,6 +976,18 @@ def _is_somebodys_own(trainer: Any) -> bool:
     )
 
 
+def _known_amount(evaluation: evaluations.Evaluation) -> evaluations.Amount | None:
+    """What a batch weighs where it is written down what the rest of the loss is a mean over."""
+    if evaluation.known is None:
+        return None
+    rows = evaluation.share_of_rows()
+    over = evaluation.known.over if evaluation.known.evaluated_over is None else evaluation.known.evaluated_over
+    if over == terms.SUM_WEIGHS:
+        return evaluations.Amount(1.0, rows)
+    items = rows if over is None or isinstance(over, str) else over.total(evaluation.inputs)
+    return evaluations.Amount(items, items)
+
+
 def _measured_amount(trainer: Any, evaluation: evaluations.Evaluation) -> evaluations.Amount | None:
     """What a batch weighs where it was measured what the rest of the loss is a mean over."""
     weight = next(iter(state_of(trainer).measured.rest), None)
@@ -958,8 +1035,9 @@ def log(self: Any, logs: dict[str, float], *args: Any, **kwargs: Any) -> Any:
 
 
 _REMEDIES = {
-    "liger_kernel": "use_liger_kernel=False, or cross_entropy=False and fused_linear_cross_entropy=False",
-    "trl": 'loss_type="nll"',
+    "liger_kernel": "use_liger_kernel=False, or liger_kernel_config=dict(cross_entropy=False, "
+    "fused_linear_cross_entropy=False)",
+    "trl": "return a loss of accumloss's, or of PyTorch's, from a compute_loss of your own",
     "unsloth": "UNSLOTH_RETURN_LOGITS=1, or load the model without unsloth",
 }
 

@@ -239,7 +239,7 @@ def test_names_that_stand_for_nothing(capsys):
     assert "near: " in (err := capsys.readouterr().err) and "BertForMaskedLM" in err
     assert main(["audit"]) == 2
     assert main(["audit", "BertForMaskedLM", "--all"]) == 2
-    assert "expected one of MODEL, --factory and --all" in capsys.readouterr().err
+    assert "expected one of MODEL, --factory, --all and --trainers" in capsys.readouterr().err
 
 
 # The census -----------------------------------------------------------------------------------------------------------
