@@ -22,7 +22,7 @@ from typing import Any, NamedTuple
 import torch
 from torch.overrides import TorchFunctionMode
 
-from . import counting, objective
+from . import counting, known, objective
 from . import step as steps
 from .counting import Rule
 from .registration import Patches
@@ -413,6 +413,10 @@ class Probe:
         step = steps.Step(window, {}, 1, 1.0, lambda total: total, totals)
         step.trainer, step.here, step.is_watched = trainer, window[index], True
         step.schemes, step.micro_batches, step.asked, step.measured = self.schemes, k, k, self.measured
+        written = step.known = known.look_up(trainer, inputs)
+        if written is not None:
+            step.measured = written.measured
+            self.coupling |= {written.coupled} - {""}
         step.begin(counting.entries_of(inputs))
         if isinstance(step.inputs.get("labels"), torch.Tensor) and isinstance(inputs, Mapping):
             step.main = self.counted_rule(inputs)
