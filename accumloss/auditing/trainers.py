@@ -17,6 +17,7 @@ import math
 import os
 import sys
 import tempfile
+import textwrap
 import time
 import warnings
 from collections import Counter
@@ -235,7 +236,8 @@ def markdown(lines: Sequence[Line], minutes: float | None = None) -> str:
             f"{SAME_LOSS:.0e} of the logged loss and {SAME_EVALUATION:.0e} of the eval_loss, fp32.",
         ),
         "",
-        "The columns are the relative error of the gradient by split, and how much eval_loss depends on the batch size.",
+        "The columns are the relative error of the gradient by split, and how much eval_loss depends on the",
+        "batch size.",
     ]
     for library in trainer_cases.LIBRARIES:
         of = [line for line in ran if line["module"] == library]
@@ -258,7 +260,9 @@ def markdown(lines: Sequence[Line], minutes: float | None = None) -> str:
         for line in ran
         if verdict(line) in (TOLD, FALSE_ALARM)
     ]
-    text += ["", *REMARKS]
+    text += ["", "## Remarks"]
+    for remark in REMARKS:
+        text += [("- " if i == 0 else "  ") + part for i, part in enumerate(_wrapped(remark, width=98))]
     not_run = [line for line in lines if verdict(line) == NOT_RUN]
     if not_run:
         text += ["", "## Not run", "", "| trainer | why |", "|---|---|"]
@@ -266,24 +270,24 @@ def markdown(lines: Sequence[Line], minutes: float | None = None) -> str:
     return "\n".join(text) + "\n"
 
 
-REMARKS = """\
-## Remarks
-- What a loss of these classes averages over is written down in `accumloss/transformers/known.py`, by class and loss: nothing
-  is measured in a run. A subclass that overrides the loss is none of them; `accumloss.verify(trainer)` measures it.
-- A `-` is a split that a Trainer cannot make. Those that generate their rows (GRPO, RLOO, Distillation) split one batch of
-  them evenly, and an uneven last window does not exist. KTO takes no batch of one row.
-- Trainers with `OnlineDPOTrainer`'s own training_step do not divide by the micro-batches in stock TRL; with accumloss they do.
-- GOLD and IW-OPD are handed the items of the whole batch once for each micro-batch by stock transformers; with accumloss once.
-- SpladeLoss is exact in the first step, in which its regularizers weigh nothing, and not after it.
-- SetFit has no `gradient_accumulation_steps`, and so nothing to make exact.
-- Metrics that a Trainer logs by itself (`mean_token_accuracy`, `rewards/chosen`) are means of the micro-batches' means. With
-  `metrics=True`, `token_accuracy` and `token_entropy` over all tokens stand beside them in the logs of SFT.""".splitlines()
+REMARKS = (
+    "What a loss of these classes averages over is written down in `accumloss/transformers/known.py`, by class and loss: "
+    "nothing is measured in a run. A subclass that overrides the loss is none of them; `accumloss.verify(trainer)` measures it.",
+    "A `-` is a split that a Trainer cannot make. Those that generate their rows (GRPO, RLOO, Distillation) split one batch of "
+    "them evenly: an uneven last window does not exist. KTO takes no batch of one row.",
+    "OnlineDPOTrainer has a training_step of its own, which does not divide by the micro-batches. With accumloss it does.",
+    "GOLD and IW-OPD are handed the items of the whole batch once for each micro-batch by stock transformers, with accumloss "
+    "once.",
+    "SpladeLoss is exact in the first step, in which its regularizers weigh nothing, and not after it.",
+    "GRPO's adaptive entropy bonus is 0 in the first step; the bonus is that of the rows above it.",
+    "SetFit has no `gradient_accumulation_steps`, and so nothing to make exact.",
+    "Metrics that a Trainer logs by itself (`mean_token_accuracy`, `rewards/chosen`) are means of the micro-batches' means. "
+    "With `metrics=True`, `token_accuracy` and `token_entropy` over all tokens stand beside them in the logs of SFT.",
+)
 
 
-def _wrapped(*sentences: str) -> list[str]:
-    import textwrap
-
-    return textwrap.wrap(" ".join(sentences), 100, break_long_words=False, break_on_hyphens=False)
+def _wrapped(*sentences: str, width: int = 100) -> list[str]:
+    return textwrap.wrap(" ".join(sentences), width, break_long_words=False, break_on_hyphens=False)
 
 
 def _cell(value: str) -> str:

@@ -23,7 +23,7 @@ import torch
 from torch.overrides import TorchFunctionMode
 
 from .._compat import BatchNorm, Dropout, without_autocast
-from . import counting, objective
+from . import counting, known, objective
 from . import step as steps
 from .counting import Rule
 from .registration import Patches
@@ -415,6 +415,10 @@ class Probe:
         step = steps.Step(window, {}, 1, 1.0, lambda total: total, totals)
         step.trainer, step.here, step.is_watched = trainer, window[index], True
         step.schemes, step.micro_batches, step.asked, step.measured = self.schemes, k, k, self.measured
+        written = step.known = known.look_up(trainer, inputs)
+        if written is not None:
+            step.measured = written.measured
+            self.coupling |= {written.coupled} - {""}
         step.begin(counting.entries_of(inputs))
         if isinstance(step.inputs.get("labels"), torch.Tensor) and isinstance(inputs, Mapping):
             step.main = self.counted_rule(inputs)

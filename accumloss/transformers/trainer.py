@@ -484,6 +484,8 @@ def _why_not_measured(trainer: Any) -> str:
         return "accumloss is not registered for its model"
     if getattr(trainer, "is_fsdp_enabled", False) or getattr(trainer, "is_deepspeed_enabled", False):
         return "its weights are sharded"
+    if "_buffered_inputs" in vars(trainer):
+        return "it generates the rows that it trains on, and makes its micro-batches of them by itself"
     step = type(trainer).training_step
     if step is not training_step and not {"super", "compute_loss"} & set(inspect.unwrap(step).__code__.co_names):
         return f"{type(trainer).__name__}.training_step computes the loss itself"

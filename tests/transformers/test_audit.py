@@ -14,7 +14,7 @@ from training import LENGTH, build, rows
 
 import accumloss
 from accumloss.__main__ import main
-from accumloss.auditing import AuditError, audit_rows, census, measure, worker
+from accumloss.auditing import AuditError, audit_rows, census, measure, trainers, worker
 from accumloss.auditing.report import verdict
 
 
@@ -328,3 +328,37 @@ def test_peak_memory_is_of_the_block():
 def test_worker_reports_what_it_cannot_run():
     found = worker.audit_class("transformers.models.bert.modeling_bert", "BertModel")
     assert found["status"] == "not run" and found["reason"]
+
+
+def line_of_a_trainer(gradient=1e-7, evaluation=1.0, told=(), told_of_evaluation=()):
+    """A line of the census of Trainers."""
+    step = {"gradient_error": gradient, "loss_error": 0.0, "told": bool(told)}
+    ours = {"steps": {"4x2": step}, "evaluation": [1.0, evaluation]}
+    ours.update(told=[*told], told_of_evaluation=[*told_of_evaluation])
+    stock = {"steps": {"4x2": {**step, "gradient_error": 3.0}}, "evaluation": [1.0, 1.5], "told": []}
+    names = {"name": "A b", "module": "trl", "trainer": "A", "loss": "b", "status": "run", "reason": "", "seconds": 1.0}
+    return {**names, "stock": stock, "accumloss": ours}
+
+
+@pytest.mark.parametrize(
+    ("wanted", "what"),
+    [
+        ("exact", {}),
+        ("silent", {"gradient": 1e-3}),
+        ("silent", {"evaluation": 1.01}),
+        ("silent", {"evaluation": 1.01, "told": ["accumloss: A differs: why"]}),
+        ("told", {"gradient": 1e-3, "told": ["accumloss: A differs: why"]}),
+        ("told", {"evaluation": 1.01, "told_of_evaluation": ["accumloss: A depends: why"]}),
+        ("told though exact", {"told": ["accumloss: A differs: why"]}),
+        ("told though exact", {"told_of_evaluation": ["accumloss: A depends: why"]}),
+    ],
+)
+def test_verdicts_of_the_census_of_trainers(wanted, what):
+    line = line_of_a_trainer(**what)
+    assert trainers.verdict(line) == wanted
+    assert not trainers.trains_exactly(line, "stock")
+    text = trainers.markdown([line])
+    assert f"| A | b | 3.0e+00 | - | - | 5.0e-01 | {line['accumloss']['steps']['4x2']['gradient_error']:.1e} |" in text
+    assert ("| A | b | why |" in text) == wanted.startswith("told")
+    row = trainers.row(line)
+    assert (row["stock_4x2"], row["verdict"]) == ("3.0e+00", wanted)

@@ -167,3 +167,50 @@ def test_a_coupled_one_is_told_once_with_its_reason(monkeypatch):
     assert len(told) == 1
     with accumloss.registered():  # nothing is accumulated, nothing is said
         train(model, examples, 1, trainer_class=Weighted)
+
+
+class Times(Trainer):
+    """Logs once for each window, as GRPO does: it asks for the micro-batches after its parent's step."""
+
+    def training_step(self, *args, **kwargs):
+        loss = super().training_step(*args, **kwargs)
+        self.seen = [*vars(self).get("seen", []), self.current_gradient_accumulation_steps]
+        return loss
+
+
+class DoesItItself(Trainer):
+    """Divides by the micro-batches by itself, of a loss that is a part of the step's: for it there is one."""
+
+    def training_step(self, model, inputs, *args, **kwargs):
+        model.train()
+        loss = model(**inputs).loss
+        self.seen = [*vars(self).get("seen", []), self.args.gradient_accumulation_steps]
+        self.accelerator.backward(loss / self.seen[-1])
+        return loss.detach() / self.seen[-1]
+
+
+@pytest.mark.parametrize(("cls", "read"), [(Times, 4), (DoesItItself, 1)])
+def test_what_a_training_step_reads_as_its_micro_batches(cls, read):
+    model, examples = build("BertForTokenClassification", num_labels=LABELS).eval(), rows("tags")
+    full = train(model, examples, 1, trainer_class=cls)
+    with accumloss.registered():
+        step = train(model, examples, 4, batch_size=2, trainer_class=cls)
+    assert step.trainer.seen == [read] * 4
+    assert error(step, full) < TRAINER_GRADIENT
+
+
+def test_verify_measures_by_what_is_written_down(weighted):
+    model, examples = build("BertForTokenClassification", num_labels=LABELS), rows("tags")
+    trainer, _ = make_trainer(model, examples, 4, batch_size=2, trainer_class=weighted)
+    found = accumloss.verify(trainer)  # an InexactWarning would be an error
+    assert found.is_exact
+    assert {term.name for term in found.terms} == {"label_weight", "row_weight"}
+
+
+def test_verify_finds_what_is_written_down_wrongly(monkeypatch):
+    over = (("label_weight", ROWS_WEIGH), ("row_weight", Rule("labels")))
+    monkeypatch.setattr(known, "look_up", lambda trainer, inputs: known.Known(ROWS_WEIGH, parts=over))
+    model, examples = build("BertForTokenClassification", num_labels=LABELS), rows("tags")
+    trainer, _ = make_trainer(model, examples, 4, batch_size=2, trainer_class=Weighted)
+    with pytest.warns(accumloss.InexactWarning):
+        assert accumloss.verify(trainer).is_exact is False
