@@ -127,23 +127,30 @@ def test_a_compiled_model_and_hooks_on_all_modules():
     assert _compat.local_of(torch.ones(2)) is None
 
 
+ACCELERATE = """
+import accelerate, torch, transformers
+from accumloss import _compat
+config = transformers.BertConfig(vocab_size=9, hidden_size=4, num_hidden_layers=1, num_attention_heads=1, intermediate_size=4)
+model = transformers.BertForMaskedLM(config)
+model.loss_function = len
+assert vars(model)[_compat.LOSS_FUNCTION] is len
+accelerator = accelerate.Accelerator(cpu=True, mixed_precision="bf16")
+theirs = model.forward
+assert _compat.without_autocast(model) is None and _compat.dataloaders_of(accelerator) == []
+prepared, loader = accelerator.prepare(model, torch.utils.data.DataLoader([1, 2]))
+assert _compat.without_autocast(prepared).__func__ is theirs.__func__
+assert _compat.dataloaders_of(accelerator) == [loader]
+assert not _compat.is_offloaded(model)
+accelerate.hooks.add_hook_to_module(model, accelerate.hooks.ModelHook())
+assert _compat.is_offloaded(model)
+"""
+
+
 def test_names_of_transformers_and_accelerate():
-    transformers, accelerate = pytest.importorskip("transformers"), pytest.importorskip("accelerate")
-    config = transformers.BertConfig(
-        vocab_size=9, hidden_size=4, num_hidden_layers=1, num_attention_heads=1, intermediate_size=4
-    )
-    model = transformers.BertForMaskedLM(config)
-    model.loss_function = len
-    assert vars(model)[_compat.LOSS_FUNCTION] is len
-    accelerator = accelerate.Accelerator(cpu=True, mixed_precision="bf16")
-    theirs = model.forward
-    assert _compat.without_autocast(model) is None and _compat.dataloaders_of(accelerator) == []
-    prepared, loader = accelerator.prepare(model, torch.utils.data.DataLoader([1, 2]))
-    assert _compat.without_autocast(prepared).__func__ is theirs.__func__
-    assert _compat.dataloaders_of(accelerator) == [loader]
-    assert not _compat.is_offloaded(model)
-    accelerate.hooks.add_hook_to_module(model, accelerate.hooks.ModelHook())
-    assert _compat.is_offloaded(model)
+    """In a process of its own: accelerate has one state of a process, and one precision."""
+    pytest.importorskip("transformers"), pytest.importorskip("accelerate")
+    done = subprocess.run([sys.executable, "-P", "-c", ACCELERATE], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
 
 
 def test_private_names_stand_in_one_file():

@@ -160,7 +160,9 @@ def _kept_in(kind: str, seed: int) -> str:
 
 def causal_lm(seed: int = 0, kind: str = "plain") -> Any:
     transformers = library("transformers")
-    model = transformers.AutoModelForCausalLM.from_pretrained(_kept_in(kind, seed), dtype=torch.float32)
+    model = transformers.AutoModelForCausalLM.from_pretrained(
+        _kept_in(kind, seed), dtype=torch.float32, trust_remote_code=False
+    )
     model.generate = functools.partial(_generate, model)
     return model
 

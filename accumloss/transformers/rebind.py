@@ -36,7 +36,8 @@ def rebind_for(trainer: Any, model: Any) -> None:
         functions = [getattr(trainer, name, None) for name in ("compute_loss", "compute_loss_func", "label_smoother")]
         functions += [getattr(value, "func", None) for value in functions]  # of a partial
         owners = [type(trainer), *functions, *map(type, functions)]
-        _rebind_modules(_modules_of(*type(trainer).__mro__, *owners))
+        members = [member for cls in type(trainer).__mro__ for member in vars(cls).values()]
+        _rebind_modules(_modules_of(*type(trainer).__mro__, *owners, *_closed_over(*members, *functions)))
         _rebind_values(trainer, vars(trainer))
     rebind_modules_of(model)
 
@@ -59,6 +60,19 @@ def _modules_of(*objects: Any) -> set[str]:
     """The modules that classes and functions were defined in."""
     found = (getattr(value, "__module__", None) for value in objects)
     return {name for name in found if isinstance(name, str)}
+
+
+def _closed_over(*functions: Any) -> Iterator[FunctionType]:
+    """The functions that others hold from where they were defined: a loss that was handed to who makes a Trainer's class."""
+    for function in functions:
+        function = getattr(function, "__func__", function)
+        for cell in getattr(function, "__closure__", None) or ():
+            try:
+                held = cell.cell_contents
+            except ValueError:  # it is not filled yet
+                continue
+            if isinstance(held, FunctionType):
+                yield held
 
 
 def _is_left_alone(name: str) -> bool:

@@ -10,10 +10,8 @@ import warnings
 import pytest
 import torch
 import transformers
-from test_verify import by_hand_over_labels
 from tolerances import TRAINER_GRADIENT
 from training import IS_CURRENT, LABELS, T5, build, error, make_trainer, rows, train
-from transformers import Trainer
 
 import accumloss
 from accumloss.__main__ import main
@@ -105,23 +103,10 @@ def test_the_audit_names_what_to_do():
     assert "nothing that it computes was recognised" in told and not any(step.told for step in found.of("stock"))
 
 
-class ByHandTrainer(Trainer):
-    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
-        return by_hand_over_labels(self, model, inputs, num_items_in_batch)
-
-
-def make_own():
-    return make_trainer(copy.deepcopy(tagger()[0]), rows("tags"), 4, trainer_class=ByHandTrainer)[0]
-
-
-def make_stock():
-    return make_trainer(build("LlamaForCausalLM"), rows(), 4)[0]
-
-
 def test_a_factory_may_return_a_trainer(capsys):
-    assert main(["audit", "--factory", "test_explain:make_stock"]) == 0
+    assert main(["audit", "--factory", "own_losses:make_stock"]) == 0
     assert "the step of Trainer over micro-batches is exact" in capsys.readouterr().out
-    assert main(["audit", "--factory", "test_explain:make_own", "--json"]) == 1
+    assert main(["audit", "--factory", "own_losses:make_own", "--json"]) == 1
     found = json.loads(capsys.readouterr().out)
     assert found["trainer"] == "ByHandTrainer" and found["is_exact"] is False and found["can_be_exact"] is True
     assert found["terms"][0]["known_by"] == "measured"

@@ -10,9 +10,21 @@ import warnings
 import numpy
 import pytest
 import torch
-import torch.nn.functional as F
-from test_by_hand import EXACT, WANTS_THE_NUMBER, Exact, Head, Told, computes, cross_entropy, flat, fresh, of, tagger
-from test_own_code import Told as OwnTold
+from own_losses import (
+    EXACT,
+    MEASURED,
+    WANTS_THE_NUMBER,
+    Exact,
+    Head,
+    Told,
+    by_hand_over_labels,
+    computes,
+    cross_entropy,
+    distilled,
+    fresh,
+    of,
+    tagger,
+)
 from tolerances import TRAINER_GRADIENT, TRAINER_LOSS
 from torch import nn
 from training import build, error, loss_error, make_trainer, rows, train
@@ -21,33 +33,6 @@ from transformers import Trainer
 import accumloss
 
 SPLITS = {"8x1": (8, 1), "3+3+2": (3, 3)}
-
-
-def by_hand_over_rows(self, model, inputs, n):
-    """A penalty by hand, a mean over rows, beside a mean over labels."""
-    outputs = model(**inputs)
-    return outputs.loss + 0.1 * outputs.logits.logsumexp(-1).pow(2).sum(-1).mean()
-
-
-def by_hand_over_labels(self, model, inputs, n):
-    outputs, labels = model(**{**inputs, "labels": None}), inputs["labels"]
-    taken = outputs.logits.log_softmax(-1).gather(-1, labels.clamp(min=0)[..., None])[..., 0]
-    return -(taken * (labels != -100)).sum() / (labels != -100).sum()
-
-
-def focal(self, model, inputs, n):
-    values = F.cross_entropy(*flat(model(**inputs), inputs["labels"]), reduction="none")
-    mask = inputs["labels"].flatten() != -100
-    return ((1 - torch.exp(-values)) ** 2 * values)[mask].mean()
-
-
-def distilled(self, model, inputs, n):
-    outputs = model(**inputs)
-    target = outputs.logits.detach().flip(-1).softmax(-1)
-    return 0.5 * outputs.loss + 0.5 * (target * (target.log() - outputs.logits.log_softmax(-1))).sum(-1).mean()
-
-
-MEASURED = {"rows": by_hand_over_rows, "labels": by_hand_over_labels, "focal": focal, "distilled": distilled}
 
 
 @pytest.mark.parametrize("split", SPLITS.values(), ids=SPLITS)
@@ -310,12 +295,19 @@ def test_an_iterable_dataset_is_measured_on_its_first_micro_batch():
         assert accumloss.verify(trainer).is_exact is None
 
 
+class InTrainingStep(Trainer):
+    def training_step(self, model, inputs, num_items_in_batch=None):
+        loss = model(**{**inputs, "labels": None}).logits.pow(2).mean()
+        loss.backward()
+        return loss.detach()
+
+
 def test_too_few_rows_and_a_training_step_of_its_own_are_told():
     model, examples = tagger()
     trainer, _ = make_trainer(copy.deepcopy(model), fresh(examples)[:2], 1)
     with pytest.warns(accumloss.InexactWarning, match="its dataset has 2 rows, and 3 are needed"):
         assert accumloss.verify(trainer).is_exact is None
-    trainer, _ = make_trainer(copy.deepcopy(model), fresh(examples), 4, trainer_class=OwnTold.in_training_step)
+    trainer, _ = make_trainer(copy.deepcopy(model), fresh(examples), 4, trainer_class=InTrainingStep)
     with pytest.warns(accumloss.InexactWarning, match="training_step computes the loss itself"):
         accumloss.verify(trainer)
 
