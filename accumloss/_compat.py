@@ -34,6 +34,7 @@ __all__ = [
     "is_compiled",
     "is_forward_ad_open",
     "is_functorch_active",
+    "is_mean_of_scalar",
     "is_offloaded",
     "local_of",
     "not_compiled",
@@ -85,6 +86,11 @@ def local_of(tensor: torch.Tensor) -> torch.Tensor | None:
 def has_found_inf(scaler: Any) -> bool:
     """Whether a GradScaler has unscaled the gradients of an optimizer and looked for infinities in them."""
     return any(state["found_inf_per_device"] for state in scaler._per_optimizer_states.values())
+
+
+def is_mean_of_scalar(node: Any) -> bool:
+    """Whether a node of a graph is the mean of a 0-dim tensor, which is that tensor."""
+    return getattr(node, "_saved_self_sym_sizes", None) == ()
 
 
 def is_compiled(model: Any) -> bool:

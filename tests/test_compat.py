@@ -97,6 +97,13 @@ def test_layers_and_subclasses():
     assert _compat.tree_map(lambda x: x + 1, {"a": [1, (2,)]}) == {"a": [2, (3,)]}
 
 
+def test_the_mean_of_a_scalar_is_told_by_its_node():
+    leaf = torch.ones((), requires_grad=True)
+    assert _compat.is_mean_of_scalar(leaf.mean().grad_fn)
+    assert not _compat.is_mean_of_scalar(leaf.expand(1).mean().grad_fn)
+    assert not _compat.is_mean_of_scalar((leaf / 2).grad_fn)
+
+
 def test_the_end_of_a_backward():
     seen = []
     leaf = torch.ones((), requires_grad=True)

@@ -230,7 +230,7 @@ class Step:
         matched = self._matched(labels, weight) if weight is not None else None
         if matched is not None:
             return Divisor(matched, self.expected_grad, observer)
-        measured = dict(self.measured.calls).get(("mean", self.calls))
+        measured = dict(self.measured.calls).get(("mean", self.calls)) if self.measured.calls else None
         rule = None if measured and length is None else self._rule(labels, shift, ignore_index, length)
         if rule is None and not measured and ignore_index is None and length is None:
             rule = self._rule_of_size(labels)
@@ -349,7 +349,8 @@ class Step:
         total = self._total_of_call(rule, call)
         if rule is None or total is None:
             return self.share_of_rows()
-        return (self.held(rule) * self.averaged / total.to(self.held(rule).device)).to(torch.float32)
+        held = self.held(rule)
+        return (held * self.averaged / total.to(held.device)).to(torch.float32)
 
     def share_of_mean(self, term: Term) -> Any:
         """What the mean of a recognised loss over its own items was multiplied by."""

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 
+from .._compat import is_mean_of_scalar
 from .counting import Rule, half_of, num_rows
 
 if TYPE_CHECKING:
@@ -193,8 +194,7 @@ def _is_averaged(loss: torch.Tensor, value: torch.Tensor) -> bool:
         if node is None or node in seen or node is wanted:
             continue
         seen.add(node)
-        is_of_one = getattr(node, "_saved_self_sym_sizes", None) == ()  # the mean of a loss is the loss
-        if node.name().startswith(("Div", "Mean")) and not is_of_one and _leads_to(node, wanted):
+        if node.name().startswith(("Div", "Mean")) and not is_mean_of_scalar(node) and _leads_to(node, wanted):
             return True
         waiting += [following for following, _ in node.next_functions]
         if len(seen) > MOST_NODES:
