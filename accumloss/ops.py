@@ -8,6 +8,7 @@ graph: an op that overwrites its input cannot have a registered formula.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from typing import Any
 
@@ -346,11 +347,18 @@ def _loss_and_sums(ctx: Any, sums: Sequence[torch.Tensor], divisor: torch.Tensor
     return loss, *sums
 
 
+@functools.cache
+def _rounded(value: float, dtype: torch.dtype) -> float:
+    return torch.tensor(value, dtype=dtype).item()
+
+
 def _scale_to(grad: torch.Tensor, grad_loss: torch.Tensor, expected_grad: float) -> None:
     """Scales a gradient that was written for one incoming gradient to another; nothing is visited where they are equal.
 
     Both are rounded to the dtype of the loss before they are divided, so that equal ones give exactly 1.
     """
+    if grad_loss.is_cpu and not is_functorch_active() and grad_loss.item() == _rounded(expected_grad, grad_loss.dtype):
+        return  # asked on the host, which waits for no device here
     factor = grad_loss if expected_grad == 1 else grad_loss / torch.full_like(grad_loss, expected_grad)
     with below_ad_inplace():
         _ops.scale_(grad, factor)

@@ -60,14 +60,21 @@ class Rule(NamedTuple):
         weight = self.weight.to(labels.device, torch.float64)
         return weight[torch.where(is_item, labels, 0).long()].masked_fill(~is_item, 0).sum() * self.copies
 
+    def weighted(self, weight: torch.Tensor | None) -> Rule:
+        """The same items, of these class weights."""
+        return self if weight is self.weight else self._replace(weight=weight)
+
     def __hash__(self) -> int:
-        return hash((*self._replace(weight=None)._asdict().values(), id(self.weight)))
+        return hash((self[:_WEIGHT], self[_WEIGHT + 1 :], id(self.weight)))
 
     def __eq__(self, other: object) -> bool:
         if not isinstance(other, Rule):
             return False
-        mine, theirs = self._replace(weight=None), other._replace(weight=None)
-        return tuple(mine) == tuple(theirs) and self.weight is other.weight
+        without = self[:_WEIGHT] == other[:_WEIGHT] and self[_WEIGHT + 1 :] == other[_WEIGHT + 1 :]
+        return without and self.weight is other.weight
+
+
+_WEIGHT = Rule._fields.index("weight")  # a tensor, which is compared by identity
 
 
 class Origin(NamedTuple):

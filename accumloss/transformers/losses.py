@@ -52,7 +52,10 @@ def observed(count: Any, loss: core.Divided) -> torch.Tensor:
 
 
 def of_options(given: dict[str, Any], ignore_index: int = -100) -> options.LossOptions:
-    return options.LossOptions(**{"ignore_index": ignore_index, **{n: given[n] for n in options.NAMES if n in given}})
+    named = {name: given[name] for name in options.NAMES if name in given}
+    if not named and ignore_index == options.DEFAULT.ignore_index and type(ignore_index) is int:
+        return options.DEFAULT
+    return options.LossOptions(**{"ignore_index": ignore_index, **named})
 
 
 def of_core(given: dict[str, Any], ignore_index: int = -100) -> tuple[options.LossOptions, Any, Any]:
@@ -296,6 +299,8 @@ REPLACEMENTS: dict[str, Loss] = {
     "ForSemanticSegmentationLoss": semantic_segmentation_loss,
 }
 
+_IDS = frozenset(map(id, REPLACEMENTS.values()))  # asked in every micro-batch
+
 # what make_loss calls them
 KINDS: dict[str, Loss] = {loss.__name__.removesuffix("_loss"): loss for loss in REPLACEMENTS.values()}
 
@@ -304,7 +309,7 @@ def underlying(loss: Any) -> Loss | None:
     """The loss of this module that a function is, or that make_loss built it from; None for any other."""
     while isinstance(loss, functools.partial):
         loss = loss.func
-    return loss if any(loss is ours for ours in REPLACEMENTS.values()) else None
+    return loss if id(loss) in _IDS else None
 
 
 def make_loss(kind: str = "causal_lm", **given: Any) -> Loss:

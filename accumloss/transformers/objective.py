@@ -9,8 +9,7 @@ and one of which nothing is recognised.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -21,7 +20,7 @@ from ..inexact import InexactError, InexactWarning
 from . import known
 from . import step as steps
 from .coupled import ROUTER_LOSSES
-from .registration import Patches
+from .registration import ABSENT, own
 from .terms import MEANS, NUMBER, SUMS, UNKNOWN, Combination, Schemes
 
 # a rest of the loss that is the same for all micro-batches to so much, relatively, depends on none of them
@@ -47,11 +46,9 @@ class Items(torch.Tensor):
     is_taken: bool
 
     @staticmethod
-    def of(whole: Any, micro_batches: int) -> Items:
-        whole = torch.as_tensor(whole)
-        share = (steps.at_least_one(whole.double()) / micro_batches).to(torch.float32)
+    def of(whole: Any, share: torch.Tensor) -> Items:
         items = share.as_subclass(Items)
-        items.whole, items.share, items.is_touched, items.is_taken = whole, share, False, False
+        items.whole, items.share, items.is_touched, items.is_taken = torch.as_tensor(whole), share, False, False
         return items
 
     @classmethod
@@ -84,19 +81,41 @@ def _integral(args: Any, kwargs: dict[str, Any]) -> bool:
     return any(not dtype.is_floating_point for dtype in asked)
 
 
-@contextmanager
-def micro_batches(trainer: Any, current: int, asked: int) -> Iterator[None]:
-    """What Trainer says of the micro-batches of this window, and its arguments of any. 1: who divides by them divides once."""
-    patches = Patches()
-    for owner, name, count in (
-        (trainer, "current_gradient_accumulation_steps", current),
-        (trainer.args, "gradient_accumulation_steps", asked),
-    ):
-        patches.bind(owner, name, count)
-    try:
-        yield
-    finally:
-        patches.undo()
+def per_micro_batch(num_items: Any, micro_batches: int) -> torch.Tensor:
+    """The items of a step by its micro-batches: as many dimensions, fp32."""
+    return (steps.at_least_one(torch.as_tensor(num_items).double()) / micro_batches).to(torch.float32)
+
+
+class micro_batches:
+    """What Trainer says of the micro-batches of this window, and its arguments of any. 1: who divides by them divides once.
+
+    A plain context manager: three of them are entered in every micro-batch.
+    """
+
+    __slots__ = ("patches",)
+
+    def __init__(self, trainer: Any, current: int, asked: int):
+        self.patches: list[tuple[Any, str, int, Any]] = []
+        for owner, name, count in (
+            (trainer, "current_gradient_accumulation_steps", current),
+            (trainer.args, "gradient_accumulation_steps", asked),
+        ):
+            theirs = own(owner, name)
+            if theirs is not count:
+                self.patches.append((owner, name, count, theirs))
+
+    def __enter__(self) -> None:
+        for owner, name, count, _ in self.patches:
+            setattr(owner, name, count)
+
+    def __exit__(self, *exception: object) -> None:
+        for owner, name, count, theirs in reversed(self.patches):
+            if own(owner, name) is not count:
+                continue  # somebody has set it since
+            if theirs is ABSENT:
+                delattr(owner, name)
+            else:
+                setattr(owner, name, theirs)
 
 
 def says_it_is_scaled(trainer: Any) -> bool:
@@ -181,7 +200,14 @@ def tell(trainer: Any, warned: set[str], reason: str, raises: bool = False, may:
 
 
 def divided(
-    trainer: Any, call: Callable[..., Any], step: steps.Step, ranks: int, check: Check | None, args: Any, kwargs: Any
+    trainer: Any,
+    call: Callable[..., Any],
+    step: steps.Step,
+    ranks: int,
+    check: Check | None,
+    share_of: Callable[[Any, int], torch.Tensor],
+    args: Any,
+    kwargs: Any,
 ) -> Any:
     """What compute_loss returns, as Trainer is to get it.
 
@@ -189,6 +215,7 @@ def divided(
         call: the outermost compute_loss, bound.
         ranks: what Trainer multiplies by, since the gradients of the ranks are averaged.
         check: looks at the loss; None: it has been looked at.
+        share_of: per_micro_batch, or what remembers it.
         args, kwargs: what Trainer calls it with; handed on in the same way, whatever its signature is.
     """
     k = step.micro_batches
@@ -196,11 +223,9 @@ def divided(
     given = kwargs.get("num_items_in_batch")
     leaves_it = is_taken_as_scaled(trainer, given)
     if given is not None:
-        if trainer.args.n_gpu > 1 or is_compiled(trainer):
-            # compilers know no subclass
-            step.items = (steps.at_least_one(torch.as_tensor(given).double()) / k).to(torch.float32)
-        else:
-            step.items = Items.of(given, k)
+        share = share_of(given, k)
+        # compilers know no subclass
+        step.items = share if trainer.args.n_gpu > 1 or is_compiled(trainer) else Items.of(given, share)
         kwargs = {**kwargs, "num_items_in_batch": step.items}
     with micro_batches(trainer, 1, 1), known.parts(trainer, step.known):
         result = call(*args, **kwargs)

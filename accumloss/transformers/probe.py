@@ -432,7 +432,9 @@ class Probe:
                 raw = loss
             else:
                 step.depth = 1
-                loss = objective.divided(trainer, self.compute_loss, step, 1, check, (self.model, inputs), kwargs)
+                loss = objective.divided(
+                    trainer, self.compute_loss, step, 1, check, objective.per_micro_batch, (self.model, inputs), kwargs
+                )
                 loss = loss[0] if isinstance(loss, tuple) else loss
                 share = 1.0 if objective.is_taken_as_scaled(trainer, number) else 1.0 / k
                 raw = step.raw

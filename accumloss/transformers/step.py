@@ -84,6 +84,34 @@ class Step:
     """
 
     is_training = True
+    trainer: Any = None  # whose step it is
+    model: Any = None  # which it trains, without what is wrapped around it
+    known: Any = None  # what is written down of its Trainer (known.Known)
+    measured = Measured()  # what its loss was measured to average over
+    main: Rule | None = None  # what Trainer counts
+    here: Mapping[str, Any] | None = None  # this micro-batch in the window: labels as they were when it was fetched
+    micro_batches = 1  # of this step; Trainer's own count says 1 while compute_loss runs
+    asked = 1  # of a full one
+    num_items_in_batch: torch.Tensor | None = None  # what the model was given under this name
+    items: Any = None  # what compute_loss was given under it (objective.Items)
+    label_smoothing = 0.0
+    observer: Observer | None = None  # of the losses that are divided here
+    is_watched = False
+    is_watched_for_ambiguity = False
+    # what has been seen so far
+    raw: Any = None  # what compute_loss returned
+    depth = 0  # of compute_loss, which may call another
+    is_computed = False  # whether a compute_loss was called
+    calls = 0  # losses of ours
+    smoothed = 0  # of them, those that label_smoothing applied to
+    unknown = 0  # of them, those whose labels are of no known origin
+    found: tuple[str, Rule | None] = "", None  # of the call that is to be recorded next
+    share_found: Any = None  # where it is no matter of its rule
+    by_hand = 0  # calls of PyTorch's losses that somebody averages
+    sums = 0  # of them, those with reduction="sum"
+    has_unknown_sums = False  # of them, some that were found to be divided by nothing that is known
+    is_of_objects = False  # sums over boxes or masks, which are divided by those of the step
+    is_known = False  # how the loss depends on the micro-batches, though no loss of ours computed it
 
     def __init__(
         self,
@@ -104,46 +132,20 @@ class Step:
         self.totals = totals
         self.origins = {} if origins is None else origins
         self.gathers = gathers
-        self.raw: Any = None  # what compute_loss returned
-        self.measured = Measured()  # what its loss was measured to average over
-        self.known: Any = None  # what is written down of its Trainer (known.Known)
-        self.ambiguous: set[str] = set()  # where several things fitted, which now are not alike
-        self.schemes = Schemes()  # the Trainer's, of what is averaged by hand
         self.compared: dict[Any, Rule] = totals.setdefault(
             "compared", {}
         )  # of this window: call -> what its labels fitted
-        self.main: Rule | None = None  # what Trainer counts
-        self.num_items_in_batch: torch.Tensor | None = None  # what the model was given under this name
-        self.label_smoothing = 0.0
-        self.observer: Observer | None = None  # of the losses that are divided here
-        self.calls = 0  # losses of ours
-        self.smoothed = 0  # of them, those that label_smoothing applied to
-        self.here: Mapping[str, Any] | None = (
-            None  # this micro-batch in the window: labels as they were when it was fetched
-        )
+        self.ambiguous: set[str] = set()  # where several things fitted, which now are not alike
+        self.coupled: set[str] = set()  # why no split of the batch can be exact
         self.versions: dict[str, int] = {}  # of the entries of inputs, before anything ran
         self.terms: list[Term] = []  # what losses of ours returned, and PyTorch's that somebody averages by hand
-        self.found: tuple[str, Rule | None] = "", None  # of the call that is to be recorded next
-        self.share_found: Any = None  # where it is no matter of its rule
-        self.by_hand = 0  # calls of the latter
-        self.sums = 0  # of them, those with reduction="sum"
-        self.has_unknown_sums = False  # of them, some that were found to be divided by nothing that is known
-        self.unknown = 0  # calls whose labels are of no known origin
-        self.is_of_objects = False  # sums over boxes or masks, which are divided by those of the step
-        self.coupled: set[str] = set()  # why no split of the batch can be exact
-        self.micro_batches = 1  # of this step; Trainer's own count says 1 while compute_loss runs
-        self.asked = 1  # of a full one
-        self.depth = 0  # of compute_loss, which may call another
-        self.is_computed = False  # whether a compute_loss was called
-        self.is_watched = False
-        self.is_watched_for_ambiguity = False
-        self.trainer: Any = None  # whose step it is
-        self.is_known = False  # how the loss depends on the micro-batches, though no loss of ours computed it
+        self.schemes = Schemes()  # the Trainer's, of what is averaged by hand
         self.recorder = _Recorder(self)
-        self.items: Any = None  # what compute_loss was given as num_items_in_batch (objective.Items)
 
     def begin(self, inputs: Mapping[str, Any]) -> None:
         """Takes inputs as the entries of this micro-batch from here on, as they are before anything runs."""
+        if len(inputs) == len(self.inputs) and all(self.inputs.get(key) is value for key, value in inputs.items()):
+            return  # begun with already, by who calls this one
         known = {id(self.inputs[key]): version for key, version in self.versions.items() if key in self.inputs}
         tensors = {key: value for key, value in inputs.items() if isinstance(value, torch.Tensor)}
         self.versions = {key: known.get(id(value), value._version) for key, value in tensors.items()}
@@ -177,7 +179,7 @@ class Step:
         if is_left or self.is_of_objects or not self.window or not value.requires_grad:
             return value
         rule = self._rule(target, 0, ignore_index, None, call)
-        rule = rule if rule is None or weight is None else rule._replace(weight=weight)
+        rule = rule if rule is None else rule.weighted(weight)
         self.terms.append(Term(value, name, rule, call, reduction, target=target, ignore_index=ignore_index))
         return value.clone()
 
@@ -240,10 +242,10 @@ class Step:
             return Divisor((here / self.share_found).to(torch.float64), self.expected_grad, observer)
         main = None if self.main is None or ignore_index is None or length is not None else self.main
         counted = main if rule is None else rule
-        total = self._total_of_call(None if counted is None else counted._replace(weight=weight))
+        total = self._total_of_call(None if counted is None else counted.weighted(weight))
         if rule is not None and total is not None:
-            self.found = name, rule._replace(weight=weight)
-            return Divisor(total / self.averaged, self.expected_grad, observer)
+            self.found = name, rule.weighted(weight)
+            return Divisor(self._per_call(total), self.expected_grad, observer)
         if length is not None:
             self.unknown += 1
             return None
@@ -256,10 +258,10 @@ class Step:
         mean = at_least_one(here) / self.share_of_rows()
         if main is None or total is None:
             return Divisor(mean, self.expected_grad, observer)
-        is_main = here == main._replace(weight=weight).total(self.inputs).to(here.device)
+        is_main = here == main.weighted(weight).total(self.inputs).to(here.device)
         if self.is_watched and not is_compiled:
             self.unknown += int(not is_main)
-            self.found = name, main._replace(weight=weight) if is_main else None
+            self.found = name, main.weighted(weight) if is_main else None
         step = (total / self.averaged).to(here.device)
         return Divisor(torch.where(is_main, step, mean), self.expected_grad, observer)
 
@@ -289,6 +291,14 @@ class Step:
         if rule is None or counted is None:
             return None
         return total if rule == counted else total * self._here(rule) / at_least_one(self._here(counted))
+
+    def _per_call(self, total: torch.Tensor) -> torch.Tensor:
+        """A total by what it is averaged over: once a window, where the window keeps the total."""
+        kept, quotient = self.totals.get(("per call", self.averaged, id(total)), (None, None))
+        if kept is not total:
+            quotient = total / self.averaged
+            self.totals["per call", self.averaged, id(total)] = total, quotient
+        return quotient
 
     def share_of_tokens(self) -> torch.Tensor | float:
         """What a mean over the tokens of this micro-batch is multiplied by, for it to weigh as much as they do in the step."""
@@ -404,6 +414,8 @@ class Step:
         The same memory, or else the same values, whose comparison synchronises. Where a micro-batch fits several origins (no
         position of it is masked, say), the one that alone fitted the same call of another is taken.
         """
+        if length is None and (here := self._entry_of_memory(labels)) is not None:
+            return Rule(here, shift, ignore_index)
         entries, changed = self._entries()
         length_of, longer_by = None, 0
         if length is not None:
@@ -453,6 +465,17 @@ class Step:
         if rule != before and bool(self._here(rule) != self._here(before)):
             self.unknown += 1  # the micro-batches before were counted by another, which fitted them as well
         return rule
+
+    def _entry_of_memory(self, labels: torch.Tensor) -> str | None:
+        """The key of the entry of labels that these are themselves, or a view of all of it: as the most are, in every call."""
+        here = self.window[0] if self.here is None else self.here
+        for key, value in self.inputs.items():
+            if not may_be_labels(key) or not isinstance(value, torch.Tensor) or key not in here:
+                continue
+            is_as_fetched = value._version == self.versions.get(key, value._version)
+            if is_as_fetched and value.numel() == labels.numel() and same_memory(value, labels):
+                return key
+        return None
 
     def _rule_of_size(self, target: torch.Tensor) -> Rule | None:
         """The rule of a target without ignored elements that has one for each item of an entry of numbers (a spectrogram, -100

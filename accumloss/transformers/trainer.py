@@ -60,7 +60,15 @@ class Window:
         self.fetched = fetched
         self.batches = [counting.kept(batch) for batch in fetched]
         self.totals: dict[Any, Any] = {}
+        self.shift: int | None = None  # of the labels that Trainer counts, once asked for
+        self.items: tuple[Any, int, torch.Tensor] | None = None  # see share_of_items
         self.seen = 0  # micro-batches that have been trained on
+
+    def share_of_items(self, given: Any, micro_batches: int) -> torch.Tensor:
+        """The items per micro-batch: () fp32, computed once for the number that all micro-batches are given."""
+        if self.items is None or self.items[0] is not given or self.items[1] != micro_batches:
+            self.items = given, micro_batches, objective.per_micro_batch(given, micro_batches)
+        return self.items[2].clone()
 
     def find(self, inputs: Any) -> Mapping[str, Any] | None:
         """The micro-batch that inputs are, or were made from: one that shares a tensor's memory with them."""
@@ -101,7 +109,10 @@ class State:
 
 
 def state_of(trainer: Any) -> State:
-    return registration.trainers.setdefault(trainer, State())
+    state = registration.trainers.get(trainer)
+    if state is None:
+        state = registration.trainers[trainer] = State()
+    return state
 
 
 class Metrics:
@@ -240,11 +251,20 @@ def counted_labels(model: Any, batch: Mapping[str, Any]) -> Any:
     return labels[..., 1:] if isinstance(labels, torch.Tensor) and shifts_labels(model) else labels
 
 
-def _counted_rule(model: Any, batch: Mapping[str, Any]) -> counting.Rule:
+def _counted_rule(trainer: Any, batch: Mapping[str, Any]) -> counting.Rule:
     """counted_labels, as a rule."""
-    return (
-        counting.Rule("shift_labels") if "shift_labels" in batch else counting.Rule("labels", int(shifts_labels(model)))
-    )
+    if "shift_labels" in batch:
+        return counting.Rule("shift_labels")
+    return counting.Rule("labels", int(shifts_labels(base_model(trainer))))
+
+
+def _counted_in_step(trainer: Any, window: Window | None, batch: Mapping[str, Any]) -> counting.Rule:
+    """_counted_rule, whose shift is asked for once a window."""
+    if window is None or "shift_labels" in batch:
+        return _counted_rule(trainer, batch)
+    if window.shift is None:
+        window.shift = int(shifts_labels(base_model(trainer)))
+    return counting.Rule("labels", window.shift)
 
 
 def ranks(trainer: Any) -> int:
@@ -335,7 +355,7 @@ def get_batch_samples(self: Any, *args: Any, **kwargs: Any) -> Any:
         is_ours = type(self)._get_num_items_in_batch is _get_num_items_in_batch
         if is_ours and isinstance(num_items_in_batch, torch.Tensor) and num_items_in_batch.dim() == 0:
             # counted just now, over all ranks: the usual loss needs no second count
-            window.totals[_counted_rule(base_model(self), window.batches[0])] = steps.at_least_one(
+            window.totals[_counted_in_step(self, window, window.batches[0])] = steps.at_least_one(
                 num_items_in_batch.double()
             )
     return batch_samples, num_items_in_batch
@@ -368,10 +388,10 @@ def _around_training_step(trainer: Any, theirs: Callable[..., Any], *args: Any, 
     if not is_covered(trainer):
         return theirs(*args, **kwargs)
     inputs = kwargs.get("inputs", args[1] if len(args) > 1 else None)  # an override may have a signature of its own
-    rebind.rebind_for(trainer, base_model(trainer))
-    _measure_once(trainer, inputs)
-    step = make_step(trainer, inputs)
-    state = state_of(trainer)
+    state, model = state_of(trainer), base_model(trainer)
+    rebind.rebind_for(trainer, model)
+    _measure_once(trainer, state, inputs)
+    step = make_step(trainer, state, model, inputs)
     if settings.metrics:
         state.metrics = state.metrics or Metrics()
         step.observer = state.metrics
@@ -385,7 +405,7 @@ def _around_training_step(trainer: Any, theirs: Callable[..., Any], *args: Any, 
             loss = known.own_step(trainer, step, theirs, args, kwargs)
         else:
             loss = theirs(*args, **kwargs)
-    _look_at(trainer, step)
+    _look_at(trainer, state, step)
     return loss
 
 
@@ -405,9 +425,8 @@ def reaches_trainers_own(method: Any) -> bool:
     return code is not None and "super" in code.co_names
 
 
-def _look_at(trainer: Any, step: steps.Step) -> None:
+def _look_at(trainer: Any, state: State, step: steps.Step) -> None:
     """At the end of a window: says once what of the step is not exact by construction."""
-    state = state_of(trainer)
     window = state.window
     if state.known is not None and state.known.coupled and (step.micro_batches > 1 or trainer.args.world_size > 1):
         objective.tell(trainer, state.warned, state.known.coupled, settings.verify == "error", "differs")
@@ -460,7 +479,7 @@ def measure(trainer: Any, here: Any = None, is_training: bool = False) -> probe.
             loader = trainer.callback_handler.train_dataloader if is_training else trainer.get_train_dataloader()
 
             def run(measured: terms.Measured) -> probe.Verification:
-                counted = functools.partial(_counted_rule, base_model(trainer))
+                counted = functools.partial(_counted_rule, trainer)
                 return probe.Probe(trainer, model, theirs, counted, measured).run(loader, here)
 
             found = run(measured)
@@ -494,9 +513,8 @@ def _why_not_measured(trainer: Any) -> str:
     return ""
 
 
-def _measure_once(trainer: Any, inputs: Any) -> None:
+def _measure_once(trainer: Any, state: State, inputs: Any) -> None:
     """Before the first step of a Trainer, where register_with_transformers(verify=True) asks for it."""
-    state = state_of(trainer)
     window = state.window
     if not settings.verify or state.verification is not None or window is None:
         return
@@ -525,9 +543,8 @@ def _measure_once(trainer: Any, inputs: Any) -> None:
         objective.tell(trainer, state.warned, found.reason, settings.verify == "error", "differs")
 
 
-def make_step(trainer: Any, inputs: Any) -> steps.Step:
+def make_step(trainer: Any, state: State, model: Any, inputs: Any) -> steps.Step:
     """The step around one micro-batch."""
-    state = state_of(trainer)
     here = None if state.window is None else state.window.find(inputs)
     # not prefetched by Trainer: of the others nothing is known, and what they are called with counts
     window = Window([]) if here is None or state.window is None else state.window
@@ -542,6 +559,7 @@ def make_step(trainer: Any, inputs: Any) -> steps.Step:
         gathers=trainer.args.average_tokens_across_devices and trainer.args.world_size > 1,
     )
     step.known = state.look_up(trainer, inputs)
+    step.model = model
     step.trainer, step.here, step.is_watched = trainer, here, not state.check.is_done
     step.schemes, step.measured = state.schemes, state.measured
     step.is_watched_for_ambiguity = "ambiguous" not in state.warned
@@ -549,14 +567,14 @@ def make_step(trainer: Any, inputs: Any) -> steps.Step:
         trainer, "current_gradient_accumulation_steps", 1
     )  # absent where train() is not running
     step.asked = trainer.args.gradient_accumulation_steps
-    _begin(trainer, step, inputs)
+    _begin(trainer, state, step, inputs)
     return step
 
 
-def _begin(trainer: Any, step: steps.Step, inputs: Any) -> None:
+def _begin(trainer: Any, state: State, step: steps.Step, inputs: Any) -> None:
     step.begin(counting.entries_of(inputs))
     if isinstance(step.inputs.get("labels"), torch.Tensor) and isinstance(inputs, Mapping):
-        step.main = _counted_rule(base_model(trainer), inputs)
+        step.main = _counted_in_step(trainer, state.window, inputs)
 
 
 def compute_loss(self: Any, *args: Any, **kwargs: Any) -> Any:
@@ -581,7 +599,7 @@ def _around_compute_loss(trainer: Any, theirs: Callable[..., Any], *args: Any, *
     divides_itself = objective.says_it_is_scaled(trainer)
     if divides_itself and (step.known is None or step.known.window is None):
         return theirs(*args, **kwargs)
-    _begin(trainer, step, inputs)
+    _begin(trainer, state, step, inputs)
     step.depth += 1
     step.is_computed = True
     try:
@@ -594,7 +612,8 @@ def _around_compute_loss(trainer: Any, theirs: Callable[..., Any], *args: Any, *
             return objective.divided_by_itself(trainer, theirs, step, ranks(trainer), args, kwargs)
         check = None if state.check.is_done else state.check
         with known.tokens_shown(args[0] if args else trainer.model, step.known, _shown_in(step)):
-            return objective.divided(trainer, theirs, step, ranks(trainer), check, args, kwargs)
+            share = (state.window or Window([])).share_of_items
+            return objective.divided(trainer, theirs, step, ranks(trainer), check, share, args, kwargs)
     finally:
         step.depth -= 1
 
@@ -636,14 +655,17 @@ def _compute_loss(
             step.averaged = step.micro_batches
         return original(self, model, inputs, return_outputs, num_items_in_batch, **kwargs)
 
-    _begin(self, step, inputs)
+    if step.model is None:
+        step.model = base_model(self)
+    _begin(self, state_of(self), step, inputs)
     calls = step.calls
     if self.model_accepts_loss_kwargs and not step.is_given(num_items_in_batch):
         given = torch.as_tensor(num_items_in_batch) / ranks(self)  # somebody's own number
         inputs = {**inputs, "num_items_in_batch": given}
     elif (items := _items_for(self, step)) is not None:
         share = items.share if isinstance(items, objective.Items) else items
-        step.num_items_in_batch = (share / ranks(self)).to(torch.float32)
+        among = ranks(self)
+        step.num_items_in_batch = share if among == 1 else (share / among).to(torch.float32)
         inputs = {**inputs, "num_items_in_batch": step.num_items_in_batch}
     # without num_items_in_batch Trainer passes none, and does not multiply by the ranks
     loss, outputs = _smoothed_loss(self, step, original, model, inputs, **kwargs)
@@ -655,7 +677,7 @@ def _items_for(trainer: Any, step: steps.Step) -> Any:
     """The items per micro-batch that the model is to be given; None: it takes none, or there are none."""
     if trainer.model_accepts_loss_kwargs:
         return step.items
-    if not takes_the_items(type(base_model(trainer)).forward) or not step.window:
+    if not takes_the_items(type(step.model).forward) or not step.window:
         return None
     if step.items is None and step.main is not None:  # Trainer counts none for such a model
         return step.total(step.main) / step.micro_batches
@@ -664,12 +686,12 @@ def _items_for(trainer: Any, step: steps.Step) -> Any:
 
 def _weighed(trainer: Any, step: steps.Step, loss: torch.Tensor, is_called: bool) -> torch.Tensor:
     """The loss of a model as a part of the step's."""
-    model = base_model(trainer)
+    model = step.model
     if not is_called and not type(model).__module__.startswith(OURS_TO_KNOW) and not is_transducer(model):
         # a module of somebody's own, and nothing in it was recognised: it may honour the number that it was given
         step.is_known = step.num_items_in_batch is not None and names_the_items(type(model).forward)
         return loss
-    factor = share(trainer, step, is_called)
+    factor = share(step, is_called)
     if factor is not None:
         return step.record(loss * factor)
     step.is_known = step.is_known or not is_called
@@ -709,7 +731,7 @@ def _compute_batch_of_set(
         return original(trainer, model, inputs, return_outputs, given, **kwargs)
     step.inputs = inputs
     labels = counting.entries_of(inputs).get("labels")
-    step.main = _counted_rule(base_model(trainer), inputs) if isinstance(labels, torch.Tensor) else None
+    step.main = _counted_rule(trainer, inputs) if isinstance(labels, torch.Tensor) else None
     step.num_items_in_batch = None
     # compiled code makes use of it, and is not observed
     takes_items = trainer.model_accepts_loss_kwargs or takes_the_items(type(base_model(trainer)).forward)
@@ -750,14 +772,14 @@ def _smoothed_loss(
 MASKS = ("bool_masked_pos", "future_observed_mask")  # entries whose ones a head averages over by itself
 
 
-def share(trainer: Any, step: steps.Step, is_called: bool) -> Any:
+def share(step: steps.Step, is_called: bool) -> Any:
     """What a loss that none of ours computed is multiplied by, for its items to weigh in the step as they are many.
 
     CTC and transducers: a mean is over examples, a sum over all of the step. Masked image models: the mean over the masked
     patches; time series: over the values that were observed.
     None: it was ours, or it may have divided by the num_items_in_batch that it was given.
     """
-    model = base_model(trainer)
+    model = step.model
     if is_transducer(model):
         if is_sum_over_examples(model):
             return step.micro_batches
@@ -817,6 +839,7 @@ def evaluation_loop(self: Any, *args: Any, **kwargs: Any) -> Any:
         return original(self, *args, **kwargs)
     rebind.rebind_for(self, base_model(self))
     evaluation = evaluations.Evaluation(settings.metrics, self.args.logging_nan_inf_filter)
+    evaluation.model = base_model(self)
     patches = Patches()  # of the instance; a subclass may have others than Trainer
     patches.bind(self, "prediction_step", functools.partial(_prediction_step, self, evaluation, self.prediction_step))
     if type(self).compute_loss is not compute_loss:
@@ -956,8 +979,8 @@ def _evaluated(
     labels = counting.entries_of(inputs).get("labels")
     if given is None or not isinstance(labels, torch.Tensor) or objective.is_compiled(trainer):
         return theirs(*args, **kwargs)
-    items = objective.Items.of(given, 1)
-    evaluation.main = _counted_rule(base_model(trainer), inputs)
+    items = objective.Items.of(given, objective.per_micro_batch(given, 1))
+    evaluation.main = _counted_rule(trainer, inputs)
     result = theirs(*args, **{**kwargs, "num_items_in_batch": items})
     evaluation.is_touched = items.is_touched or items.is_taken
     evaluation.is_by_number = evaluation.is_by_number or evaluation.is_touched
@@ -1007,7 +1030,7 @@ def _amount(trainer: Any, evaluation: evaluations.Evaluation) -> evaluations.Amo
         return evaluations.Amount(of_main, of_main)
     if is_sum_over_examples(base_model(trainer)):
         return evaluations.Amount(1.0, rows)
-    items = share(trainer, evaluation, evaluation.calls > 0)
+    items = share(evaluation, evaluation.calls > 0)
     if items is None:
         main = None if evaluation.calls or evaluation.summed else evaluation.main
         evaluation.is_by_number = evaluation.is_by_number or main is not None
