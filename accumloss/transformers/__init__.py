@@ -10,12 +10,13 @@ from typing import Any
 
 from .._compat import LOSS_FUNCTION, is_compiled, uncompiled
 from ..keywords import checked, named_by
-from . import deferred, losses, mapping, objective, rebind
-from . import trainer as _trainer
+from . import deferred, losses, mapping, objective, rebind, watch
 from .deferred import Explanation
 from .hook import compute_loss_func
 from .losses import make_loss
 from .mapping import registered_losses
+from .models import base_model
+from .patches import loss_names, trainer_methods
 from .probe import MeasuredTerm, Verification
 from .registration import Part, registration
 from .settings import settings
@@ -36,10 +37,10 @@ __all__ = [
 ]
 
 registration.add(
-    Part(lambda state: state.is_active, _trainer.install),
-    Part(lambda state: state.is_active, _trainer.install_smoother),
+    Part(lambda state: state.is_active, trainer_methods.install),
+    Part(lambda state: state.is_active, loss_names.install_smoother),
     Part(lambda state: state.covers_all, mapping.install),
-    Part(lambda state: state.covers_all, _trainer.install_name),
+    Part(lambda state: state.covers_all, loss_names.install_name),
     Part(lambda state: state.is_active and settings.fused_linear, deferred.install),
 )
 
@@ -215,8 +216,8 @@ def verify(trainer: Any) -> Verification:
 def verification(trainer: Any) -> Verification:
     """verify() of a Trainer, without a word."""
     with contextlib.nullcontext() if registration.is_active else registered():
-        _trainer.rebind.rebind_for(trainer, _trainer.base_model(trainer))
-        return _trainer.measure(trainer)
+        rebind.rebind_for(trainer, base_model(trainer))
+        return watch.measure(trainer)
 
 
 @contextmanager

@@ -20,7 +20,8 @@ from transformers.loss.loss_utils import LOSS_MAPPING
 
 import accumloss
 from accumloss.transformers import heads as torch_losses
-from accumloss.transformers import losses, mapping, trainer
+from accumloss.transformers import losses, mapping
+from accumloss.transformers.patches import trainer_methods
 from accumloss.transformers.registration import Patches
 
 HERE = Path(__file__).parent  # not the root, whose ./accumloss has no _C
@@ -42,7 +43,7 @@ CHANGED = [(loss_utils, "LOSS_MAPPING"), (transformers.trainer, "ForCausalLMLoss
 
 def everything():
     """The objects that registering may change."""
-    names = {**dict(LOSS_MAPPING), **{name: vars(transformers.Trainer).get(name) for name in trainer.METHODS}}
+    names = {**dict(LOSS_MAPPING), **{name: vars(transformers.Trainer).get(name) for name in trainer_methods.METHODS}}
     for module, name in CHANGED:
         names[f"{module.__name__}.{name}"] = getattr(module, name, None)
     return names
@@ -253,7 +254,7 @@ def test_a_transformers_without_a_hook_is_refused_and_left_alone(monkeypatch):
         with pytest.raises(RuntimeError, match="expected transformers.loss.loss_utils to define ForMaskedLMLoss"):
             accumloss.register_with_transformers()
     with monkeypatch.context() as patched:
-        patched.setattr(trainer, "METHODS", (*trainer.METHODS, "no_such_method"))
+        patched.setattr(trainer_methods, "METHODS", {**trainer_methods.METHODS, "no_such_method": None})
         with pytest.raises(RuntimeError, match="expected transformers.Trainer to have no_such_method"):
             accumloss.register_with_transformers()
     assert_same(before, everything())

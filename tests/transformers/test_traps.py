@@ -32,7 +32,7 @@ from transformers.loss import loss_utils
 from transformers.loss.loss_utils import LOSS_MAPPING
 
 import accumloss
-from accumloss.transformers import counting, losses, trainer
+from accumloss.transformers import counting, losses, models, ranks
 from accumloss.transformers import step as steps
 
 TARGETS = 35  # labels of rows() that are targets of a causal loss: position 0 of a row is none
@@ -113,7 +113,7 @@ def test_trap_05_shift_labels_win():
     assert torch.equal(losses.causal_lm_loss(logits, None, 11, shift_labels=shifted), wanted)
     assert torch.equal(losses.causal_lm_loss(logits, labels.flip(1), 11, shift_labels=shifted), wanted)
     batch = {"labels": labels, "shift_labels": shifted}
-    assert trainer.counted_labels(build("LlamaForCausalLM"), batch) is shifted
+    assert models.counted_labels(build("LlamaForCausalLM"), batch) is shifted
 
 
 def test_trap_05_encoder_decoders_do_not_shift():
@@ -136,7 +136,7 @@ def test_trap_06_padding_free_batches():
     padded = losses.causal_lm_loss(logits, labels, 31, num_items_in_batch=TARGETS)
     flat = losses.causal_lm_loss(flat_logits, flat_labels, 31, num_items_in_batch=TARGETS)
     assert abs(padded - flat) <= SUM * padded
-    assert (trainer.counted_labels(build("LlamaForCausalLM"), {"labels": flat_labels}) != -100).sum() == TARGETS
+    assert (models.counted_labels(build("LlamaForCausalLM"), {"labels": flat_labels}) != -100).sum() == TARGETS
 
 
 def test_trap_07_every_term_has_its_own_count():
@@ -238,8 +238,8 @@ def fake_trainer(world=1, tensor=1, context=1, sequence=1, n_gpu=1, average=True
 def test_trap_12_ranks_that_hold_the_same_batch_count_once(sizes, total, factor):
     """As Trainer's own count and factor go, which test_uneven_ranks runs for real."""
     fake = fake_trainer(**sizes)
-    assert trainer.over_ranks(fake, torch.tensor(10.0)) == total
-    assert trainer.ranks(fake) == factor
+    assert ranks.over_ranks(fake, torch.tensor(10.0)) == total
+    assert ranks.ranks(fake) == factor
 
 
 # Numerics, evaluation, plumbing ---------------------------------------------------------------------------------------
