@@ -6,9 +6,12 @@ tests/test_compat.py holds what each of them is used for: it fails on the versio
 from __future__ import annotations
 
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch._compile import _disable_dynamo as not_compiled
 from torch.autograd import forward_ad
 from torch.nn.modules.batchnorm import _BatchNorm as BatchNorm
@@ -24,18 +27,23 @@ __all__ = [
     "at_the_end_of_backward",
     "below_ad_inplace",
     "below_autograd",
+    "class_of",
     "current_backward",
     "dataloaders_of",
     "direct_apply",
+    "engines_at_rest",
     "foreach_mul_",
     "foreach_norm",
     "global_hooks",
     "has_found_inf",
+    "has_hooks",
     "is_compiled",
     "is_forward_ad_open",
+    "is_fsdp_unit",
     "is_functorch_active",
     "is_mean_of_scalar",
     "is_offloaded",
+    "keeps_weights",
     "local_of",
     "not_compiled",
     "tree_map",
@@ -108,6 +116,71 @@ def global_hooks() -> bool:
     module = sys.modules["torch.nn.modules.module"]
     names = ("forward_hooks", "forward_pre_hooks", "backward_hooks", "backward_pre_hooks")
     return any(getattr(module, f"_global_{name}") for name in names)
+
+
+def is_fsdp_unit(module: torch.nn.Module) -> bool:
+    """Whether FSDP2's fully_shard has made a unit of a module, by itself or in a group."""
+    fsdp = sys.modules.get("torch.distributed.fsdp")  # not imported where nobody shards
+    return fsdp is not None and isinstance(module, fsdp.FSDPModule)
+
+
+def class_of(module: torch.nn.Module) -> type:
+    """The class of a module before FSDP2 made a unit of it."""
+    return type(module).__bases__[-1] if is_fsdp_unit(module) else type(module)
+
+
+def keeps_weights(unit: Any) -> bool:
+    """Whether the weights of a unit of FSDP2 stay whole between its forward and its backward."""
+    state = unit._get_fsdp_state()
+    groups = getattr(state, "_fsdp_param_groups", None) or [state._fsdp_param_group]
+    return all(group is None or group.post_forward_mesh_info is None for group in groups)
+
+
+def has_hooks(module: torch.nn.Module) -> bool:
+    """Whether somebody watches the calls of a module, FSDP2 aside."""
+    names = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+    hooks = [hook for name in names for hook in getattr(module, name).values()]
+    is_unit = is_fsdp_unit(module)
+    return any(not (is_unit and hook.__module__.startswith("torch.distributed.fsdp.")) for hook in hooks)
+
+
+@contextmanager
+def engines_at_rest(model: Any) -> Iterator[None]:
+    """Inside, a gradient that is asked for is no backward to FSDP and DDP, whose hooks are on what a model has returned.
+
+    Such a hook has the engine end its backward with the gradient that was asked for: weights are freed and reductions
+    begun, before the real backward. Here their state says that it has begun already, and is put back.
+    """
+    kept: list[tuple[Any, str, Any]] = []
+
+    def pretend(owner: Any, name: str, value: Any) -> None:
+        if owner is not None and hasattr(owner, name):
+            kept.append((owner, name, getattr(owner, name)))
+            setattr(owner, name, value)
+
+    try:
+        for module in (
+            model.modules()
+            if isinstance(model, torch.nn.Module) and dist.is_available() and dist.is_initialized()
+            else ()
+        ):
+            if isinstance(module, torch.nn.parallel.DistributedDataParallel):
+                pretend(module, "_static_graph_delay_allreduce_enqueued", True)
+            elif is_fsdp_unit(module):
+                state = module._get_fsdp_state()
+                pretend(getattr(state, "_state_ctx", None), "post_backward_final_callback_queued", True)
+                pretend(state, "_training_state", state._training_state)
+                groups = getattr(state, "_fsdp_param_groups", None) or [state._fsdp_param_group]
+                for group in filter(None, groups):
+                    pretend(group, "_training_state", type(group._training_state).PRE_BACKWARD)
+            elif hasattr(module, "_handle") and hasattr(module, "training_state"):  # FullyShardedDataParallel
+                pretend(module, "_post_backward_callback_queued", True)
+                pretend(module, "training_state", module.training_state)
+                pretend(module._handle, "_ran_pre_backward_hook", True)
+        yield
+    finally:
+        for owner, name, value in reversed(kept):
+            setattr(owner, name, value)
 
 
 # transformers and accelerate -----------------------------------------------------------------------------------------

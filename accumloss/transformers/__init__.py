@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from .._compat import LOSS_FUNCTION, is_compiled, uncompiled
+from .._compat import LOSS_FUNCTION, class_of, is_compiled, uncompiled
 from ..keywords import checked, named_by
 from . import deferred, losses, mapping, objective, rebind, watch
 from .deferred import Explanation
@@ -94,7 +94,7 @@ def register_with_transformers(
         replacement = mapping.replacement_for(loss)
         if replacement is None:
             raise ValueError(
-                f"register_with_transformers: expected a model whose loss accumloss replaces, got {type(base).__name__} "
+                f"register_with_transformers: expected a model whose loss accumloss replaces, got {class_of(base).__name__} "
                 f"with {mapping.qualified_name(loss)}; make_loss() gives one that can be assigned to model.loss_function"
             )
         registration.cover_model(base, replacement)
@@ -152,7 +152,7 @@ def explain(model: Any) -> Explanation:
     loss = mapping.loss_of(base)
     ours = losses.underlying(loss)
     reason = ""
-    by_itself = rebind.losses_of(type(base)) if not deferred.calls_loss_function(type(base)) else None
+    by_itself = rebind.losses_of(class_of(base)) if not deferred.calls_loss_function(class_of(base)) else None
     if by_itself is not None and registration.is_active:
         path, reason = "logits", f"its forward calls {', '.join(by_itself)} itself, and no loss_function"
         if not by_itself:
@@ -161,7 +161,7 @@ def explain(model: Any) -> Explanation:
         if getattr(base, LOSS_FUNCTION, None) is not None and not registration.is_one_of(base):
             reason += "; the loss_function that was assigned to it has no effect"
         return Explanation(
-            type(base).__name__, path, reason, f"{type(base).__module__}.{type(base).__qualname__}.forward"
+            class_of(base).__name__, path, reason, f"{class_of(base).__module__}.{class_of(base).__qualname__}.forward"
         )
     if ours is None:
         path = "stock"
@@ -177,7 +177,7 @@ def explain(model: Any) -> Explanation:
     else:
         found = deferred.why_not(base) or deferred.why_not_called(model, base)
         path, reason = ("fused", "") if found is None else ("logits", found)
-    return Explanation(type(base).__name__, path, reason, mapping.qualified_name(loss))
+    return Explanation(class_of(base).__name__, path, reason, mapping.qualified_name(loss))
 
 
 @checked

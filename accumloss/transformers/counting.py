@@ -272,6 +272,18 @@ def may_be_labels(key: Any) -> bool:
     return isinstance(key, str) and ("label" in key or "target" in key or key.startswith("entry"))
 
 
+def whole(batch: Any) -> dict[str, Any]:
+    """The entries of a batch that is going to be sharded along the sequence, in place: copies of all.
+
+    Labels that are shifted before they are sharded are there as Trainer makes them where the batch has none.
+    """
+    entries = {k: v.clone() if isinstance(v, torch.Tensor) else v for k, v in entries_of(batch).items()}
+    labels = entries.get("labels")
+    if "shift_labels" not in entries and isinstance(labels, torch.Tensor) and labels.dim():
+        entries["shift_labels"] = torch.nn.functional.pad(labels, (0, 1), value=-100)[..., 1:]
+    return entries
+
+
 def kept(batch: Any) -> dict[str, Any]:
     """The entries of a batch as they are now: those that may hold labels are copied, since a forward may write over them."""
     entries = entries_of(batch)

@@ -10,6 +10,7 @@ from __future__ import annotations
 import functools
 import inspect
 import sys
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -20,7 +21,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from .. import _compat
-from .registration import ABSENT, Patches, own
+from .registration import ABSENT, Patches, own, registration
 from .settings import settings
 
 _Function = Callable[..., Any]
@@ -57,6 +58,7 @@ class DeferredLogits(torch.Tensor):
     base: DeferredLogits | None
     value: torch.Tensor | None  # once read
     versions: tuple[int, ...]
+    is_fused: bool  # whether a loss was computed from the hidden states instead
     is_autocast: bool
     autocast_dtype: torch.dtype
 
@@ -67,7 +69,7 @@ class DeferredLogits(torch.Tensor):
         dtype = torch.get_autocast_dtype(device) if is_autocast else hidden.dtype
         self = _wrapper(cls, (*hidden.shape[:-1], weight.shape[0]), dtype, hidden.device)
         self.hidden, self.weight, self.bias, self.step, self.base, self.value = hidden, weight, bias, None, None, None
-        self.versions = _versions(self)
+        self.versions, self.is_fused = _versions(self), False
         self.is_autocast, self.autocast_dtype = is_autocast, torch.get_autocast_dtype(device)
         return self
 
@@ -183,13 +185,22 @@ class DeferredLogits(torch.Tensor):
                     self.value = F.linear(self.hidden, self.weight, self.bias)
         return self.value
 
+    def _chain(self) -> list[DeferredLogits]:
+        """These logits, what they were made from, and so on."""
+        chain: list[DeferredLogits] = [self]
+        while chain[-1].base is not None:
+            chain.append(chain[-1].base)
+        return chain
+
+    def root(self) -> DeferredLogits:
+        """What the head returned."""
+        return self._chain()[-1]
+
     def as_linear(self) -> Linear | None:
         """What linear_cross_entropy takes; None where the recorded steps are more than it can do, or are done already."""
         hidden, bias = self.hidden, self.bias
         scale, softcap, is_capped, is_open = 1.0, 0.0, False, False
-        chain: list[DeferredLogits] = [self]
-        while chain[-1].base is not None:
-            chain.append(chain[-1].base)
+        chain = self._chain()
         if any(node.value is not None for node in chain):
             return None
         product = chain[-1].dtype
@@ -294,24 +305,27 @@ def _names_loss_function(forward: Any) -> bool:
 
 def why_not(model: Any) -> str | None:
     """Why the head of a model computes its logits; None where it defers them."""
-    if not calls_loss_function(type(model)):
+    if not calls_loss_function(_compat.class_of(model)):
         return "its forward does not call loss_function"
     head = head_of(model)
     if head is None:
         return "the model names no output embeddings"
-    if type(head) is not nn.Linear:
-        return f"its head is {type(head).__module__}.{type(head).__qualname__}, not torch.nn.Linear"
+    cls = _compat.class_of(head)
+    if cls is not nn.Linear:
+        return f"its head is {cls.__module__}.{cls.__qualname__}, not torch.nn.Linear"
     if "forward" in vars(head) or _compat.is_offloaded(head):
         return "its head's forward was replaced"
-    hooks = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
-    if any(getattr(head, name) for name in hooks):
+    if _compat.has_hooks(head):
         return "its head has hooks"
     if _compat.global_hooks():
         return "there are hooks on all modules"
     if nn.utils.parametrize.is_parametrized(head):
         return "its head is parametrized"
-    fsdp = sys.modules.get("torch.distributed.fsdp")  # not imported where nobody shards
-    if fsdp is not None and isinstance(model, fsdp.FSDPModule):
+    if _compat.is_fsdp_unit(head):
+        if not _compat.keeps_weights(head):
+            return "FSDP frees its head after its forward: fully_shard(head, reshard_after_forward=False) keeps it"
+        return None  # its weight is whole from its forward to its backward
+    if _compat.is_fsdp_unit(model):
         return None  # its forward begins by unsharding the head, which looks at its weight then
     return _why_not_weight(head)
 
@@ -327,31 +341,86 @@ def _why_not_weight(head: nn.Linear) -> str | None:
     return None
 
 
-def _forward(head: nn.Linear, input: torch.Tensor) -> torch.Tensor:
+def _why_not_input(head: nn.Linear, input: torch.Tensor) -> str | None:
+    """Why the logits of these hidden states are computed at once."""
+    if not (torch.is_grad_enabled() and (input.requires_grad or head.weight.requires_grad)):
+        return "nothing before its loss is trained"
+    if type(input) is not torch.Tensor or input.dim() < 2:
+        return f"its hidden states are a {type(input).__name__} of {input.dim()} dimensions"
+    if not torch.is_autocast_enabled(input.device.type) and input.dtype != head.weight.dtype:
+        return f"its hidden states are {input.dtype}, its head is {head.weight.dtype}"
+    return f"its hidden states are {input.dtype}" if input.dtype not in _DTYPES else _why_not_weight(head)
+
+
+def _forward(head: nn.Linear, deferral: Deferral, input: torch.Tensor) -> torch.Tensor:
     """The forward of a head while it defers."""
-    is_trained = torch.is_grad_enabled() and (input.requires_grad or head.weight.requires_grad)
-    is_known = type(input) is torch.Tensor and input.dim() > 1 and _why_not_weight(head) is None
-    same = torch.is_autocast_enabled(input.device.type) or input.dtype == head.weight.dtype
-    if not (is_trained and is_known and same) or input.dtype not in _DTYPES:
+    reason = _why_not_input(head, input)
+    if reason is not None:
+        deferral.reason = reason
         return F.linear(input, head.weight, head.bias)
-    return DeferredLogits(input, head.weight, head.bias)
+    logits = DeferredLogits(input, head.weight, head.bias)
+    deferral.made.append(logits)
+    return logits
 
 
 _DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 
 
+class Deferral:
+    """What came of one call of a model whose head defers.
+
+    Attributes:
+        made: logits that were not computed when the head was called.
+        reason: why its last logits were.
+    """
+
+    def __init__(self) -> None:
+        self.made: list[DeferredLogits] = []
+        self.reason = ""
+
+    def why_unused(self) -> str:
+        """Why no loss was computed from the hidden states; empty where one was, and where no head was called."""
+        if not self.made:
+            return self.reason
+        if any(logits.is_fused for logits in self.made):
+            return ""
+        if any(logits.value is not None for logits in self.made):
+            return "its logits are read before its loss takes them"
+        return "its loss does not take them as its head makes them"
+
+
 @contextmanager
 def deferring(model: Any) -> Iterator[None]:
-    """The head of a model defers, where it can, for the length of a with block."""
-    if why_not(model) is not None:  # also where an outer block defers already
+    """The head of a model defers, where it can, for the length of a with block; where it cannot, that is told once."""
+    head = head_of(model)
+    outer = vars(head).get("forward") if isinstance(head, nn.Module) else None
+    if isinstance(outer, functools.partial) and outer.func is _forward:  # an outer block defers already
         yield
         return
-    head = head_of(model)
-    head.__dict__["forward"] = functools.partial(_forward, head)
+    reason = why_not(model)
+    if reason is not None:
+        tell_unused(model, reason)
+        yield
+        return
+    deferral = Deferral()
+    head.__dict__["forward"] = functools.partial(_forward, head, deferral)
     try:
         yield
     finally:
         head.__dict__.pop("forward", None)
+    tell_unused(model, deferral.why_unused())
+
+
+def tell_unused(model: Any, reason: str) -> None:
+    """Warns once for each class of models that fused_linear=True does nothing for it."""
+    name = _compat.class_of(model).__name__
+    if reason and name not in registration.unfused:
+        registration.unfused.add(name)
+        warnings.warn(
+            f"accumloss: fused_linear=True is not used for {name}, whose loss is computed from its logits: {reason}",
+            UserWarning,
+            stacklevel=3,
+        )
 
 
 def _wants(model: Any, kwargs: dict[str, Any]) -> bool:
@@ -382,7 +451,7 @@ def _call_of_peft(model: Any, *args: Any, **kwargs: Any) -> Any:
 
 def why_not_called(model: Any, base: Any) -> str | None:
     """Why a model would not be told to defer: PEFT calls the forward of the model inside itself."""
-    call = type(model).__call__
+    call = _compat.class_of(model).__call__
     if model is not base:
         return None if call is _call_of_peft else "peft was imported after accumloss was registered: register again"
     return None if call is _call_of_model else "its class has a __call__ of its own"

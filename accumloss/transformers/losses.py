@@ -138,6 +138,7 @@ def _fused(
     if given is None or not _is_flattened(labels.shape, linear.hidden.shape[:-1]):
         return None
     hidden = linear.hidden.reshape(*labels.shape, linear.hidden.shape[-1])  # some heads come flattened
+    logits.root().is_fused = True
     unshifted, shifted = (labels, None) if shift else (None, labels)
     loss = core.linear_causal_lm(
         hidden, linear.weight, unshifted, shifted, known(num_items_in_batch), of_options(given, ignore_index),

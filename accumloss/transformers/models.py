@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from .._compat import uncompiled
+from .._compat import class_of, uncompiled
 from . import counting, losses, mapping
 
 OURS_TO_KNOW = ("transformers.", "transformers_modules.")
@@ -59,7 +59,7 @@ MASKS = ("bool_masked_pos", "future_observed_mask")  # entries whose ones a head
 
 def is_transducer(model: Any) -> bool:
     """Whether the loss is over examples: CTC and its kin."""
-    name = type(model).__name__
+    name = class_of(model).__name__
     return getattr(model, "loss_type", None) == "ForCTC" or name.endswith(("ForCTC", "ForTDT", "ForRNNT"))
 
 

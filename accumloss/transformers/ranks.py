@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import math
+import weakref
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -17,28 +20,94 @@ def ranks(trainer: Any) -> int:
         return 1
     if args.n_gpu > 1:
         return args.n_gpu
-    tensor_parallel = trainer.get_tp_size() if hasattr(trainer, "get_tp_size") else 1
-    return max(trainer.accelerator.num_processes // max(tensor_parallel, 1), 1)
+    return averaged_ranks(trainer)
 
 
 def over_ranks(trainer: Any, total: torch.Tensor) -> torch.Tensor:
     """A count of this rank as Trainer's own count of items goes over the ranks. () float64, no sync."""
     args = trainer.args
-    total = total.to(args.device)
     if args.average_tokens_across_devices:
-        if args.world_size > 1:
-            total = trainer.accelerator.gather(total.reshape(1)).sum()
-    elif args.n_gpu > 1:
-        total = total // args.n_gpu
+        return over_all_ranks(trainer, total)
+    total = total.to(args.device)
+    return (total // args.n_gpu if args.n_gpu > 1 else total) / same_batch(trainer)
+
+
+def over_all_ranks(trainer: Any, total: torch.Tensor) -> torch.Tensor:
+    """A count of this rank, of all ranks. () float64, no sync."""
+    total = total.to(trainer.args.device)
+    if trainer.args.world_size > 1:
+        total = trainer.accelerator.gather(total.reshape(1)).sum()
     return total / same_batch(trainer)
 
 
+def averaged_ranks(trainer: Any) -> int:
+    """How many ranks the gradients are averaged over."""
+    tensor_parallel = trainer.get_tp_size() if hasattr(trainer, "get_tp_size") else 1
+    return max(trainer.accelerator.num_processes // max(tensor_parallel, 1), 1)
+
+
 def same_batch(trainer: Any) -> int:
-    """Ranks that hold the same micro-batches: tensor, context and sequence parallel ones."""
+    """Ranks that fetch the same micro-batches: neighbours, since data-parallel dimensions are the outer ones of a mesh.
+
+    As the mesh says, and agree_on_batches() has seen: tensor-parallel ranks, and context and sequence-parallel ones, whose
+    micro-batches are sharded after they were fetched.
+    """
+    return _agreed.get(trainer) or math.prod(_sizes(trainer))
+
+
+_agreed: weakref.WeakKeyDictionary[Any, int] = weakref.WeakKeyDictionary()
+
+
+def over_counted(trainer: Any) -> float:
+    """What Trainer's own count of items is too small by: it divides by all of the mesh that is not data-parallel."""
+    return math.prod(_sizes(trainer)) / same_batch(trainer)
+
+
+def _sizes(trainer: Any) -> list[int]:
+    """The mesh's dimensions that are not data-parallel, from the innermost: tensor, sequence and context parallel."""
     if all(hasattr(trainer, name) for name in ("get_tp_size", "get_cp_size", "get_sp_size")):
-        return trainer.get_tp_size() * trainer.get_cp_size() * trainer.get_sp_size()
+        return [trainer.get_tp_size(), trainer.get_sp_size(), trainer.get_cp_size()]
     config = getattr(trainer.accelerator, "parallelism_config", None)
-    return 1 if config is None else config.non_data_parallel_size
+    return [1 if config is None else config.non_data_parallel_size]
+
+
+def agree_on_batches(trainer: Any, batches: Sequence[Mapping[str, Any]]) -> None:
+    """Looks once whether the ranks hold the micro-batches that the mesh says: a dataloader may have sharded them.
+
+    All ranks call it. The sizes of the mesh are multiplied from the innermost, as long as all ranks of a group hold the same.
+    """
+    sizes = _sizes(trainer)
+    if trainer in _agreed or math.prod(sizes) == 1 or trainer.args.world_size == 1:
+        return
+    mine = torch.tensor([_fingerprint(batches)], dtype=torch.int64, device=trainer.args.device)
+    held = trainer.accelerator.gather(mine).tolist()
+    same = 1
+    for size in sizes:
+        groups = [held[i : i + same * size] for i in range(0, len(held), same * size)]
+        if any(len(set(group)) > 1 for group in groups):
+            break
+        same *= size
+    _agreed[trainer] = same
+
+
+def _fingerprint(batches: Sequence[Mapping[str, Any]]) -> int:
+    """A number that differs where the integers of micro-batches do."""
+    found = 0
+    for batch in batches:
+        for key in sorted(batch, key=str):
+            value = batch[key]
+            if isinstance(value, torch.Tensor) and not value.is_floating_point():
+                flat = value.reshape(-1).long().cpu()
+                place = torch.arange(1, len(flat) + 1)
+                found = (found * 1000003 + len(flat) + int((flat * place * place).sum())) % (2**61 - 1)
+    return found
+
+
+def is_sharded_later(trainer: Any) -> bool:
+    """Whether micro-batches are split along the sequence after they were fetched: accelerate's context parallelism does,
+    in place, around the step."""
+    config = getattr(trainer.accelerator, "parallelism_config", None)
+    return config is not None and getattr(config, "cp_size", 1) > 1
 
 
 def sum_over_ranks(trainer: Any, sums: torch.Tensor) -> torch.Tensor:

@@ -253,7 +253,8 @@ def _over_boxes(get_loss: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(get_loss)
     def over_boxes(self: Any, loss: Any, outputs: Any, targets: Any, indices: Any, num_boxes: Any, *more: Any) -> Any:
         if steps.is_counted():
-            num_boxes = num_boxes * steps.share(lambda step: step.objects_of_the_step())
+            of_step = steps.share(lambda step: step.objects_per_call())
+            num_boxes = num_boxes if of_step is None else of_step
         return get_loss(self, loss, outputs, targets, indices, num_boxes, *more)
 
     return over_boxes
@@ -263,7 +264,8 @@ def _masks_of_the_step(get_num_masks: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(get_num_masks)
     def masks_of_the_step(*args: Any, **kwargs: Any) -> Any:
         num_masks = get_num_masks(*args, **kwargs)
-        return num_masks * steps.share(lambda step: step.objects_of_the_step()) if steps.is_counted() else num_masks
+        of_step = steps.share(lambda step: step.objects_per_call()) if steps.is_counted() else None
+        return num_masks if of_step is None else torch.full_like(num_masks, of_step)
 
     return masks_of_the_step
 

@@ -134,6 +134,7 @@ class Registration:
         self.models: weakref.WeakKeyDictionary[Any, Patches] = weakref.WeakKeyDictionary()
         self.names = Names()
         self.trainers: weakref.WeakKeyDictionary[Any, Any] = weakref.WeakKeyDictionary()
+        self.unfused: set[str] = set()  # classes of models of which was told that fused_linear does nothing for them
         self._parts: list[tuple[Part, Patches]] = []
 
     def add(self, *parts: Part) -> None:
@@ -148,6 +149,7 @@ class Registration:
         if not self.is_active:
             self.names.undo()
             settings.reset()
+            self.unfused.clear()
         for part, patches in self._parts:
             if not part.is_wanted(self):
                 patches.undo()

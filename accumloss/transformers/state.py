@@ -21,11 +21,14 @@ class Window:
 
     Attributes:
         batches: their entries as they were when they were fetched; a forward may write over its labels.
+        is_sharded: whether they are split along the sequence before they are used. Then batches hold the whole, and what
+            is used is a part.
     """
 
-    def __init__(self, fetched: Sequence[Any]):
+    def __init__(self, fetched: Sequence[Any], is_sharded: bool = False):
         self.fetched = fetched
-        self.batches = [counting.kept(batch) for batch in fetched]
+        self.is_sharded = is_sharded
+        self.batches = [counting.whole(batch) if is_sharded else counting.kept(batch) for batch in fetched]
         self.totals: dict[Any, Any] = {}
         self.shift: int | None = None  # of the labels that Trainer counts, once asked for
         self.items: tuple[Any, int, torch.Tensor] | None = None  # see share_of_items

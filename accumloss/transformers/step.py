@@ -80,6 +80,7 @@ class Step:
         over_ranks: makes a count of this rank one of all data-parallel ranks.
         totals: counts of this window that are known already.
         origins: of the labels of earlier calls, where only one was possible.
+        over_all: the same, where Trainer averages over no ranks too.
         gathers: whether over_ranks waits for the other ranks. They must then count equally often, whatever each of them finds.
     """
 
@@ -94,6 +95,7 @@ class Step:
     asked = 1  # of a full one
     num_items_in_batch: torch.Tensor | None = None  # what the model was given under this name
     items: Any = None  # what compute_loss was given under it (objective.Items)
+    num_ranks = 1  # that the gradients are averaged over
     label_smoothing = 0.0
     observer: Observer | None = None  # of the losses that are divided here
     is_watched = False
@@ -123,12 +125,14 @@ class Step:
         totals: dict[Any, Any],
         origins: dict[Any, Origin] | None = None,
         gathers: bool = False,
+        over_all: Callable[[torch.Tensor], torch.Tensor] | None = None,
     ):
         self.window = window
         self.inputs = inputs
         self.averaged = averaged
         self.expected_grad = expected_grad
         self.over_ranks = over_ranks
+        self.over_all = over_ranks if over_all is None else over_all
         self.totals = totals
         self.origins = {} if origins is None else origins
         self.gathers = gathers
@@ -322,19 +326,27 @@ class Step:
         self.calls += 1
         return self.share_of_rows()
 
-    def objects_of_the_step(self) -> float:
-        """What the boxes or masks of this micro-batch are multiplied by to be the step's, averaged over its micro-batches.
+    def objects_per_call(self) -> float | None:
+        """The boxes or masks of the step per micro-batch and rank, which sums over those of one micro-batch are divided by.
 
-        On several ranks these losses are divided by a mean over the ranks; then this is right where ranks are alike.
+        Over all ranks, whatever Trainer averages over, as these losses do themselves. None: they are not known.
         """
-        counts = [num_objects(batch) for batch in self.window]
-        here = num_objects(self.inputs)
-        if not counts or here is None or None in counts:
-            return 1.0
+        counts = self._counts_of_objects()
+        if counts is None:
+            return None
         self.calls += 1
         self.is_of_objects = True
-        total = sum(sum(count) for count in counts if count is not None)
-        return max(total, 1) / len(counts) / max(sum(here), 1)
+        if "objects" not in self.totals:
+            total = self.over_all(torch.tensor(float(sum(map(sum, counts))), dtype=torch.float64))
+            self.totals["objects"] = max(float(total), 1.0) / (len(counts) * self.num_ranks)
+        return self.totals["objects"]
+
+    def _counts_of_objects(self) -> list[list[int]] | None:
+        """The boxes or masks of each row of each micro-batch; None where they are no lists of such."""
+        counts = [num_objects(batch) for batch in self.window]
+        if not counts or None in counts or num_objects(self.inputs) is None:
+            return None
+        return [count for count in counts if count is not None]
 
     def are_alike_in_rows(self, target: torch.Tensor, call: Any) -> bool:
         """Whether a target without ignored elements has equally many in each row of the step, so that they weigh as rows."""
@@ -396,15 +408,19 @@ class Step:
     def _matched(self, classes: torch.Tensor, weight: torch.Tensor) -> torch.Tensor | None:
         """The divisor of the classes (rows, queries) that detection has matched to its queries: an object each, and the last
         class, of another weight, for all others. None: these are none."""
-        counts = [num_objects(batch) for batch in self.window]
-        if classes.dim() != 2 or classes.shape[0] != num_rows(self.inputs) or None in counts:
+        counts = self._counts_of_objects()
+        if classes.dim() != 2 or classes.shape[0] != num_rows(self.inputs) or counts is None:
             return None
         if not bool((weight[:-1] == 1).all()):
             return None
         queries = classes.shape[1]
-        objects = sum(min(n, queries) for count in counts if count is not None for n in count)
-        rows = sum(len(count) for count in counts if count is not None)
-        return (objects + (rows * queries - objects) * weight[-1].double()) / len(counts)
+        key = "matched", queries, float(weight[-1])
+        if key not in self.totals:
+            objects = sum(min(n, queries) for count in counts for n in count)
+            others = sum(map(len, counts)) * queries - objects
+            held = torch.tensor(objects + others * float(weight[-1].double()), dtype=torch.float64)
+            self.totals[key] = self.over_all(held) / (len(counts) * self.num_ranks)
+        return self.totals[key]
 
     def _rule(
         self, labels: torch.Tensor, shift: int, ignore_index: int | None, length: int | None, number: Any = None

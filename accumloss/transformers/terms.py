@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 
-from .._compat import is_mean_of_scalar
+from .._compat import engines_at_rest, is_mean_of_scalar
 from .counting import Rule, half_of, num_rows
 
 if TYPE_CHECKING:
@@ -80,7 +80,8 @@ class Combination:
         self.pairs: list[tuple[Term, torch.Tensor]] = []
         if terms and isinstance(loss, torch.Tensor) and loss.requires_grad:
             values = [term.value for term in terms]
-            found = torch.autograd.grad(loss.sum(), values, retain_graph=True, allow_unused=True)
+            with engines_at_rest(getattr(step.trainer, "model_wrapped", None)):
+                found = torch.autograd.grad(loss.sum(), values, retain_graph=True, allow_unused=True)
             self.pairs = [(term, c.detach()) for term, c in zip(terms, found, strict=True) if c is not None]
 
     @property

@@ -7,7 +7,7 @@ import inspect
 from dataclasses import replace
 from typing import Any
 
-from .._compat import dataloaders_of, uncompiled
+from .._compat import class_of, dataloaders_of, uncompiled
 from . import counting, coupled, objective, probe, terms
 from . import step as steps
 from .models import REMEDIES, base_model, bypassing_library, counted_rule, is_overridden
@@ -36,13 +36,13 @@ def look_at(trainer: Any, state: State, step: steps.Step) -> None:
     for reason in state.schemes.ends_of_window():
         state.check.blame(reason)
     smallest = min(counting.num_rows(batch) for batch in window.batches)
-    why = coupled.why(type(base_model(trainer)).__name__, smallest)
+    why = coupled.why(class_of(base_model(trainer)).__name__, smallest)
     for reason in probe.coupling(base_model(trainer)) | ({why} if why else set()):
         state.check.blame(reason)
     reason = state.check.end()
     library = bypassing_library(trainer)
     if reason and library:
-        reason += f" ({library} computes the loss of {type(base_model(trainer)).__name__}: {REMEDIES[library]})"
+        reason += f" ({library} computes the loss of {class_of(base_model(trainer)).__name__}: {REMEDIES[library]})"
     found = state.verification
     if reason and found is not None:
         reason += f"; it could not be measured: {found.reason}"

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+from ..._compat import class_of
 from .. import counting, hook, losses, objective
 from .. import evaluation as evaluations
 from .. import step as steps
@@ -68,7 +69,7 @@ def _items_for(trainer: Any, step: steps.Step) -> Any:
     """The items per micro-batch that the model is to be given; None: it takes none, or there are none."""
     if trainer.model_accepts_loss_kwargs:
         return step.items
-    if not takes_the_items(type(step.model).forward) or not step.window:
+    if not takes_the_items(class_of(step.model).forward) or not step.window:
         return None
     if step.items is None and step.main is not None:  # Trainer counts none for such a model
         return step.total(step.main) / step.micro_batches
@@ -78,9 +79,9 @@ def _items_for(trainer: Any, step: steps.Step) -> Any:
 def _weighed(trainer: Any, step: steps.Step, loss: torch.Tensor, is_called: bool) -> torch.Tensor:
     """The loss of a model as a part of the step's."""
     model = step.model
-    if not is_called and not type(model).__module__.startswith(OURS_TO_KNOW) and not is_transducer(model):
+    if not is_called and not class_of(model).__module__.startswith(OURS_TO_KNOW) and not is_transducer(model):
         # a module of somebody's own, and nothing in it was recognised: it may honour the number that it was given
-        step.is_known = step.num_items_in_batch is not None and names_the_items(type(model).forward)
+        step.is_known = step.num_items_in_batch is not None and names_the_items(class_of(model).forward)
         return loss
     factor = share(step, is_called)
     if factor is not None:
@@ -122,7 +123,7 @@ def _compute_batch_of_set(
     step.main = counted_rule(trainer, inputs) if isinstance(labels, torch.Tensor) else None
     step.num_items_in_batch = None
     # compiled code makes use of it, and is not observed
-    takes_items = trainer.model_accepts_loss_kwargs or takes_the_items(type(base_model(trainer)).forward)
+    takes_items = trainer.model_accepts_loss_kwargs or takes_the_items(class_of(base_model(trainer)).forward)
     if takes_items and step.main is not None:
         given = step.num_items_in_batch = steps.at_least_one(step.main.total(inputs)).to(torch.float32)
         inputs = {**inputs, "num_items_in_batch": given}
@@ -172,6 +173,6 @@ def share(step: steps.Step, is_called: bool) -> Any:
         return None
     elif step.window and (mask := next((key for key in MASKS if isinstance(step.inputs.get(key), torch.Tensor)), None)):
         return step.share_of(counting.Rule(mask, ignore_index=0))
-    elif step.num_items_in_batch is not None and not computes_its_loss_alone(type(model).forward):
+    elif step.num_items_in_batch is not None and not computes_its_loss_alone(class_of(model).forward):
         return None
     return step.share_of_rows()

@@ -10,12 +10,13 @@ from typing import Any
 
 import torch
 
+from ..._compat import class_of
 from ...sums import TokenSums
 from .. import counting, known, objective, rebind, terms, tracked
 from .. import evaluation as evaluations
 from .. import step as steps
 from ..models import OURS_TO_KNOW, base_model, counted_rule, is_overridden, is_sum_over_examples
-from ..ranks import first_rows, largest, real_rows, sum_over_ranks
+from ..ranks import first_rows, is_sharded_later, largest, real_rows, sum_over_ranks
 from ..registration import Patches
 from ..settings import settings
 from ..state import is_covered, state_of
@@ -66,7 +67,10 @@ def _prediction_step(
     def show(sums: TokenSums) -> None:
         evaluation.token_sums = evaluation.token_sums or sums
 
+    is_sharded = is_sharded_later(trainer)
+
     def called(inputs: Any, loss_only: bool) -> Any:
+        inputs = counting.like(inputs, counting.whole(inputs)) if is_sharded else inputs  # in place
         evaluation.begin(inputs)
         shown = show if evaluation.metrics else None
         with known.parts(trainer, written), known.tokens_shown(model, written, shown):
@@ -149,7 +153,7 @@ def _is_somebodys_own(trainer: Any) -> bool:
     return (
         is_own
         or trainer.compute_loss_func is not None
-        or not type(base_model(trainer)).__module__.startswith(OURS_TO_KNOW)
+        or not class_of(base_model(trainer)).__module__.startswith(OURS_TO_KNOW)
     )
 
 

@@ -25,13 +25,13 @@ from typing import Any
 
 import torch
 
-from ..._compat import LOSS_FUNCTION
+from ..._compat import LOSS_FUNCTION, class_of, is_compiled
 from ...inexact import InexactWarning
 from ...sums import TokenSums
 from .. import deferred, known, losses, objective, rebind
 from .. import step as steps
 from ..models import base_model, counted_labels, trainer_module
-from ..ranks import over_ranks, ranks
+from ..ranks import agree_on_batches, averaged_ranks, is_sharded_later, over_all_ranks, over_counted, over_ranks, ranks
 from ..registration import Patches, registration
 from ..settings import settings
 from ..state import Metrics, State, Window, begin, counted_in_step, is_covered, state_of
@@ -62,6 +62,7 @@ def install(patches: Patches) -> None:
 
 def train(self: Any, *args: Any, **kwargs: Any) -> Any:
     _tell_unused_loss(self)
+    _tell_unused_fusion(self)
     with outermost(self):
         return originals["train"](self, *args, **kwargs)
 
@@ -70,7 +71,7 @@ def _tell_unused_loss(trainer: Any) -> None:
     """A loss of ours that was assigned to a model which never asks for it."""
     model = base_model(trainer)
     given = getattr(model, LOSS_FUNCTION, None)
-    is_unused = losses.underlying(given) is not None and not deferred.calls_loss_function(type(model))
+    is_unused = losses.underlying(given) is not None and not deferred.calls_loss_function(class_of(model))
     if (
         is_covered(trainer)
         and is_unused
@@ -79,11 +80,21 @@ def _tell_unused_loss(trainer: Any) -> None:
     ):
         state_of(trainer).warned.add("loss_function")
         warnings.warn(
-            f"accumloss: the loss_function that was assigned to {type(model).__name__} has no effect: its forward calls none; "
+            f"accumloss: the loss_function that was assigned to {class_of(model).__name__} has no effect: its forward calls none; "
             "pass Trainer a compute_loss_func: functools.partial(accumloss.compute_loss_func, ...)",
             InexactWarning,
             stacklevel=3,
         )
+
+
+def _tell_unused_fusion(trainer: Any) -> None:
+    """What keeps a loss from the hidden states of any model; the rest says its first call (deferred.py)."""
+    if not settings.fused_linear or not is_covered(trainer):
+        return
+    if trainer.args.torch_compile or is_compiled(trainer.model):
+        deferred.tell_unused(base_model(trainer), "it is compiled")
+    elif trainer.compute_loss_func is not None:
+        deferred.tell_unused(base_model(trainer), "compute_loss_func takes the logits")
 
 
 @contextmanager
@@ -104,14 +115,14 @@ def _around_get_batch_samples(trainer: Any, theirs: Callable[..., Any], *args: A
     batch_samples, num_items_in_batch = theirs(*args, **kwargs)
     window = state_of(trainer).window
     if is_covered(trainer) and (window is None or window.fetched is not batch_samples):
-        state_of(trainer).window = Window(batch_samples)
+        state_of(trainer).window = Window(batch_samples, is_sharded_later(trainer))
     return batch_samples, num_items_in_batch
 
 
 def get_batch_samples(self: Any, *args: Any, **kwargs: Any) -> Any:
     batch_samples, num_items_in_batch = originals["get_batch_samples"](self, *args, **kwargs)
     if is_covered(self):
-        window = state_of(self).window = Window(batch_samples)
+        window = state_of(self).window = Window(batch_samples, is_sharded_later(self))
         is_ours = type(self)._get_num_items_in_batch is _get_num_items_in_batch
         if is_ours and isinstance(num_items_in_batch, torch.Tensor) and num_items_in_batch.dim() == 0:
             # counted just now, over all ranks: the usual loss needs no second count
@@ -125,13 +136,16 @@ def _get_num_items_in_batch(self: Any, batch_samples: list, device: torch.device
     original = originals["_get_num_items_in_batch"]
     if not is_covered(self) or not all(isinstance(b, Mapping) and "labels" in b for b in batch_samples):
         return original(self, batch_samples, device)
+    agree_on_batches(self, batch_samples)
     model = base_model(self)
     counted = [{"labels": counted_labels(model, batch)} for batch in batch_samples]
     shifts, self._loss_shifts_labels = getattr(self, "_loss_shifts_labels", False), False  # done already
     try:
-        return original(self, counted, device)
+        num_items = original(self, counted, device)
     finally:
         self._loss_shifts_labels = shifts
+    missing = over_counted(self)
+    return num_items if num_items is None or missing == 1 else num_items * missing
 
 
 def training_step(self: Any, *args: Any, **kwargs: Any) -> Any:
@@ -196,20 +210,24 @@ def make_step(trainer: Any, state: State, model: Any, inputs: Any) -> steps.Step
         averaged=1,
         expected_grad=1.0,
         over_ranks=lambda total: over_ranks(trainer, total),
+        over_all=lambda total: over_all_ranks(trainer, total),
         totals=window.totals,
         origins=state.origins,
         gathers=trainer.args.average_tokens_across_devices and trainer.args.world_size > 1,
     )
     step.known = state.look_up(trainer, inputs)
     step.model = model
-    step.trainer, step.here, step.is_watched = trainer, here, not state.check.is_done
+    step.trainer, step.is_watched = trainer, not state.check.is_done
+    step.here = None if window.is_sharded else here  # what is used is no longer what was fetched
     step.schemes, step.measured = state.schemes, state.measured
     step.is_watched_for_ambiguity = "ambiguous" not in state.warned
     step.micro_batches = getattr(
         trainer, "current_gradient_accumulation_steps", 1
     )  # absent where train() is not running
+    step.num_ranks = averaged_ranks(trainer)
     step.asked = trainer.args.gradient_accumulation_steps
-    begin(trainer, state, step, inputs)
+    if not window.is_sharded:  # in place, before compute_loss
+        begin(trainer, state, step, inputs)
     return step
 
 

@@ -1,0 +1,339 @@
+"""Run by torchrun: one step of Trainer in each situation of many devices, by gloo on the CPU, and what rank 0 found.
+
+    many_devices.py OUT SITUATION...
+
+accelerate refuses meshes for ranks of CPUs: here gloo's ranks say that they are XPUs, and nothing else is changed. The ring
+attention of torch has no rule for the CPU: keys and values are gathered over the context-parallel ranks instead.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import faulthandler
+import functools
+import os
+import sys
+import tempfile
+import traceback
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import transformers
+from accelerate import ParallelismConfig
+from accelerate.state import AcceleratorState, GradientState, PartialState
+from accelerate.utils import DistributedType
+from torch.distributed.tensor import DTensor
+from training import HEADS, build, make_trainer, rows
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+import accumloss
+from accumloss.auditing import inputs, measure, tiny
+from accumloss.transformers import losses
+
+
+class AllGather(torch.autograd.Function):
+    """Rows of all ranks side by side in a dimension; the gradient of each goes back to where it came from."""
+
+    @staticmethod
+    def forward(ctx, values, dim, group):
+        ctx.dim, ctx.group = dim, group
+        parts = [torch.empty_like(values) for _ in range(dist.get_world_size(group))]
+        dist.all_gather(parts, values.contiguous(), group=group)
+        return torch.cat(parts, dim)
+
+    @staticmethod
+    def backward(ctx, grad):
+        grad = grad.contiguous()
+        dist.all_reduce(grad, group=ctx.group)
+        return grad.chunk(dist.get_world_size(ctx.group), ctx.dim)[dist.get_rank(ctx.group)], None, None
+
+
+def gathered_attention(group: Any) -> Any:
+    """Causal attention over the keys and values of all context-parallel ranks, whose shards are head and tail of the rows."""
+
+    def attention(module, query, key, value, attention_mask, scaling=None, **kwargs):
+        size, rank = dist.get_world_size(group), dist.get_rank(group)
+        length = query.shape[2] * size
+        chunks = torch.arange(length).chunk(2 * size)
+        held = [torch.cat([chunks[r], chunks[2 * size - 1 - r]]) for r in range(size)]
+        key, value = AllGather.apply(key, 2, group), AllGather.apply(value, 2, group)
+        scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+        is_seen = torch.cat(held)[None] <= held[rank][:, None]
+        scores = (query @ key.transpose(2, 3) * scale).masked_fill(~is_seen, -torch.inf)
+        return (scores.softmax(-1) @ value).transpose(1, 2).contiguous(), None
+
+    return attention
+
+
+def whole(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+class Whole(transformers.TrainerCallback):
+    """Keeps the whole gradients that the first optimizer step finds."""
+
+    def __init__(self) -> None:
+        self.gradients: dict[str, torch.Tensor] = {}
+
+    def on_pre_optimizer_step(self, args, state, control, model=None, **kwargs):
+        if not self.gradients:
+            self.gradients = {
+                name.removeprefix("module."): whole(p.grad.detach()).clone()
+                for name, p in model.named_parameters()
+                if p.grad is not None
+            }
+
+
+@contextlib.contextmanager
+def as_accelerators() -> Iterator[None]:
+    """gloo's ranks as accelerate's of a device that may have a mesh."""
+    prepare = PartialState.__init__
+
+    def relabelled(self, *args, **kwargs):
+        prepare(self, *args, **kwargs)
+        if PartialState._shared_state.get("distributed_type") == DistributedType.MULTI_CPU:
+            PartialState._shared_state["distributed_type"] = DistributedType.MULTI_XPU
+
+    PartialState.__init__ = relabelled
+    try:
+        yield
+    finally:
+        PartialState.__init__ = prepare
+
+
+def clear_states() -> None:
+    for state in (AcceleratorState, PartialState, GradientState):
+        state._reset_state()
+
+
+def step(
+    head: str = "causal",
+    accumulation: int = 2,
+    *,
+    mesh: dict[str, int] | None = None,
+    fsdp: bool = False,
+    data: Any = None,
+    model: Any = None,
+    is_registered: bool = True,
+    registered: dict[str, Any] | None = None,
+    evaluate: bool = False,
+    look: Any = None,
+    data_ranks: int | None = None,
+    trainer_options: dict[str, Any] | None = None,
+    **arguments: Any,
+) -> dict[str, Any]:
+    """One optimizer step over the eight rows, dealt to the data-parallel ranks, in so many micro-batches."""
+    name, config, targets = HEADS.get(head, (head, {}, ""))
+    parallel = None if mesh is None else ParallelismConfig(**mesh)
+    has_mesh = mesh is not None or fsdp or data_ranks is not None
+    if data_ranks is None:
+        data_ranks = dist.get_world_size() if parallel is None else parallel.data_parallel_size
+    if fsdp:
+        arguments["fsdp"], arguments["fsdp_config"] = (
+            "full_shard auto_wrap",
+            {"version": 2, **arguments.pop("wrap", {})},
+        )
+    if parallel is not None:
+        arguments["parallelism_config"] = parallel
+    data = rows(targets) if data is None else data
+    batch_size = len(data) // data_ranks // accumulation
+    kept, result = Whole(), {}
+    is_cp = parallel is not None and parallel.cp_size > 1
+    attention, environment = ALL_ATTENTION_FUNCTIONS["sdpa"], dict(os.environ)
+    context = accumloss.registered(**(registered or {})) if is_registered else contextlib.nullcontext()
+    with (
+        as_accelerators() if has_mesh else contextlib.nullcontext(),
+        context,
+        warnings.catch_warnings(record=True) as caught,
+    ):
+        warnings.simplefilter("always")
+        model = build(name, **config) if model is None else model
+        trainer, recorder = make_trainer(
+            model,
+            data,
+            accumulation,
+            batch_size=batch_size,
+            ddp_backend="gloo",
+            ddp_find_unused_parameters=name in OBJECTS.values(),
+            trainer_options={"eval_dataset": data, **(trainer_options or {})},
+            **arguments,
+        )
+        trainer.add_callback(kept)
+        try:
+            if is_cp:
+                group = trainer.accelerator.torch_device_mesh["cp"].get_group()
+                ALL_ATTENTION_FUNCTIONS["sdpa"] = gathered_attention(group)
+            with contextlib.nullcontext() if look is None else look(trainer, result):
+                trainer.train()
+            if evaluate:
+                result["evaluation"] = trainer.evaluate()["eval_loss"]
+        finally:
+            ALL_ATTENTION_FUNCTIONS["sdpa"] = attention
+            os.environ.clear()
+            os.environ.update(environment)  # accelerate's, of FSDP
+    result["told"] = [str(w.message) for w in caught if "accumloss" in str(w.message)]
+    result["head"], result["gradients"], result["loss"] = head, kept.gradients, recorder.losses[0]
+    clear_states()
+    return result
+
+
+@contextlib.contextmanager
+def counting_fused(trainer: Any, result: dict[str, Any]) -> Iterator[None]:
+    """How many losses are computed from the hidden states."""
+    linear, result["fused"] = losses.core.linear_causal_lm, 0
+
+    def counted(*args, **kwargs):
+        result["fused"] += 1
+        return linear(*args, **kwargs)
+
+    losses.core.linear_causal_lm = counted
+    try:
+        yield
+    finally:
+        losses.core.linear_causal_lm = linear
+
+
+def freeing_head(trainer: Any, result: dict[str, Any]) -> Any:
+    """fully_shard frees the head's weight after its forward."""
+    head = trainer.model.get_output_embeddings()
+    torch.distributed.fsdp.fully_shard(head, reshard_after_forward=True)
+    return counting_fused(trainer, result)
+
+
+def with_shift_labels() -> list[dict[str, torch.Tensor]]:
+    """Rows whose labels a collator has shifted already."""
+    found = rows("tokens")
+    for row in found:
+        row["shift_labels"] = torch.nn.functional.pad(row["labels"], (0, 1), value=-100)[1:]
+        row["position_ids"] = torch.arange(len(row["labels"]))
+    return found
+
+
+OBJECTS = {
+    "boxes": "DabDetrForObjectDetection",  # divides by the ranks twice
+    "boxes and classes": "DetrForObjectDetection",  # and weighs the class of what is none
+    "boxes, summed over ranks": "LwDetrForObjectDetection",  # divides once, which is right
+    "masks": "MaskFormerForInstanceSegmentation",
+}
+
+
+def objects(kind: str, is_even: bool = False) -> tuple[Any, list]:
+    """A tiny model of detection or segmentation, and rows of uneven numbers of boxes or masks."""
+    model = tiny.build(tiny.loss_bearing_class(OBJECTS[kind]))
+    for part in list(model.modules()):  # batch normalisation couples the rows
+        for name, child in part.named_children():
+            if isinstance(child, torch.nn.modules.batchnorm._BatchNorm):
+                setattr(part, name, torch.nn.GroupNorm(1, child.num_features))
+    data = inputs.rows(model)
+    if is_even:
+        of_first = {key: value for key, value in data[0].items() if "label" in key}
+        data = [{**row, **of_first} for row in data]
+    return model, data
+
+
+def objects_step(kind: str, is_even: bool = False, **options: Any) -> dict[str, Any]:
+    model, data = objects(kind, is_even)
+    return step(OBJECTS[kind], model=model, data=data, trainer_options={"data_collator": measure.collate}, **options)
+
+
+def tensor_parallel(head: str = "causal", **distributed: Any) -> Any:
+    """A model that transformers loads in pieces, by its own plan."""
+    name, config, _ = HEADS[head]
+    with tempfile.TemporaryDirectory() as folder:
+        if dist.get_rank() == 0:
+            build(name, **config).save_pretrained(folder)
+        shared = [folder]
+        dist.broadcast_object_list(shared)
+        cls = getattr(transformers, name)
+        model = cls.from_pretrained(shared[0], distributed_config=transformers.DistributedConfig(**distributed))
+        dist.barrier()
+    return model.train()
+
+
+SITUATIONS: dict[str, Any] = {
+    "ddp": lambda: step(),
+    "cp 2": lambda: step(mesh={"cp_size": 2}, fsdp=True, accumulation=1),
+    "cp 2, GA 2": lambda: step(mesh={"cp_size": 2}, fsdp=True, accumulation=2),
+    "cp 2, GA 4": lambda: step(mesh={"cp_size": 2}, fsdp=True, accumulation=4),
+    "cp 2, shifted": lambda: step(mesh={"cp_size": 2}, fsdp=True, accumulation=2, data=with_shift_labels()),
+    "cp 2, token classes": lambda: step("token classes", mesh={"cp_size": 2}, fsdp=True),
+    "cp 2, evaluation": lambda: step(mesh={"cp_size": 2}, fsdp=True, evaluate=True, learning_rate=0.0),
+    "fsdp2": lambda: step(mesh={"dp_shard_size": 2}, fsdp=True),
+    "fsdp2, fused": lambda: step(
+        mesh={"dp_shard_size": 2}, fsdp=True, registered={"fused_linear": True}, look=counting_fused
+    ),
+    "fsdp2, fused, tied": lambda: step(
+        model=build("LlamaForCausalLM", tie_word_embeddings=True),
+        mesh={"dp_shard_size": 2},
+        fsdp=True,
+        registered={"fused_linear": True},
+        look=counting_fused,
+    ),
+    "fsdp2, fused, freed": lambda: step(
+        mesh={"dp_shard_size": 2}, fsdp=True, registered={"fused_linear": True}, look=freeing_head
+    ),
+    "fsdp2, fused, by transformers": lambda: step(
+        model=tensor_parallel(fsdp_size=2), data_ranks=2, registered={"fused_linear": True}, look=counting_fused
+    ),
+    "tp 2, fused": lambda: step(
+        model=tensor_parallel(tp_plan="auto", tp_size=2),
+        data_ranks=1,
+        registered={"fused_linear": True},
+        look=counting_fused,
+    ),
+    "cp 2, fused": lambda: step(mesh={"cp_size": 2}, fsdp=True, registered={"fused_linear": True}, look=counting_fused),
+    "fsdp2, no mesh": lambda: step(fsdp=True),
+    "tp 2": lambda: step(model=tensor_parallel(tp_plan="auto", tp_size=2), data_ranks=1),
+    "tp 2, token classes": lambda: step(
+        "token classes", model=tensor_parallel("token classes", tp_plan="auto", tp_size=2), data_ranks=1
+    ),
+}
+
+for KIND in OBJECTS:
+    SITUATIONS[f"{KIND}, uneven"] = functools.partial(objects_step, KIND)
+    SITUATIONS[f"{KIND}, even"] = functools.partial(objects_step, KIND, is_even=True)
+    SITUATIONS[f"{KIND}, evaluation"] = functools.partial(objects_step, KIND, evaluate=True, learning_rate=0.0)
+SITUATIONS["boxes, stock"] = functools.partial(objects_step, "boxes", is_registered=False)
+SITUATIONS["boxes, summed over ranks, stock"] = functools.partial(
+    objects_step, "boxes, summed over ranks", accumulation=1, is_registered=False
+)
+SITUATIONS.update(  # on four ranks
+    {
+        "cp 2 x dp_shard 2": lambda: step(mesh={"cp_size": 2, "dp_shard_size": 2}, fsdp=True),
+        "cp 2 x dp_shard 2, evaluation": lambda: step(
+            mesh={"cp_size": 2, "dp_shard_size": 2}, fsdp=True, evaluate=True, learning_rate=0.0
+        ),
+        "hsdp": lambda: step(mesh={"dp_replicate_size": 2, "dp_shard_size": 2}, fsdp=True, accumulation=2),
+        "tp 2 x fsdp 2": lambda: step(
+            model=tensor_parallel(tp_plan="auto", tp_size=2, fsdp_size=2), data_ranks=2, accumulation=2
+        ),
+        "hsdp by transformers": lambda: step(
+            model=tensor_parallel(fsdp_size=2, dp_replicate_size=2), data_ranks=4, accumulation=2
+        ),
+    }
+)
+
+
+def main(out: str, *names: str) -> None:
+    faulthandler.dump_traceback_later(400, exit=True)  # a collective that one rank waits for alone
+    transformers.logging.set_verbosity_error()
+    dist.init_process_group("gloo")
+    found = {}
+    for name in names or SITUATIONS:
+        try:
+            found[name] = SITUATIONS[name]()
+        except Exception:
+            found[name] = {"error": traceback.format_exc()}
+            clear_states()
+    if dist.get_rank() == 0:
+        torch.save(found, Path(out))
+    dist.barrier()
+    os._exit(0)  # without the destructors of gloo, whose threads sometimes wait for each other for ever
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])
