@@ -111,7 +111,7 @@ class Origin(NamedTuple):
             return len(copies) if all(same_values(entry, chunk) for chunk in copies) else 0
         mask = None if self.mask is None else batch[self.mask]
         if length is not None:
-            entry = entry.clamp(0, length)
+            entry, labels = entry.clamp(0, length), labels.clamp(0, length)  # as the head may have done already
         elif self.first or self.last:
             inside = slice(self.first, entry.shape[-1] - self.last)
             entry, mask = entry[..., inside], mask if mask is None else mask[..., inside]

@@ -229,6 +229,7 @@ def divided(
         kwargs = {**kwargs, "num_items_in_batch": step.items}
     with micro_batches(trainer, 1, 1), known.parts(trainer, step.known):
         result = call(*args, **kwargs)
+    step.collect()
     loss = result[0] if isinstance(result, tuple) else result
     step.raw = loss
     loss, kind = _weighed(trainer, step, loss, check)

@@ -8,7 +8,9 @@ was given as labels: what a loss averages over is read from the call, not from t
 
 from __future__ import annotations
 
+import copy
 import itertools
+import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, NamedTuple, Protocol
@@ -96,6 +98,8 @@ class Step:
     num_items_in_batch: torch.Tensor | None = None  # what the model was given under this name
     items: Any = None  # what compute_loss was given under it (objective.Items)
     num_ranks = 1  # that the gradients are averaged over
+    num_replicas = 1  # of nn.DataParallel, each of which has a chunk of the micro-batch
+    chunks: Sequence[Mapping[str, Any]] = ()  # of the entries, where this is the step as a replica sees it
     label_smoothing = 0.0
     observer: Observer | None = None  # of the losses that are divided here
     is_watched = False
@@ -145,6 +149,8 @@ class Step:
         self.terms: list[Term] = []  # what losses of ours returned, and PyTorch's that somebody averages by hand
         self.schemes = Schemes()  # the Trainer's, of what is averaged by hand
         self.recorder = _Recorder(self)
+        self.thread = threading.get_ident()
+        self.replicas: dict[int, Step] = {}  # the step as those threads see it
 
     def begin(self, inputs: Mapping[str, Any]) -> None:
         """Takes inputs as the entries of this micro-batch from here on, as they are before anything runs."""
@@ -189,7 +195,43 @@ class Step:
 
     def is_given(self, value: Any) -> bool:
         """Whether a num_items_in_batch is the one that Trainer, or we in its place, handed in."""
-        return value is None or value is self.num_items_in_batch or (self.items is not None and value is self.items)
+        if value is None or value is self.num_items_in_batch or (self.items is not None and value is self.items):
+            return True
+        ours = self.num_items_in_batch
+        if not self.chunks or ours is None or not isinstance(value, torch.Tensor) or not value.numel():
+            return False
+        return float(value.reshape(-1)[0]) == float(ours.reshape(-1)[0])  # a replica gets a copy
+
+    # nn.DataParallel ---------------------------------------------------------------------------------------------------
+
+    def as_seen(self) -> Step:
+        """The step as the thread sees it that asks: a replica of nn.DataParallel calls losses on a chunk of the micro-batch,
+        beside the others."""
+        thread = threading.get_ident()
+        if self.num_replicas == 1 or thread == self.thread:
+            return self
+        seen = self.replicas.get(thread)
+        if seen is None:
+            seen = copy.copy(self)
+            seen.terms, seen.coupled, seen.compared = [], set(), {}
+            seen.recorder, seen.num_replicas = _Recorder(seen), 1
+            seen.smoothed = seen.unknown = seen.sums = 0
+            tensors = {k: v for k, v in self.inputs.items() if isinstance(v, torch.Tensor) and v.dim()}
+            chunked = {key: value.chunk(self.num_replicas) for key, value in tensors.items()}
+            count = min((len(chunks) for chunks in chunked.values()), default=0)
+            seen.chunks = [{key: chunks[n] for key, chunks in chunked.items()} for n in range(count)]
+            self.replicas[thread] = seen
+        return seen
+
+    def collect(self) -> None:
+        """Takes over what the replicas have seen, at the end of their forward."""
+        for seen in self.replicas.values():
+            self.calls, self.by_hand = max(self.calls, seen.calls), max(self.by_hand, seen.by_hand)
+            self.smoothed, self.unknown = self.smoothed + seen.smoothed, self.unknown + seen.unknown
+            self.sums += seen.sums
+            self.coupled |= seen.coupled
+            self.is_of_objects |= seen.is_of_objects
+        self.replicas.clear()
 
     def _entries(self) -> tuple[dict[str, torch.Tensor], set[str]]:
         """The tensors of this micro-batch that labels may come from, and which of them have been written over since.
@@ -262,7 +304,8 @@ class Step:
         mean = at_least_one(here) / self.share_of_rows()
         if main is None or total is None:
             return Divisor(mean, self.expected_grad, observer)
-        is_main = here == main.weighted(weight).total(self.inputs).to(here.device)
+        fits = [here == main.weighted(weight).total(entries).to(here.device) for entries in self.chunks or [self.inputs]]
+        is_main = torch.stack(fits).any()
         if self.is_watched and not is_compiled:
             self.unknown += int(not is_main)
             self.found = name, main.weighted(weight) if is_main else None
@@ -430,6 +473,8 @@ class Step:
         The same memory, or else the same values, whose comparison synchronises. Where a micro-batch fits several origins (no
         position of it is masked, say), the one that alone fitted the same call of another is taken.
         """
+        if self.chunks:
+            return self._rule_of_chunk(labels, shift, ignore_index, length, number)
         if length is None and (here := self._entry_of_memory(labels)) is not None:
             return Rule(here, shift, ignore_index)
         entries, changed = self._entries()
@@ -482,6 +527,18 @@ class Step:
             self.unknown += 1  # the micro-batches before were counted by another, which fitted them as well
         return rule
 
+    def _rule_of_chunk(self, labels: torch.Tensor, *how: Any) -> Rule | None:
+        """_rule() of the labels of a replica, which are made from one chunk of the entries."""
+        for chunk in self.chunks:
+            part = copy.copy(self)
+            part.inputs, part.here, part.chunks = chunk, None, ()
+            part.versions = {key: value._version for key, value in chunk.items()}
+            rule = part._rule(labels, *how)
+            self.unknown += part.unknown - self.unknown
+            if rule is not None:
+                return rule
+        return None
+
     def _entry_of_memory(self, labels: torch.Tensor) -> str | None:
         """The key of the entry of labels that these are themselves, or a view of all of it: as the most are, in every call."""
         here = self.window[0] if self.here is None else self.here
@@ -519,7 +576,7 @@ is_training = False  # whether that one is of an optimizer step, and not of an e
 
 
 def current() -> Step | None:
-    return _current
+    return None if _current is None else _current.as_seen()
 
 
 def is_counted() -> bool:
@@ -537,22 +594,25 @@ def see(
     weight: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """What a loss of PyTorch's returned with reduction="sum" or "none", for the current step to look at."""
-    return value if _current is None else _current.see(value, target, reduction, ignore_index, name, weight)
+    step = current()
+    return value if step is None else step.see(value, target, reduction, ignore_index, name, weight)
 
 
 @not_compiled
 def share(of: Callable[[Step], Any]) -> Any:
     """What the current step says that something is multiplied by; 1 where there is none."""
-    return 1.0 if _current is None else of(_current)
+    step = current()
+    return 1.0 if step is None else of(step)
 
 
 @not_compiled
 def part(value: torch.Tensor, share: Callable[[Step], Any], name: str = "") -> torch.Tensor:
     """A mean of one micro-batch as a part of the current step's, which is as large as share says."""
-    if _current is None:
+    step = current()
+    if step is None:
         return value
-    _current.found = name, None
-    return _current.part(value, share(_current))
+    step.found = name, None
+    return step.part(value, share(step))
 
 
 @contextmanager

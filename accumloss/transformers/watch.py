@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import inspect
+from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
 
@@ -28,9 +29,12 @@ def look_at(trainer: Any, state: State, step: steps.Step) -> None:
     window.seen += 1
     if not step.is_computed and not step.terms:
         state.check.blame("training_step computes it without compute_loss, by nothing that was recognised")
+    if trainer.args.n_gpu > 1:
+        for reason in unseen_in_replicas(step):
+            state.check.blame(reason)
     if window.seen < len(window.fetched):
         return
-    if len(window.fetched) == 1 and trainer.args.world_size == 1:
+    if len(window.fetched) == 1 and trainer.args.world_size == trainer.args.n_gpu == 1:
         state.check, state.schemes = objective.Check(), terms.Schemes()  # nothing was accumulated
         return
     for reason in state.schemes.ends_of_window():
@@ -49,6 +53,18 @@ def look_at(trainer: Any, state: State, step: steps.Step) -> None:
     elif reason:
         reason += "; accumloss.verify(trainer) measures what it averages over"
     objective.tell(trainer, state.warned, reason, settings.verify == "error")
+
+
+def unseen_in_replicas(step: steps.Step) -> Iterator[str]:
+    """What of a step under nn.DataParallel is not exact by construction: what its replicas return is not looked into."""
+    if step.unknown:
+        yield "the labels of a loss come from no entry of the batch: each replica of DataParallel averages its own"
+    if step.by_hand:
+        yield "a loss is averaged by hand in the replicas of DataParallel"
+    if not step.calls and not objective.is_touched(step):
+        yield "nothing that the replicas of DataParallel compute was recognised: it stays what Trainer makes of it"
+    if counting.num_rows(step.inputs) % step.num_replicas:
+        yield "the replicas of DataParallel have unequally many rows"
 
 
 def measure(trainer: Any, here: Any = None, is_training: bool = False) -> probe.Verification:

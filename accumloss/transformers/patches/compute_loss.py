@@ -61,6 +61,7 @@ def compute_own_loss(
         inputs = {**inputs, "num_items_in_batch": step.num_items_in_batch}
     # without num_items_in_batch Trainer passes none, and does not multiply by the ranks
     loss, outputs = _smoothed_loss(self, step, original, model, inputs, **kwargs)
+    step.collect()
     loss = _weighed(self, step, loss, is_called=step.calls > calls)
     return (loss, outputs) if return_outputs else loss
 
@@ -148,6 +149,7 @@ def _smoothed_loss(
         loss, outputs = original(trainer, model, inputs, True, None, **kwargs)
     finally:
         trainer.label_smoother, step.label_smoothing = smoother, 0.0
+    step.collect()
     if step.smoothed:
         return loss, outputs
     logits = outputs["logits"] if isinstance(outputs, dict) else outputs[1]

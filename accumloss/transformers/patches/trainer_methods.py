@@ -224,7 +224,7 @@ def make_step(trainer: Any, state: State, model: Any, inputs: Any) -> steps.Step
     step.micro_batches = getattr(
         trainer, "current_gradient_accumulation_steps", 1
     )  # absent where train() is not running
-    step.num_ranks = averaged_ranks(trainer)
+    step.num_ranks, step.num_replicas = averaged_ranks(trainer), max(trainer.args.n_gpu, 1)
     step.asked = trainer.args.gradient_accumulation_steps
     if not window.is_sharded:  # in place, before compute_loss
         begin(trainer, state, step, inputs)
