@@ -103,6 +103,12 @@ def _fingerprint(batches: Sequence[Mapping[str, Any]]) -> int:
     return found
 
 
+def is_of_ulysses(trainer: Any) -> bool:
+    """Whether DeepSpeed shards the sequences, whose own function then computes the loss of each micro-batch."""
+    config = getattr(trainer.accelerator, "parallelism_config", None)
+    return getattr(config, "sp_size", 1) > 1 and getattr(config, "sp_backend", "") == "deepspeed"
+
+
 def is_sharded_later(trainer: Any) -> bool:
     """Whether micro-batches are split along the sequence after they were fetched: accelerate's context parallelism does,
     in place, around the step."""

@@ -12,7 +12,7 @@ from ..sums import TokenSums
 from . import counting, known, losses, mapping, objective, probe, terms
 from . import step as steps
 from .models import base_model, counted_rule, shifts_labels
-from .ranks import sum_over_ranks
+from .ranks import is_of_ulysses, sum_over_ranks
 from .registration import registration
 
 
@@ -117,9 +117,8 @@ def is_covered(trainer: Any) -> bool:
     """Whether the step of this Trainer is ours to count."""
     if not registration.is_active:
         return False
-    config = getattr(trainer.accelerator, "parallelism_config", None)
-    if config is not None and getattr(config, "sp_enabled", False) and getattr(config, "sp_backend", "") == "deepspeed":
-        return False  # counts its own tokens, and divides by them
+    if is_of_ulysses(trainer):
+        return False  # DeepSpeed counts its own tokens, and divides by them
     if registration.covers_all:
         return True
     return registration.is_active and losses.underlying(mapping.loss_of(base_model(trainer))) is not None

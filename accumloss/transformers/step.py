@@ -304,7 +304,9 @@ class Step:
         mean = at_least_one(here) / self.share_of_rows()
         if main is None or total is None:
             return Divisor(mean, self.expected_grad, observer)
-        fits = [here == main.weighted(weight).total(entries).to(here.device) for entries in self.chunks or [self.inputs]]
+        fits = [
+            here == main.weighted(weight).total(entries).to(here.device) for entries in self.chunks or [self.inputs]
+        ]
         is_main = torch.stack(fits).any()
         if self.is_watched and not is_compiled:
             self.unknown += int(not is_main)

@@ -22,6 +22,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
 import transformers
 from accelerate import ParallelismConfig
 from accelerate.state import AcceleratorState, GradientState, PartialState
@@ -208,9 +209,54 @@ def with_shift_labels() -> list[dict[str, torch.Tensor]]:
     """Rows whose labels a collator has shifted already."""
     found = rows("tokens")
     for row in found:
-        row["shift_labels"] = torch.nn.functional.pad(row["labels"], (0, 1), value=-100)[1:]
+        row["shift_labels"] = F.pad(row["labels"], (0, 1), value=-100)[1:]
         row["position_ids"] = torch.arange(len(row["labels"]))
     return found
+
+
+class SumOverItsItems(transformers.Trainer):
+    """Divides a sum by the items of the micro-batch, by hand."""
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        logits, labels = model(**inputs).logits, inputs["labels"]
+        return F.cross_entropy(logits.flatten(0, 1), labels.flatten(), reduction="sum") / (labels != -100).sum()
+
+
+class ShardedByDataloader(transformers.Trainer):
+    """Sequence parallelism as transformers plans it: micro-batches arrive sharded, labels shifted before."""
+
+    def get_batch_samples(self, epoch_iterator, num_batches, device):
+        return super().get_batch_samples(map(self.sharded, epoch_iterator), num_batches, device)
+
+    def sharded(self, batch):
+        mesh = self.accelerator.torch_device_mesh["cp"]
+        size, rank = mesh.size(), mesh.get_local_rank()
+        batch["shift_labels"] = F.pad(batch["labels"], (0, 1), value=-100)[:, 1:]
+        batch["position_ids"] = torch.arange(batch["input_ids"].shape[1]).expand_as(batch["input_ids"])
+
+        def shard(value):
+            chunks = value.chunk(2 * size, 1)
+            return torch.cat([chunks[rank], chunks[2 * size - 1 - rank]], 1).contiguous()
+
+        return {key: shard(value) for key, value in batch.items()}
+
+    def _prepare_context_parallel_inputs(self, model, inputs):
+        return contextlib.nullcontext, inputs
+
+
+def fsdp1_step(*args: Any, **kwargs: Any) -> dict[str, Any]:
+    """FullyShardedDataParallel, which is told no device: the CPU has no number."""
+    fsdp = torch.distributed.fsdp.FullyShardedDataParallel
+    prepare = fsdp.__init__
+
+    def without_device(self, *given, device_id=None, **more):
+        prepare(self, *given, **more)
+
+    fsdp.__init__ = without_device
+    try:
+        return step(*args, fsdp=True, wrap={"version": 1, "use_orig_params": True, "sync_module_states": False}, **kwargs)
+    finally:
+        fsdp.__init__ = prepare
 
 
 OBJECTS = {
@@ -256,6 +302,14 @@ def tensor_parallel(head: str = "causal", **distributed: Any) -> Any:
 
 SITUATIONS: dict[str, Any] = {
     "ddp": lambda: step(),
+    "ddp, static graph": lambda: step(ddp_static_graph=True, accumulation=1),
+    "ddp, static graph, stock": lambda: step(ddp_static_graph=True, accumulation=1, is_registered=False),
+    "ddp, static graph, stock, GA 2": lambda: step(ddp_static_graph=True, accumulation=2, is_registered=False),
+    "ddp, static graph, by hand": lambda: step("token classes", ddp_static_graph=True, accumulation=1, trainer_class=SumOverItsItems),
+    "fsdp2, by hand": lambda: step("token classes", mesh={"dp_shard_size": 2}, fsdp=True, trainer_class=SumOverItsItems),
+    "fsdp1": lambda: fsdp1_step(),
+    "fsdp1, by hand": lambda: fsdp1_step("token classes", trainer_class=SumOverItsItems),
+    "sharded by the dataloader": lambda: step(mesh={"cp_size": 2}, fsdp=True, trainer_class=ShardedByDataloader),
     "cp 2": lambda: step(mesh={"cp_size": 2}, fsdp=True, accumulation=1),
     "cp 2, GA 2": lambda: step(mesh={"cp_size": 2}, fsdp=True, accumulation=2),
     "cp 2, GA 4": lambda: step(mesh={"cp_size": 2}, fsdp=True, accumulation=4),

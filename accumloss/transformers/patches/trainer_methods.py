@@ -31,7 +31,17 @@ from ...sums import TokenSums
 from .. import deferred, known, losses, objective, rebind
 from .. import step as steps
 from ..models import base_model, counted_labels, trainer_module
-from ..ranks import agree_on_batches, averaged_ranks, is_sharded_later, over_all_ranks, over_counted, over_ranks, ranks
+from ..ranks import (
+    agree_on_batches,
+    averaged_ranks,
+    is_of_ulysses,
+    is_sharded_later,
+    over_all_ranks,
+    over_counted,
+    over_ranks,
+    ranks,
+    same_batch,
+)
 from ..registration import Patches, registration
 from ..settings import settings
 from ..state import Metrics, State, Window, begin, counted_in_step, is_covered, state_of
@@ -61,6 +71,7 @@ def install(patches: Patches) -> None:
 
 
 def train(self: Any, *args: Any, **kwargs: Any) -> Any:
+    _tell_ulysses(self)
     _tell_unused_loss(self)
     _tell_unused_fusion(self)
     with outermost(self):
@@ -84,6 +95,21 @@ def _tell_unused_loss(trainer: Any) -> None:
             "pass Trainer a compute_loss_func: functools.partial(accumloss.compute_loss_func, ...)",
             InexactWarning,
             stacklevel=3,
+        )
+
+
+def _tell_ulysses(trainer: Any) -> None:
+    """What a step is that DeepSpeed's sequence parallelism divides by itself: transformers takes its loss as it is."""
+    if not registration.is_active or not is_of_ulysses(trainer):
+        return
+    groups = trainer.args.world_size // same_batch(trainer)
+    if trainer.args.gradient_accumulation_steps * groups > 1:
+        objective.tell(
+            trainer,
+            state_of(trainer).warned,
+            "under DeepSpeed's sequence parallelism (sp_size > 1) each micro-batch is divided by its own tokens, not by the "
+            "step's, and accumloss leaves it to DeepSpeed; cp_size in the place of sp_size is exact",
+            settings.verify == "error",
         )
 
 
