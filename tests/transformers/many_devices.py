@@ -177,7 +177,7 @@ def step(
             os.environ.clear()
             os.environ.update(environment)  # accelerate's, of FSDP
     result["told"] = [str(w.message) for w in caught if "accumloss" in str(w.message)]
-    result["head"], result["gradients"], result["loss"] = head, kept.gradients, recorder.losses[0]
+    result["head"], result["gradients"], result["loss"] = head, result.pop("whole", kept.gradients), recorder.losses[0]
     clear_states()
     return result
 
@@ -244,19 +244,37 @@ class ShardedByDataloader(transformers.Trainer):
         return contextlib.nullcontext, inputs
 
 
-def fsdp1_step(*args: Any, **kwargs: Any) -> dict[str, Any]:
-    """FullyShardedDataParallel, which is told no device: the CPU has no number."""
-    fsdp = torch.distributed.fsdp.FullyShardedDataParallel
-    prepare = fsdp.__init__
+def deepspeed_step(stage: int, head: str = "causal", **options: Any) -> dict[str, Any]:
+    """ZeRO, whose gradients only DeepSpeed can put together."""
+    import deepspeed.comm.torch
 
-    def without_device(self, *given, device_id=None, **more):
-        prepare(self, *given, **more)
+    deepspeed.comm.torch.build_shm_op = lambda: None  # collectives over shared memory, which wait for ever on some machines
+    config = {
+        "zero_optimization": {"stage": stage},
+        "zero_allow_untested_optimizer": True,
+        "zero_force_ds_cpu_optimizer": False,
+        "train_micro_batch_size_per_gpu": "auto",
+        "gradient_accumulation_steps": "auto",
+        "communication_data_type": "fp32",
+    }
+    return step(head, deepspeed=config, look=zero_gradients, **options)
 
-    fsdp.__init__ = without_device
-    try:
-        return step(*args, fsdp=True, wrap={"version": 1, "use_orig_params": True, "sync_module_states": False}, **kwargs)
-    finally:
-        fsdp.__init__ = prepare
+
+def by_hand_under_zero(stage: int) -> dict[str, Any]:
+    return deepspeed_step(stage, "token classes", trainer_class=SumOverItsItems)
+
+
+@contextlib.contextmanager
+def zero_gradients(trainer: Any, result: dict[str, Any]) -> Iterator[None]:
+    from deepspeed.utils import safe_get_full_grad
+
+    class Gradients(transformers.TrainerCallback):
+        def on_pre_optimizer_step(self, args, state, control, model=None, **kwargs):
+            found = {name: safe_get_full_grad(p) for name, p in model.named_parameters()}
+            result["whole"] = {n.removeprefix("module."): g.float().clone() for n, g in found.items() if g is not None}
+
+    trainer.add_callback(Gradients())
+    yield
 
 
 OBJECTS = {
@@ -305,10 +323,15 @@ SITUATIONS: dict[str, Any] = {
     "ddp, static graph": lambda: step(ddp_static_graph=True, accumulation=1),
     "ddp, static graph, stock": lambda: step(ddp_static_graph=True, accumulation=1, is_registered=False),
     "ddp, static graph, stock, GA 2": lambda: step(ddp_static_graph=True, accumulation=2, is_registered=False),
-    "ddp, static graph, by hand": lambda: step("token classes", ddp_static_graph=True, accumulation=1, trainer_class=SumOverItsItems),
-    "fsdp2, by hand": lambda: step("token classes", mesh={"dp_shard_size": 2}, fsdp=True, trainer_class=SumOverItsItems),
-    "fsdp1": lambda: fsdp1_step(),
-    "fsdp1, by hand": lambda: fsdp1_step("token classes", trainer_class=SumOverItsItems),
+    "ddp, static graph, by hand": lambda: step(
+        "token classes", ddp_static_graph=True, accumulation=1, trainer_class=SumOverItsItems
+    ),
+    "fsdp2, by hand": lambda: step(
+        "token classes", mesh={"dp_shard_size": 2}, fsdp=True, trainer_class=SumOverItsItems
+    ),
+    **{f"zero {n}": functools.partial(deepspeed_step, n) for n in (1, 2, 3)},
+    **{f"zero {n}, stock": functools.partial(deepspeed_step, n, is_registered=False) for n in (1, 2, 3)},
+    **{f"zero {n}, by hand": functools.partial(by_hand_under_zero, n) for n in (2, 3)},
     "sharded by the dataloader": lambda: step(mesh={"cp_size": 2}, fsdp=True, trainer_class=ShardedByDataloader),
     "cp 2": lambda: step(mesh={"cp_size": 2}, fsdp=True, accumulation=1),
     "cp 2, GA 2": lambda: step(mesh={"cp_size": 2}, fsdp=True, accumulation=2),
