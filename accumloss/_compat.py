@@ -34,6 +34,7 @@ __all__ = [
     "engines_at_rest",
     "foreach_mul_",
     "foreach_norm",
+    "fsdp_meshes",
     "global_hooks",
     "has_found_inf",
     "has_hooks",
@@ -124,7 +125,7 @@ def is_fsdp_unit(module: torch.nn.Module) -> bool:
     return fsdp is not None and isinstance(module, fsdp.FSDPModule)
 
 
-def class_of(module: torch.nn.Module) -> type:
+def class_of(module: torch.nn.Module) -> Any:
     """The class of a module before FSDP2 made a unit of it."""
     return type(module).__bases__[-1] if is_fsdp_unit(module) else type(module)
 
@@ -142,6 +143,24 @@ def has_hooks(module: torch.nn.Module) -> bool:
     hooks = [hook for name in names for hook in getattr(module, name).values()]
     is_unit = is_fsdp_unit(module)
     return any(not (is_unit and hook.__module__.startswith("torch.distributed.fsdp.")) for hook in hooks)
+
+
+def fsdp_meshes(model: torch.nn.Module) -> Iterator[tuple[list[torch.Tensor], list[dist.ProcessGroup]]]:
+    """The parameters that units of FSDP2 shard, and the groups over which the gradients of those are averaged: of the shards,
+    and of the replicas."""
+    seen: set[int] = set()
+    for module in model.modules():
+        if not is_fsdp_unit(module):
+            continue
+        state = module._get_fsdp_state()  # type: ignore[operator]
+        for group in getattr(state, "_fsdp_param_groups", None) or [state._fsdp_param_group]:
+            if group is None or id(group) in seen:
+                continue
+            seen.add(id(group))
+            info = group.mesh_info
+            dims = [getattr(info, name, None) for name in ("shard_mesh_dim", "replicate_mesh_dim")]
+            groups = [info.mesh.get_group(dim) for dim in dims if dim is not None]
+            yield [param.sharded_param for param in group.fsdp_params], groups
 
 
 @contextmanager
@@ -167,7 +186,7 @@ def engines_at_rest(model: Any) -> Iterator[None]:
             if isinstance(module, torch.nn.parallel.DistributedDataParallel):
                 pretend(module, "_static_graph_delay_allreduce_enqueued", True)
             elif is_fsdp_unit(module):
-                state = module._get_fsdp_state()
+                state: Any = module._get_fsdp_state()  # type: ignore[operator]
                 pretend(getattr(state, "_state_ctx", None), "post_backward_final_callback_queued", True)
                 pretend(state, "_training_state", state._training_state)
                 groups = getattr(state, "_fsdp_param_groups", None) or [state._fsdp_param_group]

@@ -14,7 +14,7 @@ from torch.optim.optimizer import register_optimizer_step_post_hook, register_op
 
 from ..keywords import checked
 from ..sums import TokenSums, at_least_one, is_distributed
-from .engines import Reduction, engine_of, has_unscaled
+from .engines import Engine, Reduction, engine_of, has_unscaled, size_of
 from .gradients import Marks, distinct, marks, multiply_, norm_of, parameters_of
 from .window import (
     KNOWN,
@@ -42,8 +42,8 @@ class Accumulator:
     Args:
         model_or_params: a module, possibly wrapped (DistributedDataParallel, FullyShardedDataParallel, fully_shard,
             torch.compile), or an iterable of parameters.
-        process_group: the data-parallel ranks, over which items are counted. None: that of DistributedDataParallel, else
-            the default group. With tensor or pipeline parallelism, give the data-parallel group.
+        process_group: the data-parallel ranks, over which items are counted. None: those over which DistributedDataParallel
+            or fully_shard averages; else all ranks. With tensor parallelism alone it must be given.
         gradient_reduction: "mean" where gradients are averaged over those ranks, "sum" where they are added up. None:
             "mean" for the wrappers above; otherwise, on several ranks, it must be given.
         max_items: an upper bound, or an estimate, of the window's items. Sums are divided by the next power of two before
@@ -97,14 +97,16 @@ class Accumulator:
         if max_items is not None and (not is_count(max_items) or max_items < 1):
             raise ValueError(f"Accumulator: expected max_items as an int >= 1, got {max_items!r}")
         engine = engine_of(self._owner)
-        self._group = process_group if process_group is not None else engine.group
-        self._ranks = dist.get_world_size(self._group) if is_distributed() else 1
+        self._groups = engine.groups if process_group is None else (process_group,)
+        self._ranks = size_of(self._groups) if is_distributed() else 1
+        self._check_engine(engine, process_group, gradient_reduction)
         if self._ranks > 1 and gradient_reduction is None and engine.reduction is None:
             raise ValueError(
                 f"Accumulator: expected gradient_reduction on {self._ranks} ranks, got None and no DDP or FSDP module to tell; "
                 'give "mean" where the gradients are averaged over the ranks, "sum" where they are added up'
             )
         self._factor = 1 if (gradient_reduction or engine.reduction) == "sum" else self._ranks  # undoes the averaging
+        self._factors = {} if gradient_reduction is not None else engine.factors  # of some parameters, others
         self._reduced_by_caller = gradient_reduction is not None
         self._hides_norm = engine.hides_norm
         self._scaler = scaler if scaler is not None and scaler.is_enabled() else None
@@ -144,6 +146,31 @@ class Accumulator:
         """Records a micro-batch and back-propagates it, through ``scaler.scale`` where there is a scaler; else as ``loss()``."""
         loss = self._record("Accumulator.backward", sums, num_items, known_total)
         (loss if self._scaler is None else self._scaler.scale(loss)).backward()
+
+    def add(self, sums: Sums, num_items: int | torch.Tensor | None = None) -> None:
+        """Records a micro-batch whose backward is somebody else's, as it is: a pipeline schedule's, say.
+
+        The sum of its losses must be back-propagated undivided, before or after this. A schedule of torch divides all
+        gradients by its micro-batches unless it was made with ``scale_grads=False``; that cannot be seen here.
+
+        Args:
+            sums, num_items: as of loss(); no graph is needed.
+
+        Raises:
+            ValueError, TypeError: sums or num_items do not fit; the Accumulator has max_items, a scaler, or a window with
+                known_total, for which losses have to be divided before their backward.
+        """
+        name = "Accumulator.add"
+        checked = as_sums(name, sums, num_items, has_graph=False)
+        if self._divisor != 1 or (self._window is not None and self._window.known_total is not None):
+            raise ValueError(
+                f"{name}: expected sums that nothing divides before their backward, got max_items, a scaler or known_total; "
+                "use loss()"
+            )
+        if self._window is None:
+            self._check_ranks(name)
+            self._window, self._left = Window(left=self._left), {}
+        self._window.pending.discard(self._window.add(checked))
 
     def finish(self, *, rescale: bool = True, max_norm: float | None = None) -> TokenSums:
         """Makes the gradients those of the window: one all_reduce of the sums, one pass over the gradients.
@@ -193,6 +220,7 @@ class Accumulator:
         self.scale = scale.to(stats.loss_sum.dtype)
         if rescale and (window.known_total is None or max_norm is not None):
             multiply_(grads, scale)
+        self._multiply_others(parameters, rescale)
         self._window = None
         self._left = marks(parameters)
         return stats
@@ -233,7 +261,7 @@ class Accumulator:
         return parameters_of(self._owner) if isinstance(self._owner, torch.nn.Module) else self._owner
 
     def _check_ranks(self, name: str) -> None:
-        ranks = dist.get_world_size(self._group) if is_distributed() else 1
+        ranks = size_of(self._groups) if is_distributed() else 1
         if ranks != self._ranks:
             raise RuntimeError(
                 f"{name}: expected an Accumulator that was made after init_process_group, got one for {self._ranks} of {ranks} "
@@ -252,6 +280,11 @@ class Accumulator:
             return
         if not max_norm > 0:
             raise ValueError(f"{name}: expected max_norm > 0, got {max_norm!r}")
+        if self._factors:
+            raise ValueError(
+                f"{name}: expected max_norm=None where units of FSDP lie on meshes of different sizes, over which there is no one "
+                f"norm, got {max_norm!r}; call finish(), then clip each mesh's gradients"
+            )
         if self._hides_norm:
             raise ValueError(
                 f"{name}: expected max_norm=None with FullyShardedDataParallel, whose gradients are shards, got {max_norm!r}; "
@@ -265,8 +298,46 @@ class Accumulator:
     def _reduce(self, window: Window) -> torch.Tensor:
         packed = window.pack(next((p.device for p in self._parameters()), torch.device("cpu")))
         if self._ranks > 1:
-            dist.all_reduce(packed, group=self._group)
+            for group in self._groups:  # one after the other, where they are dimensions of a mesh
+                dist.all_reduce(packed, group=group)
         return packed
+
+    def _multiply_others(self, parameters: list[torch.Tensor], rescale: bool) -> None:
+        """Gradients that were averaged over fewer ranks than the others were multiplied by too many."""
+        by_factor: dict[int, list[torch.Tensor]] = {}
+        for parameter in parameters:
+            factor = self._factors.get(id(parameter))
+            if factor is not None and parameter.grad is not None:
+                by_factor.setdefault(factor, []).append(parameter.grad)
+        if by_factor and not rescale:
+            raise ValueError(
+                "Accumulator.finish: expected rescale=True where units of FSDP lie on meshes of different sizes, whose gradients "
+                "need different factors, got rescale=False"
+            )
+        for factor, grads in by_factor.items():
+            multiply_(grads, torch.tensor(factor / self._factor, dtype=torch.float64))
+
+    def _check_engine(
+        self, engine: Engine, process_group: dist.ProcessGroup | None, gradient_reduction: Reduction | None
+    ) -> None:
+        """Refuses what cannot be exact."""
+        if engine.apart and process_group is None and not engine.reduction:
+            raise ValueError(
+                f"Accumulator: expected process_group, got None, and {engine.apart}; give the ranks whose micro-batches differ: "
+                'mesh["dp"].get_group(), dist.group.WORLD for all, dist.new_group([rank], use_local_synchronization=True) for none'
+            )
+        if engine.apart and engine.reduction and gradient_reduction is None:
+            raise ValueError(
+                f"Accumulator: expected gradients that are all reduced alike, got a model of which {engine.apart}; have all "
+                'gradients added up over the ranks and give gradient_reduction="sum"'
+            )
+        if process_group is not None and gradient_reduction is None and engine.reduction == "mean":
+            ranks = size_of(engine.groups)
+            if not engine.hides_norm and self._ranks != ranks:
+                raise ValueError(
+                    f"Accumulator: expected a process_group of the {ranks} ranks over which the gradients are averaged, got one of "
+                    f'{self._ranks}; leave it out, or give gradient_reduction="sum" where the gradients are added up'
+                )
 
     def _check_total(self, window: Window, packed: torch.Tensor) -> None:
         counted, known, micro_batches = packed[[TOTAL_WEIGHT, KNOWN, MICRO_BATCHES]].tolist()

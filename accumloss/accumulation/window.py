@@ -149,7 +149,7 @@ def _add_up(values: list[torch.Tensor | None], device: torch.device) -> torch.Te
     return torch.stack(present).sum(dtype=torch.float64)
 
 
-def as_sums(name: str, sums: Any, num_items: Any) -> TokenSums:
+def as_sums(name: str, sums: Any, num_items: Any, has_graph: bool = True) -> TokenSums:
     if isinstance(sums, TokenSums):
         if num_items is not None:
             raise ValueError(f"{name}: expected no num_items with TokenSums, which have their own, got {num_items!r}")
@@ -177,7 +177,7 @@ def as_sums(name: str, sums: Any, num_items: Any) -> TokenSums:
             f"{name}: expected a floating-point sum of losses of shape (), got {loss_sum.dtype} {tuple(loss_sum.shape)}; "
             "take the sum over the items, not their mean"
         )
-    if not loss_sum.requires_grad:
+    if has_graph and not loss_sum.requires_grad:
         raise ValueError(
             f"{name}: expected a loss sum with a graph, got one that does not require grad; was it detached?"
         )

@@ -180,14 +180,13 @@ class Evaluation(steps.Step):
     def share_of_call_by_hand(self, call: Any, rule: Any) -> torch.Tensor:
         return rule.total(self.inputs)
 
-    def objects_per_call(self) -> float | None:
+    def objects_of_the_step(self) -> float:
         """Losses are sums over boxes or masks, divided by how many this batch has, or by 1."""
         counts = counting.num_objects(self.inputs)
-        if counts is None:
-            return None
-        self.calls += 1
-        self.amount = Amount(max(sum(counts), 1), sum(counts))
-        return float(max(sum(counts), 1))
+        if counts is not None:
+            self.calls += 1
+            self.amount = Amount(max(sum(counts), 1), sum(counts))
+        return 1.0
 
     # Adding up ---------------------------------------------------------------------------------------------------------
 

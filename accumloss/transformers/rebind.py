@@ -91,7 +91,8 @@ def _rebind_modules(names: set[str]) -> None:
         package = name.partition(".")[0]
         spells_out = False
         for bound_as, theirs in list(vars(module).items()):
-            ours = _replacement(bound_as, theirs)
+            counts_ranks = RANKS.get(bound_as) if package == "transformers" else None
+            ours = _replacement(bound_as, theirs) if counts_ranks is None else counts_ranks(theirs)
             if ours is not None:
                 patches.bind(module, bound_as, ours)
                 continue
@@ -246,6 +247,29 @@ def _times(share: Callable[[steps.Step], Any]) -> Callable[[Callable[..., Any]],
     return wrap
 
 
+class _Ranks:
+    """accelerate's PartialState for criteria that count boxes or masks over the ranks, some of them twice: inside of a step
+    the step does, and they count their own."""
+
+    def __init__(self, theirs: Any):
+        self.theirs = theirs
+
+    @property
+    def _shared_state(self) -> dict[str, Any]:
+        return {} if steps.is_counted() else self.theirs._shared_state
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return self.theirs(*args, **kwargs)
+
+
+def _are_ranks(theirs: Callable[[], bool]) -> Callable[[], bool]:
+    """Whether there are other ranks whose boxes a criterion has to count: inside of a step the step does."""
+    return functools.wraps(theirs)(lambda: not steps.is_counted() and theirs())
+
+
+# names by which transformers' criteria ask for the other ranks
+RANKS: dict[str, Callable[[Any], Any]] = {"PartialState": _Ranks, "_is_torch_distributed_initialized": _are_ranks}
+
 _weighted_by_tokens = _times(lambda step: step.share_of_tokens())
 
 
@@ -253,8 +277,7 @@ def _over_boxes(get_loss: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(get_loss)
     def over_boxes(self: Any, loss: Any, outputs: Any, targets: Any, indices: Any, num_boxes: Any, *more: Any) -> Any:
         if steps.is_counted():
-            of_step = steps.share(lambda step: step.objects_per_call())
-            num_boxes = num_boxes if of_step is None else of_step
+            num_boxes = num_boxes * steps.share(lambda step: step.objects_of_the_step())
         return get_loss(self, loss, outputs, targets, indices, num_boxes, *more)
 
     return over_boxes
@@ -264,8 +287,7 @@ def _masks_of_the_step(get_num_masks: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(get_num_masks)
     def masks_of_the_step(*args: Any, **kwargs: Any) -> Any:
         num_masks = get_num_masks(*args, **kwargs)
-        of_step = steps.share(lambda step: step.objects_per_call()) if steps.is_counted() else None
-        return num_masks if of_step is None else torch.full_like(num_masks, of_step)
+        return num_masks * steps.share(lambda step: step.objects_of_the_step()) if steps.is_counted() else num_masks
 
     return masks_of_the_step
 

@@ -371,20 +371,18 @@ class Step:
         self.calls += 1
         return self.share_of_rows()
 
-    def objects_per_call(self) -> float | None:
-        """The boxes or masks of the step per micro-batch and rank, which sums over those of one micro-batch are divided by.
-
-        Over all ranks, whatever Trainer averages over, as these losses do themselves. None: they are not known.
-        """
-        counts = self._counts_of_objects()
-        if counts is None:
-            return None
+    def objects_of_the_step(self) -> float:
+        """What the boxes or masks of this micro-batch, by which its sums are divided, are multiplied by to be the step's per
+        micro-batch and rank: over all ranks, whatever Trainer averages over, as these losses do themselves."""
+        counts, here = self._counts_of_objects(), num_objects(self.inputs)
+        if counts is None or here is None:
+            return 1.0
         self.calls += 1
         self.is_of_objects = True
         if "objects" not in self.totals:
             total = self.over_all(torch.tensor(float(sum(map(sum, counts))), dtype=torch.float64))
             self.totals["objects"] = max(float(total), 1.0) / (len(counts) * self.num_ranks)
-        return self.totals["objects"]
+        return self.totals["objects"] / max(sum(here), 1)
 
     def _counts_of_objects(self) -> list[list[int]] | None:
         """The boxes or masks of each row of each micro-batch; None where they are no lists of such."""

@@ -174,7 +174,7 @@ def test_objects_of_the_step():
         }
 
     step = step_over(rows(1, 2), rows(5, 0))
-    assert step.objects_per_call() == pytest.approx(8 / 2)
+    assert step.objects_of_the_step() == pytest.approx(8 / 2 / 3)
     # two rows of ten queries each: 1 for a matched one, 0.1 for the others
     weight = torch.tensor([1.0, 1.0, 0.1])
     assert step.divisor(torch.zeros(2, 10).long(), weight=weight).value.item() == pytest.approx((8 + 32 * 0.1) / 2)

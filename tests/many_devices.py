@@ -177,7 +177,7 @@ def step(
             os.environ.clear()
             os.environ.update(environment)  # accelerate's, of FSDP
     result["told"] = [str(w.message) for w in caught if "accumloss" in str(w.message)]
-    result["head"], result["gradients"], result["loss"] = head, result.pop("whole", kept.gradients), recorder.losses[0]
+    result["head"], result["gradients"], result["loss"] = head, kept.gradients, recorder.losses[0]
     clear_states()
     return result
 
@@ -244,39 +244,6 @@ class ShardedByDataloader(transformers.Trainer):
         return contextlib.nullcontext, inputs
 
 
-def deepspeed_step(stage: int, head: str = "causal", **options: Any) -> dict[str, Any]:
-    """ZeRO, whose gradients only DeepSpeed can put together."""
-    import deepspeed.comm.torch
-
-    deepspeed.comm.torch.build_shm_op = lambda: None  # collectives over shared memory, which wait for ever on some machines
-    config = {
-        "zero_optimization": {"stage": stage},
-        "zero_allow_untested_optimizer": True,
-        "zero_force_ds_cpu_optimizer": False,
-        "train_micro_batch_size_per_gpu": "auto",
-        "gradient_accumulation_steps": "auto",
-        "communication_data_type": "fp32",
-    }
-    return step(head, deepspeed=config, look=zero_gradients, **options)
-
-
-def by_hand_under_zero(stage: int) -> dict[str, Any]:
-    return deepspeed_step(stage, "token classes", trainer_class=SumOverItsItems)
-
-
-@contextlib.contextmanager
-def zero_gradients(trainer: Any, result: dict[str, Any]) -> Iterator[None]:
-    from deepspeed.utils import safe_get_full_grad
-
-    class Gradients(transformers.TrainerCallback):
-        def on_pre_optimizer_step(self, args, state, control, model=None, **kwargs):
-            found = {name: safe_get_full_grad(p) for name, p in model.named_parameters()}
-            result["whole"] = {n.removeprefix("module."): g.float().clone() for n, g in found.items() if g is not None}
-
-    trainer.add_callback(Gradients())
-    yield
-
-
 OBJECTS = {
     "boxes": "DabDetrForObjectDetection",  # divides by the ranks twice
     "boxes and classes": "DetrForObjectDetection",  # and weighs the class of what is none
@@ -329,9 +296,6 @@ SITUATIONS: dict[str, Any] = {
     "fsdp2, by hand": lambda: step(
         "token classes", mesh={"dp_shard_size": 2}, fsdp=True, trainer_class=SumOverItsItems
     ),
-    **{f"zero {n}": functools.partial(deepspeed_step, n) for n in (1, 2, 3)},
-    **{f"zero {n}, stock": functools.partial(deepspeed_step, n, is_registered=False) for n in (1, 2, 3)},
-    **{f"zero {n}, by hand": functools.partial(by_hand_under_zero, n) for n in (2, 3)},
     "sharded by the dataloader": lambda: step(mesh={"cp_size": 2}, fsdp=True, trainer_class=ShardedByDataloader),
     "cp 2": lambda: step(mesh={"cp_size": 2}, fsdp=True, accumulation=1),
     "cp 2, GA 2": lambda: step(mesh={"cp_size": 2}, fsdp=True, accumulation=2),
@@ -384,6 +348,7 @@ SITUATIONS.update(  # on four ranks
         "cp 2 x dp_shard 2, evaluation": lambda: step(
             mesh={"cp_size": 2, "dp_shard_size": 2}, fsdp=True, evaluate=True, learning_rate=0.0
         ),
+        "cp 2 x dp_shard 2, GA 4": lambda: step(mesh={"cp_size": 2, "dp_shard_size": 2}, fsdp=True, accumulation=4),
         "hsdp": lambda: step(mesh={"dp_replicate_size": 2, "dp_shard_size": 2}, fsdp=True, accumulation=2),
         "tp 2 x fsdp 2": lambda: step(
             model=tensor_parallel(tp_plan="auto", tp_size=2, fsdp_size=2), data_ranks=2, accumulation=2

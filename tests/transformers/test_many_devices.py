@@ -1,0 +1,149 @@
+"""Trainer on meshes and with many ranks: each situation of many_devices.py takes the step of the one batch."""
+
+import contextlib
+from pathlib import Path
+
+import pytest
+import torch
+from many_devices import OBJECTS, SITUATIONS, measure, objects
+from tolerances import TRAINER_GRADIENT, TRAINER_LOSS
+from torchrun import torchrun
+from training import Step, error, loss_error, loss_gap, model_and_rows, train
+
+import accumloss
+
+FAST = (
+    "cp 2, GA 2",
+    "cp 2, shifted",
+    "cp 2, token classes",
+    "cp 2, evaluation",
+    "sharded by the dataloader",
+    "fsdp2, by hand",
+    "fsdp2, fused",
+    "fsdp2, fused, freed",
+    "tp 2, fused",
+    "ddp, static graph, by hand",
+    "boxes, uneven",
+    "boxes, stock",
+    "boxes and classes, uneven",
+    "boxes, summed over ranks, uneven",
+)
+ON_FOUR = (
+    "cp 2 x dp_shard 2",
+    "cp 2 x dp_shard 2, GA 4",
+    "cp 2 x dp_shard 2, evaluation",
+    "hsdp",
+    "tp 2 x fsdp 2",
+    "hsdp by transformers",
+)
+STOCK = tuple(name for name in SITUATIONS if "stock" in name)
+SLOW = tuple(name for name in SITUATIONS if name not in (*FAST, *ON_FOUR, *STOCK))
+
+
+def found_by(ranks, names, folder):
+    out = folder / "found.pt"
+    torchrun(Path(__file__).parents[1] / "many_devices.py", out, *names, ranks=ranks, seconds=400)
+    return torch.load(out)
+
+
+@pytest.fixture(scope="module")
+def of_two(tmp_path_factory):
+    return found_by(2, FAST, tmp_path_factory.mktemp("two"))
+
+
+@pytest.fixture(scope="module")
+def more_of_two(tmp_path_factory):
+    return found_by(2, (*SLOW, "boxes, summed over ranks, stock"), tmp_path_factory.mktemp("more"))
+
+
+@pytest.fixture(scope="module")
+def of_four(tmp_path_factory):
+    return found_by(4, ON_FOUR, tmp_path_factory.mktemp("four"))
+
+
+def kind_of(name):
+    """The kind of objects that a situation is about; None of another."""
+    return max((kind for kind in OBJECTS if name.startswith(f"{kind}, ")), key=len, default=None)
+
+
+def one_batch(name, found):
+    """The step of the one batch on one process, and its evaluation before it."""
+    kind = kind_of(name)
+    if kind is not None:
+        model, examples = objects(kind, name.endswith(", even"))
+        options = {"trainer_options": {"data_collator": measure.collate, "eval_dataset": examples}}
+    else:
+        model, examples = model_and_rows(found["head"])
+        options = {"trainer_options": {"eval_dataset": examples}}
+    if "evaluation" in found:
+        options["learning_rate"] = 0.0
+    with (
+        accumloss.registered() if kind is None else contextlib.nullcontext()
+    ):  # of objects, the one batch is right in stock
+        step = train(model, examples, 1, **options)
+        return step, step.trainer.evaluate()["eval_loss"] if "evaluation" in found else None
+
+
+def check(name, found):
+    assert "error" not in found, found["error"]
+    full, evaluation = one_batch(name, found)
+    step = Step(found["gradients"], found["loss"], {}, None)
+    if "tied" not in name:
+        assert error(step, full) <= TRAINER_GRADIENT
+    assert loss_error(step, full) <= TRAINER_LOSS
+    if evaluation is not None:
+        assert loss_gap(found["evaluation"], evaluation) <= TRAINER_LOSS
+
+
+@pytest.mark.parametrize("name", [name for name in FAST if "stock" not in name])
+def test_step_of_the_one_batch(name, of_two):
+    check(name, of_two[name])
+    if "fused" not in name:
+        assert not of_two[name]["told"]
+
+
+def test_the_heads_of_fsdp_are_fused(of_two):
+    assert of_two["fsdp2, fused"]["fused"] == 2 and not of_two["fsdp2, fused"]["told"]
+
+
+@pytest.mark.parametrize(
+    ("name", "reason"),
+    [
+        (
+            "fsdp2, fused, freed",
+            "FSDP frees its head after its forward: fully_shard(head, reshard_after_forward=False)",
+        ),
+        ("tp 2, fused", "its head's forward was replaced"),
+    ],
+)
+def test_heads_that_are_not_fused_are_told_once(name, reason, of_two):
+    assert of_two[name]["fused"] == 0
+    (told,) = of_two[name]["told"]
+    assert told.startswith("accumloss: fused_linear=True is not used for LlamaForCausalLM") and reason in told
+
+
+def test_stock_divides_boxes_by_the_ranks_twice(of_two):
+    found = of_two["boxes, stock"]
+    full, _ = one_batch("boxes, uneven", found)
+    assert error(Step(found["gradients"], found["loss"], {}, None), full) > 0.9
+
+
+@pytest.mark.slow("the same kinds of situations as the fast tier's")
+@pytest.mark.parametrize("name", SLOW)
+def test_more_situations(name, more_of_two):
+    check(name, more_of_two[name])
+
+
+@pytest.mark.slow("beside test_more_situations")
+def test_stock_sums_over_ranks_rightly(more_of_two):
+    """Its sums over ranks need no mending, and with micro-batches they are averaged as they are."""
+    found = more_of_two["boxes, summed over ranks, stock"]
+    full, _ = one_batch("boxes, summed over ranks, uneven", found)
+    assert found["loss"] == pytest.approx(full.loss / 2, rel=1e-4)
+
+
+@pytest.mark.slow("four processes; the fast tier has one mesh at a time")
+@pytest.mark.parametrize("name", ON_FOUR)
+def test_products_of_meshes(name, of_four):
+    check(name, of_four[name])
+    assert not of_four[name]["told"]
