@@ -51,7 +51,11 @@ def threads():
 
 # Module fixtures that are dear: whoever asks for one goes to the worker that has it. Those that start two ranks go to one
 # worker, so that no four processes share two cores.
-DEAR = {"two_ranks": "torchrun", "ranks": "torchrun", "by_capability": "instruction sets", "demo_result": "demo"}
+DEAR = {
+    **dict.fromkeys(("two_ranks", "ranks", "of_two", "more_of_two", "of_four"), "torchrun"),
+    "by_capability": "instruction sets",
+    "demo_result": "demo",
+}
 
 
 @pytest.hookimpl(tryfirst=True)  # before xdist reads the groups
