@@ -62,12 +62,22 @@ class State:
         self.metrics: Metrics | None = None
         self.warned: set[str] = set()
         self.check = objective.Check()
+        self.windows = 0  # that have been trained on
         self.measured = terms.Measured()
         self.verification: probe.Verification | None = None
         self.schemes = terms.Schemes()
         self.known: known.Known | None = None  # what is written down of its class
         self.is_looked_up = False
         self.methods: dict[str, Callable[..., Any]] = {}  # its own, which ours are around while it trains
+
+    def end_window(self) -> None:
+        """The window after this one is looked at again where it is the second, fourth, eighth, ...: a loss may change in the
+        course of a training."""
+        self.windows += 1
+        found = self.verification
+        is_settled = self.known is not None or (found is not None and found.is_exact is not None) or "inexact" in self.warned
+        if not is_settled and self.windows & (self.windows + 1) == 0:
+            self.check = objective.Check()
 
     def look_up(self, trainer: Any, inputs: Any) -> known.Known | None:
         """What is written down of a Trainer's class, by a micro-batch as compute_loss gets it: asked once."""

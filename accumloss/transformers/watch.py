@@ -24,9 +24,13 @@ def look_at(trainer: Any, state: State, step: steps.Step) -> None:
     for reason in step.ambiguous - state.warned:
         state.warned |= {reason, "ambiguous"}
         objective.tell(trainer, set(), reason, settings.verify == "error")
-    if window is None or state.check.is_done:
+    if window is None:
         return
     window.seen += 1
+    if state.check.is_done:
+        if window.seen == len(window.fetched):
+            state.end_window()
+        return
     if not step.is_computed and not step.terms:
         state.check.blame("training_step computes it without compute_loss, by nothing that was recognised")
     if trainer.args.n_gpu > 1:
@@ -34,7 +38,7 @@ def look_at(trainer: Any, state: State, step: steps.Step) -> None:
             state.check.blame(reason)
     if window.seen < len(window.fetched):
         return
-    if len(window.fetched) == 1 and trainer.args.world_size == trainer.args.n_gpu == 1:
+    if len(window.fetched) == 1 and trainer.args.world_size == 1 and trainer.args.n_gpu <= 1:
         state.check, state.schemes = objective.Check(), terms.Schemes()  # nothing was accumulated
         return
     for reason in state.schemes.ends_of_window():
@@ -44,6 +48,7 @@ def look_at(trainer: Any, state: State, step: steps.Step) -> None:
     for reason in probe.coupling(base_model(trainer)) | ({why} if why else set()):
         state.check.blame(reason)
     reason = state.check.end()
+    state.end_window()
     library = bypassing_library(trainer)
     if reason and library:
         reason += f" ({library} computes the loss of {class_of(base_model(trainer)).__name__}: {REMEDIES[library]})"

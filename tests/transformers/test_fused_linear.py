@@ -1,5 +1,6 @@
 """register_with_transformers(fused_linear=True): the loss from the hidden states, the logits when somebody reads them."""
 
+import contextlib
 import copy
 import functools
 import json
@@ -136,7 +137,8 @@ def test_architecture_is_fused_and_equal(name):
 
 @needs_transformers_5
 def test_a_forward_with_a_loss_of_its_own_keeps_its_logits():
-    line = fused_linear.measure("XLNetLMHeadModel")
+    with pytest.warns(UserWarning, match="fused_linear=True is not used for XLNetLMHeadModel"):
+        line = fused_linear.measure("XLNetLMHeadModel")
     assert (line["path"], line["reason"]) == (
         "logits",
         "its forward calls CrossEntropyLoss itself, and no loss_function",
@@ -342,13 +344,31 @@ def test_other_heads_compute_their_logits_and_say_why(name):
     change(model)
     _, want = gradients(model, **inputs)
     with accumloss.registered(fused_linear=True), fused_linear.counted() as seen:
-        outputs, got = gradients(model, **inputs)
+        with pytest.warns(UserWarning, match=why) as told:
+            outputs, got = [gradients(model, **inputs) for _ in range(2)][0]
+        assert len([warning for warning in told if "fused_linear" in str(warning.message)]) == 1
         assert type(outputs.logits) is torch.Tensor
         explanation = accumloss.explain(model)
         assert explanation.path == "logits" and "from the logits" in str(explanation)
         assert re.search(why, explanation.reason), explanation
     assert seen == []
     assert relative_error(got, want) < TRAINER_GRADIENT
+
+
+def test_logits_that_are_read_before_their_loss_are_told():
+    class Reading(transformers.LlamaForCausalLM):
+        def forward(self, input_ids=None, labels=None, **kwargs):
+            logits = self.lm_head(self.model(input_ids=input_ids).last_hidden_state)
+            logits = logits - logits.mean()
+            loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size)
+            return transformers.modeling_outputs.CausalLMOutputWithPast(loss=loss, logits=logits)
+
+    model = Reading(llama().config).train()
+    with (
+        accumloss.registered(fused_linear=True),
+        pytest.warns(UserWarning, match="is not used for Reading.* its logits are read before its loss takes them"),
+    ):
+        gradients(model, **batch())
 
 
 def test_a_sharded_or_quantised_weight_is_left_alone():
@@ -368,7 +388,8 @@ def test_lora_on_the_body_is_fused_and_on_the_head_is_not():
     for modules, path in ((("q_proj",), "fused"), (("q_proj", "lm_head"), "logits")):
         model = with_lora(llama(), *modules)
         _, want = gradients(model, **inputs)
-        with accumloss.registered(fused_linear=True), fused_linear.counted() as seen:
+        told = pytest.warns(UserWarning, match="peft") if path == "logits" else contextlib.nullcontext()
+        with accumloss.registered(fused_linear=True), fused_linear.counted() as seen, told:
             _, got = gradients(model, **inputs)
             explanation = accumloss.explain(model)
         assert explanation.path == path, explanation

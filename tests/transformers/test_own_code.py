@@ -343,6 +343,30 @@ def test_own_code_is_told_once_and_is_never_worse_than_stock(name):
     assert error(step, full) <= max(error(stock, full), TRAINER_GRADIENT) * (1 + 1e-6)
 
 
+class TurnsLater(Trainer):
+    """Adds something in its second step that nothing recognises."""
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        loss = super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+        if self.state.global_step:
+            labels = inputs["labels"]
+            logits = model(**{**inputs, "labels": None}).logits
+            loss = loss + logits.softmax(-1).square().sum(-1)[labels != -100].mean()
+        return loss
+
+
+def test_what_a_loss_turns_to_later_is_told():
+    options = {"trainer_class": TurnsLater, "batch_size": 2}
+    with accumloss.registered(), warnings.catch_warnings():
+        warnings.simplefilter("error", accumloss.InexactWarning)
+        train(*tagger(), 4, **options)
+    with (
+        accumloss.registered(),
+        pytest.warns(accumloss.InexactWarning, match="none of the losses that accumloss knows"),
+    ):
+        train(*tagger(), 4, steps=2, **options)
+
+
 def test_one_micro_batch_is_told_nothing():
     model, examples = tagger()
     with accumloss.registered(), warnings.catch_warnings():

@@ -208,9 +208,16 @@ def test_trap_10_router_losses_are_no_longer_added_up():
         assert error(train(without, examples, 4), train(without, examples, 1)) <= TRAINER_GRADIENT
 
 
+class FakeTrainer:
+    """What is asked of a Trainer about its ranks."""
+
+    def __init__(self, **attributes):
+        vars(self).update(attributes)
+
+
 def fake_trainer(world=1, tensor=1, context=1, sequence=1, n_gpu=1, average=True):
     gathered = lambda tensor: tensor.repeat(world)  # noqa: E731  every rank has the same
-    return SimpleNamespace(
+    return FakeTrainer(
         args=SimpleNamespace(
             average_tokens_across_devices=average, n_gpu=n_gpu, world_size=world, device=torch.device("cpu")
         ),
