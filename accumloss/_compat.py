@@ -20,6 +20,7 @@ from torch.utils._pytree import tree_map
 
 __all__ = [
     "LOSS_FUNCTION",
+    "NUM_GPUS",
     "BatchNorm",
     "Dropout",
     "after_ad_inplace",
@@ -38,6 +39,7 @@ __all__ = [
     "global_hooks",
     "has_found_inf",
     "has_hooks",
+    "has_steps_to_log",
     "is_compiled",
     "is_forward_ad_open",
     "is_fsdp_unit",
@@ -45,8 +47,10 @@ __all__ = [
     "is_mean_of_scalar",
     "is_offloaded",
     "keeps_weights",
+    "labels_as_they_are",
     "local_of",
     "not_compiled",
+    "prepared_inputs",
     "tree_map",
     "uncompiled",
     "without_autocast",
@@ -220,3 +224,27 @@ def without_autocast(module: torch.nn.Module) -> Any:
 def dataloaders_of(accelerator: Any) -> list[Any]:
     """The DataLoaders that an Accelerator has prepared: the list itself."""
     return accelerator._dataloaders
+
+
+NUM_GPUS = "_n_gpu"  # what TrainingArguments.n_gpu answers with
+
+
+def prepared_inputs(trainer: Any, batch: Any) -> Any:
+    """A micro-batch as Trainer's compute_loss gets it."""
+    return trainer._prepare_inputs(batch)
+
+
+def has_steps_to_log(trainer: Any) -> bool:
+    """Whether a Trainer has taken a step since it logged last."""
+    return trainer.state.global_step > trainer._globalstep_last_logged
+
+
+@contextmanager
+def labels_as_they_are(trainer: Any) -> Iterator[None]:
+    """Inside, Trainer counts all labels of a batch, and does not leave out the first of each row."""
+    shifts = getattr(trainer, "_loss_shifts_labels", False)  # came with transformers 5.10
+    trainer._loss_shifts_labels = False
+    try:
+        yield
+    finally:
+        trainer._loss_shifts_labels = shifts

@@ -22,7 +22,7 @@ from typing import Any, NamedTuple
 import torch
 from torch.overrides import TorchFunctionMode
 
-from .._compat import BatchNorm, Dropout, without_autocast
+from .._compat import NUM_GPUS, BatchNorm, Dropout, prepared_inputs, without_autocast
 from . import counting, known, objective
 from . import step as steps
 from .counting import Rule
@@ -397,7 +397,7 @@ class Probe:
         patches = Patches()
         for owner, attribute, value in (
             (trainer.args, "average_tokens_across_devices", False),
-            (trainer.args, "_n_gpu", min(trainer.args.n_gpu, 1)),
+            (trainer.args, NUM_GPUS, min(trainer.args.n_gpu, 1)),
             (trainer, "current_gradient_accumulation_steps", k),
         ):
             patches.bind(owner, attribute, value)
@@ -411,7 +411,7 @@ class Probe:
 
     def _part(self, window: list[Any], index: int, batch: Any, number: Any, totals: dict[Any, Any]) -> _Part:
         trainer, k = self.trainer, len(window)
-        inputs = trainer._prepare_inputs(batch)
+        inputs = prepared_inputs(trainer, batch)
         step = steps.Step(window, {}, 1, 1.0, lambda total: total, totals)
         step.trainer, step.here, step.is_watched = trainer, window[index], True
         step.schemes, step.micro_batches, step.asked, step.measured = self.schemes, k, k, self.measured

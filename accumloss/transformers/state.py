@@ -75,7 +75,9 @@ class State:
         course of a training."""
         self.windows += 1
         found = self.verification
-        is_settled = self.known is not None or (found is not None and found.is_exact is not None) or "inexact" in self.warned
+        is_settled = (
+            self.known is not None or (found is not None and found.is_exact is not None) or "inexact" in self.warned
+        )
         if not is_settled and self.windows & (self.windows + 1) == 0:
             self.check = objective.Check()
 

@@ -25,7 +25,7 @@ from typing import Any
 
 import torch
 
-from ..._compat import LOSS_FUNCTION, class_of, is_compiled
+from ..._compat import LOSS_FUNCTION, class_of, has_steps_to_log, is_compiled, labels_as_they_are
 from ...inexact import InexactWarning
 from ...sums import TokenSums
 from .. import deferred, known, losses, objective, rebind
@@ -165,11 +165,8 @@ def _get_num_items_in_batch(self: Any, batch_samples: list, device: torch.device
     agree_on_batches(self, batch_samples)
     model = base_model(self)
     counted = [{"labels": counted_labels(model, batch)} for batch in batch_samples]
-    shifts, self._loss_shifts_labels = getattr(self, "_loss_shifts_labels", False), False  # done already
-    try:
+    with labels_as_they_are(self):  # shifted already
         num_items = original(self, counted, device)
-    finally:
-        self._loss_shifts_labels = shifts
     missing = over_counted(self)
     return num_items if num_items is None or missing == 1 else num_items * missing
 
@@ -318,7 +315,7 @@ AROUND = {
 
 def _maybe_log_save_evaluate(self: Any, *args: Any, **kwargs: Any) -> Any:
     metrics = state_of(self).metrics
-    if metrics is not None and self.control.should_log and self.state.global_step > self._globalstep_last_logged:
+    if metrics is not None and self.control.should_log and has_steps_to_log(self):
         metrics.collect(self)
     return originals["_maybe_log_save_evaluate"](self, *args, **kwargs)
 
