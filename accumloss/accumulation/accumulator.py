@@ -202,7 +202,7 @@ class Accumulator:
                 "Accumulator.finish: expected micro-batches since the last finish(), got none; call backward() or loss() first"
             )
         window = window or Window()
-        self._check_finish(window, max_norm)
+        self._check_finish(window, rescale, max_norm)
         parameters = self._parameters()
         packed = self._reduce(window)
         stats = window.unpack(packed)
@@ -220,7 +220,7 @@ class Accumulator:
         self.scale = scale.to(stats.loss_sum.dtype)
         if rescale and (window.known_total is None or max_norm is not None):
             multiply_(grads, scale)
-        self._multiply_others(parameters, rescale)
+        self._multiply_others(parameters)
         self._window = None
         self._left = marks(parameters)
         return stats
@@ -268,7 +268,7 @@ class Accumulator:
                 "ranks; make it later"
             )
 
-    def _check_finish(self, window: Window, max_norm: float | None) -> None:
+    def _check_finish(self, window: Window, rescale: bool, max_norm: float | None) -> None:
         name = "Accumulator.finish"
         if window.pending:
             raise RuntimeError(
@@ -276,6 +276,11 @@ class Accumulator:
                 "back-propagate what loss() returns, or drop the window with reset()"
             )
         window.refuse_changes(name, is_finish=True, may_be_reduced=self._reduced_by_caller)
+        if self._factors and not rescale:
+            raise ValueError(
+                f"{name}: expected rescale=True where units of FSDP lie on meshes of different sizes, whose gradients need "
+                "different factors, got rescale=False"
+            )
         if max_norm is None:
             return
         if not max_norm > 0:
@@ -302,18 +307,13 @@ class Accumulator:
                 dist.all_reduce(packed, group=group)
         return packed
 
-    def _multiply_others(self, parameters: list[torch.Tensor], rescale: bool) -> None:
+    def _multiply_others(self, parameters: list[torch.Tensor]) -> None:
         """Gradients that were averaged over fewer ranks than the others were multiplied by too many."""
         by_factor: dict[int, list[torch.Tensor]] = {}
         for parameter in parameters:
             factor = self._factors.get(id(parameter))
             if factor is not None and parameter.grad is not None:
                 by_factor.setdefault(factor, []).append(parameter.grad)
-        if by_factor and not rescale:
-            raise ValueError(
-                "Accumulator.finish: expected rescale=True where units of FSDP lie on meshes of different sizes, whose gradients "
-                "need different factors, got rescale=False"
-            )
         for factor, grads in by_factor.items():
             multiply_(grads, torch.tensor(factor / self._factor, dtype=torch.float64))
 
