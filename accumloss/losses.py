@@ -198,6 +198,9 @@ def linear_cross_entropy(
     metrics: bool = False,
     num_valid: int | None = None,
     max_scratch_bytes: int = linear.MAX_SCRATCH_BYTES,
+    group: dist.ProcessGroup | None = None,
+    vocab_size: int | None = None,
+    reduce_hidden_grad: bool = True,
     ignore_index: int = -100,
     label_smoothing: float = 0.0,
     z_loss: float = 0.0,
@@ -222,6 +225,12 @@ def linear_cross_entropy(
             wait for the GPU, rows that do not count are then dropped too. Fewer than there are: an error, on CUDA a loss
             of NaN.
         max_scratch_bytes: memory beside inputs and gradients, a 64th of it for the matrix products' own; default 256 MiB.
+        group: the processes that share the vocabulary: weight (V / processes, H) and bias are of the classes of this one, as
+            in cross_entropy; hidden, labels and class_weight are the same in all of them. hidden and weight that are
+            DTensors need none; docs/vocabulary-parallel.md.
+        vocab_size: V of the whole vocabulary, needed with a group where its shares are not of one size.
+        reduce_hidden_grad: with a group, whether the gradient of hidden is summed over its processes, by one all_reduce in
+            backward. False leaves each its part, for a gather of hidden states whose backward sums them up.
         ignore_index, label_smoothing, z_loss, softcap, logit_scale: see LossOptions.
 
     Returns:
@@ -237,9 +246,10 @@ def linear_cross_entropy(
         (2, 0.4402, 1.0)
     """
     options = options_of(ignore_index, label_smoothing, z_loss, softcap, logit_scale)
+    shared = _Shared(group, vocab_size, reduce_hidden_grad)
     loss_sum, sums = _linear(
         "linear_cross_entropy", hidden, weight, labels, bias, class_weight, options, shift, metrics, None, num_valid,
-        max_scratch_bytes,
+        max_scratch_bytes, shared,
     )  # fmt: skip
     return replace(sums, loss_sum=loss_sum)
 
@@ -261,6 +271,9 @@ def linear_causal_lm_loss(
     logit_scale: float = 1.0,
     num_valid: int | None = None,
     max_scratch_bytes: int = linear.MAX_SCRATCH_BYTES,
+    group: dist.ProcessGroup | None = None,
+    vocab_size: int | None = None,
+    reduce_hidden_grad: bool = True,
 ) -> torch.Tensor:
     """causal_lm_loss of ``F.linear(hidden, weight, bias)``, without ever holding the logits; see linear_cross_entropy.
 
@@ -272,15 +285,15 @@ def linear_causal_lm_loss(
         ignore_index, label_smoothing, z_loss, softcap, logit_scale: see LossOptions.
         shift_labels: (B, T) labels that are shifted already; they win.
         bias, class_weight: (V,) or None.
-        num_valid, max_scratch_bytes: see linear_cross_entropy.
+        num_valid, max_scratch_bytes, group, vocab_size, reduce_hidden_grad: see linear_cross_entropy.
 
     Returns:
-        0-dim loss, fp32 (fp64 for fp64 hidden states).
+        0-dim loss, fp32 (fp64 for fp64 hidden states); a DTensor where hidden is one.
     """
     options = options_of(ignore_index, label_smoothing, z_loss, softcap, logit_scale)
     return linear_causal_lm(
         hidden, weight, labels, shift_labels, num_items_in_batch, options, bias, class_weight, num_valid,
-        max_scratch_bytes,
+        max_scratch_bytes, _Shared(group, vocab_size, reduce_hidden_grad),
     ).loss  # fmt: skip
 
 
@@ -295,6 +308,7 @@ def linear_causal_lm(
     class_weight: torch.Tensor | None = None,
     num_valid: int | None = None,
     max_scratch_bytes: int = linear.MAX_SCRATCH_BYTES,
+    shared: _Shared | None = None,
 ) -> Divided:
     """linear_causal_lm_loss, for a divisor of any kind."""
     name = "linear_causal_lm_loss"
@@ -303,10 +317,17 @@ def linear_causal_lm(
     targets, shift = (shift_labels, 0) if shift_labels is not None else (labels, 1)
     _check_tensors(name, ("labels (B, T)", targets))
     assert targets is not None
+    metrics = isinstance(given, Known) and given.metrics
+    is_mean = given is None
+    if shared is not None and _is_shared(hidden, weight, shared):
+        loss, sums = _linear(
+            name, hidden, weight, targets, bias, class_weight, options, shift, metrics, given, num_valid,
+            max_scratch_bytes, shared, is_mean,
+        )  # fmt: skip
+        return Divided(loss, sums if metrics else None)
     if given is None and class_weight is None and targets.dim() > 0:
         # counted before, on the device: the gradients are then written for it, and not visited again
         given = (targets[..., shift:] != options.ignore_index).count_nonzero()
-    metrics = isinstance(given, Known) and given.metrics
     loss, sums = _linear(
         name, hidden, weight, targets, bias, class_weight, options, shift, metrics, given, num_valid, max_scratch_bytes
     )
@@ -727,8 +748,7 @@ def _part_of(
     vocab_size: int | None,
 ) -> parallel.Part:
     """This process's part, its labels and weight where its logits are."""
-    if group is not None and not isinstance(group, dist.ProcessGroup):
-        raise TypeError(f"{name}: expected a torch.distributed.ProcessGroup or None for group, got {group!r}")
+    _check_group(name, group)
     if group is None:
         _check_vocab_size(name, logits, vocab_size)
     if logits.dim() < 1:
@@ -845,13 +865,40 @@ def _linear(
     given: NumItems | Known,
     num_valid: int | None,
     max_scratch_bytes: int,
+    shared: _Shared | None = None,
+    is_mean: bool = False,
 ) -> tuple[torch.Tensor, TokenSums]:
-    """loss_sum divided by what is given (None: not divided), which carries the gradient, and the sums."""
+    """loss_sum divided by what is given (None: not divided), which carries the gradient, and the sums.
+
+    is_mean: where nothing is given it is divided by the items of all rows; of processes that share the vocabulary.
+    """
     known = given.divisor if isinstance(given, Known) else given
     _refuse_functorch(name, hidden, weight, labels, bias, class_weight, known)
     _check_tensors(name, ("hidden (..., H)", hidden), ("weight (V, H)", weight), ("labels (...)", labels))
     _check_shift(name, shift)
-    linear.check(name, hidden, weight, labels, bias, class_weight, num_valid, max_scratch_bytes)
+    part: parallel.Part | None = None
+    shard: parallel.Shard | None = None
+    is_summed = False
+    if shared is not None and _is_shared(hidden, weight, shared):
+        _check_group(name, shared.group)
+        if torch.compiler.is_compiling():
+            raise RuntimeError(
+                f"{name}: expected no torch.compile where processes share the vocabulary, got one around it"
+            )
+        own = parallel.linear_part_of(
+            name, hidden, weight, labels, bias, class_weight, shift, options.ignore_index, *shared
+        )
+        part, is_summed, shard, shift = own.part, own.is_summed, own.part.shard, 0
+        hidden, weight, bias, labels, class_weight = own.hidden, own.weight, own.bias, part.labels, part.weight
+        if parallel.is_dtensor(given):
+            given = given.full_tensor()
+        if is_mean:
+            given = _items_of(part, options)
+    elif shared is not None and shared.vocab_size is not None and weight.shape[:1] != (shared.vocab_size,):
+        raise ValueError(
+            f"{name}: expected weight of shape (vocab_size = {shared.vocab_size}, H), got {tuple(weight.shape)}"
+        )
+    linear.check(name, hidden, weight, labels, bias, class_weight, num_valid, max_scratch_bytes, shard)
     options.check(name, ops.accumulation_dtype(hidden))
     labels = labels.to(hidden.device, non_blocking=True)
     class_weight = class_weight if class_weight is None else class_weight.to(hidden.device, non_blocking=True)
@@ -868,9 +915,38 @@ def _linear(
         needs = linear.needs_of(hidden, weight, bias)
         limits = (num_valid, max_scratch_bytes)
         loss, *sums = linear.LinearGradInForward.apply(
-            hidden, weight, labels, bias, class_weight, divisor, expected_grad, needs, kwargs, limits
+            hidden,
+            weight,
+            labels,
+            bias,
+            class_weight,
+            divisor,
+            expected_grad,
+            needs,
+            kwargs,
+            limits,
+            (shard, is_summed),
         )
+    if part is not None:
+        loss, sums = part.wrap(loss), [part.wrap(of_rows) for of_rows in sums]
     return loss, TokenSums(*sums) if metrics else TokenSums(*sums[:3])
+
+
+class _Shared(NamedTuple):
+    """What is said of the processes that share the vocabulary of a head."""
+
+    group: dist.ProcessGroup | None
+    vocab_size: int | None
+    reduce_hidden_grad: bool
+
+
+def _is_shared(hidden: Any, weight: Any, shared: _Shared) -> bool:
+    return shared.group is not None or parallel.is_dtensor(hidden) or parallel.is_dtensor(weight)
+
+
+def _check_group(name: str, group: Any) -> None:
+    if group is not None and not isinstance(group, dist.ProcessGroup):
+        raise TypeError(f"{name}: expected a torch.distributed.ProcessGroup or None for group, got {group!r}")
 
 
 def _in_place(

@@ -17,6 +17,11 @@ from . import checks, ops, reference
 from ._compat import all_gather_single
 from .options import LossOptions
 
+NO_SECOND_DERIVATIVE = (
+    "accumloss: expected create_graph=False where processes share the vocabulary, got True; a second derivative needs the "
+    "logits of all of them: gather them, and leave group= out"
+)
+
 
 class Shard(NamedTuple):
     """Which classes of a vocabulary are this process's: cut as torch.chunk cuts, and DTensor."""
@@ -91,11 +96,8 @@ def forward(
     all_gather_single(gathered, packed, group=shard.group)
     gathered = gathered.view(shard.size, packed.numel())
     sizes = gathered[:, -1]
-    if gathered.is_cpu and not torch.compiler.is_compiling() and (sizes != shard.vocab_size).any():
-        raise ValueError(
-            f"{name}: expected one vocabulary in all processes of the group, got vocab_size {[int(n) for n in sizes]}; give "
-            "vocab_size= where the shards are not of one size"
-        )
+    if gathered.is_cpu and not torch.compiler.is_compiling():
+        _refuse_sizes(name, sizes, shard)
     if bad_label is not None:
         raise bad_label
     dtype = ops.accumulation_dtype(logits)
@@ -225,10 +227,7 @@ class VocabParallel(torch.autograd.Function):
         if grad_loss_sum is None:
             return (None,) * 8
         if torch.is_grad_enabled() and not torch.compiler.is_compiling():
-            raise RuntimeError(
-                "accumloss: expected create_graph=False where processes share the vocabulary, got True; a second derivative "
-                "needs the logits of all of them: gather them, and leave group= out"
-            )
+            raise RuntimeError(NO_SECOND_DERIVATIVE)
         logits, labels, lse, nll, weight = ctx.saved_tensors  # raises where the logits changed since
         checks.refuse_forward_ad("accumloss", grad_loss_sum)
         data = logits.detach() if ctx.in_place else logits
@@ -355,6 +354,133 @@ def part_of(
         )
     labels = labels_of(name, "logits", logits, labels, rows, shift, ignore_index)
     return Part(local, labels, _whole_weight(name, weight), shard, mesh, sums_over(rows))
+
+
+class LinearPart(NamedTuple):
+    """What of a call with hidden states and a weight is this process's."""
+
+    hidden: torch.Tensor  # (..., H) of all rows that the processes of the vocabulary share
+    weight: torch.Tensor  # (V, H) local
+    bias: torch.Tensor | None  # (V,) local
+    part: Part  # of it logits are hidden
+    is_summed: bool  # whether the gradient of hidden has to be summed over the processes here
+
+
+def linear_part_of(
+    name: str,
+    hidden: torch.Tensor,  # (..., H)
+    weight: torch.Tensor,  # (V, H)
+    labels: torch.Tensor,  # (...)
+    bias: torch.Tensor | None,  # (V,)
+    class_weight: torch.Tensor | None,  # (V,)
+    shift: int,
+    ignore_index: int,
+    group: Any,
+    vocab_size: int | None,
+    is_summed: bool,
+) -> LinearPart:
+    """This process's part of a call of linear_cross_entropy, with group= or on DTensors.
+
+    On each dimension of the mesh weight is replicated, or sharded by classes. Where it is sharded, hidden states that share
+    their rows out are gathered, and their gradient is left Partial.
+
+    Raises:
+        ValueError: placements that do not fit: both are named, and the remedy.
+        RuntimeError: a weight that is a DTensor, as FSDP2 leaves it too, beside plain hidden states without a group.
+    """
+    if not is_dtensor(hidden):
+        if group is None:
+            raise RuntimeError(
+                f"{name}: expected a whole weight, got a sharded DTensor placed {_placed(weight)} beside plain hidden states; "
+                "under FSDP2 call it where the head is unsharded, inside the forward of the module that fully_shard was "
+                "applied to, or after module.unshard(); where processes share the vocabulary, and have the same hidden states, "
+                "pass group=, or DTensor.from_local(hidden, weight.device_mesh, ...)"
+            )
+        if is_dtensor(labels):
+            raise ValueError(
+                f"{name}: expected plain labels beside plain hidden, got a DTensor placed {_placed(labels)}"
+            )
+        if is_dtensor(weight):
+            vocab_size = weight.shape[0] if vocab_size is None else vocab_size
+            weight, bias = _of_group(name, "weight", weight, group), _of_group(name, "bias", bias, group)
+        own = shard_of(name, "weight (V / ranks, H)", weight.shape[0], group, vocab_size)
+        if vocab_size is None:
+            _check_same_size(name, own, weight.device)
+        part = Part(hidden, shifted(labels, shift, ignore_index), _whole_weight(name, class_weight), own)
+        return LinearPart(hidden, weight, bias, part, is_summed)
+
+    from torch.distributed.tensor import Partial, Replicate
+
+    if group is not None:
+        raise ValueError(f"{name}: expected no group= beside a DTensor, whose mesh has it, got one; leave it out")
+    if not is_dtensor(weight) or weight.device_mesh != hidden.device_mesh:
+        got = f"a DTensor on {_mesh(weight.device_mesh)}" if is_dtensor(weight) else "a plain tensor"
+        raise ValueError(
+            f"{name}: expected weight as a DTensor on the mesh of hidden, placed {_placed(hidden)} on "
+            f"{_mesh(hidden.device_mesh)}, got {got}; distribute_tensor(weight, hidden.device_mesh, ...)"
+        )
+    mesh = hidden.device_mesh
+    rows, of_columns = row_placements(name, "hidden", hidden)
+    vocabulary = [i for i, placement in enumerate(weight.placements) if placement.is_shard(0)]
+    fits = of_columns is None and len(vocabulary) < 2
+    if not fits or not all(placement.is_shard(0) or placement.is_replicate() for placement in weight.placements):
+        raise ValueError(
+            f"{name}: expected weight (V, H) placed Shard(dim=0) on one dimension of the mesh at most, else Replicate(), and "
+            f"hidden (..., H) sharded by rows or replicated, got weight placed {_placed(weight)} and hidden placed "
+            f"{_placed(hidden)}; redistribute one of them"
+        )
+    if bias is not None and (not is_dtensor(bias) or bias.placements != weight.placements):
+        got = _placed(bias) if is_dtensor(bias) else "nowhere: a plain tensor"
+        raise ValueError(f"{name}: expected bias placed as weight is, {_placed(weight)}, got {got}; redistribute it")
+    rows = tuple(Replicate() if i in vocabulary else placement for i, placement in enumerate(rows))
+    whole_rows = hidden if rows == tuple(hidden.placements) else hidden.redistribute(placements=rows)
+    of_hidden = [Partial() if i in vocabulary else placement for i, placement in enumerate(rows)]
+    of_weight = [Partial() if row.is_shard() else own for row, own in zip(rows, weight.placements, strict=True)]
+    shard: Shard | None = None
+    local = weight.to_local(grad_placements=of_weight)
+    if vocabulary:
+        shard = shard_of(
+            name, "weight.to_local() (V, H)", local.shape[0], mesh.get_group(vocabulary[0]), weight.shape[0]
+        )
+    local_hidden = whole_rows.to_local(grad_placements=of_hidden)
+    targets = labels_of(name, "hidden", whole_rows, labels, rows, shift, ignore_index)
+    part = Part(local_hidden, targets, _whole_weight(name, class_weight), shard, mesh, sums_over(rows))
+    local_bias = bias if bias is None else bias.to_local(grad_placements=of_weight)
+    return LinearPart(local_hidden, local, local_bias, part, False)
+
+
+def _of_group(name: str, what: str, tensor: Any, group: Any) -> Any:
+    """What this process has of a DTensor that is sharded by classes over the group, and not sharded otherwise."""
+    if not is_dtensor(tensor):
+        return tensor
+    mesh = tensor.device_mesh
+    fits = all(
+        placement.is_replicate() or (placement.is_shard(0) and mesh.get_group(i) == group)
+        for i, placement in enumerate(tensor.placements)
+    )
+    if not fits or not any(placement.is_shard(0) for placement in tensor.placements):
+        raise ValueError(
+            f"{name}: expected {what} placed Shard(dim=0) over the group that is given, and replicated otherwise, got a DTensor "
+            f"placed {_placed(tensor)} on {_mesh(mesh)}; under FSDP2 call it where the head is unsharded"
+        )
+    return tensor.to_local()
+
+
+def _check_same_size(name: str, shard: Shard, device: torch.device) -> None:
+    """That no process has taken another size for that of the vocabulary: before labels are compared with it."""
+    mine = torch.full((1,), shard.vocab_size, dtype=torch.int64, device=device)
+    sizes = mine.new_empty(shard.size)
+    all_gather_single(sizes, mine, group=shard.group)
+    if sizes.is_cpu:
+        _refuse_sizes(name, sizes, shard)
+
+
+def _refuse_sizes(name: str, sizes: torch.Tensor, shard: Shard) -> None:
+    if (sizes != shard.vocab_size).any():
+        raise ValueError(
+            f"{name}: expected one vocabulary in all processes of the group, got vocab_size {[int(n) for n in sizes]}; give "
+            "vocab_size= where the shards are not of one size"
+        )
 
 
 def shifted(labels: torch.Tensor, shift: int, ignore_index: int) -> torch.Tensor:

@@ -16,7 +16,14 @@ import torch.distributed as dist
 from cases import Case
 from oracle import expected
 from shards import merged, part, shards_of
-from tolerances import OTHER_NEIGHBOUR, SUM, assert_close, assert_same_but_for_neighbours, assert_within
+from tolerances import (
+    OTHER_NEIGHBOUR,
+    SUM,
+    assert_close,
+    assert_same_but_for_neighbours,
+    assert_within,
+    linear_gradient_bound,
+)
 from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distribute_tensor, init_device_mesh
 from torch.distributed.tensor.debug import CommDebugMode
 from torch.distributed.tensor.parallel import loss_parallel
@@ -345,6 +352,163 @@ def dtensor_errors() -> None:
     weight = distribute_tensor(torch.ones(300), m, [Shard(0)])
     with pytest.raises(ValueError, match=r"class weights \(V,\) of the whole vocabulary.*weight.full_tensor\(\)"):
         accumloss.cross_entropy(by_class, c.labels, weight=weight)
+
+
+# Head and loss together -----------------------------------------------------------------------------------------------
+
+
+def heads(V: int, dtype: torch.dtype, H: int = 24, rows: tuple[int, ...] = (3, 40)):
+    """hidden, weight, bias and labels of a head."""
+    generator = torch.Generator().manual_seed(V)
+    hidden, weight = torch.randn(*rows, H, generator=generator), torch.randn(V, H, generator=generator)
+    labels = torch.randint(0, V, rows, generator=generator)
+    labels[torch.rand(rows, generator=generator) < 0.3] = -100
+    return hidden.to(dtype), weight.to(dtype), torch.randn(V, generator=generator).to(dtype), labels
+
+
+def own_rows(x: torch.Tensor) -> torch.Tensor:
+    """This rank's classes of a weight (V, H) or bias (V,)."""
+    shard = shards_of(x.shape[0], dist.get_world_size())[dist.get_rank()]
+    return x[shard.class_offset : shard.class_offset + shard.num_classes].clone()
+
+
+def exact_head(hidden, weight, bias, labels, num_items, class_weight=None, **kwargs):
+    """Loss and gradients of the head in float64, from the logits."""
+    leaves = [leaf(x.double()) for x in (hidden, weight, bias)]
+    logits = torch.nn.functional.linear(*leaves)
+    sums = accumloss.cross_entropy(logits, labels, shift=1, weight=class_weight, **kwargs)
+    (sums.loss_sum / num_items).backward()
+    return (sums.loss_sum / num_items).detach(), [x.grad for x in leaves]
+
+
+def relative(found: torch.Tensor, exact: torch.Tensor) -> float:
+    return ((found.double() - exact).norm() / exact.norm()).item()
+
+
+def check_head(found, logits_path, exact, dtype, roundings, what) -> None:
+    for name, grad, by_logits, want in zip(("hidden", "weight", "bias"), found, logits_path, exact, strict=True):
+        bound = linear_gradient_bound(relative(by_logits, want), dtype, roundings)
+        assert relative(grad, want) <= bound, f"{what}: gradient of {name}: {relative(grad, want)}, at most {bound}"
+
+
+@case
+def linear_heads() -> None:
+    """A weight in shards against float64, as near as the logits path: chunks, options, bias; one all_reduce in backward."""
+    for V, dtype, scratch in ((1001, torch.float32, 2**28), (1001, torch.bfloat16, 2**28), (1001, torch.float32, 40000),
+                              (1001, torch.bfloat16, 40000), (5, torch.float32, 2**28)):  # fmt: skip
+        for options in ("plain", "everything"):
+            hidden, weight, bias, labels = heads(V, dtype)
+            kwargs = dict(OPTIONS[options])
+            class_weight = (
+                torch.rand(V, generator=torch.Generator().manual_seed(2)) + 0.5 if kwargs.pop("weight", 0) else None
+            )
+            num_items = int((labels[:, 1:] != -100).sum())
+            want, exact = exact_head(hidden, weight, bias, labels, num_items, class_weight, **kwargs)
+            leaves = [leaf(x) for x in (hidden, weight, bias)]
+            whole = accumloss.cross_entropy(
+                torch.nn.functional.linear(*leaves), labels, shift=1, weight=class_weight, **kwargs
+            )
+            (whole.loss_sum / num_items).backward()
+            h, w, b = leaf(hidden), leaf(own_rows(weight)), leaf(own_rows(bias))
+            with CommDebugMode() as mode:
+                loss = accumloss.linear_causal_lm_loss(
+                    h, w, labels, num_items, bias=b, class_weight=class_weight, group=dist.group.WORLD, vocab_size=V,
+                    max_scratch_bytes=scratch, **kwargs,
+                )  # fmt: skip
+            (chunks,) = mode.get_comm_counts().values()  # one all_gather for each
+            assert (chunks > 1) == (scratch < 2**20)
+            with CommDebugMode() as mode:
+                loss.backward()
+            assert list(mode.get_comm_counts().values()) == [1], mode.get_comm_counts()
+            what = f"V={V} {dtype} {options} {scratch}"
+            assert_close(loss, want, 2.0**-7 if dtype == torch.bfloat16 else 10 * SUM, what)
+            exact = [exact[0], own_rows(exact[1]), own_rows(exact[2])]
+            by_logits = [leaves[0].grad, own_rows(leaves[1].grad), own_rows(leaves[2].grad)]
+            # the gradient of hidden is a sum of one rounded part of each rank
+            check_head([h.grad, w.grad, b.grad], by_logits, exact, dtype, chunks + 2 * dist.get_world_size(), what)
+
+
+@case
+def linear_hidden_gradients_may_stay_parts() -> None:
+    hidden, weight, _, labels = heads(1001, torch.float32)
+    results = []
+    for reduce in (True, False):
+        h, w = leaf(hidden), leaf(own_rows(weight))
+        sums = accumloss.linear_cross_entropy(
+            h, w, labels, shift=1, metrics=True, group=dist.group.WORLD, vocab_size=1001, reduce_hidden_grad=reduce
+        )
+        with CommDebugMode() as mode:
+            sums.loss_sum.backward()
+        assert mode.get_total_counts() == int(reduce)
+        results.append((sums, h.grad, w.grad))
+    (_, whole, w), (sums, mine, w_again) = results
+    assert torch.equal(w, w_again)
+    assert_within(sum(gathered(mine)), whole, 10 * SUM * whole.abs().max(), "the parts' sum")
+    want = accumloss.cross_entropy(hidden @ weight.t(), labels, shift=1, metrics=True)
+    assert sums.num_correct == want.num_correct
+    assert_close(sums.entropy_sum, want.entropy_sum, 10 * SUM, "entropy_sum")
+
+
+@case
+def linear_dtensors() -> None:
+    """Weight and hidden placed in every way, hidden states sharded by sequence too: gradients and placements."""
+    hidden, weight, bias, labels = heads(1001, torch.float32, rows=(6, 12))
+    num_items = int((labels[:, 1:] != -100).sum())
+    want, exact = exact_head(hidden, weight, bias, labels, num_items)
+    for of_weight, of_hidden, grads, of_loss in (
+        (Shard(0), Replicate(), (Partial(), Shard(0)), Replicate()),
+        (Shard(0), Shard(1), (Shard(1), Shard(0)), Replicate()),
+        (Shard(0), Shard(0), (Shard(0), Shard(0)), Replicate()),
+        (Replicate(), Shard(0), (Shard(0), Partial()), Partial()),
+        (Replicate(), Shard(1), (Shard(1), Partial()), Partial()),
+        (Replicate(), Replicate(), (Replicate(), Replicate()), Replicate()),
+    ):
+        for given in (num_items, None):
+            m = mesh()
+            h, w = leaf(distribute_tensor(hidden, m, [of_hidden])), leaf(distribute_tensor(weight, m, [of_weight]))
+            b = leaf(distribute_tensor(bias, m, [of_weight]))
+            loss = accumloss.linear_causal_lm_loss(h, w, labels, given, bias=b)
+            assert loss.placements == (of_loss,)
+            assert_close(loss.full_tensor(), want, 10 * SUM, "loss")
+            loss.backward()
+            assert (h.grad.placements, w.grad.placements) == ((grads[0],), (grads[1],))
+            for grad, wanted in zip((h.grad, w.grad, b.grad), exact, strict=True):
+                assert relative(grad.full_tensor(), wanted) <= 20 * SUM, (of_weight, of_hidden)
+
+
+@case
+def linear_errors() -> None:
+    hidden, weight, bias, labels = heads(1001, torch.float32)
+    m, group = mesh(), dist.group.WORLD
+    sharded = distribute_tensor(weight, m, [Shard(0)])
+    rows = distribute_tensor(hidden, m, [Shard(0)])
+    for h, w, kwargs, error, message in (
+        (hidden, sharded, {}, RuntimeError, r"a whole weight, got a sharded DTensor placed \(Shard\(dim=0\)\).*under FSDP2.*pass group=, or DTensor.from_local"),
+        (rows, weight, {}, ValueError, r"weight as a DTensor on the mesh of hidden, placed \(Shard\(dim=0\)\).*plain tensor; distribute_tensor"),
+        (rows, distribute_tensor(weight, m, [Shard(1)]), {}, ValueError, r"weight placed \(Shard\(dim=1\)\) and hidden placed \(Shard\(dim=0\)\); redist"),
+        (distribute_tensor(hidden, m, [Shard(2)]), sharded, {}, ValueError, r"hidden placed \(Shard\(dim=2\)\); redist"),
+        (rows, sharded, {"bias": bias}, ValueError, r"bias placed as weight is, \(Shard\(dim=0\)\), got nowhere"),
+        (rows, sharded, {"group": group}, ValueError, "no group= beside a DTensor"),
+        (hidden, distribute_tensor(weight, m, [Replicate()]), {"group": group}, ValueError, r"over the group that is given.*Replicate"),
+        (hidden, own_rows(weight), {"group": group, "vocab_size": 2001}, ValueError, "of vocab_size 2001"),
+        (hidden, own_rows(weight), {"group": group, "vocab_size": 1001, "bias": bias}, RuntimeError, r"bias of shape \(V,\)"),
+        (hidden, weight, {"vocab_size": 7}, ValueError, "vocab_size = 7"),
+    ):  # fmt: skip
+        with pytest.raises(error, match=message):
+            accumloss.linear_cross_entropy(h, w, labels, **kwargs)
+    if 1001 % dist.get_world_size():
+        with pytest.raises(ValueError, match="one vocabulary in all processes .* give vocab_size="):
+            accumloss.linear_cross_entropy(hidden, own_rows(weight), labels, group=group)
+    bad = labels.clone()
+    bad[0, 0] = 1001
+    with pytest.raises(IndexError, match=r"in \[0, 1001\)"):
+        accumloss.linear_cross_entropy(hidden, own_rows(weight), bad, group=group, vocab_size=1001)
+    found = accumloss.linear_cross_entropy(hidden, sharded, labels, group=group)  # a DTensor's size is known
+    assert_close(found.loss_sum, accumloss.linear_cross_entropy(hidden, weight, labels).loss_sum, 10 * SUM, "loss")
+    h, w = leaf(hidden), leaf(own_rows(weight))
+    loss = accumloss.linear_causal_lm_loss(h, w, labels, group=group, vocab_size=1001)
+    with pytest.raises(RuntimeError, match="create_graph=False"):
+        torch.autograd.grad(loss, h, create_graph=True)
 
 
 def compiled(backend: str) -> None:
