@@ -547,6 +547,45 @@ def compiled_without_a_break() -> None:
 
 
 @case
+def four_two_dimensions() -> None:
+    """A mesh of data and tensor parallelism: rows over one, the vocabulary over the other; head and loss together as well."""
+    m = init_device_mesh("cpu", (2, 2))
+    c = sample(1001, torch.float32, "everything")
+    kwargs = {**c.options.as_kwargs(), "weight": c.weight}
+    whole = leaf(c.logits)
+    want = accumloss.causal_lm_loss(whole, c.labels, **kwargs)
+    want.backward()
+    for rows in (Shard(0), Shard(1), Replicate()):
+        for labels in (
+            c.labels,
+            distribute_tensor(c.labels, m, [Shard(0) if rows == Shard(0) else Replicate(), Replicate()]),
+        ):
+            x = leaf(distribute_tensor(c.logits, m, [rows, Shard(2)]))
+            loss = accumloss.causal_lm_loss(x, labels, **kwargs)
+            assert loss.placements == (Partial() if rows.is_shard() else Replicate(), Replicate())
+            assert_close(loss.full_tensor(), want, SUM, "loss")
+            loss.backward()
+            assert_within(x.grad.full_tensor(), whole.grad, 1e2 * SUM * whole.grad.abs().max(), f"{rows}: gradient")
+    with pytest.raises(
+        ValueError, match=r"V sharded over one dimension of the mesh, got \(Shard\(dim=2\), Shard\(dim=2\)\)"
+    ):
+        accumloss.causal_lm_loss(distribute_tensor(c.logits, m, [Shard(2), Shard(2)]), c.labels)
+
+    hidden, weight, _, labels = heads(1001, torch.float32, rows=(6, 12))
+    num_items = int((labels[:, 1:] != -100).sum())
+    exact_loss, exact = exact_head(hidden, weight, torch.zeros(1001), labels, num_items)
+    for of_hidden in (Replicate(), Shard(1)):
+        h = leaf(distribute_tensor(hidden, m, [Shard(0), of_hidden]))
+        w = leaf(distribute_tensor(weight, m, [Replicate(), Shard(0)]))
+        loss = accumloss.linear_causal_lm_loss(h, w, labels)
+        assert_close(loss.full_tensor(), exact_loss, 10 * SUM, "loss")
+        loss.backward()
+        assert w.grad.placements == (Partial(), Shard(0))
+        for grad, wanted in zip((h.grad, w.grad), exact, strict=False):
+            assert relative(grad.full_tensor(), wanted) <= 20 * SUM, of_hidden
+
+
+@case
 def slow_compiled_by_inductor() -> None:
     compiled("inductor")
 

@@ -59,8 +59,7 @@ def test_shards_match_float64(dtype, size):
 
 # Ranks ----------------------------------------------------------------------------------------------------------------
 
-FAST_CASES = [name for name in distributed_vocabulary.CASES if not name.startswith("slow_")]
-SLOW_CASES = [name for name in distributed_vocabulary.CASES if name.startswith("slow_")]
+FAST_CASES = [name for name in distributed_vocabulary.CASES if not name.startswith(("slow_", "four_"))]
 
 
 def launch(folder: Path, ranks: int, names: list[str]) -> list[dict[str, str]]:
@@ -96,8 +95,10 @@ def test_three_ranks(tmp_path):
         check(found, name)
 
 
-@pytest.mark.slow("the fast tier compiles by aot_eager; inductor takes a minute")
+@pytest.mark.slow(
+    "the fast tier compiles by aot_eager, inductor takes a minute; and a mesh of two dimensions takes four ranks"
+)
 @pytest.mark.xdist_group("torchrun")
-@pytest.mark.parametrize("name", SLOW_CASES)
-def test_two_ranks_slowly(tmp_path, name):
-    check(launch(tmp_path, 2, [name]), name)
+@pytest.mark.parametrize("name, ranks", [("slow_compiled_by_inductor", 2), ("four_two_dimensions", 4)])
+def test_other_ranks(tmp_path, name, ranks):
+    check(launch(tmp_path, ranks, [name]), name)
