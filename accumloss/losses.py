@@ -40,6 +40,16 @@ class Divided(NamedTuple):
     loss: torch.Tensor  # ()
     sums: TokenSums | None = None  # where their metrics were asked for, of a cross-entropy
 
+    def whole(self) -> Divided:
+        """The same over all rows as plain tensors, where the logits were a DTensor."""
+        if not parallel.is_dtensor(self.loss):
+            return self
+        sums = self.sums
+        if sums is not None:
+            of_rows: Any = ((field.name, getattr(sums, field.name)) for field in fields(TokenSums))
+            sums = replace(sums, **{name: value.full_tensor() for name, value in of_rows if value is not None})
+        return Divided(self.loss.full_tensor(), sums)
+
 
 NumItems = int | float | torch.Tensor | None
 InPlace = Literal[False, "backward", "forward"]

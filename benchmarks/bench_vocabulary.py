@@ -1,12 +1,16 @@
 """A vocabulary that two processes share: the loss and its gradient by accumloss, and the other ways.
 
-    python benchmarks/bench_vocabulary.py [--ranks 2] [--rows 1024] [--rounds 7] [--out FOLDER]
+    python benchmarks/bench_vocabulary.py [--ranks 2] [--rows 1024] [--rounds 7] [--step] [--out FOLDER]
 
 Starts its processes itself (gloo, one thread each). Each has the bf16 logits (rows, V / ranks) that a column-parallel head
 made. Forward and backward together, from those logits to their gradient; the ways take turns within a round, medians over the
 rounds. CPU time is of one process, communication included; gloo on one machine copies memory, where a network would be slower.
 `bytes` is what one process hands to collectives, in forward and backward. Peak memory is above the local logits, in a pass of
 its own. Every way's loss and gradient are held against float64. Writes vocabulary_cpu.csv and .json, and prints a table.
+
+With --step: forward and backward of a small Llama in fp32 under transformers' tensor parallelism, whose plan gathers the
+logits or, by vocabulary_parallel_plan(), does not; time, and peak memory above weights and gradients of one process. Writes
+vocabulary_step_cpu.csv and .json.
 """
 
 from __future__ import annotations
@@ -14,9 +18,11 @@ from __future__ import annotations
 import argparse
 import os
 import random
+import shutil
 import statistics
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -34,11 +40,14 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import accumloss
 
-NAME = "vocabulary_cpu"
+NAME, STEP_NAME = "vocabulary_cpu", "vocabulary_step_cpu"
 VOCABULARIES = (32000, 128256)
 FIELDS = (
     "ranks", "rows", "vocab", "way", "rounds", "ms_median", "cpu_ms_median", "collectives", "bytes", "peak_extra_bytes",
     "loss_error", "gradient_error",
+)  # fmt: skip
+STEP_FIELDS = (
+    "ranks", "rows", "vocab", "hidden_size", "layers", "way", "rounds", "ms_median", "bytes", "peak_extra_bytes", "loss",
 )  # fmt: skip
 COLLECTIVES = ("c10d", "_c10d_functional", "_c10d_functional_autograd")
 Way = Callable[[torch.Tensor, torch.Tensor, int], torch.Tensor]  # (local logits, labels, items) -> loss
@@ -214,6 +223,65 @@ def measure(problem: Problem, rounds: int) -> list[dict[str, object]]:
     return lines
 
 
+def measure_step(folder: Path, rows: int, vocab: int, rounds: int) -> list[dict[str, object]]:
+    """A small Llama whose logits are its largest tensor, under transformers' tensor parallelism."""
+    import transformers
+    from transformers.distributed import DistributedConfig
+
+    config = transformers.LlamaConfig(
+        vocab_size=vocab, hidden_size=256, intermediate_size=512, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=4, max_position_embeddings=rows, pad_token_id=0, tie_word_embeddings=False,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    if dist.get_rank() == 0:
+        transformers.LlamaForCausalLM(config).save_pretrained(folder)
+    dist.barrier()
+    ids = torch.randint(1, vocab, (2, rows // 2), generator=torch.Generator().manual_seed(1))
+    device, lines = devices.Cpu(), []
+    for name, sharded, ours in (
+        ("logits gathered, transformers' loss", False, False),
+        ("logits gathered, accumloss", False, True),
+        ("logits sharded, accumloss", True, True),
+    ):
+        plan = accumloss.vocabulary_parallel_plan() if sharded else None
+        distributed = DistributedConfig(tp_size=dist.get_world_size(), tp_plan=plan)
+        model = transformers.LlamaForCausalLM.from_pretrained(folder, distributed_config=distributed).train()
+        if ours:
+            accumloss.register_with_transformers()
+
+        def step(model: Any = model) -> float:
+            loss = model(input_ids=ids, labels=ids).loss
+            loss.backward()
+            return loss.item()
+
+        step()  # the gradients exist from here on
+        with Communication() as communication:
+            loss = step()
+        peak, times = device.peak_bytes(step), []
+        for _ in range(rounds):
+            start = time.perf_counter()
+            step()
+            times.append((time.perf_counter() - start) * 1e3)
+        if ours:
+            accumloss.unregister_from_transformers()
+        lines.append({
+            "ranks": dist.get_world_size(), "rows": rows, "vocab": vocab, "hidden_size": 256, "layers": 2, "way": name,
+            "rounds": rounds, "ms_median": statistics.median(times), "bytes": communication.bytes,
+            "peak_extra_bytes": peak, "loss": loss,
+        })  # fmt: skip
+    return lines
+
+
+def step_markdown(lines: Sequence[dict[str, Any]]) -> str:
+    text = ["| V | way | ms | bytes | peak above weights and gradients | loss |", "|---:|---|---:|---:|---:|---:|"]
+    for line in lines:
+        peak = "" if line["peak_extra_bytes"] is None else f"{line['peak_extra_bytes'] / 1e6:.0f} MB"
+        text.append(
+            f"| {line['vocab']} | {line['way']} | {line['ms_median']:.0f} | {line['bytes']:,} | {peak} | {line['loss']:.4f} |"
+        )
+    return "\n".join(text)
+
+
 def markdown(lines: Sequence[dict[str, Any]]) -> str:
     text = [
         "| V | way | ms | CPU ms | collectives | bytes | peak above the logits | gradient error |",
@@ -233,11 +301,19 @@ def rank_main(options: argparse.Namespace) -> None:
     torch.set_num_threads(1)
     lines: list[dict[str, object]] = []
     for vocab in options.vocab:
-        lines += measure(Problem(options.rows, vocab), options.rounds)
+        if options.step:
+            folder = Path(tempfile.gettempdir()) / f"accumloss-vocabulary-{os.environ['MASTER_PORT']}"
+            lines += measure_step(folder, options.rows, vocab, options.rounds)
+            dist.barrier()
+            if dist.get_rank() == 0:
+                shutil.rmtree(folder)
+        else:
+            lines += measure(Problem(options.rows, vocab), options.rounds)
     if dist.get_rank() == 0:
         facts = {**record.origin("bench_vocabulary.py", options.arguments), **record.environment()}
-        record.write(Path(options.out), NAME, FIELDS, lines, facts)
-        print(markdown(lines))
+        name, fields, table = (STEP_NAME, STEP_FIELDS, step_markdown) if options.step else (NAME, FIELDS, markdown)
+        record.write(Path(options.out), name, fields, lines, facts)
+        print(table(lines))
     dist.barrier()
     dist.destroy_process_group()
 
@@ -248,6 +324,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--rows", type=int, default=1024)
     parser.add_argument("--vocab", type=int, nargs="+", default=list(VOCABULARIES))
     parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--step", action="store_true", help="of a small Llama under transformers' tensor parallelism")
     parser.add_argument("--out", default=str(record.RESULTS))
     options = parser.parse_args(arguments)
     options.arguments = list(sys.argv[1:] if arguments is None else arguments)

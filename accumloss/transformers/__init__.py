@@ -19,6 +19,7 @@ from .mapping import registered_losses
 from .probe import MeasuredTerm, Verification
 from .registration import Part, registration
 from .settings import settings
+from .tensor_parallel import vocabulary_parallel_plan
 
 __all__ = [
     "Explanation",
@@ -33,6 +34,7 @@ __all__ = [
     "unregister_from_transformers",
     "unregistered",
     "verify",
+    "vocabulary_parallel_plan",
 ]
 
 registration.add(
