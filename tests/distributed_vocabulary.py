@@ -395,7 +395,7 @@ def check_head(found, logits_path, exact, dtype, roundings, what) -> None:
 def linear_heads() -> None:
     """A weight in shards against float64, as near as the logits path: chunks, options, bias; one all_reduce in backward."""
     for V, dtype, scratch in ((1001, torch.float32, 2**28), (1001, torch.bfloat16, 2**28), (1001, torch.float32, 40000),
-                              (1001, torch.bfloat16, 40000), (5, torch.float32, 2**28)):  # fmt: skip
+                              (1001, torch.bfloat16, 40000), (5, torch.float32, 2**28), (5, torch.float32, 500)):  # fmt: skip
         for options in ("plain", "everything"):
             hidden, weight, bias, labels = heads(V, dtype)
             kwargs = dict(OPTIONS[options])
