@@ -588,6 +588,15 @@ def test_sanitizer_is_shown_every_kernel():
                 assert (accumloss.plan(V, dtype, arch="sm_90", call=call).kernel, call, dtype) in found
 
 
+def test_vocabulary_errors(capfd):
+    import vocabulary_errors
+
+    vocabulary_errors.main(["--rows", "4", "--vocab", "1000"])
+    lines = capfd.readouterr().out.splitlines()
+    assert len(lines) == 2 + len(vocabulary_errors.OPTIONS)
+    assert all(float(error) < 1e-6 for line in lines[2:] for error in line.split("|")[2].split("/"))
+
+
 @pytest.mark.slow("a launch of two ranks; what they compute is tested by others")
 @pytest.mark.xdist_group("torchrun")
 def test_vocabulary_benchmark(tmp_path, capfd):
