@@ -80,7 +80,8 @@ def forward(
     options: LossOptions,
     metrics: bool,
 ) -> Rows:
-    """One read of the logits, and one all_gather of 16 bytes a row and process: 8 more with smoothing, 16 with metrics."""
+    """One read of the logits, and one all_gather of 16 bytes a row and process: 8 more with smoothing, 16 with metrics; and 16
+    a call, by which the processes see that they have the same vocabulary and labels."""
     bad_label: IndexError | None = None
     if torch.compiler.is_compiling():
         columns = columns_of(logits, labels, weight, shard, options, metrics)
@@ -91,20 +92,32 @@ def forward(
             bad_label = error
             count = ops.shard_columns(options.label_smoothing, metrics)
             columns = torch.full((count, *labels.shape), torch.nan, dtype=torch.float64, device=logits.device)
-    packed = torch.cat([columns.flatten(), columns.new_full((1,), shard.vocab_size)])
+    packed = torch.cat([columns.flatten(), columns.new_full((1,), shard.vocab_size), _checksum(labels).view(1)])
     gathered = packed.new_empty(shard.size * packed.numel())
     all_gather_single(gathered, packed, group=shard.group)
     gathered = gathered.view(shard.size, packed.numel())
-    sizes = gathered[:, -1]
+    sizes, checksums = gathered[:, -2], gathered[:, -1]
     if gathered.is_cpu and not torch.compiler.is_compiling():
         _refuse_sizes(name, sizes, shard)
+        if (checksums != checksums[0]).any():
+            raise ValueError(
+                f"{name}: expected the same labels in all processes that share the vocabulary, got others on some; the data is "
+                "shared out over other processes than the vocabulary"
+            )
     if bad_label is not None:
         raise bad_label
     dtype = ops.accumulation_dtype(logits)
-    rows = merge(gathered[:, :-1].view(shard.size, *columns.shape), labels, weight, shard, options, metrics, dtype)
+    rows = merge(gathered[:, :-2].view(shard.size, *columns.shape), labels, weight, shard, options, metrics, dtype)
     # elsewhere it cannot be known without a sync
-    loss_sum = torch.where((sizes == shard.vocab_size).all(), rows.sums[0], float("nan"))
+    is_one = (sizes == shard.vocab_size).all() & (checksums == checksums[0]).all()
+    loss_sum = torch.where(is_one, rows.sums[0], float("nan"))
     return rows._replace(sums=(loss_sum, *rows.sums[1:]))
+
+
+def _checksum(labels: torch.Tensor) -> torch.Tensor:
+    """() double: a number that other labels would hardly have, nor the same in another order."""
+    places = torch.arange(1, labels.numel() + 1, device=labels.device) * 2654435761
+    return ((labels.flatten().long() + 1) * places).sum().bitwise_and(2**52 - 1).double()
 
 
 def columns_of(

@@ -114,7 +114,7 @@ def check_against_whole(c: Case) -> None:
     whole, shard = leaf(c.logits), leaf(own(c.logits))
     want = accumloss.cross_entropy(whole, c.labels, **kwargs)
     columns = 4 + (c.options.label_smoothing > 0)
-    with counted(1, 8 * (columns * c.labels.numel() + 1)):
+    with counted(1, 8 * (columns * c.labels.numel() + 2)):
         sums = accumloss.cross_entropy(shard, c.labels, group=dist.group.WORLD, vocab_size=c.logits.shape[-1], **kwargs)
     for field in ("loss_sum", "total_weight", "entropy_sum"):
         assert_close(getattr(sums, field), getattr(want, field), SUM, f"{c.name}: {field}")
@@ -157,7 +157,7 @@ def sixteen_bytes_a_row() -> None:
     c = sample(1001)
     for options, bytes_a_row in (("plain", 16), ("weights", 16), ("smoothing", 24)):
         c = sample(1001, options=options)
-        with counted(1, bytes_a_row * c.labels.numel() + 8):
+        with counted(1, bytes_a_row * c.labels.numel() + 16):
             accumloss.masked_lm_loss(
                 own(c.logits), c.labels, 1001, group=dist.group.WORLD, weight=c.weight,
                 label_smoothing=c.options.label_smoothing,
@@ -258,9 +258,17 @@ def errors() -> None:
     if rank > 0:
         with pytest.raises((ValueError, TypeError), match="group"):
             accumloss.cross_entropy(x, c.labels, group=alone)
-    # labels that are not the same on all ranks cannot be seen before they meet
-    labels = (c.labels + 500 * rank).remainder(1001)
-    assert accumloss.cross_entropy(x, labels, group=group, vocab_size=1001).loss_sum.isnan()
+    for at, other in (
+        ((0, 0), 7),
+        ((1, 1), -100),
+    ):  # another label, perhaps of the same shard; a row that counts nowhere else
+        labels = c.labels.clone()
+        labels[at] = other + rank if other >= 0 else other if rank else labels[at]
+        with pytest.raises(ValueError, match="expected the same labels in all processes"):
+            accumloss.cross_entropy(x, labels, group=group, vocab_size=1001)
+    swapped = c.labels.flip(1) if rank else c.labels
+    with pytest.raises(ValueError, match="expected the same labels in all processes"):
+        accumloss.cross_entropy(x, swapped, group=group, vocab_size=1001)
 
 
 @case
