@@ -220,18 +220,9 @@ def _compute(factor, hidden, weight, labels, bias, class_weight, needs, options,
     bias = bias if bias is None else bias.detach()
     with torch.no_grad():
         found = compute.run(
-            factor,
-            rows,
-            weight.detach(),
-            targets.reshape(-1),
-            bias,
-            class_weight,
-            needs,
-            of_rows,
-            num_valid,
-            max_scratch_bytes,
-            shard,
-        )
+            factor, rows, weight.detach(), targets.reshape(-1), bias, class_weight, needs, of_rows, num_valid,
+            max_scratch_bytes, shard,
+        )  # fmt: skip
     return found if found.hidden is None else found._replace(hidden=found.hidden.view(hidden.shape))
 
 
