@@ -31,6 +31,7 @@ from .transformers import (
     registered_losses,
     unregister_from_transformers,
     verify,
+    vocabulary_parallel_plan,
 )
 
 if TYPE_CHECKING:
@@ -71,6 +72,7 @@ __all__ = [
     "token_classification_loss",
     "unregister_from_transformers",
     "verify",
+    "vocabulary_parallel_plan",
 ]
 
 

@@ -25,6 +25,7 @@ __all__ = [
     "Dropout",
     "after_ad_inplace",
     "after_autograd",
+    "all_gather_single",
     "at_the_end_of_backward",
     "below_ad_inplace",
     "below_autograd",
@@ -82,6 +83,9 @@ def is_forward_ad_open() -> bool:
 
 
 foreach_mul_, foreach_norm = torch._foreach_mul_, torch._foreach_norm  # many tensors at once, in one kernel on CUDA
+
+# The name since torch 2.13, where the older one warns. None in a build without torch.distributed.
+all_gather_single: Any = getattr(dist, "all_gather_single", getattr(dist, "all_gather_into_tensor", None))
 
 without_subclasses = torch._C.DisableTorchFunctionSubclass  # a context in which __torch_function__ is not asked
 

@@ -76,13 +76,25 @@ def check_call(
     function: str,
     logits: torch.Tensor,  # (..., V)
     labels: torch.Tensor,  # (...)
-    weight: torch.Tensor | None,  # (V,)
+    weight: torch.Tensor | None,  # (V,); of a shard (vocab_size,)
     options: dict[str, Any],
+    shard: tuple[int, int] | None = None,  # class_offset and vocab_size
 ) -> None:
     require(logits.dim() >= 1, function, lambda: "logits of shape (..., V), got a 0-dim tensor")
     check_dtype(function, logits)
     V = logits.shape[-1]
     require(V >= 1, function, lambda: f"logits of shape (..., V) with V >= 1, got {_shape(logits)}")
+    class_offset, vocab_size = shard or (0, V)
+    vocab_size = vocab_size or V
+    for holds in (class_offset >= 0, class_offset <= vocab_size - V):
+        require(
+            holds,
+            function,
+            lambda: (
+                "the classes [class_offset, class_offset + V) of a vocabulary of vocab_size, got "
+                f"V = {V}, class_offset {class_offset} and vocab_size {vocab_size}"
+            ),
+        )
     require(
         options.get("shift", 0) <= 0 or logits.dim() >= 2,
         function,
@@ -101,7 +113,7 @@ def check_call(
         require(of_label == of_logit, function, of_labels)
     check_device(function, "labels", labels, logits)
     if weight is not None:
-        check_class_weight(function, "weight", weight, V, logits, "logits")
+        check_class_weight(function, "weight", weight, vocab_size, logits, "logits")
     check_options(function, logits, **options)
 
 

@@ -8,13 +8,14 @@ A call, or a step, without a single item has loss 0 and gradient 0.
 
 from __future__ import annotations
 
-from dataclasses import replace
+from dataclasses import fields, replace
 from typing import Any, Literal, NamedTuple
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 
-from . import checks, linear, ops, reference
+from . import checks, linear, ops, parallel, reference
 from ._compat import is_functorch_active
 from .keywords import checked, checked_loss
 from .options import LossOptions, options_of
@@ -39,6 +40,16 @@ class Divided(NamedTuple):
     loss: torch.Tensor  # ()
     sums: TokenSums | None = None  # where their metrics were asked for, of a cross-entropy
 
+    def whole(self) -> Divided:
+        """The same over all rows as plain tensors, where the logits were a DTensor."""
+        if not parallel.is_dtensor(self.loss):
+            return self
+        sums = self.sums
+        if sums is not None:
+            of_rows: Any = ((field.name, getattr(sums, field.name)) for field in fields(TokenSums))
+            sums = replace(sums, **{name: value.full_tensor() for name, value in of_rows if value is not None})
+        return Divided(self.loss.full_tensor(), sums)
+
 
 NumItems = int | float | torch.Tensor | None
 InPlace = Literal[False, "backward", "forward"]
@@ -58,6 +69,8 @@ def cross_entropy(
     weight: torch.Tensor | None = None,
     shift: int = 0,
     metrics: bool = False,
+    group: dist.ProcessGroup | None = None,
+    vocab_size: int | None = None,
     ignore_index: int = -100,
     label_smoothing: float = 0.0,
     z_loss: float = 0.0,
@@ -76,10 +89,15 @@ def cross_entropy(
         weight: (V,) class weights of any floating dtype, or None.
         shift: row (..., t) reads label (..., t + shift); 1 for causal language models, whose labels are not shifted.
         metrics: also count the correct top-1 predictions and sum the entropies, from the same pass.
+        group: the processes that share the vocabulary. logits (..., V / processes) are then the classes of this one, cut
+            as torch.chunk cuts; labels and weight are of the whole vocabulary, the same in all of them, and so is what is
+            returned. Backward communicates nothing; docs/vocabulary-parallel.md. logits that are a DTensor need none.
+        vocab_size: V; with a group that of the whole vocabulary, needed where the shares are not of one size.
         ignore_index, label_smoothing, z_loss, softcap, logit_scale: see LossOptions.
 
     Returns:
-        TokenSums; ``loss_sum`` carries the gradient.
+        TokenSums; ``loss_sum`` carries the gradient. DTensors where the logits are one: Partial over what shares the rows
+        out, else replicated.
 
     Raises:
         TypeError: an unknown keyword.
@@ -96,10 +114,13 @@ def cross_entropy(
     """
     _refuse_functorch("cross_entropy", logits, labels, weight)
     _check_tensors("cross_entropy", ("logits (..., V)", logits), ("labels (...)", labels))
-    _check_class_weight("cross_entropy", "weight", weight, logits.shape[-1:])
     _check_shift("cross_entropy", shift)
     options = options_of(ignore_index, label_smoothing, z_loss, softcap, logit_scale)
     options.check("cross_entropy", ops.accumulation_dtype(logits))
+    if _is_parallel(logits, labels, group):
+        return _parallel_sums("cross_entropy", logits, labels, weight, shift, options, metrics, group, vocab_size)
+    _check_vocab_size("cross_entropy", logits, vocab_size)
+    _check_class_weight("cross_entropy", "weight", weight, logits.shape[-1:])
     outputs = ops.cross_entropy(logits, labels, weight, **_of_op(options, shift, metrics))
     loss_sum, num_items, total_weight, _, num_correct, entropy_sum, _ = outputs
     if not metrics:
@@ -122,6 +143,7 @@ def causal_lm_loss(
     softcap: float = 0.0,
     logit_scale: float = 1.0,
     inplace: InPlace = False,
+    group: dist.ProcessGroup | None = None,
 ) -> torch.Tensor:
     """Loss of a causal language model: position t predicts label t + 1; the shift is index arithmetic, not a copy.
 
@@ -130,7 +152,7 @@ def causal_lm_loss(
     Args:
         logits: (B, T, V) bf16, fp16, fp32 or fp64.
         labels: (B, T) int64 or int32, not shifted; the first of a row is never a target. Unused with shift_labels.
-        vocab_size: V, for the signature; an error where logits have another.
+        vocab_size: V, an error where logits have another; with group= that of the whole vocabulary.
         num_items_in_batch: items of the whole optimizer step: int, or tensor of any device and of shape () or (n, 1).
             0 counts as 1, a fraction is legal. None: the items of this call. A tensor is not looked at: where it is NaN,
             negative or infinite, so that a number would be refused, loss and gradient are NaN.
@@ -141,16 +163,18 @@ def causal_lm_loss(
         inplace: "backward" or "forward" writes the gradient over the logits, which saves a buffer of their size: in
             backward, or at once together with the loss (num_items_in_batch must then be given, and the logits are gone
             after the call). Whatever else saved the logits for its own backward raises.
+        group: the processes that share the vocabulary, of which logits (B, T, V / processes) are this one's classes, as in
+            cross_entropy. logits may be a DTensor instead.
 
     Returns:
-        0-dim loss, fp32 (fp64 for fp64 logits).
+        0-dim loss, fp32 (fp64 for fp64 logits); a DTensor where logits are one.
 
     Raises:
         TypeError: an unknown keyword, but for those that models of transformers pass along (accumloss/keywords.py).
         ValueError, RuntimeError, IndexError: as cross_entropy, and where num_items_in_batch or inplace do not fit.
     """
     options = options_of(ignore_index, label_smoothing, z_loss, softcap, logit_scale)
-    return causal_lm(logits, labels, vocab_size, shift_labels, num_items_in_batch, options, weight, inplace).loss
+    return causal_lm(logits, labels, vocab_size, shift_labels, num_items_in_batch, options, weight, inplace, group).loss
 
 
 def causal_lm(
@@ -162,14 +186,14 @@ def causal_lm(
     options: LossOptions,
     weight: torch.Tensor | None = None,
     inplace: InPlace = False,
+    group: dist.ProcessGroup | None = None,
 ) -> Divided:
     """causal_lm_loss, for a divisor of any kind."""
     targets, shift = (labels, 1) if shift_labels is None else (shift_labels, 0)
     if targets is None:
         raise ValueError("causal_lm_loss: expected labels (B, T) or shift_labels (B, T), got neither")
     _check_tensors("causal_lm_loss", ("logits (B, T, V)", logits), ("labels (B, T)", targets))
-    _check_vocab_size("causal_lm_loss", logits, vocab_size)
-    return _mean_loss("causal_lm_loss", logits, targets, shift, given, options, weight, inplace)
+    return _mean_loss("causal_lm_loss", logits, targets, shift, given, options, weight, inplace, group, vocab_size)
 
 
 @checked
@@ -184,6 +208,9 @@ def linear_cross_entropy(
     metrics: bool = False,
     num_valid: int | None = None,
     max_scratch_bytes: int = linear.MAX_SCRATCH_BYTES,
+    group: dist.ProcessGroup | None = None,
+    vocab_size: int | None = None,
+    reduce_hidden_grad: bool = True,
     ignore_index: int = -100,
     label_smoothing: float = 0.0,
     z_loss: float = 0.0,
@@ -208,6 +235,12 @@ def linear_cross_entropy(
             wait for the GPU, rows that do not count are then dropped too. Fewer than there are: an error, on CUDA a loss
             of NaN.
         max_scratch_bytes: memory beside inputs and gradients, a 64th of it for the matrix products' own; default 256 MiB.
+        group: the processes that share the vocabulary: weight (V / processes, H) and bias are of the classes of this one, as
+            in cross_entropy; hidden, labels and class_weight are the same in all of them. hidden and weight that are
+            DTensors need none; docs/vocabulary-parallel.md.
+        vocab_size: V of the whole vocabulary, needed with a group where its shares are not of one size.
+        reduce_hidden_grad: with a group, whether the gradient of hidden is summed over its processes, by one all_reduce in
+            backward. False leaves each its part, for a gather of hidden states whose backward sums them up.
         ignore_index, label_smoothing, z_loss, softcap, logit_scale: see LossOptions.
 
     Returns:
@@ -223,9 +256,10 @@ def linear_cross_entropy(
         (2, 0.4402, 1.0)
     """
     options = options_of(ignore_index, label_smoothing, z_loss, softcap, logit_scale)
+    shared = _Shared(group, vocab_size, reduce_hidden_grad)
     loss_sum, sums = _linear(
         "linear_cross_entropy", hidden, weight, labels, bias, class_weight, options, shift, metrics, None, num_valid,
-        max_scratch_bytes,
+        max_scratch_bytes, shared,
     )  # fmt: skip
     return replace(sums, loss_sum=loss_sum)
 
@@ -247,6 +281,9 @@ def linear_causal_lm_loss(
     logit_scale: float = 1.0,
     num_valid: int | None = None,
     max_scratch_bytes: int = linear.MAX_SCRATCH_BYTES,
+    group: dist.ProcessGroup | None = None,
+    vocab_size: int | None = None,
+    reduce_hidden_grad: bool = True,
 ) -> torch.Tensor:
     """causal_lm_loss of ``F.linear(hidden, weight, bias)``, without ever holding the logits; see linear_cross_entropy.
 
@@ -258,15 +295,15 @@ def linear_causal_lm_loss(
         ignore_index, label_smoothing, z_loss, softcap, logit_scale: see LossOptions.
         shift_labels: (B, T) labels that are shifted already; they win.
         bias, class_weight: (V,) or None.
-        num_valid, max_scratch_bytes: see linear_cross_entropy.
+        num_valid, max_scratch_bytes, group, vocab_size, reduce_hidden_grad: see linear_cross_entropy.
 
     Returns:
-        0-dim loss, fp32 (fp64 for fp64 hidden states).
+        0-dim loss, fp32 (fp64 for fp64 hidden states); a DTensor where hidden is one.
     """
     options = options_of(ignore_index, label_smoothing, z_loss, softcap, logit_scale)
     return linear_causal_lm(
         hidden, weight, labels, shift_labels, num_items_in_batch, options, bias, class_weight, num_valid,
-        max_scratch_bytes,
+        max_scratch_bytes, _Shared(group, vocab_size, reduce_hidden_grad),
     ).loss  # fmt: skip
 
 
@@ -281,6 +318,7 @@ def linear_causal_lm(
     class_weight: torch.Tensor | None = None,
     num_valid: int | None = None,
     max_scratch_bytes: int = linear.MAX_SCRATCH_BYTES,
+    shared: _Shared | None = None,
 ) -> Divided:
     """linear_causal_lm_loss, for a divisor of any kind."""
     name = "linear_causal_lm_loss"
@@ -289,10 +327,17 @@ def linear_causal_lm(
     targets, shift = (shift_labels, 0) if shift_labels is not None else (labels, 1)
     _check_tensors(name, ("labels (B, T)", targets))
     assert targets is not None
+    metrics = isinstance(given, Known) and given.metrics
+    is_mean = given is None
+    if shared is not None and _is_shared(hidden, weight, shared):
+        loss, sums = _linear(
+            name, hidden, weight, targets, bias, class_weight, options, shift, metrics, given, num_valid,
+            max_scratch_bytes, shared, is_mean,
+        )  # fmt: skip
+        return Divided(loss, sums if metrics else None)
     if given is None and class_weight is None and targets.dim() > 0:
         # counted before, on the device: the gradients are then written for it, and not visited again
         given = (targets[..., shift:] != options.ignore_index).count_nonzero()
-    metrics = isinstance(given, Known) and given.metrics
     loss, sums = _linear(
         name, hidden, weight, targets, bias, class_weight, options, shift, metrics, given, num_valid, max_scratch_bytes
     )
@@ -315,6 +360,7 @@ def masked_lm_loss(
     softcap: float = 0.0,
     logit_scale: float = 1.0,
     inplace: InPlace = False,
+    group: dist.ProcessGroup | None = None,
 ) -> torch.Tensor:
     """Loss of a masked language model, and of any head with one label for each position; nothing is shifted.
 
@@ -323,14 +369,14 @@ def masked_lm_loss(
     Args:
         logits: (..., V).
         labels: (...) int64 or int32. Logits (N, V) or labels (N,) may be flattened.
-        vocab_size, num_items_in_batch, ignore_index, weight, label_smoothing, z_loss, softcap, logit_scale, inplace:
-            as causal_lm_loss.
+        vocab_size, num_items_in_batch, ignore_index, weight, label_smoothing, z_loss, softcap, logit_scale, inplace,
+            group: as causal_lm_loss.
 
     Returns:
         0-dim loss, fp32 (fp64 for fp64 logits).
     """
     options = options_of(ignore_index, label_smoothing, z_loss, softcap, logit_scale)
-    return masked_lm(logits, labels, vocab_size, num_items_in_batch, options, weight, inplace).loss
+    return masked_lm(logits, labels, vocab_size, num_items_in_batch, options, weight, inplace, group).loss
 
 
 def masked_lm(
@@ -341,11 +387,11 @@ def masked_lm(
     options: LossOptions,
     weight: torch.Tensor | None = None,
     inplace: InPlace = False,
+    group: dist.ProcessGroup | None = None,
 ) -> Divided:
     """masked_lm_loss, for a divisor of any kind."""
     _check_tensors("masked_lm_loss", ("logits (..., V)", logits), ("labels (...)", labels))
-    _check_vocab_size("masked_lm_loss", logits, vocab_size)
-    return _mean_loss("masked_lm_loss", logits, labels, 0, given, options, weight, inplace)
+    return _mean_loss("masked_lm_loss", logits, labels, 0, given, options, weight, inplace, group, vocab_size)
 
 
 @checked_loss
@@ -660,6 +706,8 @@ def _mean_loss(
     options: LossOptions,
     weight: torch.Tensor | None,
     inplace: InPlace,
+    group: dist.ProcessGroup | None = None,
+    vocab_size: int | None = None,
 ) -> Divided:
     """The one way from logits to a loss: sum, divided once."""
     if inplace not in (False, "backward", "forward"):
@@ -667,6 +715,9 @@ def _mean_loss(
     _refuse_functorch(name, logits, labels, weight, given.divisor if isinstance(given, Known) else given)
     options.check(name, ops.accumulation_dtype(logits))
     labels = _like_rows(name, logits, labels, shift)
+    if _is_parallel(logits, labels, group):
+        return _parallel_mean_loss(name, logits, labels, shift, given, options, weight, inplace, group, vocab_size)
+    _check_vocab_size(name, logits, vocab_size)
     _check_class_weight(name, "weight", weight, logits.shape[-1:])
     if labels.device != logits.device:
         labels = labels.to(logits.device, non_blocking=True)
@@ -692,6 +743,115 @@ def _mean_loss(
     return Divided(loss, TokenSums(*fields) if metrics else None)
 
 
+def _is_parallel(logits: torch.Tensor, labels: torch.Tensor, group: Any) -> bool:
+    return group is not None or parallel.is_dtensor(logits) or parallel.is_dtensor(labels)
+
+
+def _part_of(
+    name: str,
+    logits: torch.Tensor,
+    labels: torch.Tensor,
+    weight: torch.Tensor | None,
+    shift: int,
+    options: LossOptions,
+    group: dist.ProcessGroup | None,
+    vocab_size: int | None,
+) -> parallel.Part:
+    """This process's part, its labels and weight where its logits are."""
+    _check_group(name, group)
+    if group is None:
+        _check_vocab_size(name, logits, vocab_size)
+    if logits.dim() < 1:
+        raise RuntimeError(f"{name}: expected logits of shape (..., V), got a 0-dim tensor")
+    part = parallel.part_of(name, logits, labels, weight, shift, options.ignore_index, group, vocab_size)
+    num_classes = part.logits.shape[-1] if part.shard is None else part.shard.vocab_size
+    _check_class_weight(name, "weight", part.weight, torch.Size([num_classes]))
+    device = part.logits.device
+    weight = part.weight if part.weight is None else part.weight.to(device, non_blocking=True)
+    return part._replace(labels=part.labels.to(device, non_blocking=True), weight=weight)
+
+
+def _parallel_sums(
+    name: str,
+    logits: torch.Tensor,
+    labels: torch.Tensor,
+    weight: torch.Tensor | None,
+    shift: int,
+    options: LossOptions,
+    metrics: bool,
+    group: dist.ProcessGroup | None,
+    vocab_size: int | None,
+) -> TokenSums:
+    part = _part_of(name, logits, labels, weight, shift, options, group, vocab_size)
+    if part.shard is None:
+        found = cross_entropy(part.logits, part.labels, weight=part.weight, metrics=metrics, **options.as_kwargs())
+        return TokenSums(*(part.wrap(getattr(found, field.name)) for field in fields(TokenSums)))
+    sums = parallel.VocabParallel.apply(
+        part.logits, part.labels, part.weight, name, part.shard, options, metrics, False
+    )
+    return TokenSums(*map(part.wrap, sums if metrics else sums[:3]))
+
+
+def _parallel_mean_loss(
+    name: str,
+    logits: torch.Tensor,
+    labels: torch.Tensor,
+    shift: int,
+    given: NumItems | Known,
+    options: LossOptions,
+    weight: torch.Tensor | None,
+    inplace: InPlace,
+    group: dist.ProcessGroup | None,
+    vocab_size: int | None,
+) -> Divided:
+    """_mean_loss where the vocabulary is shared, or the logits are a DTensor."""
+    wants_grad = torch.is_grad_enabled() and logits.requires_grad
+    if inplace and wants_grad:
+        _check_in_place(name, logits, inplace)
+    part = _part_of(name, logits, labels, weight, shift, options, group, vocab_size)
+    shard = part.shard
+    if parallel.is_dtensor(given):
+        given = given.full_tensor()
+    if given is None and part.mesh is not None and not (inplace == "forward" and wants_grad):
+        given = _items_of(part, options)  # of all rows: the sums below are of those that are here
+    if inplace and wants_grad and part.mesh is not None:
+        part = part._replace(logits=parallel.Overwritten.apply(part.logits, logits.detach()))
+    if shard is None:
+        found = _mean_loss(name, part.logits, part.labels, 0, given, options, part.weight, inplace)
+        loss, sums = found
+    else:
+        divisor, expected_grad, metrics = _resolved(name, given, part.logits)
+        arguments = (name, shard, options, metrics)
+        if inplace == "forward" and wants_grad:
+            divisor = _check_in_forward(name, part.logits, divisor)
+            loss, *of_rows = parallel.VocabParallelInPlace.apply(
+                part.logits, part.labels, part.weight, divisor, expected_grad, *arguments
+            )
+        else:
+            of_rows = parallel.VocabParallel.apply(
+                part.logits, part.labels, part.weight, *arguments, bool(inplace) and wants_grad
+            )
+            if divisor is None:
+                divisor = ops.mean_divisor(of_rows[1], of_rows[2], part.weight, of_rows[0].dtype)
+            loss = of_rows[0] / divisor
+        sums = TokenSums(*of_rows) if metrics else None
+    if sums is not None:
+        sums = TokenSums(*(part.wrap(getattr(sums, field.name)) for field in fields(TokenSums)))
+    return Divided(part.wrap(loss), sums)
+
+
+def _items_of(part: parallel.Part, options: LossOptions) -> torch.Tensor:
+    """The divisor of the mean of a call over all of its rows, those of other processes too."""
+    is_item = part.labels != options.ignore_index
+    num_items = is_item.sum()
+    if part.weight is None:
+        return part.whole(num_items)
+    dtype = ops.accumulation_dtype(part.logits)
+    classes = part.labels.clamp(0, part.weight.shape[0] - 1).long()
+    weights = torch.where(is_item, part.weight.to(dtype).double()[classes], 0.0)
+    return part.whole(weights.sum()).to(dtype)
+
+
 def _of_op(options: LossOptions, shift: int, metrics: bool) -> dict[str, Any]:
     """The keyword arguments of an op, but for its defaults."""
     kwargs = options.given()
@@ -715,13 +875,40 @@ def _linear(
     given: NumItems | Known,
     num_valid: int | None,
     max_scratch_bytes: int,
+    shared: _Shared | None = None,
+    is_mean: bool = False,
 ) -> tuple[torch.Tensor, TokenSums]:
-    """loss_sum divided by what is given (None: not divided), which carries the gradient, and the sums."""
+    """loss_sum divided by what is given (None: not divided), which carries the gradient, and the sums.
+
+    is_mean: where nothing is given it is divided by the items of all rows; of processes that share the vocabulary.
+    """
     known = given.divisor if isinstance(given, Known) else given
     _refuse_functorch(name, hidden, weight, labels, bias, class_weight, known)
     _check_tensors(name, ("hidden (..., H)", hidden), ("weight (V, H)", weight), ("labels (...)", labels))
     _check_shift(name, shift)
-    linear.check(name, hidden, weight, labels, bias, class_weight, num_valid, max_scratch_bytes)
+    part: parallel.Part | None = None
+    shard: parallel.Shard | None = None
+    is_summed = False
+    if shared is not None and _is_shared(hidden, weight, shared):
+        _check_group(name, shared.group)
+        if torch.compiler.is_compiling():
+            raise RuntimeError(
+                f"{name}: expected no torch.compile where processes share the vocabulary, got one around it"
+            )
+        own = parallel.linear_part_of(
+            name, hidden, weight, labels, bias, class_weight, shift, options.ignore_index, *shared
+        )
+        part, is_summed, shard, shift = own.part, own.is_summed, own.part.shard, 0
+        hidden, weight, bias, labels, class_weight = own.hidden, own.weight, own.bias, part.labels, part.weight
+        if parallel.is_dtensor(given):
+            given = given.full_tensor()
+        if is_mean:
+            given = _items_of(part, options)
+    elif shared is not None and shared.vocab_size is not None and weight.shape[:1] != (shared.vocab_size,):
+        raise ValueError(
+            f"{name}: expected weight of shape (vocab_size = {shared.vocab_size}, H), got {tuple(weight.shape)}"
+        )
+    linear.check(name, hidden, weight, labels, bias, class_weight, num_valid, max_scratch_bytes, shard)
     options.check(name, ops.accumulation_dtype(hidden))
     labels = labels.to(hidden.device, non_blocking=True)
     class_weight = class_weight if class_weight is None else class_weight.to(hidden.device, non_blocking=True)
@@ -738,9 +925,38 @@ def _linear(
         needs = linear.needs_of(hidden, weight, bias)
         limits = (num_valid, max_scratch_bytes)
         loss, *sums = linear.LinearGradInForward.apply(
-            hidden, weight, labels, bias, class_weight, divisor, expected_grad, needs, kwargs, limits
+            hidden,
+            weight,
+            labels,
+            bias,
+            class_weight,
+            divisor,
+            expected_grad,
+            needs,
+            kwargs,
+            limits,
+            (shard, is_summed),
         )
+    if part is not None:
+        loss, sums = part.wrap(loss), [part.wrap(of_rows) for of_rows in sums]
     return loss, TokenSums(*sums) if metrics else TokenSums(*sums[:3])
+
+
+class _Shared(NamedTuple):
+    """What is said of the processes that share the vocabulary of a head."""
+
+    group: dist.ProcessGroup | None
+    vocab_size: int | None
+    reduce_hidden_grad: bool
+
+
+def _is_shared(hidden: Any, weight: Any, shared: _Shared) -> bool:
+    return shared.group is not None or parallel.is_dtensor(hidden) or parallel.is_dtensor(weight)
+
+
+def _check_group(name: str, group: Any) -> None:
+    if group is not None and not isinstance(group, dist.ProcessGroup):
+        raise TypeError(f"{name}: expected a torch.distributed.ProcessGroup or None for group, got {group!r}")
 
 
 def _in_place(
@@ -753,6 +969,14 @@ def _in_place(
     kwargs: dict[str, Any],
     inplace: InPlace,
 ) -> tuple[torch.Tensor, ...]:
+    _check_in_place(name, logits, inplace)
+    if inplace == "backward":
+        return ops.InPlaceBackward.apply(logits, labels, weight, divisor, kwargs)
+    divisor = _check_in_forward(name, logits, divisor)
+    return ops.InPlaceForward.apply(logits, labels, weight, divisor, expected_grad, kwargs)
+
+
+def _check_in_place(name: str, logits: torch.Tensor, inplace: InPlace) -> None:
     if torch.compiler.is_compiling():
         raise RuntimeError(f"{name}: expected inplace=False under torch.compile, got {inplace!r}")
     if logits.is_leaf:
@@ -760,8 +984,10 @@ def _in_place(
             f"{name}: expected logits that a model computed where inplace={inplace!r}, got a leaf that requires grad; "
             "its values would be lost"
         )
-    if inplace == "backward":
-        return ops.InPlaceBackward.apply(logits, labels, weight, divisor, kwargs)
+
+
+def _check_in_forward(name: str, logits: torch.Tensor, divisor: torch.Tensor | None) -> torch.Tensor:
+    """The divisor, where inplace="forward" may be."""
     if divisor is None:
         raise ValueError(
             f'{name}: expected num_items_in_batch where inplace="forward", got None; the gradient is written before '
@@ -772,7 +998,7 @@ def _in_place(
             f'{name}: expected bfloat16, float32 or float64 logits where inplace="forward", got float16, in which a '
             'gradient divided by the number of items underflows; use inplace="backward"'
         )
-    return ops.InPlaceForward.apply(logits, labels, weight, divisor, expected_grad, kwargs)
+    return divisor
 
 
 def _resolved(name: str, given: NumItems | Known, like: torch.Tensor) -> tuple[torch.Tensor | None, float, bool]:

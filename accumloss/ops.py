@@ -61,8 +61,8 @@ def _(logits, labels, weight=None, **options):
     return loss_sum, num_items, total_weight, lse, num_correct, entropy_sum, nll
 
 
-def _check_backward(function, grad_loss_sum, logits, labels, lse, nll, weight, options):
-    checks.check_call(function, logits, labels, weight, options)
+def _check_backward(function, grad_loss_sum, logits, labels, lse, nll, weight, options, shard=None):
+    checks.check_call(function, logits, labels, weight, options, shard)
     checks.check_grad(function, grad_loss_sum, logits)
     checks.check_saved(function, "lse", lse, torch.float64, labels, logits)
     checks.check_saved(function, "nll", nll, accumulation_dtype(logits), labels, logits)
@@ -102,6 +102,37 @@ def _(divisor, logits, labels, weight=None, expected_grad=1.0, **options):
     return logits.new_empty((), dtype=divisor.dtype), logits.new_empty(logits.shape)
 
 
+# Of logits that are a shard of the vocabulary: class_offset and vocab_size say which.
+
+
+def shard_columns(label_smoothing: float, metrics: bool) -> int:
+    """How many numbers a shard has to tell of a row: ShardColumns of csrc/row.h."""
+    return 2 + (label_smoothing > 0) + 2 * metrics
+
+
+@torch.library.register_fake("accumloss::cross_entropy_shard")
+def _(logits, labels, weight=None, *, class_offset, vocab_size, metrics=False, **options):
+    checks.check_call("cross_entropy_shard", logits, labels, weight, options, (class_offset, vocab_size))
+    columns = shard_columns(options.get("label_smoothing", 0.0), metrics)
+    return logits.new_empty((columns, *labels.shape), dtype=torch.float64)
+
+
+@torch.library.register_fake("accumloss::cross_entropy_shard_backward")
+def _(grad_loss_sum, logits, labels, lse, nll, weight=None, *, class_offset, vocab_size, **options):
+    shard = (class_offset, vocab_size)
+    name = "cross_entropy_shard_backward"
+    _check_backward(name, grad_loss_sum, logits, labels, lse, nll, weight, options, shard)
+    return logits.new_empty(logits.shape)
+
+
+@torch.library.register_fake("accumloss::cross_entropy_shard_backward_")
+def _(grad_loss_sum, logits, labels, lse, nll, weight=None, *, class_offset, vocab_size, **options):
+    shard = (class_offset, vocab_size)
+    name = "cross_entropy_shard_backward_"
+    checks.check_in_place(name, logits)
+    _check_backward(name, grad_loss_sum, logits, labels, lse, nll, weight, options, shard)
+
+
 @torch.library.register_fake("accumloss::scratch")
 def _(like, rows, columns):
     checks.check_scratch(like, rows, columns)
@@ -139,7 +170,7 @@ def _pass_on(op: Any) -> Any:
     return kernel
 
 
-for _name in ("cross_entropy_backward_", "cross_entropy_with_grad_", "scale_"):
+for _name in ("cross_entropy_backward_", "cross_entropy_with_grad_", "cross_entropy_shard_backward_", "scale_"):
     _library.impl(_name, _pass_on(getattr(_ops, _name).default), "ADInplaceOrView", with_keyset=True)
 
 
@@ -259,7 +290,9 @@ def _refuse_backward_of(name: str) -> Any:
     return refuse_backward
 
 
-for _name in ("cross_entropy_with_grad", "mean_with_grad"):
+for _name in (
+    "cross_entropy_with_grad", "mean_with_grad", "cross_entropy_shard", "cross_entropy_shard_backward",
+):  # fmt: skip
     torch.library.register_autograd(
         f"accumloss::{_name}", _refuse_backward_of(_name), setup_context=_setup_refused, lib=_library
     )
@@ -288,7 +321,7 @@ class GradInForward(torch.autograd.Function):
             if logits.is_cpu and "metrics" not in ctx.options:
                 loss, ctx.grad = _ops.mean_with_grad(divisor, logits, labels, weight, ctx.expected_grad, **ctx.options)
                 return (loss,)
-            factor = _expected_factor(ctx.expected_grad, divisor)
+            factor = expected_factor(ctx.expected_grad, divisor)
             *sums, ctx.grad = _ops.cross_entropy_with_grad(factor, logits, labels, weight, **ctx.options)
         return _loss_and_sums(ctx, sums, divisor)
 
@@ -314,7 +347,7 @@ class InPlaceForward(torch.autograd.Function):
     @staticmethod
     def forward(ctx, logits, labels, weight, divisor, expected_grad, options):
         data = logits.detach()
-        sums = _ops.cross_entropy_with_grad_(_expected_factor(expected_grad, divisor), data, labels, weight, **options)
+        sums = _ops.cross_entropy_with_grad_(expected_factor(expected_grad, divisor), data, labels, weight, **options)
         torch.autograd.graph.increment_version(logits)  # whoever saved the logits for its own backward must notice
         ctx.grad, ctx.expected_grad, ctx.options = data, expected_grad, options
         return _loss_and_sums(ctx, sums, divisor)
@@ -322,18 +355,23 @@ class InPlaceForward(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx, grad_loss, *_):
-        checks.refuse_forward_ad("accumloss", grad_loss)
-        grad, ctx.grad = ctx.grad, None
-        if grad is None:
-            raise RuntimeError(
-                'accumloss: expected one backward with inplace="forward", got a second one; the gradient took the '
-                "place of the logits and was handed out; leave inplace off where the graph is retained"
-            )
-        _scale_to(grad, grad_loss, ctx.expected_grad)
-        return grad, None, None, None, None, None
+        return gradient_handed_out(ctx, grad_loss), None, None, None, None, None
 
 
-def _expected_factor(expected_grad: float, divisor: torch.Tensor) -> torch.Tensor:
+def gradient_handed_out(ctx: Any, grad_loss: torch.Tensor) -> torch.Tensor:
+    """The gradient that took the place of the logits, ctx.grad, scaled to what has come back; once."""
+    checks.refuse_forward_ad("accumloss", grad_loss)
+    grad, ctx.grad = ctx.grad, None
+    if grad is None:
+        raise RuntimeError(
+            'accumloss: expected one backward with inplace="forward", got a second one; the gradient took the '
+            "place of the logits and was handed out; leave inplace off where the graph is retained"
+        )
+    _scale_to(grad, grad_loss, ctx.expected_grad)
+    return grad
+
+
+def expected_factor(expected_grad: float, divisor: torch.Tensor) -> torch.Tensor:
     """expected_grad / divisor: by one kernel where it is 1, the same bits."""
     return divisor.reciprocal() if expected_grad == 1 else expected_grad / divisor
 
@@ -399,6 +437,9 @@ def mean_divisor(
 
 cross_entropy = _ops.cross_entropy
 cross_entropy_with_grad_ = _ops.cross_entropy_with_grad_
+cross_entropy_shard = _ops.cross_entropy_shard
+cross_entropy_shard_backward = _ops.cross_entropy_shard_backward
+cross_entropy_shard_backward_ = _ops.cross_entropy_shard_backward_
 scale_ = _ops.scale_
 scratch = _ops.scratch
 

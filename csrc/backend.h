@@ -1,4 +1,4 @@
-// What a device supplies: the four kernels of its Backend, and the views that the ops (ops.cpp) hand to them.
+// What a device supplies: the kernels of its Backend, and the views that the ops (ops.cpp) hand to them.
 #pragma once
 
 #include <cstddef>
@@ -32,8 +32,9 @@ struct LabelsView {
 struct CrossEntropyInputs {
   LogitsView logits;
   LabelsView labels;
-  const void* weight;        // (V,) Acc, or null
-  const double* weight_sum;  // (), sum of weight, or null (no weight: V)
+  const void* weight;              // at the logits' first class, of (vocab_size,) Acc, or null
+  const double* weight_sum;        // (), sum of weight, or null (no weight: vocab_size)
+  const double* shard_weight_sum;  // (), of the logits' classes alone; null unless they are a shard
   LossOptions options;
 };
 
@@ -57,6 +58,9 @@ struct Backend {
   void (*forward_with_grad)(const CrossEntropyInputs&, const CrossEntropySums&,
                             const void* grad_loss_sum,  // () Acc
                             const LogitsView& grad_logits);
+  // For logits that are a shard of the vocabulary: ShardColumns of (., B, T), 0 in ignored rows. One read of the logits
+  // of the other rows. backward serves them too, from lse and nll of the whole vocabulary.
+  void (*forward_shard)(const CrossEntropyInputs&, double* columns);
   // values *= factor, contiguous; returns at once where factor is 1, decided on the device.
   void (*scale)(const LogitsView& values, const void* factor /* () Acc */);
   // Memory for a gradient, or null where torch's allocator is to serve. release(data, handle) takes it back.

@@ -15,6 +15,7 @@ namespace {
 #define AS_SCHEMA(type, schema_type, name, value) ", " #schema_type " " #name "=" #value
 #define AS_TYPE(type, schema_type, name, value) , type
 #define LM_OPTIONS ACCUMLOSS_LOSS_OPTIONS(AS_SCHEMA)
+#define SHARD ", int class_offset, int vocab_size" LM_OPTIONS
 #define ALL_OPTIONS ", int shift=0" LM_OPTIONS ", bool metrics=False"
 
 STABLE_TORCH_LIBRARY(accumloss, m) {
@@ -39,6 +40,14 @@ STABLE_TORCH_LIBRARY(accumloss, m) {
   m.def(
       "mean_with_grad(Tensor divisor, Tensor logits, Tensor labels, Tensor? weight=None, float expected_grad=1.0, *"
       ", int shift=0" LM_OPTIONS ") -> (Tensor loss, Tensor grad_logits)");
+  m.def("cross_entropy_shard(Tensor logits, Tensor labels, Tensor? weight=None, *" SHARD
+        ", bool metrics=False) -> Tensor");
+  m.def(
+      "cross_entropy_shard_backward(Tensor grad_loss_sum, Tensor logits, Tensor labels, Tensor lse, Tensor nll, "
+      "Tensor? weight=None, *" SHARD ") -> Tensor");
+  m.def(
+      "cross_entropy_shard_backward_(Tensor grad_loss_sum, Tensor(a!) logits, Tensor labels, Tensor lse, Tensor nll, "
+      "Tensor? weight=None, *" SHARD ") -> ()");
   m.def("scale_(Tensor(a!) values, Tensor factor) -> ()");
   m.def("scratch(Tensor like, int rows, int columns) -> Tensor");
   // Both are cross_entropy through the dispatcher, in ops.py: there an error keeps its type and message.
@@ -91,6 +100,33 @@ struct Ops {
   }
 };
 
+// Those of a shard of the vocabulary, without shift.
+template <BackendOf backend, typename... Option>
+struct ShardOps {
+  static LossOptions options(int64_t class_offset, int64_t vocab_size, Option... option) {
+    LossOptions options{0, option...};
+    options.class_offset = class_offset;
+    options.vocab_size = vocab_size;
+    return options;
+  }
+  static Tensor forward(Tensor logits, Tensor labels, OptionalTensor weight, int64_t class_offset, int64_t vocab_size,
+                        Option... option, bool metrics) {
+    LossOptions given = options(class_offset, vocab_size, option...);
+    given.metrics = metrics;
+    return cross_entropy_shard(backend(), logits, labels, weight, given);
+  }
+  static Tensor backward(Tensor grad_loss_sum, Tensor logits, Tensor labels, Tensor lse, Tensor nll,
+                         OptionalTensor weight, int64_t class_offset, int64_t vocab_size, Option... option) {
+    return cross_entropy_shard_backward(backend(), grad_loss_sum, logits, labels, lse, nll, weight,
+                                        options(class_offset, vocab_size, option...));
+  }
+  static void backward_(Tensor grad_loss_sum, Tensor logits, Tensor labels, Tensor lse, Tensor nll,
+                        OptionalTensor weight, int64_t class_offset, int64_t vocab_size, Option... option) {
+    cross_entropy_shard_backward_(backend(), grad_loss_sum, logits, labels, lse, nll, weight,
+                                  options(class_offset, vocab_size, option...));
+  }
+};
+
 template <BackendOf backend>
 void register_ops(torch::stable::detail::StableLibrary& m) {
   using OpsOfBackend = Ops<backend, int64_t ACCUMLOSS_LOSS_OPTIONS(AS_TYPE), bool>;
@@ -99,6 +135,10 @@ void register_ops(torch::stable::detail::StableLibrary& m) {
   m.impl("cross_entropy_backward_", TORCH_BOX(&OpsOfBackend::backward_));
   m.impl("cross_entropy_with_grad", TORCH_BOX(&OpsOfBackend::with_grad));
   m.impl("cross_entropy_with_grad_", TORCH_BOX(&OpsOfBackend::with_grad_));
+  using OpsOfShard = ShardOps<backend ACCUMLOSS_LOSS_OPTIONS(AS_TYPE)>;
+  m.impl("cross_entropy_shard", TORCH_BOX(&OpsOfShard::forward));
+  m.impl("cross_entropy_shard_backward", TORCH_BOX(&OpsOfShard::backward));
+  m.impl("cross_entropy_shard_backward_", TORCH_BOX(&OpsOfShard::backward_));
   m.impl("scale_", TORCH_BOX(&OpsOfBackend::scale));
   m.impl("scratch", TORCH_BOX(&OpsOfBackend::scratch));
 }

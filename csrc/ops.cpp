@@ -12,6 +12,8 @@
 #include <utility>
 #include <vector>
 
+#include "row.h"
+
 // Since torch 2.11: weak, so that the module loads in 2.10 too, where torch's allocator serves all gradients.
 extern "C" __attribute__((weak)) AOTITorchError torch_from_blob(
     void* data, int64_t ndim, const int64_t* sizes, const int64_t* strides, int64_t storage_offset, int32_t dtype,
@@ -264,7 +266,7 @@ bool is_writable(const char* function, const Tensor& logits) {
 // A call's tensors, checked and in the form that the kernels read, and the inputs that point at them.
 struct Call {
   Tensor logits, labels;
-  optional<Tensor> weight, weight_sum;
+  optional<Tensor> weight, weight_sum, shard_weight_sum;
   CrossEntropyInputs inputs;
   ScalarType acc;
 
@@ -280,14 +282,25 @@ struct Call {
     inputs.labels = labels_view(labels);
     inputs.options = options;
     inputs.options.shift = std::min(options.shift, inputs.logits.T);  // no row has a label then; t + shift is in range
+    inputs.options.vocab_size = vocab_size;
     inputs.weight = nullptr;
-    inputs.weight_sum = nullptr;
+    inputs.weight_sum = inputs.shard_weight_sum = nullptr;
     if (given_weight.has_value()) {
       weight = torch::stable::contiguous(torch::stable::to(*given_weight, acc));
-      inputs.weight = weight->data_ptr();
+      inputs.weight = static_cast<const char*>(weight->data_ptr()) +
+                      options.class_offset * (acc == ScalarType::Double ? sizeof(double) : sizeof(float));
       if (options.label_smoothing > 0) {
-        weight_sum = torch::stable::sum(torch::stable::to(*weight, ScalarType::Double), std::vector<int64_t>{0});
+        const Tensor wide = torch::stable::to(*weight, ScalarType::Double);
+        weight_sum = torch::stable::sum(wide, std::vector<int64_t>{0});
         inputs.weight_sum = static_cast<const double*>(weight_sum->data_ptr());
+        if (vocab_size != inputs.logits.V) {
+          AtenTensorHandle of_shard = nullptr;
+          const int64_t stride = 1;
+          TORCH_ERROR_CODE_CHECK(aoti_torch__reinterpret_tensor(wide.get(), 1, &inputs.logits.V, &stride,
+                                                                options.class_offset, &of_shard));
+          shard_weight_sum = torch::stable::sum(Tensor(of_shard), std::vector<int64_t>{0});
+          inputs.shard_weight_sum = static_cast<const double*>(shard_weight_sum->data_ptr());
+        }
       }
     }
   }
@@ -298,12 +311,18 @@ struct Call {
   Tensor grad_logits(const Backend& backend) const { return backend_empty(backend, logits, logits.sizes()); }
 
  private:
+  int64_t vocab_size;
+
   void check(const char* function, const optional<Tensor>& given_weight, const LossOptions& options) {
     if (logits.dim() < 1) fail(function, "logits of shape (..., V), got a 0-dim tensor");
     inputs.logits.dtype = dtype_of(function, logits);
     const int64_t leading = logits.dim() - 1;
     const int64_t V = logits.size(leading);
     if (V < 1) fail(function, "logits of shape (..., V) with V >= 1, got ", shape_string(logits));
+    vocab_size = options.vocab_size == 0 ? V : options.vocab_size;
+    if (options.class_offset < 0 || options.class_offset > vocab_size - V)
+      fail(function, "the classes [class_offset, class_offset + V) of a vocabulary of vocab_size, got V = ", V,
+           ", class_offset ", options.class_offset, " and vocab_size ", vocab_size);
     if (options.shift > 0 && leading < 1)
       fail(function, "logits of shape (..., T, V) where shift > 0, got ", shape_string(logits));
     if (labels.scalar_type() != ScalarType::Long && labels.scalar_type() != ScalarType::Int)
@@ -316,8 +335,8 @@ struct Call {
            shape_string(labels), "; labels are class indices, one for each row of logits");
     check_device(function, "labels", labels, logits);
     if (given_weight.has_value()) {
-      if (given_weight->dim() != 1 || given_weight->size(0) != V)
-        fail(function, "weight of shape (V,) = (", V, ",), got ", shape_string(*given_weight));
+      if (given_weight->dim() != 1 || given_weight->size(0) != vocab_size)
+        fail(function, "weight of shape (V,) = (", vocab_size, ",), got ", shape_string(*given_weight));
       const ScalarType type = given_weight->scalar_type();
       if (type != ScalarType::BFloat16 && type != ScalarType::Half && type != ScalarType::Float &&
           type != ScalarType::Double)
@@ -405,6 +424,33 @@ void cross_entropy_backward_(const Backend& backend, const Tensor& grad_loss_sum
   check_in_place("cross_entropy_backward_", logits);
   const Call call("cross_entropy_backward_", logits, labels, weight, options);
   backward_into(backend, "cross_entropy_backward_", grad_loss_sum, call, lse, nll, logits);
+}
+
+Tensor cross_entropy_shard(const Backend& backend, const Tensor& logits, const Tensor& labels,
+                           const optional<Tensor>& weight, const LossOptions& options) {
+  const Call call("cross_entropy_shard", logits, labels, weight, options);
+  std::vector<int64_t> sizes = {ShardColumns::count(options)};
+  for (const int64_t size : labels.sizes()) sizes.push_back(size);
+  const Tensor columns = call.empty(sizes, ScalarType::Double);
+  backend.forward_shard(call.inputs, static_cast<double*>(columns.data_ptr()));
+  return columns;
+}
+
+Tensor cross_entropy_shard_backward(const Backend& backend, const Tensor& grad_loss_sum, const Tensor& logits,
+                                    const Tensor& labels, const Tensor& lse, const Tensor& nll,
+                                    const optional<Tensor>& weight, const LossOptions& options) {
+  const Call call("cross_entropy_shard_backward", logits, labels, weight, options);
+  const Tensor grad_logits = call.grad_logits(backend);
+  backward_into(backend, "cross_entropy_shard_backward", grad_loss_sum, call, lse, nll, grad_logits);
+  return grad_logits;
+}
+
+void cross_entropy_shard_backward_(const Backend& backend, const Tensor& grad_loss_sum, const Tensor& logits,
+                                   const Tensor& labels, const Tensor& lse, const Tensor& nll,
+                                   const optional<Tensor>& weight, const LossOptions& options) {
+  check_in_place("cross_entropy_shard_backward_", logits);
+  const Call call("cross_entropy_shard_backward_", logits, labels, weight, options);
+  backward_into(backend, "cross_entropy_shard_backward_", grad_loss_sum, call, lse, nll, logits);
 }
 
 WithGradOutputs cross_entropy_with_grad(const Backend& backend, const Tensor& grad_loss_sum, const Tensor& logits,

@@ -39,6 +39,29 @@ void cross_entropy_backward_(const Backend& backend, const Tensor& grad_loss_sum
                              const Tensor& labels, const Tensor& lse, const Tensor& nll,
                              const std::optional<Tensor>& weight, const LossOptions& options);
 
+// For logits that are a shard of the vocabulary: class_offset and vocab_size of the options. What that shard adds to
+// each row, ShardColumns (count, ...) double.
+Tensor cross_entropy_shard(const Backend& backend,
+                           const Tensor& logits,                 // (..., V)
+                           const Tensor& labels,                 // (...), of the whole vocabulary
+                           const std::optional<Tensor>& weight,  // (vocab_size,)
+                           const LossOptions& options);
+
+// From lse and nll of the whole vocabulary.
+Tensor cross_entropy_shard_backward(const Backend& backend,
+                                    const Tensor& grad_loss_sum,          // ()
+                                    const Tensor& logits,                 // (..., V)
+                                    const Tensor& labels,                 // (...)
+                                    const Tensor& lse,                    // (...)
+                                    const Tensor& nll,                    // (...)
+                                    const std::optional<Tensor>& weight,  // (vocab_size,)
+                                    const LossOptions& options);          // -> grad_logits (..., V)
+
+// The same, written over logits.
+void cross_entropy_shard_backward_(const Backend& backend, const Tensor& grad_loss_sum, const Tensor& logits,
+                                   const Tensor& labels, const Tensor& lse, const Tensor& nll,
+                                   const std::optional<Tensor>& weight, const LossOptions& options);
+
 WithGradOutputs cross_entropy_with_grad(const Backend& backend,
                                         const Tensor& grad_loss_sum,          // ()
                                         const Tensor& logits,                 // (..., V)

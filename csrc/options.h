@@ -20,6 +20,10 @@ struct LossOptions {
   ACCUMLOSS_LOSS_OPTIONS(ACCUMLOSS_FIELD)
 #undef ACCUMLOSS_FIELD
   bool metrics = false;  // also count correct top-1 predictions and sum the entropies
+  // Where several processes share the vocabulary, the logits are its classes [class_offset, class_offset + V) of
+  // vocab_size. Labels are of all of it. Else 0 and V.
+  int64_t class_offset = 0;
+  int64_t vocab_size = 0;
 };
 
 }  // namespace accumloss

@@ -156,6 +156,59 @@ ACCUMLOSS_HD RowResult row_result(const RowState<Acc>& others, double target, do
   return row;
 }
 
+// What the classes of a shard add to a row of the whole vocabulary: accumloss/parallel.py merges them. The label's
+// class is one of the shard's, or of another's.
+struct ShardRow {
+  double others;   // log sum_j exp(z_j) over the shard's classes other than the label; -inf where there are none
+  double target;   // z_y; NaN where another shard has the label
+  double linear;   // sum_j w_j z_j over all classes of the shard; label smoothing only
+  double entropy;  // of the others among themselves; metrics only
+  double best;     // the caller's, metrics only: the largest x_j; x_y where it is the first of them, else NaN, if the
+                   // shard has the label
+};
+
+// origin: z_y, or where another shard has the label the z of any class. others.linear is relative to
+// row_reference(origin), others.weighted to entropy_reference(origin, others.max). target_weight: w_y, 0 where another
+// shard has the label; weight_sum: of the shard's classes.
+template <typename Acc>
+ACCUMLOSS_HD ShardRow shard_row(const RowState<Acc>& others, bool has_label, double origin, double target_weight,
+                                double weight_sum, const LossOptions& options) {
+  using std::log;
+  ShardRow row;
+  const double max = others.max, sum = others.sum;
+  row.others = sum == 0 || max == kInfinity ? (max == kInfinity ? kNaN : -kInfinity) : max + log(sum);
+  row.target = has_label ? origin : kNaN;
+  row.linear = row.entropy = row.best = 0;
+  if (options.label_smoothing > 0) {
+    const double reference = row_reference(origin);
+    row.linear = static_cast<double>(others.linear) + (weight_sum - target_weight) * reference;
+    if (has_label) row.linear += target_weight * origin;
+  }
+  // -sum_j q_j log q_j of q_j = exp(z_j - row.others)
+  if (options.metrics && sum != 0)
+    row.entropy = (row.others - entropy_reference(origin, max)) - static_cast<double>(others.weighted) / sum;
+  return row;
+}
+
+// Where the numbers of ShardRow go: (count, N), those that the options ask for, in their order.
+struct ShardColumns {
+  double* data;
+  int64_t N;
+
+  ACCUMLOSS_HD static int count(const LossOptions& options) {
+    return 2 + (options.label_smoothing > 0 ? 1 : 0) + (options.metrics ? 2 : 0);
+  }
+  ACCUMLOSS_HD void write(int64_t row, const ShardRow& values, const LossOptions& options) const {
+    double* at = data + row;
+    *at = values.others;
+    *(at += N) = values.target;
+    if (options.label_smoothing > 0) *(at += N) = values.linear;
+    if (!options.metrics) return;
+    *(at += N) = values.entropy;
+    *(at += N) = values.best;
+  }
+};
+
 // Everything that the gradient of a row needs, from lse and nll:
 //   dL/dz_j = C p_j - (e / V) w_j,                                     j != y,  C = (1 - e) w_y + (e / V) W + 2 z_loss
 //   lse dL/dz_y = (C - (1 - e) w_y) p_y - (1 - e) w_y (1 - p_y) - (e / V) w_y

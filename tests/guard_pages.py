@@ -116,7 +116,8 @@ def run(count: int, seed: int) -> None:
             "softcap": draw(0.0, 0.0, 0.0, 20.0), "z_loss": draw(0.0, 0.0, 1e-3),
         }  # fmt: skip
         op = draw("cross_entropy", "cross_entropy_backward", "cross_entropy_backward_", "cross_entropy_with_grad",
-                  "cross_entropy_with_grad_", "mean_with_grad", "scale_")  # fmt: skip
+                  "cross_entropy_with_grad_", "mean_with_grad", "scale_", "cross_entropy_shard",
+                  "cross_entropy_shard_backward", "cross_entropy_shard_backward_")  # fmt: skip
         acc = torch.float64 if dtype == torch.float64 else torch.float32
         x = layout(generator, (torch.randn(*sizes, V, generator=generator) * 3).to(dtype), kind)
         y = torch.randint(0, V, sizes, generator=generator)
@@ -130,10 +131,22 @@ def run(count: int, seed: int) -> None:
               f"{weight is not None}, {'ends' if at_end else 'begins'} at a guard, {kwargs}", flush=True)  # fmt: skip
         _, _, _, lse, _, _, nll = ops.cross_entropy(x, y, weight, **kwargs)
         one = torch.full((), 0.5, dtype=acc)
+        if "shard" in op:  # labels of it and of others, which index nothing of it
+            begin, after = draw(0, 5, 1000), draw(0, 7, 3000)
+            del kwargs["shift"]
+            if op != "cross_entropy_shard":
+                del kwargs["metrics"]
+            kwargs |= {"class_offset": begin, "vocab_size": begin + V + after}
+            others = torch.randint(0, begin + V + after, sizes, generator=generator).to(y.dtype)
+            is_item, is_other = y != -100, torch.rand(sizes, generator=generator) < 0.5
+            y = layout(generator, torch.where(is_item, torch.where(is_other, others, y + begin), y), draw(0, 2))
+            if weight is not None:
+                weight = torch.rand(begin + V + after, generator=generator, dtype=acc)
         inputs = {
             "cross_entropy": [x, y, weight], "scale_": [x.contiguous(), one],
             "cross_entropy_backward": [one, x, y, lse, nll, weight], "cross_entropy_with_grad": [one, x, y, weight],
-            "mean_with_grad": [one, x, y, weight],
+            "mean_with_grad": [one, x, y, weight], "cross_entropy_shard": [x, y, weight],
+            "cross_entropy_shard_backward": [one, x, y, lse, nll, weight],
         }  # fmt: skip
         given = inputs[op] if op in inputs else inputs[op.removesuffix("_")]
         if op == "scale_":
@@ -156,7 +169,8 @@ def run(count: int, seed: int) -> None:
         if written >= 0:
             found, wanted = [*(found or ()), guards[written].tensor], [*(wanted or ()), ordinary[written]]
         found, wanted = [[t] if isinstance(t, torch.Tensor) else list(t) for t in (found, wanted)]
-        assert all(torch.equal(a, b) for a, b in zip(found, wanted, strict=True)), "other bits than in ordinary memory"
+        same = (torch.equal(a.nan_to_num(7.0), b.nan_to_num(7.0)) for a, b in zip(found, wanted, strict=True))
+        assert all(same), "other bits than in ordinary memory"
         del found
         for guard in guards:
             if guard is not None:

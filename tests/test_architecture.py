@@ -33,6 +33,7 @@ LAYERS = [
     {"checks"},
     {"reference"},
     {"ops"},
+    {"parallel"},
     {"cuda", "linear"},
     {"losses"},
     {"accumulation", "transformers"},

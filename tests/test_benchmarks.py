@@ -588,6 +588,35 @@ def test_sanitizer_is_shown_every_kernel():
                 assert (accumloss.plan(V, dtype, arch="sm_90", call=call).kernel, call, dtype) in found
 
 
+def test_vocabulary_errors(capfd):
+    import vocabulary_errors
+
+    vocabulary_errors.main(["--rows", "4", "--vocab", "1000"])
+    lines = capfd.readouterr().out.splitlines()
+    assert len(lines) == 2 + len(vocabulary_errors.OPTIONS)
+    assert all(float(error) < 1e-6 for line in lines[2:] for error in line.split("|")[2].split("/"))
+
+
+@pytest.mark.slow("a launch of two ranks; what they compute is tested by others")
+@pytest.mark.xdist_group("torchrun")
+def test_vocabulary_benchmark(tmp_path, capfd):
+    import bench_vocabulary
+    import record
+
+    assert bench_vocabulary.main(["--rows", "8", "--vocab", "4096", "--rounds", "1", "--out", str(tmp_path)]) == 0
+    lines = {line["way"]: line for line in record.read_csv(tmp_path / "vocabulary_cpu.csv")}
+    assert len(lines) == 6
+    for line in lines.values():
+        assert line["loss_error"] < 1e-5
+        assert line["gradient_error"] < 2.0**-8
+    ours = lines["accumloss, group="]
+    assert (ours["collectives"], ours["bytes"]) == (1, 16 * 8 + 16)
+    assert lines["gathered, torch"]["bytes"] == 8 * 2048 * 2
+    with pytest.raises(SystemExit):
+        bench_vocabulary.main(["--vocab", "33"])
+    assert "expected multiples of --ranks 2" in capfd.readouterr().err
+
+
 @pytest.mark.slow("a measurement; what a call computes is tested in the fast tier")
 def test_the_smallest_call_takes_little_more_than_pytorch():
     """benchmarks/overhead.py measures 1.25 and 1.54; a call that is checked or wrapped twice is beyond these bounds."""

@@ -19,6 +19,9 @@ NAMES = {
     "cross_entropy_with_grad": ("grad", "logits", "labels", "weight"),
     "cross_entropy_with_grad_": ("grad", "logits", "labels", "weight"),
     "mean_with_grad": ("grad", "logits", "labels", "weight"),
+    "cross_entropy_shard": ("logits", "labels", "weight"),
+    "cross_entropy_shard_backward": ("grad", "logits", "labels", "lse", "nll", "weight"),
+    "cross_entropy_shard_backward_": ("grad", "logits", "labels", "lse", "nll", "weight"),
     "scale_": ("logits", "grad"),
     "scratch": ("logits",),
     "causal_lm": ("logits", "labels", "weight"),
@@ -29,7 +32,8 @@ NAMES = {
 BAD_OPTIONS = {
     "shift": (-1, 1, 2, 7), "label_smoothing": (-0.1, 1.1, math.nan, 0.5), "z_loss": (-1.0, math.inf, math.nan, 0.1),
     "softcap": (-1.0, math.inf, math.nan, 5.0), "logit_scale": (0.0, -1.0, math.inf, math.nan, 2.0),
-    "max_scratch_bytes": (0, -1, 1, 1000), "metrics": (True,),
+    "max_scratch_bytes": (0, -1, 1, 1000), "metrics": (True,), "class_offset": (-1, 0, 1, 2**62),
+    "vocab_size": (-2, 0, 1, 8, 9),
 }  # fmt: skip
 
 
@@ -90,7 +94,18 @@ def call(name: str, tensors: dict[str, torch.Tensor | None], options: dict):
         return ops.scratch(*given, options.get("shift", 3), 5)
     if name == "linear_cross_entropy_with_grad":
         options = {**options, "needs": [True, True, given[3] is not None]}
+    if "shard" in name:
+        options = {
+            "class_offset": 0,
+            "vocab_size": tensors["logits"].shape[-1] if tensors["logits"].dim() else 1,
+            **options,
+        }
     return getattr(ops, name)(*given, **options)
+
+
+def takes(name: str, option: str) -> bool:
+    """Whether an op has the option."""
+    return any(argument.name == option for argument in getattr(ops, name).default._schema.arguments)
 
 
 def outcome(name, tensors, options):
@@ -117,11 +132,9 @@ def test_fakes_raise_if_and_only_if_the_ops_do(name):
             which = draw.one_of(NAMES[name])
             if tensors[which] is not None:
                 tensors[which] = changed(draw, tensors[which])
-        if draw.below(3) == 0 and name != "scale_":
+        if draw.below(3) == 0:
             key = draw.one_of(list(BAD_OPTIONS))
-            if (key != "max_scratch_bytes" or "linear" in name) and (
-                key in ("label_smoothing", "z_loss") or not ("_lm" in name or (key == "metrics" and "mean" in name))
-            ):
+            if takes(name, key) or (name, key) == ("scratch", "shift"):  # its rows
                 options[key] = draw.one_of(BAD_OPTIONS[key])
         what = f"{name}, draw {index}: " + str({
             n: None if (t := tensors[n]) is None else (tuple(t.shape), t.stride(), t.dtype, t.device.type)

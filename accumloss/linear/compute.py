@@ -12,7 +12,8 @@ from typing import Any, NamedTuple
 
 import torch
 
-from .. import ops
+from .. import ops, parallel
+from ..options import LossOptions
 from .plan import ROWS_ALIGNED, LinearPlan, chunks, linear_plan
 
 SUM_DTYPES = (torch.float64, torch.int64, torch.float64, torch.int64, torch.float64)  # of the sums over the chunks
@@ -49,14 +50,17 @@ def run(
     options: dict[str, Any],
     num_valid: int | None,
     max_scratch_bytes: int,
+    shard: parallel.Shard | None = None,
 ) -> Outputs:
-    """Everything, below autograd."""
+    """Everything, below autograd. Of a shard: weight, bias and their gradients of its classes, labels and class_weight of all;
+    the gradient of hidden is its part of a sum over the processes."""
     H, V = hidden.shape[1], weight.shape[0]
     acc = ops.accumulation_dtype(hidden)
-    rows, given = valid_rows(labels, V, options["ignore_index"], num_valid)
+    vocab_size, most_classes = (V, V) if shard is None else (shard.vocab_size, shard.chunk)
+    rows, given = valid_rows(labels, vocab_size, options["ignore_index"], num_valid)
     n = hidden.shape[0] if rows is None else rows.shape[0]
-    plan = linear_plan(
-        n, H, V, hidden.dtype, weight_grad=needs.weight, hidden_grad=needs.hidden, gathered=rows is not None,
+    plan = linear_plan(  # of a shard for the largest: all processes go through the same chunks
+        n, H, most_classes, hidden.dtype, weight_grad=needs.weight, hidden_grad=needs.hidden, gathered=rows is not None,
         max_scratch_bytes=max_scratch_bytes,
     )  # fmt: skip
     wants_grad = needs.hidden or needs.weight or needs.bias
@@ -84,7 +88,9 @@ def run(
         targets = labels[part] if index is None else labels.index_select(0, index)
         logits = buffer[: part.stop - begin]
         _product_of_logits(logits, h, weight, bias)
-        if wants_grad:
+        if shard is not None:
+            found = _of_shard(factor if wants_grad else None, logits, targets, class_weight, shard, options)
+        elif wants_grad:
             found = ops.cross_entropy_with_grad_(factor, logits, targets, class_weight, **options)
         else:
             loss_sum, num_items, total_weight, _, num_correct, entropy_sum, _ = ops.cross_entropy(
@@ -115,6 +121,24 @@ def run(
     if given is not None:  # fewer than there are: no row of theirs may be missing unseen
         final[0] = torch.where(given, final[0], torch.full_like(final[0], float("nan")))
     return Outputs(final, grad_hidden, grad_weight, grad_bias)
+
+
+def _of_shard(
+    factor: torch.Tensor | None,
+    logits: torch.Tensor,
+    labels: torch.Tensor,
+    class_weight: torch.Tensor | None,
+    shard: parallel.Shard,
+    options: dict[str, Any],
+) -> tuple[torch.Tensor, ...]:
+    """The sums of a chunk over the whole vocabulary; with a factor the gradient takes the place of the logits."""
+    of_loss = {name: value for name, value in options.items() if name != "metrics"}
+    loss_options = LossOptions(**of_loss)
+    name = "linear_cross_entropy"
+    rows = parallel.forward(name, logits, labels, class_weight, shard, loss_options, options["metrics"])
+    if factor is not None:
+        parallel.backward(factor, logits, labels, rows.lse, rows.nll, class_weight, shard, loss_options, in_place=True)
+    return rows.sums
 
 
 def _product_of_logits(

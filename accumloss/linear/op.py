@@ -8,9 +8,10 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 
-from .. import checks, ops, reference
+from .. import checks, ops, parallel, reference
 from ..options import SCHEMA, LossOptions
 from . import compute
 from .compute import Needs
@@ -161,14 +162,20 @@ class LinearGradInForward(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, hidden, weight, labels, bias, class_weight, divisor, expected_grad, needs, options, limits):
+    def forward(
+        ctx, hidden, weight, labels, bias, class_weight, divisor, expected_grad, needs, options, limits, shared=None
+    ):
+        # shared: a Shard of the vocabulary, and whether the gradient of hidden is summed over its processes
         # hidden (..., H), weight (V, H), labels (...), bias and class_weight (V,) or None, divisor ()
         # a quotient of tensors, as autograd's: a number over a tensor is its reciprocal times the number, an ulp off
         expected = torch.full_like(divisor, expected_grad)
         ctx.factor = torch.ones_like(divisor) if hidden.dtype == torch.float16 else expected / divisor
         ctx.needs, ctx.options, ctx.limits = needs, options, limits
+        ctx.shard, ctx.is_summed = shared or (None, False)
         ctx.save_for_backward(hidden, weight, labels, bias, class_weight, divisor)
-        sums, *ctx.grads = _compute(ctx.factor, hidden, weight, labels, bias, class_weight, needs, options, limits)
+        sums, *ctx.grads = _compute(
+            ctx.factor, hidden, weight, labels, bias, class_weight, needs, options, limits, ctx.shard
+        )
         ctx.mark_non_differentiable(*sums)
         return sums[0] / divisor, *sums
 
@@ -180,15 +187,19 @@ class LinearGradInForward(torch.autograd.Function):
         grads, ctx.grads = ctx.grads, None
         found: Any
         if torch.is_grad_enabled():
+            if ctx.shard is not None:
+                raise RuntimeError(parallel.NO_SECOND_DERIVATIVE)
             found = _differentiable_grads(wanted, inputs, ctx.needs, labels, class_weight, ctx.options)
-            return found[0], found[1], None, found[2], *[None] * 6
+            return found[0], found[1], None, found[2], *[None] * 7
         if grads is None:
             grads = _compute(
-                ctx.factor, hidden, weight, labels, bias, class_weight, ctx.needs, ctx.options, ctx.limits
+                ctx.factor, hidden, weight, labels, bias, class_weight, ctx.needs, ctx.options, ctx.limits, ctx.shard
             )[1:]
+        if ctx.is_summed and grads[0] is not None:
+            dist.all_reduce(grads[0], group=ctx.shard.group)
         ratio = wanted / ctx.factor
         found = [_finish(grad, ratio, tensor) for grad, tensor in zip(grads, inputs, strict=True)]
-        return found[0], found[1], None, found[2], *[None] * 6
+        return found[0], found[1], None, found[2], *[None] * 7
 
 
 def _finish(grad: torch.Tensor | None, ratio: torch.Tensor, like: torch.Tensor | None) -> torch.Tensor | None:
@@ -198,22 +209,24 @@ def _finish(grad: torch.Tensor | None, ratio: torch.Tensor, like: torch.Tensor |
     return grad.to(like.dtype)
 
 
-def _compute(factor, hidden, weight, labels, bias, class_weight, needs, options, limits) -> compute.Outputs:
+def _compute(factor, hidden, weight, labels, bias, class_weight, needs, options, limits, shard=None) -> compute.Outputs:
     """compute.run for hidden (..., H) and labels (...) that are not shifted."""
     shift = options["shift"]
-    _check(hidden, weight, labels, bias, class_weight, options, *limits)
+    num_valid, max_scratch_bytes = limits
+    _check(hidden, weight, labels, bias, class_weight, options, num_valid, max_scratch_bytes, shard)
     targets = reference.shift_labels(labels, shift, options["ignore_index"]) if labels.dim() else labels
     rows = hidden.detach().reshape(-1, hidden.shape[-1])
     of_rows = {name: value for name, value in options.items() if name != "shift"}
     bias = bias if bias is None else bias.detach()
     with torch.no_grad():
         found = compute.run(
-            factor, rows, weight.detach(), targets.reshape(-1), bias, class_weight, needs, of_rows, *limits
-        )
+            factor, rows, weight.detach(), targets.reshape(-1), bias, class_weight, needs, of_rows, num_valid,
+            max_scratch_bytes, shard,
+        )  # fmt: skip
     return found if found.hidden is None else found._replace(hidden=found.hidden.view(hidden.shape))
 
 
-def check(name, hidden, weight, labels, bias, class_weight, num_valid, max_scratch_bytes) -> None:
+def check(name, hidden, weight, labels, bias, class_weight, num_valid, max_scratch_bytes, shard=None) -> None:
     """Shapes, and the limits; devices and dtypes are seen where the tensors are in place and cast."""
     for what, tensor in (("weight", weight), ("hidden", hidden), ("bias", bias)):
         if tensor is not None and hasattr(tensor, "placements"):
@@ -225,19 +238,18 @@ def check(name, hidden, weight, labels, bias, class_weight, num_valid, max_scrat
         raise RuntimeError(
             f"{name}: expected hidden (..., H) and weight (V, H), got {tuple(hidden.shape)} and {tuple(weight.shape)}"
         )
-    if weight.numel() == 0:
+    if shard is None and weight.numel() == 0:
         raise RuntimeError(f"{name}: expected weight (V, H) with V and H >= 1, got {tuple(weight.shape)}")
     if labels.shape != hidden.shape[:-1]:
         raise RuntimeError(
             f"{name}: expected labels of shape {tuple(hidden.shape[:-1])}, as hidden without H, got {tuple(labels.shape)}"
         )
-    for what, tensor in (("bias", bias), ("class_weight", class_weight)):
+    vocab_size = weight.shape[0] if shard is None else shard.vocab_size
+    for what, tensor, size in (("bias", bias, weight.shape[0]), ("class_weight", class_weight, vocab_size)):
         if tensor is not None and not isinstance(tensor, torch.Tensor):
             raise TypeError(f"{name}: expected a tensor {what} (V,) or None, got a {type(tensor).__name__}")
-        if tensor is not None and tensor.shape != weight.shape[:1]:
-            raise RuntimeError(
-                f"{name}: expected {what} of shape (V,) = ({weight.shape[0]},), got {tuple(tensor.shape)}"
-            )
+        if tensor is not None and tuple(tensor.shape) != (size,):
+            raise RuntimeError(f"{name}: expected {what} of shape (V,) = ({size},), got {tuple(tensor.shape)}")
     for what, value, least in (("num_valid", num_valid, 0), ("max_scratch_bytes", max_scratch_bytes, 1)):
         if value is None and what == "num_valid":
             continue
@@ -245,10 +257,10 @@ def check(name, hidden, weight, labels, bias, class_weight, num_valid, max_scrat
             raise ValueError(f"{name}: expected {what} >= {least}, an int, got {value!r}")
 
 
-def _check(hidden, weight, labels, bias, class_weight, options, num_valid, max_scratch_bytes) -> None:
+def _check(hidden, weight, labels, bias, class_weight, options, num_valid, max_scratch_bytes, shard=None) -> None:
     """Everything that can be known without a look at the values."""
     name = "linear_cross_entropy"
-    check(name, hidden, weight, labels, bias, class_weight, num_valid, max_scratch_bytes)
+    check(name, hidden, weight, labels, bias, class_weight, num_valid, max_scratch_bytes, shard)
     checks.check_options(name, hidden, **options)
     if labels.dtype not in (torch.int64, torch.int32):
         raise RuntimeError(f"{name}: expected int64 or int32 labels, got {labels.dtype}")
@@ -262,6 +274,7 @@ def _check(hidden, weight, labels, bias, class_weight, options, num_valid, max_s
         if tensor is not None and tensor.dtype not in checks.FLOATS:
             raise RuntimeError(f"{name}: expected {what} of bfloat16, float16, float32 or float64, got {tensor.dtype}")
     if class_weight is not None:
-        checks.check_class_weight(name, "class_weight", class_weight, weight.shape[0], hidden, "hidden")
+        vocab_size = weight.shape[0] if shard is None else shard.vocab_size
+        checks.check_class_weight(name, "class_weight", class_weight, vocab_size, hidden, "hidden")
     if options.get("shift", 0) > 0 and hidden.dim() < 2:
         raise RuntimeError(f"{name}: expected hidden (..., T, H) where shift > 0, got {tuple(hidden.shape)}")

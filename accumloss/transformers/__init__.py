@@ -20,6 +20,7 @@ from .patches import loss_names, trainer_methods
 from .probe import MeasuredTerm, Verification
 from .registration import Part, registration
 from .settings import settings
+from .tensor_parallel import vocabulary_parallel_plan
 
 __all__ = [
     "Explanation",
@@ -34,6 +35,7 @@ __all__ = [
     "unregister_from_transformers",
     "unregistered",
     "verify",
+    "vocabulary_parallel_plan",
 ]
 
 registration.add(

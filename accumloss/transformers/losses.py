@@ -47,7 +47,9 @@ def known(count: Any) -> Any:
 
 
 def observed(count: Any, loss: core.Divided) -> torch.Tensor:
-    """A loss of the core, or what takes its place where the step looks on."""
+    """A loss of the core, or what takes its place where the step looks on. Of logits that are a DTensor it is a plain tensor:
+    Trainer adds it to such."""
+    loss = loss.whole()
     return count.observed(*loss) if isinstance(count, steps.Divisor) else loss.loss
 
 

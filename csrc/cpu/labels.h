@@ -26,12 +26,13 @@ class Labels {
       : labels_(inputs.labels),
         logits_(inputs.logits),
         shift_(inputs.options.shift),
-        ignore_index_(inputs.options.ignore_index) {}
+        ignore_index_(inputs.options.ignore_index),
+        vocab_size_(inputs.options.vocab_size) {}
 
   bool is_ignored(int64_t label) const { return label == ignore_index_; }
 
-  // y = the labels of rows [begin, begin + count), each a class or ignore_index. What indexes by a label takes it from
-  // here: what lies in the tensor may be another one by now.
+  // y = the labels of rows [begin, begin + count), each a class of the vocabulary or ignore_index. What indexes by a
+  // label takes it from here: what lies in the tensor may be another one by now.
   void copy(int64_t begin, int64_t count, int64_t* y) const {
     labels_.is_int32 ? copy_as<int32_t>(begin, count, y) : copy_as<int64_t>(begin, count, y);
     uint64_t bad = 0;
@@ -80,7 +81,7 @@ class Labels {
   // A number whose highest bit says that a label is neither a class nor ignored, in operations that every machine has
   // for vectors.
   uint64_t misfit(int64_t label) const {
-    const uint64_t y = static_cast<uint64_t>(label), last = static_cast<uint64_t>(logits_.V) - 1,
+    const uint64_t y = static_cast<uint64_t>(label), last = static_cast<uint64_t>(vocab_size_) - 1,
                    difference = y ^ static_cast<uint64_t>(ignore_index_);
     return (y | (last - y)) & (difference | (0 - difference));
   }
@@ -102,7 +103,7 @@ class Labels {
 
   [[noreturn]] void refuse(int64_t row, int64_t label) const {
     std::ostringstream message;
-    message << "cross_entropy: expected labels in [0, " << logits_.V << ") or ignore_index " << ignore_index_
+    message << "cross_entropy: expected labels in [0, " << vocab_size_ << ") or ignore_index " << ignore_index_
             << ", got " << label << " for row " << row << " of " << logits_.B * logits_.T
             << "; check vocab_size and the value that pads the labels";
     throw std::out_of_range(message.str());
@@ -110,7 +111,7 @@ class Labels {
 
   const LabelsView labels_;
   const LogitsView logits_;
-  const int64_t shift_, ignore_index_;
+  const int64_t shift_, ignore_index_, vocab_size_;
 };
 
 }  // namespace cpu

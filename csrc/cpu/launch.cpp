@@ -92,7 +92,12 @@ struct Rows {
         labels(inputs),
         N(inputs.logits.B * inputs.logits.T),
         V(inputs.logits.V),
-        weight_sum(inputs.weight_sum != nullptr ? *inputs.weight_sum : static_cast<double>(inputs.logits.V)) {}
+        weight_sum(inputs.weight_sum != nullptr ? *inputs.weight_sum : static_cast<double>(vocab_size())) {}
+
+  int64_t vocab_size() const { return inputs.options.vocab_size; }
+  bool is_shard() const { return V != vocab_size(); }
+  // Of labels relative to the first class: all lie in [0, V) where the logits have the whole vocabulary.
+  bool has(int64_t y) const { return y >= 0 && y < V; }
 
   double weight(int64_t label) const {
     return inputs.weight != nullptr ? element(inputs.weight, inputs.logits.dtype, label) : 1.0;
@@ -104,30 +109,48 @@ struct Rows {
   RowSegment segment(int64_t row, int64_t y, int64_t begin, int64_t end, double target_logit) const {
     return {row_data(inputs.logits, row), inputs.weight, begin, end, y, row_reference(target_logit)};
   }
+  // Takes state.weighted to entropy_reference().
+  void refer_entropy(RowState<double>& state, int64_t row, int64_t y, double target_logit) const {
+    if (!inputs.options.metrics || !is_far_below(target_logit, state.max)) return;
+    // the sums again, relative to the largest logit; rare: the label's class is masked
+    RowSegment whole = segment(row, y, 0, V, target_logit);
+    whole.reference = entropy_reference(target_logit, state.max);
+    RowState<double> again;
+    kernels.push(whole, inputs.options, &again, nullptr, nullptr);
+    state.weighted = again.weighted;
+  }
   RowResult result(RowState<double> state, int64_t row, int64_t y, double target_logit) const {
-    if (inputs.options.metrics && is_far_below(target_logit, state.max)) {
-      // the sums of the entropy again, relative to the largest logit; rare: the label's class is masked
-      RowSegment whole = segment(row, y, 0, V, target_logit);
-      whole.reference = entropy_reference(target_logit, state.max);
-      RowState<double> again;
-      kernels.push(whole, inputs.options, &again, nullptr, nullptr);
-      state.weighted = again.weighted;
-    }
+    refer_entropy(state, row, y, target_logit);
     return row_result(state, target_logit, weight(y), weight_sum, V, inputs.options);
+  }
+  // origin: z_y, or of the first class where another shard has the label
+  ShardRow shard_result(RowState<double> state, int64_t row, int64_t y, double origin) const {
+    refer_entropy(state, row, y, origin);
+    const double of_shard = inputs.shard_weight_sum != nullptr ? *inputs.shard_weight_sum : static_cast<double>(V);
+    ShardRow found = shard_row(state, has(y), origin, has(y) ? weight(y) : 0, of_shard, inputs.options);
+    if (!inputs.options.metrics) return found;
+    const char* const x = row_data(inputs.logits, row);
+    if (!has(y))
+      found.best = kernels.max_logit(x, V);
+    else if (origin > state.max || (origin == state.max && kernels.label_is_argmax(x, V, y)))
+      found.best = kernels.transform_one(x + y * element_size(inputs.logits.dtype), LossOptions());
+    else
+      found.best = kNaN;
+    return found;
   }
   bool is_correct(double others_max, double nll, int64_t row, int64_t y, double target_logit) const {
     if (nll != nll || target_logit < others_max) return false;
     return target_logit > others_max || kernels.label_is_argmax(row_data(inputs.logits, row), V, y);
   }
   RowGrad<double> gradient(double lse, double nll, int64_t y, double grad) const {
-    return RowGrad<double>(lse, nll, weight(y), weight_sum, V, grad, inputs.options);
+    return RowGrad<double>(lse, nll, weight(y), weight_sum, vocab_size(), grad, inputs.options);
   }
 
   // Whether short_rows serves: short rows without gaps, no option that it leaves out.
   bool is_short() const {
     const LossOptions& options = inputs.options;
     const LogitsView& logits = inputs.logits;
-    return kernels.short_rows != nullptr && V <= kMedium && logits.stride_t == V &&
+    return kernels.short_rows != nullptr && V <= kMedium && !is_shard() && logits.stride_t == V &&
            (logits.B == 1 || logits.stride_b == logits.T * V) && options.label_smoothing == 0 && options.z_loss == 0 &&
            options.softcap == 0 && options.logit_scale == 1;
   }
@@ -146,13 +169,13 @@ class RowLists {
         if (rows.labels.is_ignored(labels[r]))
           ignored_.push_back(begin + r);
         else
-          counted_.push_back({begin + r, labels[r]});
+          counted_.push_back({begin + r, labels[r] - rows.inputs.options.class_offset});
       }
     }
   }
 
   struct Counted {
-    int64_t row, label;
+    int64_t row, label;  // relative to the first class
   };
   const Counted& counted(int64_t i) const { return counted_[i]; }
   const std::vector<int64_t>& ignored() const { return ignored_; }
@@ -420,6 +443,21 @@ void forward(const CrossEntropyInputs& inputs, const CrossEntropySums& sums, dou
   ordered_sum(parts).write(sums, dtype);
 }
 
+void forward_shard(const CrossEntropyInputs& inputs, double* columns) {
+  const Rows rows(inputs);
+  const ShardColumns to = {columns, rows.N};
+  const RowLists lists(rows);
+  for (const int64_t row : lists.ignored()) to.write(row, ShardRow{}, inputs.options);
+  lists.for_each_task(no_local, [&](int64_t begin, int64_t end, int64_t, Nothing) {
+    for (int64_t i = begin; i < end; ++i) {
+      const int64_t row = lists.counted(i).row, y = lists.counted(i).label;
+      const double origin = rows.has(y) ? lists.target_logit(i) : rows.target_logit(row, 0);
+      const RowState<double> state = lists.push(i, origin, nullptr, nullptr);
+      to.write(row, rows.shard_result(state, row, y, origin), inputs.options);
+    }
+  });
+}
+
 void backward(const CrossEntropyInputs& inputs, const double* lse, const void* nll, const void* grad_loss_sum,
               const LogitsView& grad_logits) {
   const Rows rows(inputs);
@@ -496,7 +534,7 @@ const char* instruction_set_name() { return instruction_set().name; }
 }  // namespace cpu
 
 const Backend& cpu_backend() {
-  static constexpr Backend backend = {cpu::forward, cpu::backward,    cpu::forward_with_grad,
+  static constexpr Backend backend = {cpu::forward, cpu::backward,    cpu::forward_with_grad, cpu::forward_shard,
                                       cpu::scale,   cpu::take_memory, cpu::release_memory};
   return backend;
 }

@@ -44,6 +44,9 @@ const Backend& cuda_backend() {
         dispatch(inputs.logits.dtype,
                  [&](auto launchers) { launchers.forward_with_grad(inputs, sums, grad_loss_sum, grad_logits); });
       },
+      [](const CrossEntropyInputs& inputs, double* columns) {
+        dispatch(inputs.logits.dtype, [&](auto launchers) { launchers.forward_shard(inputs, columns); });
+      },
       [](const LogitsView& values, const void* factor) {
         dispatch(values.dtype, [&](auto launchers) { launchers.scale(values, factor); });
       },

@@ -82,7 +82,7 @@ __device__ __forceinline__ int64_t row_label(const CrossEntropyInputs& inputs, c
 
 // Whether a row with this label is read. Others are ignored, or the label is bad.
 __device__ __forceinline__ bool is_item(const CrossEntropyInputs& inputs, int64_t label) {
-  return label != inputs.options.ignore_index && label >= 0 && label < inputs.logits.V;
+  return label != inputs.options.ignore_index && label >= 0 && label < inputs.options.vocab_size;
 }
 
 // kCount a power of two. A recursion of templates: the compiler unrolls the equivalent loops only in part.
@@ -234,22 +234,28 @@ struct RowWeights {
   template <typename Acc>
   static __device__ __forceinline__ RowWeights read(const CrossEntropyInputs& inputs, int64_t label, Acc) {
     return {inputs.weight ? static_cast<double>(static_cast<const Acc*>(inputs.weight)[label]) : 1.0,
-            inputs.weight_sum ? *inputs.weight_sum : static_cast<double>(inputs.logits.V)};
+            inputs.weight_sum ? *inputs.weight_sum : static_cast<double>(inputs.options.vocab_size)};
   }
 };
+
+// The sums as row.h takes them. origin: the z that RowView was given.
+template <typename Acc>
+__device__ __forceinline__ RowState<double> exact_state(const RowState<Acc>& state, double origin) {
+  RowState<double> exact;
+  exact.max = state.max;
+  exact.sum = state.sum;
+  exact.weighted = state.weighted;
+  if (state.sum != 0) exact.weighted += exact.sum * (exact.max - entropy_reference(origin, exact.max));
+  exact.linear = static_cast<double>(state.linear) * kLinearUnit;
+  return exact;
+}
 
 // Not inlined: done once a row, and the doubles must not cost the loops over the row registers.
 template <typename Acc>
 __device__ __noinline__ RowResult finish_row(const RowState<Acc> state, Acc z_label, const RowWeights weights,
                                              const CrossEntropyInputs& inputs) {
   const double target = static_cast<double>(z_label);
-  RowState<double> exact;
-  exact.max = state.max;
-  exact.sum = state.sum;
-  exact.weighted = state.weighted;
-  if (state.sum != 0) exact.weighted += exact.sum * (exact.max - entropy_reference(target, exact.max));
-  exact.linear = static_cast<double>(state.linear) * kLinearUnit;
-  return row_result(exact, target, weights.target, weights.sum, inputs.logits.V, inputs.options);
+  return row_result(exact_state(state, target), target, weights.target, weights.sum, inputs.logits.V, inputs.options);
 }
 
 // exp(z - lse) is formed from the two pieces of lse, or, where the elements are too coarse to see the difference, the
@@ -257,8 +263,8 @@ __device__ __noinline__ RowResult finish_row(const RowState<Acc> state, Acc z_la
 template <bool kExactExponent, typename Acc>
 __device__ __noinline__ RowGrad<Acc> make_grad(double lse, double nll, const RowWeights weights, Acc grad_loss_sum,
                                                const CrossEntropyInputs& inputs) {
-  RowGrad<Acc> grad(lse, nll, weights.target, weights.sum, inputs.logits.V, static_cast<double>(grad_loss_sum),
-                    inputs.options);
+  RowGrad<Acc> grad(lse, nll, weights.target, weights.sum, inputs.options.vocab_size,
+                    static_cast<double>(grad_loss_sum), inputs.options);
   if (!kExactExponent) grad.probability *= static_cast<Acc>(exp(-static_cast<double>(grad.lse_low)));
   return grad;
 }
@@ -394,12 +400,13 @@ __device__ __forceinline__ void backward_row(const Group& group, const BackwardA
   using Acc = typename Element<T>::Acc;
   const CrossEntropyInputs& inputs = args.inputs;
   const RowAt at = row_at(inputs.logits, row);
-  const int64_t label = row_label(inputs, at);
+  int64_t label = row_label(inputs, at);
   T* const out = row_start<T>(args.grad_logits, at);
   if (!is_item(inputs, label)) {
     write_zeros(group, out, inputs.logits.V);
     return;
   }
+  label -= inputs.options.class_offset;
   const T* const x = row_start<T>(inputs.logits, at);
   const RowGrad<Acc> grad = group.template once<RowGrad<Acc>>([&] {
     return make_grad<Element<T>::kExactExponent>(args.lse[row], static_cast<double>(args.nll[row]),

@@ -6,6 +6,7 @@
 #include "cross_entropy.cuh"
 #include "launch.cuh"
 #include "plan.h"
+#include "shard.cuh"
 #include "staged.h"
 
 namespace accumloss::cuda {
@@ -124,6 +125,17 @@ struct Launchers {
     args.nll = static_cast<Acc*>(nll);
     constexpr const char* kWhat = "cross_entropy";
     launch_forward<false>(kWhat, context, plan(kWhat, context, Pass::kForward, inputs, nullptr), args, sums);
+  }
+
+  // A block a row, of any length.
+  static void forward_shard(const CrossEntropyInputs& inputs, double* columns) {
+    const int64_t rows = inputs.logits.B * inputs.logits.T;
+    if (rows == 0) return;
+    Context context(inputs.logits.device_index);
+    const ShardArgs<Acc> args = {inputs, {columns, rows}, bad_label_record()};
+    const Grid grid = {rows, block_threads(inputs.logits.V), kHeldHeader};
+    const auto kernel = is_general(inputs.options) ? shard_kernel<T, true> : shard_kernel<T, kIsDouble>;
+    launch("cross_entropy_shard", kernel, grid, context.stream(), args);
   }
 
   static void forward_with_grad(const CrossEntropyInputs& inputs, const CrossEntropySums& sums,

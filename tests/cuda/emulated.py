@@ -183,6 +183,8 @@ class _Options(ctypes.Structure):  # csrc/options.h, whose list is that of LossO
         ("shift", ctypes.c_int64),
         *((f.name, {"int": ctypes.c_int64, "float": ctypes.c_double}[f.type]) for f in dataclasses.fields(LossOptions)),
         ("metrics", ctypes.c_bool),
+        ("class_offset", ctypes.c_int64),
+        ("vocab_size", ctypes.c_int64),
     ]
 
 
@@ -214,6 +216,7 @@ class _Inputs(ctypes.Structure):
         ("labels", _Labels),
         ("weight", ctypes.c_void_p),
         ("weight_sum", ctypes.c_void_p),
+        ("shard_weight_sum", ctypes.c_void_p),
         ("options", _Options),
     ]
 
@@ -244,11 +247,11 @@ def check_guards(tensor: torch.Tensor) -> None:
 
 
 class Backend:
-    """The four launchers on tensors of the CPU: logits (B, T, V), labels (B, T)."""
+    """The launchers on tensors of the CPU: logits (B, T, V), labels (B, T)."""
 
     def __init__(self, library: pathlib.Path):
         self.library = ctypes.CDLL(str(library))
-        for name in ("forward", "backward", "forward_with_grad", "scale"):
+        for name in ("forward", "backward", "forward_with_grad", "forward_shard", "scale"):
             getattr(self.library, f"emulated_{name}").restype = ctypes.c_char_p
         self.library.emulated_bulk_copies.restype = ctypes.c_int64
         self.library.emulated_questions.restype = ctypes.c_int64
@@ -322,14 +325,19 @@ class Backend:
         accumulator = torch.float64 if logits.dtype == torch.float64 else torch.float32
         weight = None if weight is None else weight.to(accumulator).contiguous()
         weight_sum = None if weight is None else weight.double().sum()
+        options = {"ignore_index": -100, "logit_scale": 1.0, "vocab_size": logits.shape[2], **options}
+        own = slice(options.get("class_offset", 0), options.get("class_offset", 0) + logits.shape[2])
+        own_weight = None if weight is None else weight[own]
+        own_sum = None if weight is None else own_weight.double().sum()
         inputs = _Inputs(
             self._view(logits),
             _Labels(labels.data_ptr(), labels.dtype == torch.int32, labels.stride(0), labels.stride(1)),
-            None if weight is None else weight.data_ptr(),
+            None if weight is None else own_weight.data_ptr(),
             None if weight is None else weight_sum.data_ptr(),
-            _Options(**{"ignore_index": -100, "logit_scale": 1.0, **options}),
+            None if weight is None else own_sum.data_ptr(),
+            _Options(**options),
         )
-        inputs.keep_alive = (logits, labels, weight, weight_sum)
+        inputs.keep_alive = (logits, labels, weight, weight_sum, own_sum)
         return inputs, accumulator
 
     @staticmethod
@@ -364,6 +372,14 @@ class Backend:
         pointers = ctypes.byref(inputs), ctypes.byref(sums), ctypes.c_void_p(grad.data_ptr()), ctypes.byref(view)
         self._call("forward_with_grad", *pointers)
         return {**tensors, "grad_logits": out}
+
+    def forward_shard(self, logits, labels, weight=None, **options) -> torch.Tensor:
+        """ShardColumns (., B, T). options: class_offset and vocab_size too; weight (vocab_size,)."""
+        inputs, _ = self._inputs(logits, labels, weight, options)
+        count = 2 + (options.get("label_smoothing", 0) > 0) + 2 * options.get("metrics", False)
+        columns = torch.full((count, *labels.shape), 1e30, dtype=torch.float64)
+        self._call("forward_shard", ctypes.byref(inputs), ctypes.c_void_p(columns.data_ptr()))
+        return columns
 
     def scale(self, values: torch.Tensor, factor: float) -> None:
         factor = torch.tensor(factor, dtype=torch.float64 if values.dtype == torch.float64 else torch.float32)

@@ -50,6 +50,30 @@ def calls(arch: str | None = None) -> Iterator[tuple[str, torch.dtype, str, str,
                         yield plan, dtype, options, call, kernel
 
 
+def run_shards() -> int:
+    """The forward of a shard of the vocabulary, which has a kernel of its own, and its backward."""
+    ops, done = torch.ops.accumloss, 0
+    os.environ.pop("ACCUMLOSS_CUDA_PLAN", None)
+    for dtype in DTYPES:
+        for options in OPTIONS.values():
+            V = SIZES["held"]
+            logits = torch.randn(1, 7, V, device="cuda").to(dtype)
+            labels = torch.tensor([[0, V - 1, -100, 3 * V - 1, V, 2 * V - 1, 1]], device="cuda")  # of three shards
+            shard = {"class_offset": V, "vocab_size": 3 * V}
+            columns = ops.cross_entropy_shard(logits, labels, **shard, **options)
+            lse = torch.full((1, 7), 12.0, dtype=torch.float64, device="cuda")
+            accumulated = torch.float64 if dtype == torch.float64 else torch.float32
+            nll, one = (
+                torch.ones(1, 7, dtype=accumulated, device="cuda"),
+                torch.ones((), dtype=accumulated, device="cuda"),
+            )
+            of_loss = {name: value for name, value in options.items() if name != "metrics"}
+            grad = ops.cross_entropy_shard_backward(one, logits, labels, lse, nll, **shard, **of_loss)
+            assert columns[0].isfinite().all() and torch.isfinite(grad).all(), (dtype, options)
+            done += 1
+    return done
+
+
 def run() -> int:
     ops = torch.ops.accumloss
     one = torch.ones((), device="cuda")
@@ -73,6 +97,7 @@ def run() -> int:
             assert torch.isfinite(grad).all() and (grad[0, 0] != 0).any(), (plan, dtype, options, call)
         assert sums[1].item() == 5 and torch.isfinite(sums[0]), (plan, dtype, options, call)
         done += 1
+    done += run_shards()
     torch.cuda.synchronize()
     print(f"{done} calls")
     return 0

@@ -6,8 +6,11 @@ import math
 
 import cases
 import emulated
+import oracle
 import pytest
 import row_oracle
+import shards
+import tolerances
 import torch
 from emulated_checks import (
     CASES,
@@ -21,6 +24,8 @@ from emulated_checks import (
     check_ties,
     inputs,
 )
+
+from accumloss import LossOptions, parallel
 
 if reason := emulated.why_not():
     pytest.skip(f"the kernels cannot be emulated: {reason}", allow_module_level=True)
@@ -219,6 +224,67 @@ def test_emulated_bad_labels(backend, V):
         for g in (gradient, both):
             assert (g[0, 3:5] == 0).all()
             assert (g[0, [0, 1, 2, 5]] != 0).all()
+
+
+def three_dimensional(x: torch.Tensor, dims: int) -> torch.Tensor:
+    while x.dim() < dims:
+        x = x[None]
+    return x.flatten(0, -dims)
+
+
+@pytest.mark.parametrize("dtype", FLOATS, ids=str)
+def test_emulated_shards_match_float64(backend, dtype):
+    """The sample cases, the vocabulary cut in three: merged, and the gradient put together; no guard is written."""
+    backend.seed(51)
+
+    def columns_of(logits, labels, weight, shard, options, metrics):
+        given = {**options.as_kwargs(), **shard.kwargs, "metrics": metrics}
+        found = backend.forward_shard(emulated.guarded(three_dimensional(logits, 3), 1), three_dimensional(labels, 2),
+                                      weight, **given)  # fmt: skip
+        return found.view(-1, *labels.shape)
+
+    for case in cases.sample_cases(dtype, large=False):
+        if case.logits.shape[-1] < 5 or case.logits.numel() == 0:
+            continue  # a shard without classes calls no kernel
+        rows, labels, parts = shards.merged(case, 3, columns_of)
+        wanted = oracle.expected(case, "cuda")
+        oracle.check_sums(shards.seven_outputs(rows), case, wanted, "cuda")
+        found = []
+        for shard in parts:
+            local = three_dimensional(shards.part(case.logits, shard), 3)
+            flat = [three_dimensional(x, 2).contiguous() for x in (labels, rows.lse, rows.nll)]
+            out = emulated.guarded(torch.full_like(local, 7.0), 3)
+            given = {**case.options.as_kwargs(), **shard.kwargs}
+            backend.backward(local, *flat, weight=case.weight, out=out, **given)
+            emulated.check_guards(out)
+            found.append(out.view(*labels.shape, -1))
+        tolerances.assert_within(torch.cat(found, -1), wanted.grad, wanted.grad_bound, f"{case.name}: gradient")
+    assert backend.take_bad_label() is None
+
+
+def test_emulated_shards_of_rows_with_ties_and_bad_labels(backend):
+    """The label is the argmax where it is the first of equals in all shards; a label outside of the vocabulary is told."""
+    backend.seed(52)
+    V = 2100
+    logits = torch.zeros(1, 8, V)
+    labels = torch.tensor([[0, 699, 700, 1400, 2099, 5, V, -1]])
+    for row, winners in enumerate(([0, 2099], [699, 700], [699, 700], [1400], [3, 2099], [5, 1500])):
+        logits[0, row, winners] = 900.0 + torch.arange(len(winners)) * (row == 4)
+    for options in ({}, {"softcap": 5.0}):
+        columns = [
+            backend.forward_shard(shards.part(logits, s), labels, metrics=True, **options, **s.kwargs)
+            for s in shards.shards_of(V, 3)
+        ]
+        for column in columns:
+            assert column[:, 0, 6:].isnan().all()
+        assert backend.take_bad_label() in ((6, V), (7, -1))
+        shard = shards.shards_of(V, 3)[0]
+        rows = parallel.merge(torch.stack(columns), labels, None, shard, LossOptions(**options), True, torch.float32)
+        assert rows.sums[0].isnan()
+        assert rows.sums[1] == 8
+        right = logits[:, :6].argmax(-1) == labels[:, :6]
+        assert right.tolist() == [[True, True, False, True, True, True]]
+        assert rows.sums[3] == right.sum()
 
 
 @pytest.mark.parametrize("dtype", FLOATS, ids=str)

@@ -5,8 +5,12 @@ from __future__ import annotations
 import functools
 import math
 
+import cases
+import oracle
 import pytest
 import row_oracle
+import shards
+import tolerances
 import torch
 from tolerances import ACCUMULATED_GRADIENT, SUM, linear_gradient_bound, ulp
 
@@ -14,6 +18,7 @@ if not torch.cuda.is_available():
     pytest.skip("no CUDA device", allow_module_level=True)
 
 import accumloss
+from accumloss import parallel
 
 if accumloss.build_info().get("cuda") is None:
     pytest.skip("accumloss was built without CUDA", allow_module_level=True)
@@ -386,3 +391,31 @@ def test_cuda_linear_cross_entropy_waits_for_nothing():
         loss.backward()
     finally:
         torch.cuda.set_sync_debug_mode("default")
+
+
+@pytest.mark.parametrize("dtype", FLOATS, ids=str)
+def test_shards_match_float64(dtype):
+    """The sample cases, the vocabulary cut in three, one after the other on the device: merged, and the gradients joined."""
+    for case in cases.sample_cases(dtype):
+        there = case.to("cuda")
+        rows, labels, parts = shards.merged(there, 3)
+        wanted = oracle.expected(case, "cuda")
+        oracle.check_sums(shards.seven_outputs(rows), case, wanted, "cuda")
+        factor = torch.ones((), dtype=rows.nll.dtype, device="cuda")
+        arguments = (labels, rows.lse, rows.nll, there.weight)
+        for in_place in (False, True):
+            found = [
+                parallel.backward(factor, shards.part(there.logits, s), *arguments, s, case.options, in_place)
+                for s in parts
+            ]
+            tolerances.assert_within(torch.cat(found, -1), wanted.grad, wanted.grad_bound, f"{case.name}: gradient")
+    accumloss.check()
+
+
+def test_labels_outside_of_a_shared_vocabulary_are_told():
+    logits, labels = torch.zeros(3, 2000, device="cuda"), torch.tensor([0, 5000, -100], device="cuda")
+    columns = OPS.cross_entropy_shard(logits, labels, class_offset=2000, vocab_size=5000)
+    assert columns[:, 1].isnan().all()
+    assert columns[1, 0].isnan() and columns[0, 0].isfinite()  # another shard has label 0
+    with pytest.raises(IndexError, match="5000"):
+        accumloss.check()

@@ -172,6 +172,22 @@ ACCUMLOSS_NOINLINE bool label_is_argmax(const void* x, int64_t V, int64_t target
   return true;
 }
 
+// The largest of the logits as they are. NaN is not looked for.
+template <typename T>
+ACCUMLOSS_NOINLINE double max_logit(const void* x, int64_t V) {
+  using Acc = typename AccOf<T>::type;
+  alignas(64) Acc z[kBlock];
+  Acc max = -std::numeric_limits<Acc>::infinity();
+  for (int64_t begin = 0; begin < V; begin += kBlock) {
+    const int64_t n = V - begin < kBlock ? V - begin : kBlock;
+    load_block(static_cast<const T*>(x) + begin, n, z);
+    for (int64_t i = n; i < round_up(n, kLanes); ++i) z[i] = -std::numeric_limits<Acc>::infinity();
+    const Acc of_block = max_block(z, round_up(n, kLanes));
+    max = of_block > max ? of_block : max;
+  }
+  return max;
+}
+
 // exp(z - lse) with lse rounded; what the rounding took away goes into the factor.
 template <typename Acc>
 struct RoundedLse {

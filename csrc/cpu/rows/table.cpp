@@ -79,13 +79,14 @@ void scale(void* values, int64_t n, double factor) {
 
 template <typename T>
 constexpr RowKernels kernels_of() {
-  return {transform_one<T>,   push<T>,       write_grad<T>, write_grad_from_exps<T>,
-          label_is_argmax<T>, short_rows<T>, scale<T>};
+  return {transform_one<T>,   push<T>,      write_grad<T>, write_grad_from_exps<T>,
+          label_is_argmax<T>, max_logit<T>, short_rows<T>, scale<T>};
 }
 template <>
 constexpr RowKernels kernels_of<double>() {
   using T = double;
-  return {transform_one<T>, push<T>, write_grad<T>, write_grad_from_exps<T>, label_is_argmax<T>, nullptr, scale<T>};
+  return {transform_one<T>,   push<T>,      write_grad<T>, write_grad_from_exps<T>,
+          label_is_argmax<T>, max_logit<T>, nullptr,       scale<T>};
 }
 
 }  // namespace

@@ -33,8 +33,8 @@ struct RowSegment {
   const void* x;       // (V,) logits
   const void* weight;  // (V,) Acc class weights, or null
   int64_t begin, end;
-  int64_t target;    // y, anywhere in [0, V)
-  double reference;  // row_reference(z_y)
+  int64_t target;    // y, anywhere; outside of [0, V) where the logits are a shard and another one has the label
+  double reference;  // row_reference(z_y); there, of any class
   // Who reads the logits of a class fetches what lies so many bytes ahead: before turn, a multiple of kLanes, and from
   // there on.
   int64_t turn = 0, ahead_before = kPrefetchBytes, ahead_after = kPrefetchBytes;
@@ -72,6 +72,8 @@ struct RowKernels {
                                const void* exps, const void* references, bool streams, void* grad);
   // whether x[target] is the first of the largest logits (torch.argmax); asked only where the label ties
   bool (*label_is_argmax)(const void* x, int64_t V, int64_t target);
+  // max_j x[j]; asked only of shards
+  double (*max_logit)(const void* x, int64_t V);
   // The results of a group, and where grad (count, V) is not null its gradient; grad may be x. Null for double.
   void (*short_rows)(ShortRows& rows, bool metrics, void* grad);
   // values *= factor

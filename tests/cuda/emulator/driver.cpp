@@ -63,6 +63,10 @@ const char* emulated_forward_with_grad(const CrossEntropyInputs* inputs, const C
   return guarded([&] { cuda_backend().forward_with_grad(*inputs, *sums, grad_loss_sum, *grad_logits); });
 }
 
+const char* emulated_forward_shard(const CrossEntropyInputs* inputs, double* columns) {
+  return guarded([&] { cuda_backend().forward_shard(*inputs, columns); });
+}
+
 const char* emulated_scale(const LogitsView* values, const void* factor) {
   return guarded([&] { cuda_backend().scale(*values, factor); });
 }

@@ -6,7 +6,7 @@ namespace accumloss {
 
 const Backend& cuda_backend() {
   using Float = cuda::Launchers<float>;
-  static const Backend backend = {Float::forward, Float::backward, Float::forward_with_grad, Float::scale};
+  static const Backend backend = {Float::forward, Float::backward, Float::forward_with_grad, Float::forward_shard, Float::scale};
   return backend;
 }
 

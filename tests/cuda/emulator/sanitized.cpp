@@ -47,6 +47,7 @@ void call_all(const char* plan, int64_t B, int64_t T, int64_t V, int64_t offset,
   inputs.logits = {logits.get() + offset, Dtype::kFloat32, B, T, V, T * V, V};
   inputs.labels = {labels.data(), false, T, 1};
   inputs.options.metrics = metrics;
+  inputs.options.vocab_size = V;
   const CrossEntropySums sums = {&loss_sum, &num_items, &total_weight, &num_correct, &entropy_sum};
   LogitsView out = inputs.logits;
   out.data = gradient.get() + offset;
