@@ -132,6 +132,34 @@ def whole_vectors(kernel: Kernel, kind: str, space: str) -> int:
     )
 
 
+def row_loops(kernel: Kernel, writes: bool, element_bytes: int = 2) -> tuple[float, float]:
+    """Instructions an element of the loops that reduce a row and that write its gradient (0 where none is wanted): of
+    several the one with most elements in a pass. All sides of its branches count.
+
+    Raises:
+        ValueError: where one is not there.
+    """
+    accesses, loops = kernel.accesses(), kernel.loops()
+    made: dict[int, tuple[bool, int, float]] = {}  # by the head: stores to global memory, elements, instructions
+    for head, lines in loops.items():
+        inside = [access for access in accesses if access.line in lines]
+        loads = sum(access.kind == "ld" and access.vector and access.bytes == VECTOR for access in inside)
+        if loads and any("ex2." in kernel.lines[line] for line in lines):
+            count = sum(bool(re.match(r"\s*(@!?%p\d+\s+)?[a-z][\w.:]*\s.*;|\s*ret;", kernel.lines[n])) for n in lines)
+            stores = any(access.kind == "st" and access.space in ("global", "") for access in inside)
+            made[head] = stores, loads * VECTOR // element_bytes, count
+    innermost = [row for head, row in made.items() if not any(o in loops[head] for o in made if o != head)]
+    found = []
+    for stores, wanted in ((False, True), (True, writes)):
+        of_kind = [row for row in innermost if row[0] == stores]
+        if wanted and not of_kind:
+            what = "writes" if stores else "reduces"
+            raise ValueError(f"ptx: {kernel.name}: expected a loop that {what} rows, found none among {len(loops)}")
+        best = max(of_kind, key=lambda row: row[1]) if wanted else (stores, 1, 0)
+        found.append(best[2] / best[1])
+    return found[0], found[1]
+
+
 def has_bulk_copy(kernel: Kernel) -> bool:
     """Whether a loop starts copies from global to shared memory."""
     loops = kernel.loops().values()

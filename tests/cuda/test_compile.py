@@ -179,3 +179,17 @@ def test_ptx_reader_knows_scalars_from_the_parts_of_a_vector():
         SPLIT.replace("global", "shared"),
     ):
         assert ptx.faults(BACKWARD, kernel_of(f"{whole}\n{stores}")) == []
+
+
+def test_ptx_reader_counts_the_loops_over_a_row():
+    exponential = "ex2.approx.ftz.f32 %f1, %f2;"
+    reduces, writes = [SHARED, exponential, "add.f32 %f3, %f3, %f1;"], [SHARED, exponential, STORE]
+    text = kernel_of("\n".join(reduces)).lines[:-2]  # up to the label behind the loop
+    other = [line.replace("BB0_1", "BB0_3") for line in kernel_of("\n".join(writes)).lines[6:]]
+    kernel = ptx.Kernel("_Zk", [*text, *other])
+    assert ptx.row_loops(kernel, writes=True) == (4 / 8, 4 / 8)
+    assert ptx.row_loops(kernel, writes=True, element_bytes=4) == (1.0, 1.0)
+    assert ptx.row_loops(kernel, writes=False) == (4 / 8, 0)
+    for loop, missing in ((reduces, "writes"), (writes, "reduces"), ([exponential], "reduces")):
+        with pytest.raises(ValueError, match=f"expected a loop that {missing} rows, found none"):
+            ptx.row_loops(kernel_of("\n".join(loop)), writes=True)
