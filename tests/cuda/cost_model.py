@@ -7,7 +7,8 @@ fitted. The time of a row on a multiprocessor is at least
   issue   all instructions of the row, at four warps a clock,
   exp     its exponentials, at the rate of the special function units,
   chain   what happens one after the other: the loops at full issue and the waits between them, divided by the rows
-          that are in work at once.
+          that are in work at once,
+  producer  what the warp does that brings the rows.
 
 The share of the copy is memory / the largest. What it leaves out: conflicts, tails of loops, the start and the end of a
 launch; PESSIMISTIC stands for them.
@@ -47,6 +48,7 @@ CHIPS = {
     )
 }
 WARP = 32
+HELPERS = 64  # threads of a staged block that share no row
 LANES = 128  # of a multiprocessor: four warps issue an instruction a clock
 EXPONENTIALS = 16  # a clock and multiprocessor (GUIDE)
 
@@ -90,6 +92,8 @@ class Work(NamedTuple):
     first_warp: int  # and in the first warp beyond that
     clocks: float  # of the first warp, outside of the loops
     fp64: int  # instructions of the first warp
+    producer: float = 0.0  # clocks of the warp that brings the rows, where there is one
+    operations: frozenset[str] = frozenset()  # of every warp
 
 
 def _with_calls(kernel: sass.Kernel, blocks: Iterable[int]) -> list[sass.Instruction]:
@@ -99,28 +103,31 @@ def _with_calls(kernel: sass.Kernel, blocks: Iterable[int]) -> list[sass.Instruc
     for instruction in kernel.body.instructions(blocks):
         found.append(instruction)
         called = kernel.functions.get(instruction.target or "")
-        if called is not None and _is_ours(instruction):
+        if called is not None and _is_double(kernel, instruction):
             doubles = [sum(sass.kind(i) == "fp64" for i in block) for block in called.blocks]
             densest = doubles.index(max(doubles))
             found += called.instructions(called.path(0, [densest] if densest else [], None))
     return found
 
 
-def _is_ours(instruction: sass.Instruction) -> bool:
-    """Whether it calls a function of the sources, and not one of the compiler's, such as a division's."""
-    return instruction.name == "CALL" and "$_Z" in instruction.operands
+def _is_double(kernel: sass.Kernel, instruction: sass.Instruction) -> bool:
+    """Whether it calls a function of the sources that computes in double, which one thread does for the others. Not one
+    of the compiler's, such as a division's, nor what only a rare row needs."""
+    called = kernel.functions.get(instruction.target or "")
+    is_ours = instruction.name == "CALL" and called is not None and "$_Z" in called.name
+    return is_ours and any(sass.kind(i) == "fp64" for block in called.blocks for i in block)
 
 
 def work(kernel: sass.Kernel, writes: bool, element_bytes: int = 2, cluster: bool = False) -> Work:
     """What one row costs.
 
     The way of a warp through a row is the shortest one, in instructions, that passes the loops over the elements; that
-    of the first warp also passes what calls a function of ours or starts a copy. Where the kernel has no loop over
+    of the first warp also passes what calls a function that computes in double, or starts a copy. Where the kernel has no loop over
     rows, the way leads from its beginning to its end.
 
     Args:
         writes: whether the kernel writes gradients.
-        cluster: whether the way passes a barrier of the cluster, where the kernel has one.
+        cluster: whether the way passes what the blocks of a cluster exchange, or not.
     """
     reduce, write = sass.row_loops(kernel, element_bytes, writes)
     body = kernel.body
@@ -133,19 +140,20 @@ def work(kernel: sass.Kernel, writes: bool, element_bytes: int = 2, cluster: boo
     start = min(b for b in rows if any(b in body.after[o] for o in reached.keys() - rows)) if around else 0
     end = start if around else None
     outside = (rows if around else reached.keys()) - inside
-    once = [b for b in outside if any(i.name == "UBLKCP" or _is_ours(i) for i in body.blocks[b])]
-    barriers = [b for b in outside if cluster and any(i.name == "UCGABAR_WAIT" for i in body.blocks[b])]
-    later = {block: body.reached(block, start) for block in (*heads, *once, *barriers)}
+    once = [b for b in outside if any(i.name == "UBLKCP" or _is_double(kernel, i) for i in body.blocks[b])]
+    exchanges = [b for b in outside if any(i.name in ("UCGABAR_WAIT", "STAS") for i in body.blocks[b])]
+    later = {block: body.reached(block, start) for block in (*heads, *once, *exchanges)}
 
     def is_of_rows(block: int) -> bool:
         """Whether a way through the loops passes it; else it is for rows that are ignored."""
         return all(block in later[head] or head in later[block] for head in heads)
 
     once = [block for block in once if is_of_rows(block)]
-    common = [*heads, *sorted(filter(is_of_rows, barriers), key=lambda b: -len(later[b]))[:1]]  # one, of its copies
+    common = [*heads, *sorted(filter(is_of_rows, exchanges), key=lambda b: -len(later[b]))[: int(cluster)]]  # one
+    without = frozenset() if cluster else frozenset(exchanges)
 
     def way(through: list[int]) -> list[sass.Instruction]:
-        path = body.path(start, sorted(through, key=lambda b: -len(later[b].intersection(through) - {b})), end)
+        path = body.path(start, sorted(through, key=lambda b: -len(later[b].intersection(through) - {b})), end, without)
         if not set(heads) <= set(path):
             raise ValueError(f"cost_model: {body.name}: expected a way through the loops over a row, found none")
         return _with_calls(kernel, [b for b in (path[:-1] if around else path) if b not in inside])
@@ -158,7 +166,41 @@ def work(kernel: sass.Kernel, writes: bool, element_bytes: int = 2, cluster: boo
         len(first) - len(every),
         sass.clocks(first, LATENCY),
         sum(sass.kind(i) == "fp64" for i in first),
+        0.0 if once else _producer(body, cluster),
+        frozenset(i.name for i in every),
     )
+
+
+ROWS_OF_TICKET = 8  # kMostRowsOfTicket
+
+
+def _producer(body: sass.Function, cluster: bool) -> float:
+    """Clocks of a row of the warp that brings the rows: of the smallest loop with a bulk copy in it, and a row's share of
+    the loop around that one, which looks at some rows at once. 0: the kernel has none."""
+    copies = {b for b, block in enumerate(body.blocks) if any(i.name == "UBLKCP" for i in block)}
+    others = {b for b, block in enumerate(body.blocks) if any(i.name == "STAS" for i in block)}
+    loops = body.loops()
+    found: list[float] = []
+    for _, head in sorted((len(blocks), head) for head, blocks in loops.items() if len(blocks) > 1 and copies & blocks):
+        told = others & loops[head]
+        if cluster and not told:
+            continue
+        ways = []
+        for copy in copies & loops[head]:
+            through = [block for block in (*sorted(told)[: int(cluster)], copy) if block != head]
+            try:
+                path = body.path(head, through, head, frozenset() if cluster else frozenset(told))
+            except ValueError:
+                continue
+            if copy in path:
+                ways.append(sass.clocks(body.instructions(path[:-1]), LATENCY))
+        if ways:
+            found.append(min(ways))
+        if len(found) == 2:
+            break
+    if not found:
+        return 0.0
+    return found[0] + max(0.0, found[-1] - found[0]) / ROWS_OF_TICKET
 
 
 class Shape(NamedTuple):
@@ -180,6 +222,7 @@ class Bounds(NamedTuple):
     issue: float
     exp: float
     chain: float
+    producer: float = 0.0
 
     @property
     def share(self) -> float:
@@ -199,9 +242,10 @@ def bounds(work: Work, chip: Chip, shape: Shape, parameters: Parameters = NOMINA
     chain = work.per_element * shape.elements / LANES * alone / parameters.issue + work.clocks * parameters.waits
     if not shape.on_chip:
         chain += DEVICE_MEMORY * parameters.waits
-    found = Bounds(shape.bytes_per_element * shape.elements / per_clock, issue, exp, chain / shape.rows)
+    memory = shape.bytes_per_element * shape.elements / per_clock
+    found = Bounds(memory, issue, exp, chain / shape.rows, work.producer * parameters.waits)
     if shape.waves > 1:  # nothing overlaps a wave that waits for another to end
-        found = Bounds(found.memory, *(shape.waves * max(found),) * 3)
+        found = Bounds(memory, *(shape.waves * max(found),) * 4)
     return found
 
 
@@ -266,11 +310,12 @@ def shape_of(plan, chip: Chip, V: int) -> Shape:
         plan: accumloss.plan(V, arch=chip.name).
     """
     blocks = max(1, plan.resident * plan.cluster // chip.multiprocessors)
-    lanes = {"warp": WARP, "packed": 8}.get(plan.kernel, plan.threads)  # that share a row
+    threads = plan.threads - HELPERS if plan.kernel == "staged" else plan.threads
+    lanes = {"warp": WARP, "packed": 8}.get(plan.kernel, threads // plan.groups)  # that share a row
     return Shape(
         elements=-(-V // plan.cluster),
         warps=lanes / WARP,
-        rows=blocks * plan.threads / lanes,
+        rows=blocks * threads / lanes,
         bytes_per_element=plan.bytes_per_element,
         used=min(chip.multiprocessors, plan.resident * plan.cluster),
         on_chip=plan.kernel == "staged",

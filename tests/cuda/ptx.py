@@ -82,6 +82,27 @@ class Kernel(NamedTuple):
         loops = self.loops()
         return [lines for head, lines in loops.items() if not any(other in lines for other in loops if other != head)]
 
+    def repeated(self) -> set[int]:
+        """Lines from which a way leads back to them."""
+        blocks = self._blocks()
+        labels = {match[1]: i for i, b in enumerate(blocks) if (match := LABEL.match(self.lines[b[0].start]))}
+        after = [
+            [*(labels[t] for t in targets if t in labels), *([i + 1] if goes_on and i + 1 < len(blocks) else [])]
+            for i, (_, targets, goes_on) in enumerate(blocks)
+        ]
+        found: set[int] = set()
+        for block, (lines, _, _) in enumerate(blocks):
+            seen: set[int] = set()
+            waiting = list(after[block])
+            while waiting:
+                other = waiting.pop()
+                if other not in seen:
+                    seen.add(other)
+                    waiting += after[other]
+            if block in seen:
+                found.update(lines)
+        return found
+
     def accesses(self) -> list[Access]:
         """All loads and stores of registers, in their order."""
         found = []
@@ -167,6 +188,33 @@ def has_bulk_copy(kernel: Kernel) -> bool:
     return any(number in loop for number in copies for loop in loops)
 
 
+# What the staged kernels may not wait for, and why.
+WAITS = {
+    r"\bmembar\.(gl|sys)|\bfence\.(acq_rel|sc)\.(gpu|sys)": "a fence of the whole device",
+    r"\bmbarrier\.(try|test)_wait[.\w]*\.acquire\.cluster": "a wait that drops the first-level cache",
+    r"\bmbarrier\.arrive[.\w:]*\.release\.cluster[.\w:]*\.shared::cluster": "an arrival that is a fence of the whole device",
+    r"\bsetmaxnreg": "registers that are handed over outside of a role's branch",
+}
+LOOP_WAITS = r"\b(bar|barrier)\.(sync|red|cluster)|\bbarrier\.cluster"
+
+
+def waits(kernel: Kernel) -> list[str]:
+    """Of a staged kernel: what makes all threads wait for each other, or for device memory."""
+    found = [
+        f"{what}: {line.strip()}"
+        for line in kernel.lines
+        for pattern, what in WAITS.items()
+        if re.search(pattern, line)
+    ]
+    inside = kernel.repeated()
+    found += [
+        f"a barrier of the block or cluster in a loop: {kernel.lines[number].strip()}"
+        for number in sorted(inside)
+        if re.search(LOOP_WAITS, kernel.lines[number])
+    ]
+    return found
+
+
 def faults(name: str, kernel: Kernel) -> list[str]:
     """What is not as meant.
 
@@ -194,4 +242,6 @@ def faults(name: str, kernel: Kernel) -> list[str]:
         found.append("no 16-byte load from shared memory in a loop")
     if is_staged and not has_bulk_copy(kernel):
         found.append("no bulk copy from global to shared memory in a loop")
+    if is_staged:
+        found += waits(kernel)
     return found

@@ -20,7 +20,8 @@ LABEL = re.compile(r"^(\.L_\w+):$")
 CODE = re.compile(r"/\*[0-9a-f]+\*/\s+(?:@(!?U?P\w+)\s+)?([A-Z][\w.]*)\s*(.*?)\s*;\s*/\* (0x[0-9a-f]{16}) \*/$")
 SECOND_WORD = re.compile(r"^\s*/\* (0x[0-9a-f]{16}) \*/$")
 NO_BARRIER = 7
-SYNCHRONISES = ("BAR", "UCGABAR_WAIT", "MEMBAR")  # wait for themselves, without a scoreboard
+# Without a scoreboard: wait for themselves, or, of a message to another block (STAS), its answer is waited for.
+SYNCHRONISES = ("BAR", "UCGABAR_WAIT", "MEMBAR", "STAS")
 
 
 def nvdisasm() -> str | None:
@@ -131,12 +132,15 @@ class Function(NamedTuple):
             found[head] = inside
         return found
 
-    def path(self, start: int, through: Iterable[int], end: int | None) -> list[int]:
+    def path(
+        self, start: int, through: Iterable[int], end: int | None, without: frozenset[int] = frozenset()
+    ) -> list[int]:
         """The blocks of the shortest way, in instructions, from start over `through` in this order to end (None: to
-        where the function is left). end is passed once; what of `through` is not on the way is left out."""
+        where the function is left), not over `without`. end is passed once; what of `through` is not on the way is left
+        out."""
         found = [start]
         for goal in [*through, end]:
-            way = [] if goal in found and goal != end else self._shortest(found[-1], goal, end)
+            way = [] if goal in found and goal != end else self._shortest(found[-1], goal, end, without)
             if way is None and goal == end:
                 raise ValueError(f"sass: {self.name}: no way from block {found[-1]} to {end}")
             found += way or []
@@ -153,7 +157,7 @@ class Function(NamedTuple):
                     waiting.append(other)
         return found
 
-    def _shortest(self, start: int, goal: int | None, end: int | None) -> list[int] | None:
+    def _shortest(self, start: int, goal: int | None, end: int | None, without: frozenset[int]) -> list[int] | None:
         """The blocks after start; of a goal that is start, those of the way back. None: there is no way that does not
         pass end."""
         if goal is None and self._leaves(start):
@@ -165,7 +169,7 @@ class Function(NamedTuple):
             block = way[-1]
             if len(way) > 1 and (block == goal or (goal is None and self._leaves(block))):
                 return list(way[1:])
-            if block in seen or (len(way) > 1 and block == end):
+            if block in seen or block in without or (len(way) > 1 and block == end):
                 continue
             if len(way) > 1:
                 seen.add(block)
@@ -267,7 +271,10 @@ class Loop(NamedTuple):
 def _loop(body: Function, head: int, blocks: set[int], element_bytes: int) -> Loop | None:
     """The loop, where it loads vectors of 16 bytes and takes exponentials; its options by the shortest way."""
     wide = [b for b in sorted(blocks) if any((memory(i) or ("", 0))[1] == 16 for i in body.blocks[b])]
-    path = body.path(head, [b for b in wide if b != head], head)[:-1] if wide else []
+    try:
+        path = body.path(head, [b for b in wide if b != head], head)[:-1] if wide else []
+    except ValueError:  # no way around it that passes them all: not a loop over one row
+        return None
     instructions = body.instructions(path)
     loads = sum((memory(i) or ("", 0))[1] == 16 and i.name in ("LDS", "LDG", "LD") for i in instructions)
     if not loads or not any(i.operation.startswith("MUFU.EX2") for i in instructions):

@@ -26,6 +26,9 @@ def compiler_for(architecture: str) -> str:
 def check(source: pathlib.Path, architecture: str) -> set[str]:
     """No spills, vectors as meant; the names of the kernels."""
     found = compiled(compiler_for(architecture), source, architecture)
+    registers = {k: row["registers"] for k, row in found.resources.items() if k.startswith("staged")}
+    # 576 threads are given as many as 640: there are not more than 96 for each.
+    assert all(count <= 96 for count in registers.values()), registers
     spilled = {kernel: row for kernel, row in found.resources.items() if row["spills"] or row["stack"]}
     assert not spilled, spilled
     wrong = {name: faults for name, kernel in found.ptx.items() if (faults := ptx.faults(name, kernel))}
@@ -179,6 +182,28 @@ def test_ptx_reader_knows_scalars_from_the_parts_of_a_vector():
         SPLIT.replace("global", "shared"),
     ):
         assert ptx.faults(BACKWARD, kernel_of(f"{whole}\n{stores}")) == []
+
+
+@pytest.mark.parametrize(
+    "line, what",
+    [
+        ("membar.gl;", "a fence of the whole device"),
+        ("fence.acq_rel.gpu;", "a fence of the whole device"),
+        ("mbarrier.try_wait.parity.acquire.cluster.shared::cta.b64 %p3, [%r1], %r2;", "drops the first-level cache"),
+        ("mbarrier.arrive.release.cluster.shared::cluster.b64 _, [%r1];", "an arrival that is a fence"),
+        ("setmaxnreg.dec.sync.aligned.u32 40;", "outside of a role's branch"),
+        ("bar.sync 0;", "a barrier of the block or cluster in a loop"),
+        ("barrier.cluster.arrive.release;", "a barrier of the block or cluster in a loop"),
+    ],
+)
+def test_ptx_reader_refuses_waits_for_all(line, what):
+    loop = "\n".join([COPY, SHARED, STORE])
+    (found,) = ptx.faults(STAGED, kernel_of(f"{loop}\n{line}"))
+    assert what in found
+    behind = ptx.faults(STAGED, kernel_of(loop, after=line))
+    assert bool(behind) == ("in a loop" not in what)
+    allowed = "mbarrier.try_wait.parity.shared::cta.b64 %p3, [%r1], %r2;\nmbarrier.arrive.release.cta.shared::cta.b64 %rd9, [%r1];"
+    assert ptx.faults(STAGED, kernel_of(f"{loop}\n{allowed}")) == []
 
 
 def test_ptx_reader_counts_the_loops_over_a_row():

@@ -154,7 +154,8 @@ def test_bounds_of_a_row():
     shape = Shape(32000, 16, 1, 4, 132, on_chip=True)
     found = bounds(row, chip, shape)
     assert found.memory == pytest.approx(4 * 32000 / (0.9 * 4800 / 132 / 1.98))
-    assert found[1:] == (2500, 4000, 2500)
+    assert found[1:] == (2500, 4000, 2500, 0)
+    assert bounds(row._replace(producer=9000.0), chip, shape).tightest == "producer"
     assert found.share == 1.0 and found.tightest == "memory"
     late = bounds(row._replace(clocks=20000.0), chip, shape)
     assert late.chain == 22500 and late.tightest == "chain" and late.share == found.memory / 22500
@@ -188,8 +189,19 @@ def test_model_of_two_kernels():
         pytest.skip("no nvcc that knows sm_90")
     if sass.nvdisasm() is None:
         pytest.skip("no nvdisasm: pip install nvidia-cuda-nvdisasm")
-    for name, kernel in compiled(compiler, TWO, "90").sass().items():
+    kernels = compiled(compiler, TWO, "90").sass()
+    for name, kernel in kernels.items():
         row = cost_model.work(kernel, writes=True)
         assert 2.0 <= row.exp_per_element <= 2.2, name
         assert row.per_element <= 30, name
-        assert row.every_warp <= 320, name
+        assert row.every_warp <= 360, name
+    staged = kernels["staged_kernel<__nv_bfloat16, false, true>"]
+    reduce, write = sass.row_loops(staged, 2, writes=True)
+    for loop in (reduce, write):
+        assert loop is not None and loop.per_element() <= 5.5
+        assert loop.accesses["LDS", 16] == 4
+    for cluster in (False, True):
+        row = cost_model.work(staged, writes=True, cluster=cluster)
+        assert row.first_warp == row.fp64 == 0
+        assert not row.operations & {"LDG", "LD", "BAR", "MEMBAR", "UCGABAR_WAIT", "CCTL", "ATOMG"}
+        assert row.producer > 0

@@ -4,9 +4,9 @@
 #include <exception>
 #include <string>
 
+#include "backend.h"
 #include "bad_labels.h"
 #include "context.h"
-#include "backend.h"
 #include "emulator.h"
 
 namespace accumloss::cuda {
@@ -72,6 +72,7 @@ void emulated_seed(uint64_t value) { emulator::seed(value); }
 void emulated_device(int capability, int multiprocessors, int clusters, int missing) {
   emulator::device(capability, multiprocessors, clusters, missing);
 }
+void emulated_exp_error(int kind) { emulator::exp_error(kind); }
 int64_t emulated_largest_grid() { return emulator::largest_grid(); }
 int64_t emulated_questions() { return emulator::questions(); }
 int64_t emulated_bulk_copies() { return emulator::bulk_copies(); }
