@@ -309,6 +309,16 @@ class Backend:
                 os.environ["ACCUMLOSS_CUDA_PLAN"] = before
             self.device()
 
+    @contextlib.contextmanager
+    def exp_error(self, kind: int):
+        """The exponential of the staged kernels off by 2^-22 of itself: 1 above, -1 below, 2 anything between, by its
+        argument; 0 by its rounding alone."""
+        self.library.emulated_exp_error(kind)
+        try:
+            yield
+        finally:
+            self.library.emulated_exp_error(0)
+
     def _call(self, name: str, *arguments) -> None:
         error = getattr(self.library, f"emulated_{name}")(*arguments)
         if error is not None:

@@ -156,6 +156,47 @@ def test_emulated_rounding_of_half_types(backend):
         assert torch.equal(got.gather(2, labels[..., None]), want.gather(2, labels[..., None]))
 
 
+SHIFTS = (0.0, 1000.0, -30000.0, 30000.0)
+# Plan, dtype, and by how much the exponential of the device is off (see Backend.exp_error).
+ROUNDING = [
+    *((plan, dtype, 2) for plan in ("warp", "held", "block", "staged:1", "staged:2") for dtype in FLOATS[:2]),
+    *(("staged:1", dtype, error) for dtype in FLOATS[:2] for error in (1, -1)),
+    *((plan, torch.float32, error) for plan in ("held", "staged:1", "staged:2") for error in (0, 2)),
+]
+
+
+@pytest.mark.parametrize("plan, dtype, error", ROUNDING)
+def test_emulated_promises_at_any_shift_and_confidence(backend, plan, dtype, error):
+    """docs/numerics.md: row losses, entries within an ulp and 99.9 % of them the nearest number, the label's too."""
+    V = 1000
+    generator = torch.Generator().manual_seed(6)
+    spreads = torch.tensor([0.02, 1.0, 4.0, 12.0] if dtype == torch.float32 else [1.0, 4.0, 50.0, 300.0])
+    backend.seed(51)
+    right, all_entries = 0, 0
+    for shift in SHIFTS:
+        logits = (torch.randn(2, len(spreads), V, generator=generator) * spreads[:, None] + shift).to(dtype)
+        labels = torch.randint(0, V, logits.shape[:2], generator=generator)
+        leads = logits[1].amax(-1) + torch.tensor([1.0, 8.0, 16.0, 32.0]).to(dtype) * (1 + abs(shift) / 500)
+        logits[1].scatter_(1, labels[1, :, None], leads[:, None])  # and so confident
+        want = row_oracle.rows(logits, labels, None, 1024.0)
+        with backend.plan(plan, clusters=2), backend.exp_error(error):
+            got = backend.forward_with_grad(logits, labels, 1024.0)["grad_logits"]
+            nll = backend.forward(logits, labels)["nll"].double()
+        assert_within("nll", nll, want.nll, 2e-6 * want.nll + 1e-37)
+        least = max(torch.finfo(dtype).smallest_normal, 1024 * torch.finfo(torch.float32).smallest_normal)
+        normal = want.grad.abs() >= least  # so that its probability is a normal number too; others may be 0
+        if dtype == torch.float32:
+            assert_within("gradient", got.where(normal, 0.0), want.grad.where(normal, 0.0), want.grad_bound)
+            continue
+        nearest = want.grad.to(dtype)
+        right += (got == nearest)[normal].sum()
+        all_entries += normal.sum()
+        ulp = want.grad.abs() * torch.finfo(dtype).eps + least
+        assert_within("gradient", got, want.grad, ulp)
+        assert torch.equal(got.gather(2, labels[..., None]), nearest.gather(2, labels[..., None]))
+    assert right >= 0.999 * all_entries
+
+
 # By the table: 1500 on a device without clusters.
 BY_TABLE = pytest.mark.parametrize(
     "V, capability", [(40, 90), (500, 90), (1500, 80), (5000, 90)], ids=["packed", "warp", "held", "staged"]
