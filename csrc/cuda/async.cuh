@@ -1,5 +1,5 @@
-// The instructions of sm_90 and newer, and the only file that names them: thread-block clusters, mbarriers, bulk
-// copies. The emulator of the tests stands in here.
+// The instructions of sm_90 and newer, and the only file that names them: thread-block clusters and messages between
+// their blocks, mbarriers, bulk copies. The emulator of the tests stands in here.
 #pragma once
 
 #include <cstdint>

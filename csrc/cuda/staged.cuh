@@ -34,7 +34,7 @@ constexpr int kNoMoreRows = -1;
 constexpr int kNoRecord = -2;
 constexpr int kIgnoredLabel = -1;
 constexpr int64_t kMostRowsOfTicket = 8;
-constexpr int kHelperThreads = 2 * kWarp;
+static_assert(kStagedHelpers == 2 * kWarp, "plan.h knows another number");
 
 // A row on its way to the groups.
 struct StagedRow {
@@ -146,9 +146,7 @@ struct StagedBlock {
 
   // One thread, before a barrier of the cluster.
   __device__ __forceinline__ void initialise() const {
-    for (int s = 0; s < shape.stages; ++s) {
-      mbarrier_init(&shared.empty[s], shape.warps);
-    }
+    for (int s = 0; s < shape.stages; ++s) mbarrier_init(&shared.empty[s], shape.warps);
     for (int half = 0; half < 2; ++half) {
       for (int group = 0; group < shape.groups; ++group) {
         mbarrier_init(&shared.full[group][half], 1);
@@ -621,6 +619,7 @@ __global__ void __launch_bounds__(kStagedMaxThreads, 1)
                   const __grid_constant__ StagedShape shape) {
   const StagedBlock<T, kGeneral> block(args, shape);
   if (threadIdx.x == 0) block.initialise();
+  __syncwarp(kAllLanes);
   if (block.blocks == 1) {
     __syncthreads();
   } else {
@@ -640,6 +639,7 @@ __global__ void __launch_bounds__(kStagedMaxThreads, 1)
   } else if (block.rank == 0) {
     add_up<T, kGeneral, kGrad>(block, lane);
   }
+  __syncwarp(kAllLanes);                    // a warp comes as one
   if (block.blocks > 1) cluster_barrier();  // messages may be on their way to whoever is here
 }
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import pathlib
 import re
@@ -84,6 +85,7 @@ def architectures(compiler: str) -> list[str]:
     return re.findall(r"compute_(\w+)", known)
 
 
+@functools.cache  # of one process: what it reports is of one version of the sources
 def compiled(compiler: str, source: pathlib.Path, architecture: str) -> Compiled:
     """PTX and resources of the kernels of a source, from the cache or made; fails at a warning, the host's included."""
     flags = ["-std=c++17", "-O3", "-Xcompiler=-Wall,-Wextra", "-Icsrc/cuda"]

@@ -129,17 +129,20 @@ def kernels(ptx: str) -> dict[str, Kernel]:
 
 
 def split_vectors(kernel: Kernel) -> list[str]:
-    """Stores that are the parts of one 16-byte vector: to one base, one after the other, in an innermost loop."""
+    """Accesses that are the parts of one 16-byte vector, in an innermost loop: stores to global memory, or loads from
+    shared memory, to one base, one after the other."""
     found = []
     for loop in kernel.inner_loops():
-        run: list[Access] = []
-        for store in [a for a in kernel.accesses() if a.line in loop and a.kind == "st" and a.space in ("global", "")]:
-            follows = run and (store.base, store.offset) == (run[-1].base, run[-1].offset + run[-1].bytes)
-            run = [*run, store] if follows and store.bytes in (4, 8) else [store]
-            if len(run) > 1 and sum(access.bytes for access in run) == VECTOR:
-                parts = ", ".join(f"[{access.base}+{access.offset}]" for access in run)
-                found.append(f"one vector is stored as {len(run)} of {run[0].bytes} bytes: {parts}")
-                run = []
+        inside = [access for access in kernel.accesses() if access.line in loop]
+        for kind, spaces, what in (("st", ("global", ""), "stored"), ("ld", ("shared",), "loaded")):
+            run: list[Access] = []
+            for access in [a for a in inside if a.kind == kind and a.space in spaces]:
+                follows = run and (access.base, access.offset) == (run[-1].base, run[-1].offset + run[-1].bytes)
+                run = [*run, access] if follows and access.bytes in (4, 8) else [access]
+                if len(run) > 1 and sum(part.bytes for part in run) == VECTOR:
+                    parts = ", ".join(f"[{part.base}+{part.offset}]" for part in run)
+                    found.append(f"one vector is {what} as {len(run)} of {run[0].bytes} bytes: {parts}")
+                    run = []
     return found
 
 

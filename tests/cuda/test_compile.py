@@ -148,6 +148,15 @@ def test_ptx_reader_refuses_vectors_that_were_split(stores):
     assert ptx.faults(BACKWARD, kernel_of(whole, after=stores)) == []  # once a row: sums, not a vector
 
 
+def test_ptx_reader_refuses_loads_that_were_split():
+    split = "\n".join(f"ld.shared.u32 %r{i}, [%r9+{4 * i + 64}];" for i in range(4))
+    whole = "\n".join([COPY, SHARED, STORE])
+    (found,) = ptx.faults(STAGED, kernel_of(f"{whole}\n{split}"))
+    assert "one vector is loaded as 4 of 4 bytes" in found
+    assert ptx.faults(STAGED, kernel_of(whole, after=split)) == []  # once a row: the sums of a warp
+    assert ptx.faults(STAGED, kernel_of(f"{whole}\n{split.replace('%r9', '%r8', 1)}")) == []
+
+
 def test_ptx_reader_follows_a_loop_to_where_the_compiler_has_put_it():
     """Its second half behind another loop: that one is not in it."""
     text = f""".visible .entry _Zk(
@@ -180,6 +189,7 @@ def test_ptx_reader_knows_scalars_from_the_parts_of_a_vector():
         "st.global.f32 [%rd2], %f1;",
         "st.global.u16 [%rd2], %rs1;\nst.global.u16 [%rd2+2], %rs2;",
         SPLIT.replace("global", "shared"),
+        "ld.shared.u32 %r1, [%r9];\nld.shared.u32 %r2, [%r9+8];\nld.shared.u16 %rs1, [%r9+12];",
     ):
         assert ptx.faults(BACKWARD, kernel_of(f"{whole}\n{stores}")) == []
 

@@ -10,6 +10,8 @@ import sass
 from cost_model import BEFORE, CHIPS, NOMINAL, PESSIMISTIC, Bounds, Shape, Work, bounds
 from kernel_resources import architectures, compiled, nvcc
 
+import accumloss
+
 TWO = pathlib.Path(__file__).with_name("two_kernels.cu")
 
 
@@ -205,3 +207,11 @@ def test_model_of_two_kernels():
         assert row.first_warp == row.fp64 == 0
         assert not row.operations & {"LDG", "LD", "BAR", "MEMBAR", "UCGABAR_WAIT", "CCTL", "ATOMG"}
         assert row.producer > 0
+        for V in (V for V in cost_model.CLASSES if V >= 4096):
+            plan = accumloss.plan(V, arch="H200")
+            assert plan.kernel == "staged"
+            if (plan.cluster > 1) == cluster:
+                shape = cost_model.shape_of(plan, CHIPS["H200"], V)
+                nominal, pessimistic = (bounds(row, CHIPS["H200"], shape, p).share for p in (NOMINAL, PESSIMISTIC))
+                assert nominal >= (0.95 if V >= 8192 else 0.9), (V, nominal)
+                assert pessimistic >= nominal - 0.1, (V, pessimistic)
