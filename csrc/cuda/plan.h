@@ -124,10 +124,11 @@ constexpr int64_t kStageAlignment = 128;
 
 constexpr int64_t round_up(int64_t value, int64_t unit) { return (value + unit - 1) / unit * unit; }
 
-// Enough threads for one round of 16 elements each, and for a second row to fill the waits.
+// Of a block that has a row: four rounds of 16 elements for each thread. Fewer warps do less once a row, and more rows
+// fill the waits.
 inline int block_threads(int64_t elements) {
   int threads = 128;
-  while (threads < kMaxThreads && elements >= 2 * threads * 16) threads *= 2;
+  while (threads < kMaxThreads && elements >= 4 * threads * 16) threads *= 2;
   return threads;
 }
 

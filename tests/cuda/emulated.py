@@ -310,6 +310,15 @@ class Backend:
             self.device()
 
     @contextlib.contextmanager
+    def starving(self, warp: int):
+        """That warp of each block runs when no other can, and copies land at once."""
+        self.library.emulated_starve(warp)
+        try:
+            yield
+        finally:
+            self.library.emulated_starve(-1)
+
+    @contextlib.contextmanager
     def exp_error(self, kind: int):
         """The exponential of the staged kernels off by 2^-22 of itself: 1 above, -1 below, 2 anything between, by its
         argument; 0 by its rounding alone."""

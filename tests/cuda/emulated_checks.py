@@ -135,18 +135,34 @@ def check_half(backend: emulated.Backend) -> None:
         logits = torch.stack(rows)[None].bfloat16()
         labels = torch.randint(0, V, logits.shape[:2], generator=generator)
         labels[0, 0], labels[0, 1] = 0, V - 1
-        for row, gap in ((0, 20.0), (1, 90.0)):  # a label far ahead
+        for row, gap in ((0, 20.0), (1, 60.0)):  # a label far ahead
             logits[0, row, labels[0, row]] = logits[0, row].max() + gap
         logits[0, 4, V // 2 :] = -math.inf
         labels[0, 4] = 1
         # A reference of log2(e) 30000 is rounded by up to 2^-9; few entries are so near to a tie that one row shows it.
         far = [torch.randn(V, generator=generator) * 20 + shift for shift in (-30000, 30000, 12345) for _ in range(4)]
         with backend.plan(plan, clusters=1):
-            check(backend, emulated.guarded(logits, 3), labels, None, -0.5, {}, offset=3)
+            check(backend, emulated.guarded(logits, 3), labels, None, -1024.0, {}, offset=3)
             shifted = torch.stack(far)[None].bfloat16()
             check(backend, shifted, torch.randint(0, V, shifted.shape[:2], generator=generator), None, 1.0, {})
+            # exp(-100.5) is no normal number, and 1024 times the sum of the others is one.
+            far_label, one = logits[:, :1].clone(), labels[:, :1]
+            far_label[0, 0, one[0, 0]] = 100.5
+            want = row_oracle.rows(far_label, one, None, 1024.0).grad[0, 0, one[0, 0]]
+            got = backend.forward_with_grad(far_label, one, 1024.0)["grad_logits"][0, 0, one[0, 0]]
+            assert_within("entry of a label far ahead", got[None], want[None], want[None].abs() * 2.0**-8)
+            # What float64 cannot tell apart: half of the classes at one number as large as there are, the others lower.
+            ends = torch.zeros(1, 2, V)
+            ends[0, :, ::2] = torch.tensor([[2e38], [-2e38]])
+            ends[0, 1, 1::2] = -math.inf
+            count, ends, first = (V + 1) // 2, ends.bfloat16(), torch.zeros(1, 2, dtype=torch.int64)
+            entries = backend.forward_with_grad(ends, first)["grad_logits"][0]
+            assert (entries[:, 2::2].double() * count - 1).abs().max() <= 2.0**-8
+            assert (entries[:, 1::2] == 0).all()
+            nll = backend.forward(ends, first)["nll"].double()
+            assert (nll / math.log(count) - 1).abs().max() <= 2e-6
             nan = emulated.guarded(logits)
-            nan[0, 2, labels[0, 2]] = torch.tensor(-1, dtype=torch.int16).view(torch.bfloat16)  # its sign bit is set
+            nan[0, 2, labels[0, 2]] = torch.tensor(-1, dtype=torch.int16).view(torch.bfloat16)  # with a sign bit
             assert backend.forward_with_grad(nan, labels)["grad_logits"][0, 2].isnan().all()
             assert backend.forward(nan, labels)["nll"][0].isnan().nonzero().tolist() == [[2]]
 

@@ -73,6 +73,7 @@ void emulated_device(int capability, int multiprocessors, int clusters, int miss
   emulator::device(capability, multiprocessors, clusters, missing);
 }
 void emulated_exp_error(int kind) { emulator::exp_error(kind); }
+void emulated_starve(int warp) { emulator::starve(warp); }
 int64_t emulated_largest_grid() { return emulator::largest_grid(); }
 int64_t emulated_questions() { return emulator::questions(); }
 int64_t emulated_bulk_copies() { return emulator::bulk_copies(); }

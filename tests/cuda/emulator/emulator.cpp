@@ -88,6 +88,7 @@ bool by_warp;                                     // in half of the clusters, th
 std::vector<std::pair<Block*, int>> drawn_order;  // of the warps
 std::vector<uint64_t> ready_places;               // bits, by the drawn order
 bool late;                                        // copies land when nothing else can go on; else at any time
+bool at_once;                                     // or as soon as they are under way
 // ThreadSanitizer: shared memory and stacks of what ran, kept to the end of the launch. Reused, they would be races.
 std::vector<std::unique_ptr<unsigned char[]>> retired;
 std::vector<std::unique_ptr<char[]>> retired_stacks;
@@ -103,7 +104,7 @@ Device current;
 std::mutex device_mutex;                                     // the device, what is asked of it, and what it has loaded
 std::map<std::pair<int, const void*>, size_t> asked_shared;  // by device and kernel
 int64_t asked;
-std::atomic<int> error_of_exp{0};
+std::atomic<int> error_of_exp{0}, starved_warp{-1};
 constexpr int kRandomError = 2;
 std::mutex run_mutex;
 Fiber* running = nullptr;
@@ -357,6 +358,8 @@ void describe_deadlock() {
 void run_cluster(unsigned first_block, unsigned size) {
   by_warp = order() % 2;
   late = order() % 2;
+  at_once = starved_warp >= 0;
+  if (at_once) by_warp = true, late = false;
   at_cluster_barrier = 0;
   blocks.resize(size);
   std::vector<Block*> block_order;
@@ -370,6 +373,7 @@ void run_cluster(unsigned first_block, unsigned size) {
     std::vector<int> warps((threads + 31) / 32);
     std::iota(warps.begin(), warps.end(), 0);
     std::shuffle(warps.begin(), warps.end(), order);
+    std::stable_partition(warps.begin(), warps.end(), [](int warp) { return warp != starved_warp; });
     for (const int warp : warps) {
       block->place[warp] = static_cast<int>(drawn_order.size());
       drawn_order.push_back({block, warp});
@@ -379,6 +383,8 @@ void run_cluster(unsigned first_block, unsigned size) {
   ready_places.assign((drawn_order.size() + 63) / 64, 0);
   for (unsigned i = 0; i < size; ++i) start_block(*blocks[i], first_block + i, static_cast<int>(i));
   for (;;) {
+    while (at_once && error.empty() && land()) {
+    }
     if (!late && order() % 8 == 0) land();
     if (!error.empty()) return;
     running = next_fiber();
@@ -463,6 +469,7 @@ void device(int capability, int multiprocessors, int clusters, int missing) {
 }
 int capability() { return current.capability; }
 void exp_error(int kind) { error_of_exp = kind; }
+void starve(int warp) { starved_warp = warp; }
 float flushed_exp2(float x) {
   uint32_t bits;
   std::memcpy(&bits, &x, sizeof(bits));

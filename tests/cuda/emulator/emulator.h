@@ -105,6 +105,8 @@ inline int reduce_max(Site site, unsigned mask, int value) {
 // them, by x; 0: none but the rounding.
 float flushed_exp2(float x);
 void exp_error(int kind);
+// That warp of each block runs when no other can, and copies land at once; -1: none.
+void starve(int warp);
 
 template <typename To, typename From>
 To same_bits(From value) {
