@@ -103,7 +103,8 @@ constexpr int64_t packed_classes(int capability) { return has_fast_double(capabi
 constexpr int64_t kA100CacheOfMultiprocessor = 40 * 1024 * 1024 / 108;
 
 constexpr int64_t kWarpClasses = 1024;
-// Below, what the staged kernels do once a row outweighs what they save: docs/performance.md has the model.
+// Up to here, with gradient, what the staged kernels do once a row outweighs what they save; in the forward alone,
+// which moves half as much, up to kWarpClasses. docs/performance.md has the model.
 constexpr int64_t kStagedClasses = 512;
 constexpr int kTileThreads = 256;
 constexpr int kMaxThreads = 512;
@@ -222,7 +223,7 @@ inline Plan plan_of(const PlanRequest& request, Kernel kernel, int cluster = 0) 
 // |-------------------------|---------------|--------|----------------------|-----------------------------|
 // | V <= 64                 | packed        | packed | packed               | packed                      |
 // | V <= 512                | packed        | warp   | packed               | warp                        |
-// | V <= 1024               | packed        | warp   | packed               | staged                      |
+// | V <= 1024               | packed        | warp   | packed               | warp; staged, with gradient |
 // | on chip                 | held, with gradient: <= 62, 161, 97 KiB       | staged, cluster 1, 2, 4, 8  |
 // | else                    | block         | block  | block                | block                       |
 // float64, and a gradient that lies differently against 16 bytes: block above V = 1024. Where the device has no room
@@ -230,7 +231,8 @@ inline Plan plan_of(const PlanRequest& request, Kernel kernel, int cluster = 0) 
 inline Plan table(const PlanRequest& request) {
   if (request.V <= packed_classes(request.capability)) return plan_of(request, Kernel::kPacked);
   const Plan staged = plan_of(request, Kernel::kStaged);
-  if (request.V > kStagedClasses && fits(request, staged)) return staged;
+  const int64_t least = request.pass == Pass::kForward ? kWarpClasses : kStagedClasses;
+  if (request.V > least && fits(request, staged)) return staged;
   if (request.V <= kWarpClasses) return plan_of(request, Kernel::kWarp);
   const Plan held = plan_of(request, Kernel::kHeld);
   return fits(request, held) ? held : plan_of(request, Kernel::kBlock);

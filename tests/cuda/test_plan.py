@@ -56,6 +56,8 @@ SHARED = {
 def test_plan_of_a_shape(V, dtype, arch, kernel, cluster):
     plan = accumloss.plan(V, dtype, arch=arch)
     assert (plan.kernel, plan.cluster) == (kernel, cluster)
+    if plan.kernel == "staged" and V <= 1024:  # half of the bytes for what is done once a row
+        assert accumloss.plan(V, dtype, arch=arch, call="forward").kernel == "warp"
     assert plan.stages == 0 or plan.groups < plan.stages <= 2 * plan.groups
     again = kernel == "block" and not (arch == "sm_80" and V * dtype.itemsize < 300e3)
     assert plan.bytes_per_element == dtype.itemsize * (3 if again else 2)
