@@ -128,13 +128,14 @@ def kernels(ptx: str) -> dict[str, Kernel]:
     return found
 
 
-def split_vectors(kernel: Kernel) -> list[str]:
-    """Accesses that are the parts of one 16-byte vector, in an innermost loop: stores to global memory, or loads from
-    shared memory, to one base, one after the other."""
+def split_vectors(kernel: Kernel, loads: bool) -> list[str]:
+    """Accesses that are the parts of one 16-byte vector, in an innermost loop: stores to global memory, and with `loads`
+    loads from shared memory, to one base, one after the other."""
     found = []
+    kinds = [("st", ("global", ""), "stored"), *([("ld", ("shared",), "loaded")] if loads else [])]
     for loop in kernel.inner_loops():
         inside = [access for access in kernel.accesses() if access.line in loop]
-        for kind, spaces, what in (("st", ("global", ""), "stored"), ("ld", ("shared",), "loaded")):
+        for kind, spaces, what in kinds:
             run: list[Access] = []
             for access in [a for a in inside if a.kind == kind and a.space in spaces]:
                 follows = run and (access.base, access.offset) == (run[-1].base, run[-1].offset + run[-1].bytes)
@@ -236,7 +237,7 @@ def faults(name: str, kernel: Kernel) -> list[str]:
     )
     if family == "sum_partials":
         return []
-    found = split_vectors(kernel)
+    found = split_vectors(kernel, loads=is_staged or is_held)  # others have sums there, one after the other
     if has_grad and not whole_vectors(kernel, "st", "global"):
         found.append("no 16-byte store to global memory in a loop")
     if not is_staged and not whole_vectors(kernel, "ld", "global"):
