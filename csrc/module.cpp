@@ -22,7 +22,7 @@ pybind11::tuple fields(const cuda::Plan& plan) {
   const pybind11::object resident =
       plan.resident > 0 ? pybind11::object(pybind11::int_(plan.resident)) : pybind11::none();
   return pybind11::make_tuple(cuda::kKernelNames[static_cast<int>(plan.kernel)], plan.threads, plan.cluster,
-                              plan.stages, plan.shared_bytes, plan.bytes_per_element, resident);
+                              plan.stages, plan.shared_bytes, plan.bytes_per_element, resident, plan.groups);
 }
 
 // dtype and pass are the enumerations' numbers. gpu: of the table, or empty.

@@ -61,12 +61,11 @@ struct Element<__nv_bfloat16> {
   static __device__ __forceinline__ float widen(__nv_bfloat16 x) { return __bfloat162float(x); }
   static __device__ __forceinline__ __nv_bfloat16 narrow(float x) { return __float2bfloat16_rn(x); }
   static __device__ __forceinline__ void unpack(const uint4& raw, float (&x)[8]) {
-    Pairs<__nv_bfloat162> pairs;
-    pairs.raw = raw;
+    const unsigned words[4] = {raw.x, raw.y, raw.z, raw.w};
 #pragma unroll
-    for (int i = 0; i < 4; ++i) {
-      const float2 both = __bfloat1622float2(pairs.pair[i]);
-      x[2 * i] = both.x, x[2 * i + 1] = both.y;
+    for (int i = 0; i < 4; ++i) {  // a bfloat16 is the upper half of a float
+      x[2 * i] = __uint_as_float(words[i] << 16);
+      x[2 * i + 1] = __uint_as_float(words[i] & 0xffff0000u);
     }
   }
   static __device__ __forceinline__ uint4 pack(const float (&x)[8]) {
@@ -101,6 +100,18 @@ struct Element<__half> {
     return pairs.raw;
   }
 };
+
+// 2^x by one instruction, results that are no normal numbers as 0; CUDA C++ has a name for it only under -ftz=true,
+// which would flush the subnormal bfloat16 that are written elsewhere.
+__device__ __forceinline__ float exp2_flushed(float x) {
+#if defined(ACCUMLOSS_EMULATE_CUDA)
+  return emulator::flushed_exp2(x);
+#else
+  float y;
+  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+#endif
+}
 
 // exp(d), d <= 0, for the sum of a row. |d| 2^-24 of relative error, which exp(d) outweighs.
 __device__ __forceinline__ float exp_term(float d) { return __expf(d); }

@@ -104,11 +104,15 @@ struct Launchers {
     const LogitsView& logits = args.inputs.logits;
     const int64_t rows = logits.B * logits.T;
     const int64_t count = blocks(plan, rows);
-    args.partials = static_cast<Partial*>(context.scratch((count > 0 ? count : 1) * sizeof(Partial)));
+    const int64_t partials = count > 0 ? count : 1;
+    args.partials = static_cast<Partial*>(context.scratch(partials * sizeof(Partial) + sizeof(unsigned)));
     args.bad_label = bad_label_record();
     const bool general = is_general(args.inputs.options);
     if (rows > 0 && plan.kernel == Kernel::kStaged) {
-      if constexpr (!kIsDouble) launch_staged<T>(what, args, general, kGrad, plan, context.stream());
+      if constexpr (!kIsDouble) {
+        unsigned* const tickets = reinterpret_cast<unsigned*>(args.partials + partials);
+        launch_staged<T>(what, args, general, kGrad, plan, tickets, context.stream());
+      }
     } else if (rows > 0) {
       launch(what, forward_kernel<kGrad>(plan, general), Grid{count, plan.threads, plan.shared_bytes}, context.stream(),
              args);

@@ -30,6 +30,8 @@ struct Plan {
   int64_t stage_bytes;       // of one block
   int64_t shared_bytes;      // of one block
   double bytes_per_element;  // of device memory, read and written
+  int groups = 1;            // of threads, each with a row of its own; staged only
+  int64_t header_bytes = 0;  // of shared_bytes, before the stages; staged only
   int64_t resident = 0;      // clusters (of one block: blocks) that the device runs at once; 0: not known
 };
 
@@ -101,38 +103,65 @@ constexpr int64_t packed_classes(int capability) { return has_fast_double(capabi
 constexpr int64_t kA100CacheOfMultiprocessor = 40 * 1024 * 1024 / 108;
 
 constexpr int64_t kWarpClasses = 1024;
-// Held rows of this size are so many on a multiprocessor that one's loads hide behind another's arithmetic.
-constexpr int64_t kHeldBytes = 8192;
+// Up to here, with gradient, what the staged kernels do once a row outweighs what they save; in the forward alone,
+// which moves half as much, up to kWarpClasses. docs/performance.md has the model.
+constexpr int64_t kStagedClasses = 512;
 constexpr int kTileThreads = 256;
 constexpr int kMaxThreads = 512;
 constexpr int kMaxBlockThreads = 1024;  // of the block kernels without transform, smoothing and metrics
 constexpr int kMaxCluster = 8;
-constexpr int kMinStages = 3;  // one whose gradient is written, one on chip, one on its way
-constexpr int kMaxStages = 8;
-constexpr int64_t kStagedTarget = 65536;            // bytes in flight for which rows get more than kMinStages
+constexpr int kMaxGroups = 8;
+constexpr int kMaxStages = 9;  // a row for each group, and one on its way
+constexpr int kStagedMaxThreads = 640;
+constexpr int64_t kStagedTarget = 65536;            // bytes on chip for which rows get more stages than that
 constexpr int64_t kStagedSharedBytes = 227 * 1024;  // of a block, on the devices that the stages are counted for
 constexpr int64_t kHeldHeader = 1152;               // BlockGroup::kSharedBytes
-constexpr int64_t kStagedHeader = 4352;             // StagedShared
+constexpr int64_t kStagedHeader = 2048;             // StagedShared, without general options
+constexpr int64_t kStagedHeaderGeneral = 2816;      // and with them
+constexpr int64_t kStagedSums = 16;                 // StagedSums, of a warp
+constexpr int64_t kStagedSumsGeneral = 32;
+constexpr int kStagedHelpers = 64;  // threads of the warps that bring rows and add up
 constexpr int64_t kStageAlignment = 128;
 
 constexpr int64_t round_up(int64_t value, int64_t unit) { return (value + unit - 1) / unit * unit; }
 
-// Enough threads for one round of 16 elements each, and for a second row to fill the waits.
+// Of a block that has a row: four rounds of 16 elements for each thread. Fewer warps do less once a row, and more rows
+// fill the waits.
 inline int block_threads(int64_t elements) {
   int threads = 128;
-  while (threads < kMaxThreads && elements >= 2 * threads * 16) threads *= 2;
+  while (threads < kMaxThreads && elements >= 4 * threads * 16) threads *= 2;
   return threads;
 }
 
-// The staged plan with that many blocks in a cluster; shared_bytes says whether it fits.
+// How the threads of a staged block share rows: small groups at small rows, as a group does the same once a row however
+// many warps it has, and waits as long; few at long ones, of which few are on chip.
+struct Groups {
+  int count, threads;
+};
+constexpr Groups staged_groups(int64_t bytes) {
+  return bytes <= 1024    ? Groups{8, 32}
+         : bytes <= 4096  ? Groups{8, 64}
+         : bytes <= 32768 ? Groups{4, 128}
+                          : Groups{2, 256};
+}
+
+// The staged plan with that many blocks in a cluster; shared_bytes says whether it fits. A slice is rounded out to 16
+// bytes at both ends of the row.
 inline Plan staged_plan(const PlanRequest& request, int cluster) {
   const int64_t size = element_size(request.dtype);
-  const int64_t slice = (request.V * size / 16 + cluster - 1) / cluster * 16;
-  Plan plan = {Kernel::kStaged, block_threads(slice / size), cluster, 0, 0, 0, 0};
-  plan.stage_bytes = round_up(std::max<int64_t>(slice, 16), kStageAlignment);
+  const int64_t vectors = round_up(request.V * size + 16 - size, 16) / 16;
+  const int64_t slice = (vectors + cluster - 1) / cluster * 16;
+  const Groups groups = staged_groups(request.V * size / cluster);
+  Plan plan = {Kernel::kStaged, groups.count * groups.threads + kStagedHelpers, cluster, 0, 0, 0, 0, groups.count, 0};
+  plan.stage_bytes = round_up(slice, kStageAlignment);
+  const int most = std::min(kMaxStages, 2 * groups.count);
   plan.stages =
-      static_cast<int>(std::min<int64_t>(kMaxStages, std::max<int64_t>(kMinStages, kStagedTarget / plan.stage_bytes)));
-  plan.shared_bytes = kStagedHeader + plan.stages * plan.stage_bytes;
+      static_cast<int>(std::min<int64_t>(most, std::max<int64_t>(groups.count + 1, kStagedTarget / plan.stage_bytes)));
+  const int64_t sums = 2 * cluster * (groups.count * groups.threads / 32);  // each warp's, twice
+  plan.header_bytes =
+      request.general ? kStagedHeaderGeneral + sums * kStagedSumsGeneral : kStagedHeader + sums * kStagedSums;
+  plan.header_bytes = round_up(plan.header_bytes, kStageAlignment);
+  plan.shared_bytes = plan.header_bytes + plan.stages * plan.stage_bytes;
   return plan;
 }
 
@@ -193,28 +222,27 @@ inline Plan plan_of(const PlanRequest& request, Kernel kernel, int cluster = 0) 
 // | row                     | sm_75         | sm_80  | sm_86, sm_89, sm_120 | sm_90, sm_100               |
 // |-------------------------|---------------|--------|----------------------|-----------------------------|
 // | V <= 64                 | packed        | packed | packed               | packed                      |
-// | V <= 1024               | packed        | warp   | packed               | warp                        |
-// | <= 8 KiB, with gradient | held          | held   | held                 | held                        |
+// | V <= 512                | packed        | warp   | packed               | warp                        |
+// | V <= 1024               | packed        | warp   | packed               | warp; staged, with gradient |
 // | on chip                 | held, with gradient: <= 62, 161, 97 KiB       | staged, cluster 1, 2, 4, 8  |
 // | else                    | block         | block  | block                | block                       |
 // float64, and a gradient that lies differently against 16 bytes: block above V = 1024. Where the device has no room
-// for a cluster: held or block.
+// for a cluster: as on sm_80.
 inline Plan table(const PlanRequest& request) {
   if (request.V <= packed_classes(request.capability)) return plan_of(request, Kernel::kPacked);
+  const Plan staged = plan_of(request, Kernel::kStaged);
+  const int64_t least = request.pass == Pass::kForward ? kWarpClasses : kStagedClasses;
+  if (request.V > least && fits(request, staged)) return staged;
   if (request.V <= kWarpClasses) return plan_of(request, Kernel::kWarp);
   const Plan held = plan_of(request, Kernel::kHeld);
-  if (request.V * element_size(request.dtype) <= kHeldBytes) {
-    return fits(request, held) ? held : plan_of(request, Kernel::kBlock);
-  }
-  const Plan staged = plan_of(request, Kernel::kStaged);
-  if (fits(request, staged)) return staged;
   return fits(request, held) ? held : plan_of(request, Kernel::kBlock);
 }
 
 // Clusters of a plan that such a GPU runs at once, at most.
 inline int64_t resident_on(const Gpu& gpu, const Plan& plan) {
   // What __launch_bounds__ allows, or what ptxas takes where that is more than it takes: docs/performance.md.
-  const int registers = plan.kernel == Kernel::kHeld || plan.kernel == Kernel::kBlock ? 64 : 128;
+  const bool two = plan.kernel == Kernel::kHeld || plan.kernel == Kernel::kBlock;
+  const int registers = two ? 64 : plan.kernel == Kernel::kStaged ? 96 : 128;
   const int64_t kept = shared_bytes_kept(gpu.capability);
   int64_t blocks = (max_shared_bytes(gpu.capability) + kept) / (plan.shared_bytes + kept);
   blocks = std::min<int64_t>(blocks, max_threads(gpu.capability) / plan.threads);

@@ -26,15 +26,25 @@ int64_t staged_clusters(const char* what, bool general, bool with_grad, const Pl
   return resident_clusters(what, reinterpret_cast<const void*>(kernel_of<T>(general, with_grad)), grid, stream);
 }
 
-// A cluster walks over its rows from start to end, so that one more than the device runs at once would begin when
-// another has ended, and the call would take twice as long.
+// One more cluster than the device runs at once would begin when the others have ended, and find no row left.
 template <typename T>
 void launch_staged(const char* what, const ForwardArgs<float>& args, bool general, bool with_grad, const Plan& plan,
-                   cudaStream_t stream) {
+                   unsigned* tickets, cudaStream_t stream) {
   const int64_t rows = args.inputs.logits.B * args.inputs.logits.T;
+  if (rows > 0x7fffffff) {
+    throw std::runtime_error(std::string("accumloss: ") + what + ": expected at most 2147483647 rows, got " +
+                             std::to_string(rows) + "; split them over several calls");
+  }
   const int64_t clusters = std::min(rows, plan.resident);
   const Grid grid = {clusters * plan.cluster, plan.threads, plan.shared_bytes, plan.cluster};
-  const StagedShape shape = {plan.stages, static_cast<unsigned>(plan.stage_bytes)};
+  check(cudaMemsetAsync(tickets, 0, sizeof(unsigned), stream), what);
+  const StagedShape shape = {plan.stages,
+                             static_cast<unsigned>(plan.stage_bytes),
+                             static_cast<unsigned>(plan.header_bytes),
+                             plan.groups,
+                             (plan.threads - kStagedHelpers) / (kWarp * plan.groups),
+                             tickets,
+                             FactorOptions(args.inputs)};
   launch(what, kernel_of<T>(general, with_grad), grid, stream, args, shape);
 }
 

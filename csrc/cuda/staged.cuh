@@ -1,334 +1,646 @@
 // Cross-entropy of a row by a cluster of blocks that holds it in shared memory, for sm_90 and newer: forward, or
-// forward and gradient. The clusters are persistent. Each block keeps a ring of stages, one row's slice each, which
-// bulk copies fill while earlier rows are reduced; so every logit is read from device memory once. Ignored rows are not
-// read.
+// forward and gradient. Every logit is read from device memory once, and is overwritten by its gradient where that is
+// asked for.
 //
-// One exchange a row: each warp writes its sums into the shared memory of every block, and after one barrier all
-// threads add the same numbers in the same order.
+// The clusters are persistent and take rows as they are done with others. In each block
+//   groups of warps  have a row each, every groups-th one: they sum, exchange their sums with those of the other
+//                    blocks, and write the gradient, while other groups are elsewhere in other rows;
+//   one warp         has bulk copies bring rows into a ring of stages, a slice of a row each, some rows ahead;
+//   one warp         of the first block adds up: what a row needs in double, a row a lane.
+// They meet at mbarriers alone: nobody waits for all others, and nobody waits for device memory but the copies.
+//
+// Which rows: tickets, a few rows each, from one counter. The first block of a cluster takes them and tells the others
+// by messages, which they answer: without the answer a block that has nothing to exchange, as its rows are ignored,
+// falls behind until a message overwrites another.
 #pragma once
 
 #include "async.cuh"
-#include "cross_entropy.cuh"
 #include "plan.h"
+#include "slice.cuh"
 
 namespace accumloss::cuda {
 
 struct StagedShape {
-  int stages;
+  int stages;  // more than groups, as a group that waits for its row must not hold up another's; at most two for each
   unsigned stage_bytes;
+  unsigned header;  // bytes of shared memory before the stages
+  int groups;
+  int warps;          // of a group
+  unsigned* tickets;  // 0 at first
+  FactorOptions factor;
 };
 
-constexpr int kMaxWarps = kMaxThreads / kWarp;
+constexpr int kNoMoreRows = -1;
+constexpr int kNoRecord = -2;
+constexpr int kIgnoredLabel = -1;
+constexpr int64_t kMostRowsOfTicket = 8;
+static_assert(kStagedHelpers == 2 * kWarp, "plan.h knows another number");
 
-// At the start of dynamic shared memory; the stages follow.
-template <typename Acc>
+// A row on its way to the groups.
+struct StagedRow {
+  int64_t in, out;  // elements from the first logit to the row, and of the gradient
+  int row;          // or kNoMoreRows, once for each group
+  int label;        // or kIgnoredLabel
+  float weight;     // of its class
+  float reference;
+};
+
+// What the first block of a cluster tells the others of a row.
+struct alignas(16) StagedMail {
+  int row;
+  int label;
+  float weight;
+  float reference;  // the label's logit, where the smoothing's sum is taken relative to it
+};
+
+// What a warp tells the group in all blocks.
+template <bool kGeneral>
+struct StagedSums;
+template <>
+struct alignas(16) StagedSums<false> {
+  float max, sum;
+  int target;  // the label's logit by to_ordered(), of the warp that has it
+  int beaten;
+};
+template <>
+struct alignas(16) StagedSums<true> {
+  float max, sum;
+  int target;
+  int beaten;
+  float weighted, linear;
+  float unused[2];
+};
+
+// What a group hands on to be added up.
+template <bool kGeneral>
+struct StagedRecord;
+template <>
+struct StagedRecord<false> {
+  int row;  // or kNoRecord, kNoMoreRows
+  float max, sum, z_label, weight;
+};
+template <>
+struct StagedRecord<true> {
+  int row;
+  float max, sum, z_label, weight;
+  float weighted, linear;
+  int correct;
+};
+constexpr int kRecords = 2 * kWarp;  // one half is read while the other is filled
+
+// At the start of dynamic shared memory. The sums of the warps and the stages follow.
+template <bool kGeneral>
 struct StagedShared {
-  Mbarrier full[kMaxStages];  // the slice of a row has arrived
-  RowGrad<Acc> grad;
-  int beaten[kMaxCluster];                           // in block 0: what wins_tie found in each block
-  RowState<Acc> states[2][kMaxCluster * kMaxWarps];  // of even rows and odd: one row's are read while the
-};  // next one's arrive
-
-// What a block has of one row: `count` vectors from vector `first` on; the last block also the elements at both ends.
-template <typename T>
-struct Slice {
-  RowSpan<T> span;
-  int first;
-  int count;
-  int scalars;  // fewer than two vectors' worth: one a thread
-
-  __device__ __forceinline__ Slice(const T* x, int64_t V, int rank, int blocks) : span(x, x, V) {
-    const int vectors = static_cast<int>(span.vectors);
-    const int each = (vectors + blocks - 1) / blocks;
-    first = rank * each;
-    const int left = vectors - first;
-    count = left < 0 ? 0 : left < each ? left : each;
-    scalars = rank == blocks - 1 ? static_cast<int>(span.scalars()) : 0;
-  }
-
-  // Class of the first element of vector v of the slice.
-  __device__ __forceinline__ int64_t index(int v) const { return span.vector_index(first + v); }
+  // The slice of a row has arrived: of even and odd rows of a group. Not one for each stage: those of another group may
+  // not have arrived when a group is done with a later row, and a parity does not tell a phase from the one before the
+  // last. Stages are at most two for each group, so that the one before the last is over.
+  Mbarrier full[kMaxGroups][2];
+  Mbarrier empty[kMaxStages];  // the warps of a group have left it
+  Mbarrier summed[kMaxGroups][2];
+  Mbarrier mailed[2], answered[2];
+  Mbarrier recorded[2], added[2];
+  StagedMail mail[2];
+  unsigned answer;
+  StagedRow rows[kMaxStages];
+  StagedRecord<kGeneral> records[kRecords];
 };
+static_assert(sizeof(StagedShared<false>) <= kStagedHeader && sizeof(StagedShared<true>) <= kStagedHeaderGeneral &&
+                  sizeof(StagedSums<false>) == kStagedSums && sizeof(StagedSums<true>) == kStagedSumsGeneral,
+              "plan.h knows other sizes");
 
-// Every step-th row, by additions: a division for each row and thread would show.
-struct Walk {
-  int64_t step, step_b, step_t, T;
-  int64_t row;
-  RowAt at;
-
-  __device__ __forceinline__ Walk(const LogitsView& view, int64_t first, int64_t clusters)
-      : step(clusters),
-        step_b(clusters / view.T),
-        step_t(clusters % view.T),
-        T(view.T),
-        row(first),
-        at(row_at(view, first)) {}
-
-  __device__ __forceinline__ void advance() {
-    row += step;
-    at.b += step_b;
-    at.t += step_t;
-    if (at.t >= T) {
-      at.t -= T;
-      ++at.b;
-    }
-  }
-};
-
-// What is read of a row directly, a row ahead: before its gradient can be written over it.
-template <typename T>
-struct Peek {
-  T label;   // the logit of the label
-  T scalar;  // of this thread
-};
-
-template <typename T>
-__device__ __forceinline__ Peek<T> peek(const CrossEntropyInputs& inputs, const RowAt& at, int64_t label, int rank,
-                                        int blocks) {
-  const T* const x = row_start<T>(inputs.logits, at);
-  const Slice<T> slice(x, inputs.logits.V, rank, blocks);
-  const int thread = static_cast<int>(threadIdx.x);
-  return {x[label], x[thread < slice.scalars ? slice.span.scalar_index(thread) : 0]};
-}
-
-// Adds the classes of a slice, its vectors in shared memory.
-template <typename T, bool kGeneral, typename Acc>
-__device__ __forceinline__ RowState<Acc> reduce_slice(const Slice<T>& slice, const T* staged, Acc scalar,
-                                                      const RowView<Acc, kGeneral>& row) {
-  constexpr int kWidth = RowSpan<T>::kWidth;
-  constexpr int kVectors = kVectorsInFlight<T, kGeneral>;
-  const int size = static_cast<int>(blockDim.x);
-  const int thread = static_cast<int>(threadIdx.x);
-  RowState<Acc> state;
-  const auto fetch = [&](int v, Acc* z) {
-    Acc part[kWidth];
-    Element<T>::unpack(load_vector(staged + v * kWidth), part);
-    const int64_t j = slice.index(v);
-    row.template prepare<kWidth>(part, j, slice.span.label_position(row.label, j), state);
-#pragma unroll
-    for (int i = 0; i < kWidth; ++i) z[i] = part[i];
-  };
-  int v = thread;
-  for (; v + (kVectors - 1) * size < slice.count; v += kVectors * size) {
-    Acc z[kVectors * kWidth];
-#pragma unroll
-    for (int k = 0; k < kVectors; ++k) fetch(v + k * size, z + k * kWidth);
-    row.push(z, state);
-  }
-  if (kVectors > 1) {
-    for (; v < slice.count; v += size) {
-      Acc z[kWidth];
-      fetch(v, z);
-      row.push(z, state);
-    }
-  }
-  if (thread < slice.scalars) {
-    const int64_t j = slice.span.scalar_index(thread);
-    Acc z[1] = {scalar};
-    row.template prepare<1>(z, j, j == row.label ? 0 : -1, state);
-    row.push(z, state);
-  }
-  return state;
-}
-
-// Whether another class of the slice comes before the label in torch.argmax.
-template <typename T, typename Acc>
-__device__ __forceinline__ bool beats_label(const Slice<T>& slice, const T* staged, Acc scalar, Acc x_label,
-                                            int64_t label) {
-  constexpr int kWidth = RowSpan<T>::kWidth;
-  const int thread = static_cast<int>(threadIdx.x);
-  bool beaten = false;
-  const auto compare = [&](Acc x, int64_t j) { beaten |= x > x_label || (x == x_label && j < label); };
-  for (int v = thread; v < slice.count; v += static_cast<int>(blockDim.x)) {
-    for (int i = 0; i < kWidth; ++i) compare(Element<T>::widen(staged[v * kWidth + i]), slice.index(v) + i);
-  }
-  if (thread < slice.scalars) compare(scalar, slice.span.scalar_index(thread));
-  return beaten;
-}
-
-template <typename T, bool kGeneral, typename Acc>
-__device__ __forceinline__ void write_slice(const Slice<T>& slice, const T* staged, Acc scalar, T* out, int64_t label,
-                                            const RowGrad<Acc>& grad, const CrossEntropyInputs& inputs) {
-  constexpr int kWidth = RowSpan<T>::kWidth;
-  const Transform<Acc> transform(inputs.options);
-  const Acc* const weight = static_cast<const Acc*>(inputs.weight);
-  const bool smoothing = inputs.options.label_smoothing > 0;
-  const int thread = static_cast<int>(threadIdx.x);
-#pragma unroll(kGeneral ? 1 : 2)
-  for (int v = thread; v < slice.count; v += static_cast<int>(blockDim.x)) {
-    const int64_t j = slice.index(v);
-    Acc part[kWidth];
-    Element<T>::unpack(load_vector(staged + v * kWidth), part);
-    gradient<T, kGeneral, kWidth>(part, j, slice.span.label_position(label, j), grad, transform, weight, smoothing);
-    stream_vector(out + j, Element<T>::pack(part));
-  }
-  if (thread < slice.scalars) {
-    const int64_t j = slice.span.scalar_index(thread);
-    Acc part[1] = {scalar};
-    gradient<T, kGeneral, 1>(part, j, j == label ? 0 : -1, grad, transform, weight, smoothing);
-    out[j] = Element<T>::narrow(part[0]);
-  }
-}
-
-template <typename T>
-__device__ __forceinline__ void write_zero_slice(const Slice<T>& slice, T* out) {
-  using Acc = typename Element<T>::Acc;
-  constexpr Acc kZeros[RowSpan<T>::kWidth] = {};
-  const int thread = static_cast<int>(threadIdx.x);
-  for (int v = thread; v < slice.count; v += static_cast<int>(blockDim.x)) {
-    stream_vector(out + slice.index(v), Element<T>::pack(kZeros));
-  }
-  if (thread < slice.scalars) out[slice.span.scalar_index(thread)] = Element<T>::narrow(Acc(0));
-}
-
-__device__ __forceinline__ void barrier_of(int blocks) {
-  if (blocks == 1) {
-    __syncthreads();
-  } else {
-    cluster_barrier();
-  }
-}
-
-// The ring of a block, filled by its first thread: for rows with a label, in the order of the rows.
-template <typename T>
-struct Ring {
-  Mbarrier* full;
-  unsigned char* memory;
-  StagedShape shape;
+template <typename T, bool kGeneral>
+struct StagedBlock {
+  const ForwardArgs<float>& args;
+  const StagedShape& shape;
+  StagedShared<kGeneral>& shared;
+  StagedSums<kGeneral>* sums;  // (groups, 2, blocks, warps)
+  unsigned char* ring;
   int rank, blocks;
-  Walk next;   // row to look at
-  int copied;  // rows
+  int shift;  // logarithm of blocks
 
-  __device__ __forceinline__ T* stage(int item) const {
-    return reinterpret_cast<T*>(memory + static_cast<size_t>(item % shape.stages) * shape.stage_bytes);
+  __device__ __forceinline__ StagedBlock(const ForwardArgs<float>& arguments, const StagedShape& staged)
+      : args(arguments),
+        shape(staged),
+        shared(*reinterpret_cast<StagedShared<kGeneral>*>(dynamic_shared())),
+        sums(reinterpret_cast<StagedSums<kGeneral>*>(dynamic_shared() +
+                                                     (kGeneral ? kStagedHeaderGeneral : kStagedHeader))),
+        ring(dynamic_shared() + staged.header),
+        rank(cluster_rank()),
+        blocks(cluster_size()),
+        shift(0) {
+    while (1 << shift < blocks) ++shift;
   }
 
-  // Starts copies until every stage is in use; those of the first `consumed` rows are free.
-  __device__ __forceinline__ void refill(const CrossEntropyInputs& inputs, int consumed) {
-    bulk_load_fence();
-    const int64_t rows = row_count(inputs.logits);
-    for (; copied < consumed + shape.stages && next.row < rows; next.advance()) {
-      if (!is_item(inputs, row_label(inputs, next.at))) continue;
-      const T* const x = row_start<T>(inputs.logits, next.at);
-      const Slice<T> slice(x, inputs.logits.V, rank, blocks);
-      const unsigned bytes = static_cast<unsigned>(slice.count) * kVectorBytes;
-      Mbarrier* const barrier = full + copied % shape.stages;
-      mbarrier_expect(barrier, bytes);
-      if (bytes > 0) bulk_load(stage(copied), x + slice.index(0), bytes, barrier);
-      ++copied;
+  __device__ __forceinline__ T* stage(int number) const {
+    return reinterpret_cast<T*>(ring + static_cast<size_t>(number) * shape.stage_bytes);
+  }
+  __device__ __forceinline__ const T* row_in(const StagedRow& row) const {
+    return static_cast<const T*>(args.inputs.logits.data) + row.in;
+  }
+  __device__ __forceinline__ Slice<T> slice_of(const StagedRow& row) const {
+    return Slice<T>(row_in(row), static_cast<int>(args.inputs.logits.V), rank, shift);
+  }
+  __device__ __forceinline__ unsigned bytes_of_sums() const {
+    return static_cast<unsigned>(sizeof(StagedSums<kGeneral>)) * static_cast<unsigned>(shape.warps * blocks);
+  }
+
+  // One thread, before a barrier of the cluster.
+  __device__ __forceinline__ void initialise() const {
+    for (int s = 0; s < shape.stages; ++s) mbarrier_init(&shared.empty[s], shape.warps);
+    for (int half = 0; half < 2; ++half) {
+      for (int group = 0; group < shape.groups; ++group) {
+        mbarrier_init(&shared.full[group][half], 1);
+        mbarrier_init(&shared.summed[group][half], blocks == 1 ? shape.warps : 1);
+      }
+      mbarrier_init(&shared.mailed[half], 1);
+      mbarrier_init(&shared.answered[half], 1);
+      mbarrier_init(&shared.recorded[half], kWarp);
+      mbarrier_init(&shared.added[half], 1);
+    }
+    mbarrier_init_fence();
+    if (blocks == 1) return;
+    for (int half = 0; half < 2; ++half) {
+      for (int group = 0; group < shape.groups; ++group) mbarrier_expect(&shared.summed[group][half], bytes_of_sums());
+      mbarrier_expect(&shared.mailed[half], sizeof(StagedMail));
+      mbarrier_expect(&shared.answered[half], sizeof(unsigned) * blocks);
     }
   }
+
+  // A place for a record, when the one that was there is added. `item`: which of the cluster's rows.
+  __device__ __forceinline__ StagedRecord<kGeneral>& record_at(int item) const {
+    const int turn = item / kWarp;
+    if (turn >= 2) mbarrier_wait(&shared.added[turn % 2], (turn / 2 - 1) & 1);
+    return shared.records[item % kRecords];
+  }
+  __device__ __forceinline__ void recorded(int item, int count = 1) const {
+    mbarrier_arrive(&shared.recorded[item / kWarp % 2], count);
+  }
 };
+
+// The warp that brings the rows. ------------------------------------------------------------------------------------
 
 template <typename T, bool kGeneral, bool kGrad>
-__global__ void __launch_bounds__(kMaxThreads, 1)
-    staged_kernel(const __grid_constant__ ForwardArgs<typename Element<T>::Acc> args, const StagedShape shape) {
-  using Acc = typename Element<T>::Acc;
-  const CrossEntropyInputs& inputs = args.inputs;
-  const LossOptions& options = inputs.options;
-  const int64_t V = inputs.logits.V;
-  const int64_t rows = row_count(inputs.logits);
-  const int rank = cluster_rank(), blocks = cluster_size();
-  const int warps = static_cast<int>(blockDim.x) / kWarp;
-  const int lane = static_cast<int>(threadIdx.x) % kWarp;
-  const bool first = threadIdx.x == 0;
-  auto& shared = *reinterpret_cast<StagedShared<Acc>*>(dynamic_shared());
-  static_assert(sizeof(shared) <= kStagedHeader, "plan.h keeps too little for it");
-  const Transform<Acc> transform(options);
+struct StagedProducer {
+  const StagedBlock<T, kGeneral>& block;
+  int lane;
 
-  if (first) {
-    for (int s = 0; s < shape.stages; ++s) mbarrier_init(&shared.full[s], 1);
-    mbarrier_init_fence();
+  // What is to be known of a row to bring it.
+  struct Errand {
+    StagedRow row;
+    const T* from;
+    unsigned bytes, before, behind;
+  };
+
+  // An ignored row takes a stage too, as its gradient is to be written; nothing is read of it.
+  __device__ __forceinline__ Errand errand(const StagedMail& mail) const {
+    const LogitsView& logits = block.args.inputs.logits;
+    Errand made = {{0, 0, mail.row, mail.label, mail.weight, mail.reference}, nullptr, 0, 0, 0};
+    if (mail.row < 0) return made;
+    const RowAt at = row_at(logits, mail.row);
+    made.row.in = at.b * logits.stride_b + at.t * logits.stride_t;
+    if (kGrad) made.row.out = at.b * block.args.grad_logits.stride_b + at.t * block.args.grad_logits.stride_t;
+    if (mail.label < 0) return made;
+    const Slice<T> slice = block.slice_of(made.row);
+    const int over = slice.offset + slice.count * Slice<T>::kWidth - static_cast<int>(logits.V);
+    constexpr int kSize = static_cast<int>(sizeof(T));
+    made.from = block.row_in(made.row) + slice.offset;
+    made.bytes = slice.bytes();
+    made.before = static_cast<unsigned>(slice.offset < 0 ? -slice.offset : 0) * kSize;
+    made.behind = static_cast<unsigned>(over > 0 ? over : 0) * kSize;
+    return made;
   }
-  barrier_of(blocks);  // from here on every block of the cluster has started
-  Walk walk(inputs.logits, blockIdx.x / blocks, gridDim.x / blocks);
-  Ring<T> ring = {shared.full, dynamic_shared() + kStagedHeader, shape, rank, blocks, walk, 0};
-  if (first) ring.refill(inputs, 0);
 
-  // The label of the row after the next, and the elements of the next row, are read a row early: their latency passes
-  // during this row, and its gradient is not yet written over them.
-  Walk ahead = walk;
-  const auto label_ahead = [&] { return ahead.row < rows ? row_label(inputs, ahead.at) : options.ignore_index; };
-  int64_t label = label_ahead();
-  Peek<T> elements = {};
-  if (is_item(inputs, label)) elements = peek<T>(inputs, walk.at, label, rank, blocks);
-  ahead.advance();
-  int64_t next_label = label_ahead();
-  int item = 0;  // rows with a label so far
-  for (; walk.row < rows; walk.advance()) {
-    const int64_t row = walk.row;
-    const int64_t this_label = label;
-    const Acc x_label = Element<T>::widen(elements.label);
-    const Acc scalar = Element<T>::widen(elements.scalar);
-    label = next_label;
-    if (is_item(inputs, label)) elements = peek<T>(inputs, ahead.at, label, rank, blocks);
-    ahead.advance();
-    next_label = label_ahead();
+  // Of the number-th row of the cluster.
+  struct Place {
+    int stage;
+    unsigned phase;  // of the stage before, to be over
+    Mbarrier* full;
+  };
+  __device__ __forceinline__ Place place_of(int number) const {
+    const int lap = number / block.shape.stages, turn = number / block.shape.groups;
+    return {number - lap * block.shape.stages, (lap & 1) ^ 1u,
+            &block.shared.full[number - turn * block.shape.groups][turn % 2]};
+  }
 
-    const Slice<T> slice(row_start<T>(inputs.logits, walk.at), V, rank, blocks);
-    T* const out = kGrad ? row_start<T>(args.grad_logits, walk.at) : nullptr;
-    if (!is_item(inputs, this_label)) {
-      const bool ignored = this_label == options.ignore_index;
-      const double value = ignored ? 0.0 : kNaN;
-      if (first && rank == 0) {
-        args.partials[row] = ignored ? Partial{} : Partial{value, 0, options.metrics ? value : 0.0, 1, 0};
-        if (!ignored) *args.bad_label = BadLabel{row + 1, this_label};
-        if (!kGrad) {
-          args.lse[row] = value;
-          args.nll[row] = static_cast<Acc>(value);
+  // One lane: waits for a stage and has the row copied into it.
+  __device__ __forceinline__ void bring(const Errand& errand, const Place& place) const {
+    mbarrier_wait(&block.shared.empty[place.stage], place.phase);
+    block.shared.rows[place.stage] = errand.row;
+    mbarrier_expect(place.full, errand.bytes);
+    if (errand.bytes > 0) {
+      bulk_load(block.stage(place.stage), errand.from, errand.bytes, errand.before, errand.behind, place.full);
+    }
+  }
+
+  // One lane of the first block: to every block of the cluster, this one too.
+  __device__ __forceinline__ void send(const StagedMail& mail, int number) const {
+    const int place = number % 2;
+    if (number >= 2) {
+      mbarrier_wait(&block.shared.answered[place], (number / 2 - 1) & 1);
+      mbarrier_expect(&block.shared.answered[place], sizeof(unsigned) * block.blocks);
+    }
+    for (int rank = 0; rank < block.blocks; ++rank) {
+      cluster_send(&block.shared.mail[place], rank, mail, &block.shared.mailed[place]);
+    }
+  }
+
+  // One lane of each block.
+  __device__ __forceinline__ StagedMail receive(int number) const {
+    const int place = number % 2;
+    mbarrier_wait(&block.shared.mailed[place], (number / 2) & 1);
+    const StagedMail mail = block.shared.mail[place];
+    mbarrier_expect(&block.shared.mailed[place], sizeof(StagedMail));
+    // Of what was read, so that the answer does not overtake it.
+    cluster_send(&block.shared.answer, 0, static_cast<unsigned>(mail.label), &block.shared.answered[place]);
+    return mail;
+  }
+
+  // Of the lanes that have a row, one after the other, from the first-th row of the cluster on. What each needs is made
+  // in all lanes at once. Returns the next number.
+  __device__ __forceinline__ int hand_out(const StagedMail& mine, bool has_row, int first) const {
+    const unsigned lanes = __ballot_sync(kAllLanes, has_row);
+    const int number = first + __popc(lanes & ((1u << lane) - 1));
+    const Place place = place_of(number);
+    const Errand own = block.blocks == 1 ? errand(mine) : Errand{};
+    for (unsigned left = lanes; left != 0; left &= left - 1) {
+      if (lane == __ffs(static_cast<int>(left)) - 1) {
+        if (block.blocks == 1) {
+          bring(own, place);
+        } else {
+          send(mine, number);
+          bring(errand(receive(number)), place);
         }
       }
-      if (kGrad) write_zero_slice(slice, out);
+      __syncwarp(kAllLanes);
+    }
+    return first + __popc(lanes);
+  }
+
+  // A row's label, read by one lane of the first block; of a row that is none, what is known of it already is written.
+  __device__ __forceinline__ StagedMail look_at(int64_t row) const {
+    const ForwardArgs<float>& args = block.args;
+    const CrossEntropyInputs& inputs = args.inputs;
+    const int64_t label = row_label(inputs, row_at(inputs.logits, row));
+    if (is_item(inputs, label)) {
+      const float* const weight = static_cast<const float*>(inputs.weight);
+      StagedMail mail = {static_cast<int>(row), static_cast<int>(label), weight ? weight[label] : 1.0f, 0.0f};
+      // Before it is written over: the row is handed out later.
+      if (kGeneral) {
+        const RowAt at = row_at(inputs.logits, row);
+        mail.reference = Element<T>::widen(row_start<T>(inputs.logits, at)[label]);
+      }
+      return mail;
+    }
+    const bool ignored = label == inputs.options.ignore_index;
+    const double value = ignored ? 0.0 : kNaN;
+    args.partials[row] = ignored ? Partial{} : Partial{value, 0, inputs.options.metrics ? value : 0.0, 1, 0};
+    if (!ignored) *args.bad_label = BadLabel{row + 1, label};
+    if (!kGrad) {
+      args.lse[row] = value;
+      args.nll[row] = static_cast<float>(value);
+    }
+    return {static_cast<int>(row), kIgnoredLabel, 0.0f, 0.0f};
+  }
+
+  // Large tickets save trips to the counter, small ones in the end let all clusters end at once.
+  static __device__ __forceinline__ int64_t rows_of_ticket(int64_t left, int64_t clusters) {
+    const int64_t fair = left / (2 * clusters);
+    return fair < 1 ? 1 : fair > kMostRowsOfTicket ? kMostRowsOfTicket : fair;
+  }
+
+  __device__ __forceinline__ void run_first() const {
+    const int64_t rows = row_count(block.args.inputs.logits);
+    const int64_t clusters = gridDim.x / block.blocks;
+    const int64_t given = rows_of_ticket(rows, clusters) * clusters;  // the first ones, without the counter
+    int64_t size = rows_of_ticket(rows, clusters);
+    int64_t begin = blockIdx.x / block.blocks * size;
+    int number = 0;
+    while (begin < rows) {
+      size = size < rows - begin ? size : rows - begin;
+      const int64_t next_size = rows_of_ticket(rows - begin - size, clusters);
+      // Asked for early, as the answer takes as long as a short row.
+      unsigned next = 0;
+      if (lane == 0) next = atomicAdd(block.shape.tickets, static_cast<unsigned>(next_size));
+      StagedMail mine = {kNoMoreRows, kIgnoredLabel, 0.0f, 0.0f};
+      if (lane < size) mine = look_at(begin + lane);
+      number = hand_out(mine, lane < size && (kGrad || mine.label >= 0), number);
+      begin = given + __shfl_sync(kAllLanes, next, 0);
+      size = next_size;
+    }
+    const int ends = hand_out({kNoMoreRows, kIgnoredLabel, 0.0f, 0.0f}, lane < block.shape.groups, number);
+    if (lane > 0) return;
+    // No block leaves before its messages have come.
+    for (int last = ends - 2; block.blocks > 1 && last < ends; ++last) {
+      mbarrier_wait(&block.shared.answered[last % 2], (last / 2) & 1);
+    }
+    // The last records: of the groups' ends, and as many as fill a turn.
+    if (ends / kWarp != number / kWarp) return;
+    for (int i = ends; i / kWarp == ends / kWarp; ++i) {
+      block.record_at(i).row = kNoMoreRows;
+      block.recorded(i);
+    }
+  }
+
+  __device__ __forceinline__ void run_other() const {
+    if (lane > 0) return;
+    for (int number = 0, ended = 0; ended < block.shape.groups; ++number) {
+      const StagedMail mail = receive(number);
+      ended += mail.row == kNoMoreRows;
+      bring(errand(mail), place_of(number));
+    }
+  }
+};
+
+// The warp that adds up. --------------------------------------------------------------------------------------------
+
+template <typename T, bool kGeneral, bool kGrad>
+__device__ __forceinline__ void add_up(const StagedBlock<T, kGeneral>& block, int lane) {
+  const ForwardArgs<float>& args = block.args;
+  const double weight_sum =
+      args.inputs.weight_sum ? *args.inputs.weight_sum : static_cast<double>(args.inputs.logits.V);
+  for (int turn = 0;; ++turn) {
+    mbarrier_wait(&block.shared.recorded[turn % 2], (turn / 2) & 1);
+    const StagedRecord<kGeneral> record = block.shared.records[turn % 2 * kWarp + lane];
+    __syncwarp(kAllLanes);
+    if (lane == 0) mbarrier_arrive(&block.shared.added[turn % 2]);
+    if (record.row >= 0) {
+      RowState<float> state;
+      state.max = record.max;
+      state.sum = record.sum;
+      bool correct = false;
+      if constexpr (kGeneral) {
+        state.weighted = record.weighted;
+        state.linear = record.linear;
+        correct = record.correct != 0;
+      }
+      const RowWeights weights = {record.weight, weight_sum};
+      const RowResult result = finish_row(state, record.z_label, weights, args.inputs);
+      args.partials[record.row] =
+          Partial{result.loss, weights.target, result.entropy, 1, correct && result.loss == result.loss ? 1 : 0};
+      if (!kGrad) {
+        args.lse[record.row] = result.lse;
+        args.nll[record.row] = static_cast<float>(result.nll);
+      }
+    }
+    if (__any_sync(kAllLanes, record.row == kNoMoreRows)) return;
+  }
+}
+
+// The groups. -------------------------------------------------------------------------------------------------------
+
+template <typename T, bool kGeneral>
+struct StagedGroup {
+  const StagedBlock<T, kGeneral>& block;
+  int group, thread, size;
+  int lane, warp;
+  int exchanges = 0;
+
+  __device__ __forceinline__ StagedGroup(const StagedBlock<T, kGeneral>& of, int number)
+      : block(of),
+        group(number),
+        thread(static_cast<int>(threadIdx.x) - number * of.shape.warps * kWarp),
+        size(of.shape.warps * kWarp),
+        lane(thread % kWarp),
+        warp(thread / kWarp) {}
+
+  // Of each warp, to the group in every block; returns those of all warps in one order. Two sets of places in turn: a
+  // warp sends for the exchange after the next when it has read those of the next, so when all have read this one's.
+  __device__ __forceinline__ const StagedSums<kGeneral>* exchange(const StagedSums<kGeneral>& mine) {
+    const int half = exchanges % 2, phase = (exchanges / 2) & 1;
+    ++exchanges;
+    const int all = block.blocks * block.shape.warps;
+    StagedSums<kGeneral>* const places = block.sums + (group * 2 + half) * all;
+    Mbarrier* const summed = &block.shared.summed[group][half];
+    StagedSums<kGeneral>* const place = places + block.rank * block.shape.warps + warp;
+    if (block.blocks == 1) {
+      if (lane == 0) {
+        *place = mine;
+        mbarrier_arrive(summed);
+      }
+    } else if (lane < block.blocks) {
+      cluster_send(place, lane, mine, summed);
+    }
+    mbarrier_wait(summed, phase);
+    if (block.blocks > 1 && thread == 0) mbarrier_expect(summed, block.bytes_of_sums());
+    return places;
+  }
+
+  // The sums of `lanes` neighbours, a power of two, the same in each of them.
+  static __device__ __forceinline__ Sums merged(const Sums& sums, int lanes) {
+    Sums all;
+    all.state.max = from_ordered(__reduce_max_sync(kAllLanes, to_ordered(sums.state.max)));
+    all.target = __reduce_max_sync(kAllLanes, sums.target);
+    const float scale =
+        sums.state.max == all.state.max ? 1.0f : exp2_flushed((sums.state.max - all.state.max) * kLog2e);
+    all.state.sum = sums.state.sum * scale;
+    if (kGeneral) {
+      all.state.weighted = sums.state.weighted_about(all.state.max, scale);
+      all.state.linear = sums.state.linear;
+    }
+    for (int step = lanes / 2; step > 0; step /= 2) {
+      all.state.sum += __shfl_xor_sync(kAllLanes, all.state.sum, step);
+      if (kGeneral) {
+        all.state.weighted += __shfl_xor_sync(kAllLanes, all.state.weighted, step);
+        all.state.linear += __shfl_xor_sync(kAllLanes, all.state.linear, step);
+      }
+    }
+    return all;
+  }
+
+  // Of all threads of the group in all blocks.
+  __device__ __forceinline__ Sums exchanged(const Sums& mine) {
+    const Sums of_warp = merged(mine, kWarp);
+    StagedSums<kGeneral> sent = {};
+    sent.max = of_warp.state.max;
+    sent.sum = of_warp.state.sum;
+    sent.target = of_warp.target;
+    if constexpr (kGeneral) {
+      sent.weighted = of_warp.state.weighted;
+      sent.linear = of_warp.state.linear;
+    }
+    const StagedSums<kGeneral>* const places = exchange(sent);
+    const auto read = [&](int i) {
+      const StagedSums<kGeneral> found = places[i];
+      Sums sums;
+      sums.state.max = found.max;
+      sums.state.sum = found.sum;
+      sums.target = found.target;
+      if constexpr (kGeneral) {
+        sums.state.weighted = found.weighted;
+        sums.state.linear = found.linear;
+      }
+      return sums;
+    };
+    const int all = block.blocks * block.shape.warps;
+    Sums sums = read(lane & (all - 1));
+    if (all > kWarp) {  // at most twice as many
+      const Sums other = read(lane + kWarp);
+      sums.state.merge_about_max(other.state);
+      sums.target = sums.target > other.target ? sums.target : other.target;
+    }
+    return merged(sums, all < kWarp ? all : kWarp);
+  }
+
+  // Whether in any block a class comes before the label in torch.argmax.
+  __device__ __forceinline__ bool is_beaten(bool beaten) {
+    StagedSums<kGeneral> sent = {};
+    sent.beaten = __any_sync(kAllLanes, beaten);
+    const StagedSums<kGeneral>* const places = exchange(sent);
+    bool any = false;
+    for (int i = lane; i < block.blocks * block.shape.warps; i += kWarp) any |= places[i].beaten != 0;
+    return __any_sync(kAllLanes, any);
+  }
+};
+
+// A row whose logits are too large for the fused exponent, once more.
+template <typename T>
+__device__ __noinline__ Sums reduce_large(const Slice<T> slice, const T* stage, int thread, int size, int target,
+                                          const CrossEntropyInputs& inputs) {
+  Sums sums;
+  const RowView<float, false> view(inputs, -1, 0.0f);
+  sums.state = reduce_any<T, false>(slice, stage, thread, size, view);
+  sums.target = target;
+  return sums;
+}
+template <typename T>
+__device__ __noinline__ void write_large(const Slice<T> slice, const T* stage, T* out, int thread, int size,
+                                         const RowFactor row, const CrossEntropyInputs& inputs) {
+  write_any<T, false>(slice, stage, out, thread, size, row, inputs);
+}
+
+template <typename T, bool kGeneral, bool kGrad>
+__device__ __forceinline__ void consume(const StagedBlock<T, kGeneral>& block) {
+  constexpr bool kFused = kIsHalf<T> && !kGeneral;
+  const ForwardArgs<float>& args = block.args;
+  const CrossEntropyInputs& inputs = args.inputs;
+  const Transform<float> transform(inputs.options);
+  StagedGroup<T, kGeneral> group(block, static_cast<int>(threadIdx.x) / (block.shape.warps * kWarp));
+  const FactorView<kGeneral> factors(block.shape.factor, inputs, kGrad ? *args.grad_loss_sum : 0.0f);
+  const bool is_first = block.rank == 0 && group.thread == 0;
+  const int thread = group.thread, size = group.size;
+  const auto release = [&](int stage) {
+    __syncwarp(kAllLanes);
+    if (group.lane == 0) mbarrier_arrive(&block.shared.empty[stage]);
+  };
+
+  int number = group.group;  // of the stage
+  for (int item = group.group, turn = 0;; item += block.shape.groups, ++turn) {
+    mbarrier_wait(&block.shared.full[group.group][turn % 2], (turn / 2) & 1);
+    const StagedRow row = block.shared.rows[number];
+    const int here = number;
+    number += block.shape.groups;
+    if (number >= block.shape.stages) number -= block.shape.stages;
+    if (row.row < 0 || row.label < 0) {
+      if (is_first) {
+        block.record_at(item).row = row.row < 0 ? kNoMoreRows : kNoRecord;
+        block.recorded(item);
+      }
+      if (row.row < 0) return;
+      if (kGrad) {
+        T* const out = static_cast<T*>(args.grad_logits.data) + row.out;
+        write_zero_slice(block.slice_of(row), out, thread, size);
+      }
+      release(here);
       continue;
     }
 
-    const T* const staged = ring.stage(item);
-    mbarrier_wait(&shared.full[item % shape.stages], (item / shape.stages) & 1);
-    const Acc z_label = kGeneral ? transform.value(x_label) : x_label;
-    const RowView<Acc, kGeneral> view(inputs, this_label, z_label);
-    RowState<Acc> state = warp_merge<kGeneral>(reduce_slice<T, kGeneral>(slice, staged, scalar, view));
-    RowState<Acc>* const states = shared.states[item % 2];
-    if (lane < blocks) cluster_store(&states[rank * warps + threadIdx.x / kWarp], lane, state);
-    // It also orders what was peeked of this row and the next before any block writes this row's gradient over it.
-    barrier_of(blocks);
-    state = RowState<Acc>();
-    for (int i = lane; i < blocks * warps; i += kWarp) state.merge_about_max(states[i]);
-    state = warp_merge<kGeneral>(state);
-
-    bool wins = z_label > state.max;
-    if (kGeneral && options.metrics && z_label == state.max) {  // the same decision in every thread of the cluster
-      const bool beaten = __syncthreads_or(beats_label(slice, staged, scalar, x_label, this_label));
-      if (first) cluster_store(&shared.beaten[rank], 0, static_cast<int>(beaten));
-      barrier_of(blocks);
-      wins = true;
-      for (int block = 0; block < blocks && rank == 0; ++block) wins &= shared.beaten[block] == 0;
+    T* const stage = block.stage(here);
+    const Slice<T> slice = block.slice_of(row);
+    const int place = row.label - slice.offset;  // of the label, if it is in this block
+    const bool is_owner = static_cast<unsigned>(place) < static_cast<unsigned>(slice.count * Slice<T>::kWidth) &&
+                          slice.thread_of(place, size) == thread;
+    Sums sums;
+    if (is_owner) {  // the only one that reads it
+      const float x = Element<T>::widen(stage[place]);
+      sums.target = to_ordered(x == x ? x : __int_as_float(0x7fc00000));
+      stage[place] = Element<T>::narrow(-INFINITY);
+      bulk_load_fence();
     }
-    // All threads have left the row before, and in forward this row's stage too.
-    if (first) ring.refill(inputs, kGrad ? item : item + 1);
-
-    if (first) {
-      const RowWeights weights = RowWeights::read(inputs, this_label, Acc());
-      const RowResult result = finish_row(state, z_label, weights, inputs);
-      if (rank == 0) {
-        const int64_t correct = options.metrics && wins && result.loss == result.loss ? 1 : 0;
-        args.partials[row] = Partial{result.loss, weights.target, result.entropy, 1, correct};
-        if (!kGrad) {
-          args.lse[row] = result.lse;
-          args.nll[row] = static_cast<Acc>(result.nll);
-        }
+    if constexpr (kFused) {
+      sums.state = reduce_fused(slice, stage, thread, size);
+    } else {
+      const float reference = kGeneral ? transform.value(row.reference) : 0.0f;
+      const RowView<float, kGeneral> view(inputs, row.label, reference);
+      sums.state = reduce_any<T, kGeneral>(slice, stage, thread, size, view);
+    }
+    sums = group.exchanged(sums);
+    bool is_large = false;
+    if constexpr (kFused) {
+      is_large = fabsf(sums.state.max) > kLargestFused && sums.state.max > -INFINITY;
+      if (is_large) sums = group.exchanged(reduce_large(slice, stage, thread, size, sums.target, inputs));
+    }
+    const float x_label = from_ordered(sums.target);
+    const float z_label = kGeneral ? transform.value(x_label) : x_label;
+    bool wins = z_label > sums.state.max;
+    if (kGeneral && inputs.options.metrics && z_label == sums.state.max) {  // the same decision in all threads
+      wins = !group.is_beaten(beats_label(slice, stage, thread, size, x_label, row.label));
+    }
+    if (is_first) {
+      StagedRecord<kGeneral>& record = block.record_at(item);
+      record.row = row.row;
+      record.max = sums.state.max;
+      record.sum = sums.state.sum;
+      record.z_label = z_label;
+      record.weight = row.weight;
+      if constexpr (kGeneral) {
+        record.weighted = sums.state.weighted;
+        record.linear = sums.state.linear;
+        record.correct = inputs.options.metrics && wins;
       }
-      if (kGrad) {
-        shared.grad =
-            make_grad<Element<T>::kExactExponent>(result.lse, result.nll, weights, *args.grad_loss_sum, inputs);
+      block.recorded(item);
+    }
+    if (!kGrad) {
+      release(here);
+      continue;
+    }
+    const RowFactor factor = factors.of(sums.state, z_label, row.weight);
+    T* const out = static_cast<T*>(args.grad_logits.data) + row.out;
+    if constexpr (kFused) {
+      if (is_large) {
+        write_large(slice, stage, out, thread, size, factor, inputs);
+      } else {
+        write_fused(slice, stage, out, thread, size, factor);
       }
+    } else {
+      write_any<T, kGeneral>(slice, stage, out, thread, size, factor, inputs);
     }
-    if (kGrad) {
-      __syncthreads();
-      const RowGrad<Acc> grad = shared.grad;
-      write_slice<T, kGeneral>(slice, staged, scalar, out, this_label, grad, inputs);
+    // Over what its vector has there, which the same thread has written.
+    if (is_owner) {
+      out[row.label] = Element<T>::narrow(kGeneral ? factor.target * transform.slope(x_label) : factor.target);
     }
-    ++item;
+    release(here);
   }
+}
+
+// kStagedMaxThreads: warps are given registers by four, so that 576 threads take as many as 640.
+template <typename T, bool kGeneral, bool kGrad>
+__global__ void __launch_bounds__(kStagedMaxThreads, 1)
+    staged_kernel(const __grid_constant__ ForwardArgs<typename Element<T>::Acc> args,
+                  const __grid_constant__ StagedShape shape) {
+  const StagedBlock<T, kGeneral> block(args, shape);
+  if (threadIdx.x == 0) block.initialise();
+  __syncwarp(kAllLanes);
+  if (block.blocks == 1) {
+    __syncthreads();
+  } else {
+    cluster_barrier();  // from here on every block of the cluster has started
+  }
+  const int lane = static_cast<int>(threadIdx.x) % kWarp;
+  const int helper = (static_cast<int>(threadIdx.x) - shape.groups * shape.warps * kWarp) / kWarp;
+  if (static_cast<int>(threadIdx.x) < shape.groups * shape.warps * kWarp) {
+    consume<T, kGeneral, kGrad>(block);
+  } else if (helper == 0) {
+    const StagedProducer<T, kGeneral, kGrad> producer = {block, lane};
+    if (block.rank == 0) {
+      producer.run_first();
+    } else {
+      producer.run_other();
+    }
+  } else if (block.rank == 0) {
+    add_up<T, kGeneral, kGrad>(block, lane);
+  }
+  __syncwarp(kAllLanes);                    // a warp comes as one
+  if (block.blocks > 1) cluster_barrier();  // messages may be on their way to whoever is here
 }
 
 }  // namespace accumloss::cuda

@@ -18,14 +18,15 @@ bool is_staged_available(int capability);
 template <typename T>
 int64_t staged_clusters(const char* what, bool general, bool with_grad, const Plan& plan, cudaStream_t stream);
 
-// plan.resident: staged_clusters(), at least 1.
+// plan.resident: staged_clusters(), at least 1.  tickets: memory of the device.
 template <typename T>
 void launch_staged(const char* what, const ForwardArgs<float>& args, bool general, bool with_grad, const Plan& plan,
-                   cudaStream_t stream);
+                   unsigned* tickets, cudaStream_t stream);
 
 // For staged.cu and no_staged.cpp, once for each T.
-#define ACCUMLOSS_INSTANTIATE(T)                                                           \
-  template int64_t staged_clusters<T>(const char*, bool, bool, const Plan&, cudaStream_t); \
-  template void launch_staged<T>(const char*, const ForwardArgs<float>&, bool, bool, const Plan&, cudaStream_t);
+#define ACCUMLOSS_INSTANTIATE(T)                                                                             \
+  template int64_t staged_clusters<T>(const char*, bool, bool, const Plan&, cudaStream_t);                   \
+  template void launch_staged<T>(const char*, const ForwardArgs<float>&, bool, bool, const Plan&, unsigned*, \
+                                 cudaStream_t);
 
 }  // namespace accumloss::cuda

@@ -28,7 +28,7 @@ BASE = ["-std=c++17", "-O1", "-fPIC", "-ffp-contract=off", "-Wno-unknown-pragmas
 ALIGNMENT = ["-fsanitize=alignment"]  # of the kernels; alignment.cpp answers it
 COMMON = ["emulator/emulator.cpp", "emulator/driver.cpp", "csrc/cuda/bad_labels.cpp", "emulator/alignment.cpp"]
 CROSS, STAGED = "csrc/cuda/cross_entropy.cu", "csrc/cuda/staged.cu"
-FLOAT, FLOAT_STAGED = "emulator/float_backend.cpp", "csrc/cuda/staged.cu"
+ONE, ONE_STAGED = "emulator/one_backend.cpp", "csrc/cuda/staged.cu"
 DTYPES = {torch.bfloat16: 0, torch.float16: 1, torch.float32: 2, torch.float64: 3}
 GUARD = 64  # elements of NaN on both sides of every tensor, which nothing may change and no sum may contain
 
@@ -74,16 +74,17 @@ def _contents() -> str:
     return repr((build_cache.version_of("g++"), str(include), headers and headers[0], _sources()))
 
 
-def _unpack(work: pathlib.Path, patches: Patches, is_float: bool) -> None:
-    """The sources, perhaps with a fault, perhaps with the staged kernels of float alone."""
+def _unpack(work: pathlib.Path, patches: Patches, element: str | None) -> None:
+    """The sources, perhaps with a fault, perhaps with the staged kernels of one element type alone."""
     build_cache.unpack(_sources(), work)
     for name, old, new in patches:
         text = (work / "csrc" / name).read_text()
         assert text.count(old) == 1, f"the fault's text occurs {text.count(old)} times in csrc/{name}: {old!r}"
         (work / "csrc" / name).write_text(text.replace(old, new))
-    if is_float:
+    if element:
         staged = work / STAGED
-        staged.write_text(re.sub(r"^ACCUMLOSS_INSTANTIATE\(__.*\n", "", staged.read_text(), flags=re.MULTILINE))
+        others = rf"^ACCUMLOSS_INSTANTIATE\((?!{element}\)).*\n"
+        staged.write_text(re.sub(others, "", staged.read_text(), flags=re.MULTILINE))
 
 
 def _compile(work: pathlib.Path, source: str, target: pathlib.Path, *flags: str) -> None:
@@ -95,14 +96,14 @@ def _compile(work: pathlib.Path, source: str, target: pathlib.Path, *flags: str)
 
 
 def _objects(
-    kind: str, sources: list[str], flags: list[str], patches: Patches = (), is_float: bool = False
+    kind: str, sources: list[str], flags: list[str], patches: Patches = (), element: str | None = None
 ) -> list[str]:
     """The objects of these sources, from the cache or compiled."""
 
     def make(folder: pathlib.Path) -> None:
         with tempfile.TemporaryDirectory() as directory:
             work = pathlib.Path(directory)
-            _unpack(work, patches, is_float)
+            _unpack(work, patches, element)
             for source in sources:
                 name = pathlib.Path(source).name
                 if source.endswith(".h"):
@@ -110,7 +111,7 @@ def _objects(
                 else:
                     _compile(work, source, folder / f"{name}.o", *flags, "-x", "c++", "-c")
 
-    folder = build_cache.built(kind, (_contents(), sources, BASE, flags, patches, is_float), make)
+    folder = build_cache.built(kind, (_contents(), sources, BASE, flags, patches, element), make)
     return [str(folder / f"{pathlib.Path(source).name}.o") for source in sources]
 
 
@@ -135,20 +136,21 @@ def build() -> pathlib.Path:
     return _library(_objects("emulated-cross", [CROSS], flags) + _objects("emulated-staged", [STAGED], flags))
 
 
-def build_float(patches: Patches = (), staged: bool = False) -> pathlib.Path:
-    """The backend for float alone, perhaps with a fault.
+def build_one(patches: Patches = (), staged: bool = False, element: str = "float") -> pathlib.Path:
+    """The backend for one element type alone, perhaps with a fault.
 
     Args:
         patches: the fault. Only what it concerns is compiled, and linked first: of functions that are in both parts the
             linker takes the first.
         staged: whether the fault is one of the staged kernels, or of what chooses and launches them.
+        element: as the kernels name it.
     """
-    flags = [*_header(*ALIGNMENT), *ALIGNMENT]
-    of_cross = bool(patches) and not (staged and all("staged" in name for name, _, _ in patches))
+    flags = [*_header(*ALIGNMENT), *ALIGNMENT, f"-DELEMENT={element}"]
+    of_cross = bool(patches) and not (staged and all("staged" in name or "slice" in name for name, _, _ in patches))
     of_staged = bool(patches) and staged
     faulty, right = [], []
-    for source, has_fault in ((FLOAT, of_cross), (FLOAT_STAGED, of_staged)):
-        made = _objects("emulated-float", [source], flags, patches if has_fault else (), is_float=True)
+    for source, has_fault in ((ONE, of_cross), (ONE_STAGED, of_staged)):
+        made = _objects("emulated-one", [source], flags, patches if has_fault else (), element)
         (faulty if has_fault else right).extend(made)
     return _library(faulty + right)
 
@@ -158,13 +160,13 @@ SANITIZERS = {
     "thread": ["-fsanitize=thread", "-Wno-tsan"],
     "address": ["-fsanitize=address,undefined", "-fno-sanitize=vptr", "-fno-sanitize-recover=all"],
 }
-INSTRUMENTED = [FLOAT, FLOAT_STAGED, "emulator/sanitized.cpp"]
+INSTRUMENTED = [ONE, ONE_STAGED, "emulator/sanitized.cpp"]
 
 
 def run_sanitized(sanitizer: str, patches: Patches = ()) -> subprocess.CompletedProcess:
     """The program emulator/sanitized.cpp, built with a sanitizer, perhaps with a fault, and run."""
     flags = SANITIZERS[sanitizer]
-    objects = _objects(f"sanitized-{sanitizer}", INSTRUMENTED, [*flags, "-g1"], patches, is_float=True)
+    objects = _objects(f"sanitized-{sanitizer}", INSTRUMENTED, [*flags, "-g1", "-DELEMENT=float"], patches, "float")
     objects += _objects("emulated-common", COMMON, _header())[:3]  # what answers -fsanitize=alignment alone is left out
 
     def link(folder: pathlib.Path) -> None:
@@ -309,6 +311,25 @@ class Backend:
             if before is not None:
                 os.environ["ACCUMLOSS_CUDA_PLAN"] = before
             self.device()
+
+    @contextlib.contextmanager
+    def starving(self, warp: int):
+        """That warp of each block runs when no other can, and copies land at once."""
+        self.library.emulated_starve(warp)
+        try:
+            yield
+        finally:
+            self.library.emulated_starve(-1)
+
+    @contextlib.contextmanager
+    def exp_error(self, kind: int):
+        """The exponential of the staged kernels off by 2^-22 of itself: 1 above, -1 below, 2 anything between, by its
+        argument; 0 by its rounding alone."""
+        self.library.emulated_exp_error(kind)
+        try:
+            yield
+        finally:
+            self.library.emulated_exp_error(0)
 
     def _call(self, name: str, *arguments) -> None:
         error = getattr(self.library, f"emulated_{name}")(*arguments)

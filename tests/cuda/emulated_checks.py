@@ -34,6 +34,9 @@ PLAN_CASES = {
     "ring_metrics_ignored": {"shape": (1, 30, 600), "metrics": True, "ignored": 0.6, "offset": 3},
     "few_vectors": {"shape": (2, 5, 61), "confident": True, "metrics": True},
     "no_vector": {"shape": (1, 4, 3), "offset": 1, "metrics": True},
+    # Of a cluster, long runs of rows that nothing is exchanged for; and more rows than records wait to be added.
+    "many_ignored": {"shape": (1, 60, 200), "ignored": 0.9},
+    "many_rows": {"shape": (1, 150, 40)},
 }
 FORMAT = {"shape", "offset", "spread", "grad", "ignored", "weight", "int32", "confident"}
 FLOATS = [torch.bfloat16, torch.float16, torch.float32, torch.float64]
@@ -122,6 +125,46 @@ def check(backend: emulated.Backend, logits, labels, weight, grad: float, option
     check_gradient("forward_with_grad in place", over)
     check_sums(both)
     check_sums(in_place)
+
+
+def check_half(backend: emulated.Backend) -> None:
+    """What 16-bit logits without options may meet, through the loops of the staged kernels."""
+    generator = torch.Generator().manual_seed(5)
+    for plan, V in (("staged:1", 1037), ("staged:2", 2051)):
+        rows = [torch.randn(V, generator=generator) * s + shift for shift in (0, 1000, -30000, 3e7) for s in (0.02, 3)]
+        logits = torch.stack(rows)[None].bfloat16()
+        labels = torch.randint(0, V, logits.shape[:2], generator=generator)
+        labels[0, 0], labels[0, 1] = 0, V - 1
+        for row, gap in ((0, 20.0), (1, 60.0)):  # a label far ahead
+            logits[0, row, labels[0, row]] = logits[0, row].max() + gap
+        logits[0, 4, V // 2 :] = -math.inf
+        labels[0, 4] = 1
+        # A reference of log2(e) 30000 is rounded by up to 2^-9; few entries are so near to a tie that one row shows it.
+        far = [torch.randn(V, generator=generator) * 20 + shift for shift in (-30000, 30000, 12345) for _ in range(4)]
+        with backend.plan(plan, clusters=1):
+            check(backend, emulated.guarded(logits, 3), labels, None, -1024.0, {}, offset=3)
+            shifted = torch.stack(far)[None].bfloat16()
+            check(backend, shifted, torch.randint(0, V, shifted.shape[:2], generator=generator), None, 1.0, {})
+            # exp(-100.5) is no normal number, and 1024 times the sum of the others is one.
+            far_label, one = logits[:, :1].clone(), labels[:, :1]
+            far_label[0, 0, one[0, 0]] = 100.5
+            want = row_oracle.rows(far_label, one, None, 1024.0).grad[0, 0, one[0, 0]]
+            got = backend.forward_with_grad(far_label, one, 1024.0)["grad_logits"][0, 0, one[0, 0]]
+            assert_within("entry of a label far ahead", got[None], want[None], want[None].abs() * 2.0**-8)
+            # What float64 cannot tell apart: half of the classes at one number as large as there are, the others lower.
+            ends = torch.zeros(1, 2, V)
+            ends[0, :, ::2] = torch.tensor([[2e38], [-2e38]])
+            ends[0, 1, 1::2] = -math.inf
+            count, ends, first = (V + 1) // 2, ends.bfloat16(), torch.zeros(1, 2, dtype=torch.int64)
+            entries = backend.forward_with_grad(ends, first)["grad_logits"][0]
+            assert (entries[:, 2::2].double() * count - 1).abs().max() <= 2.0**-8
+            assert (entries[:, 1::2] == 0).all()
+            nll = backend.forward(ends, first)["nll"].double()
+            assert (nll / math.log(count) - 1).abs().max() <= 2e-6
+            nan = emulated.guarded(logits)
+            nan[0, 2, labels[0, 2]] = torch.tensor(-1, dtype=torch.int16).view(torch.bfloat16)  # with a sign bit
+            assert backend.forward_with_grad(nan, labels)["grad_logits"][0, 2].isnan().all()
+            assert backend.forward(nan, labels)["nll"][0].isnan().nonzero().tolist() == [[2]]
 
 
 # Softcap makes equal z of different x; equal x decide by the index. The winner is torch.argmax of the raw logits.

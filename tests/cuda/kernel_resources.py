@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import pathlib
 import re
@@ -10,7 +11,9 @@ import subprocess
 from typing import NamedTuple
 
 import build_cache
+import cost_model
 import ptx
+import sass
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 PAGE = ROOT / "docs" / "performance.md"
@@ -68,6 +71,12 @@ class Compiled(NamedTuple):
 
     ptx: dict[str, ptx.Kernel]
     resources: dict[str, dict[str, int]]
+    cubin: pathlib.Path
+
+    def sass(self) -> dict[str, sass.Kernel]:
+        """The machine code, where there is a disassembler."""
+        found = sass.kernels(sass.disassembled(self.cubin))
+        return dict(zip(demangle(list(found)), found.values(), strict=True))
 
 
 def architectures(compiler: str) -> list[str]:
@@ -76,6 +85,7 @@ def architectures(compiler: str) -> list[str]:
     return re.findall(r"compute_(\w+)", known)
 
 
+@functools.cache  # of one process: what it reports is of one version of the sources
 def compiled(compiler: str, source: pathlib.Path, architecture: str) -> Compiled:
     """PTX and resources of the kernels of a source, from the cache or made; fails at a warning, the host's included."""
     flags = ["-std=c++17", "-O3", "-Xcompiler=-Wall,-Wextra", "-Icsrc/cuda"]
@@ -97,18 +107,20 @@ def compiled(compiler: str, source: pathlib.Path, architecture: str) -> Compiled
         shutil.rmtree(folder / "sources")
         text.rename(folder / "kernels.ptx")
         command = [str(assembler), "-v", "-O3", f"-arch=sm_{architecture}", str(folder / "kernels.ptx")]
-        made = subprocess.run([*command, "-o", "/dev/null"], capture_output=True, text=True, check=False)
+        command += ["-o", str(folder / "kernels.cubin")]
+        made = subprocess.run(command, capture_output=True, text=True, check=False)
         assert made.returncode == 0, made.stderr
         assert "warning" not in made.stdout + made.stderr, made.stdout + made.stderr
         (folder / "ptxas.txt").write_text(made.stdout + made.stderr)
 
     contents = (build_cache.version_of(compiler), flags, source.name, files)
-    folder = build_cache.built("nvcc", contents, make)
+    folder = build_cache.built("nvcc-cubin", contents, make)
     kernels = ptx.kernels((folder / "kernels.ptx").read_text())
     used = {kernel: row for (kernel, _), row in resources((folder / "ptxas.txt").read_text()).items()}
     names = dict(zip(kernels, demangle(list(kernels)), strict=True))
     assert set(used) == set(kernels) and len(set(names.values())) == len(names)
-    return Compiled({names[k]: kernel for k, kernel in kernels.items()}, {names[k]: row for k, row in used.items()})
+    by_name = {names[k]: kernel for k, kernel in kernels.items()}
+    return Compiled(by_name, {names[k]: row for k, row in used.items()}, folder / "kernels.cubin")
 
 
 def compile_all(compiler: str) -> dict[tuple[str, str], dict[str, int]]:
@@ -169,7 +181,33 @@ def report(compiler: str) -> str:
                     f"{plan.resident}"
                 )
             lines.append(f"| {V}, {name} | " + " | ".join(cells) + " |")
+    known = architectures(compiler)
+
+    def compiled_of(source: str, architecture: str) -> Compiled | None:
+        if architecture not in SOURCES[source] or architecture not in known:
+            return None
+        return compiled(compiler, CUDA / source, architecture)
+
+    lines += ["", *(cost_model.report(compiled_of, accumloss.plan) if sass.nvdisasm() else ptx_report(compiled_of))]
     return "\n".join(lines)
+
+
+def ptx_report(compiled_of) -> list[str]:
+    """Where there is no disassembler: the loops as the compiler hands them to ptxas."""
+    lines = [
+        "PTX, as there was no nvdisasm to read the machine code (`pip install nvidia-cuda-nvdisasm`): instructions an "
+        "element in the loops over a row, bf16 without options. ptxas makes more or fewer of them.",
+        "",
+        "| kernel, sm | reduces | writes |",
+        "|---|---:|---:|",
+    ]
+    for architecture in cost_model.ARCHITECTURES:
+        for kernel in cost_model.KERNELS:
+            if (made := compiled_of(kernel.source, architecture)) is not None:
+                reduces, writes = ptx.row_loops(made.ptx[kernel.entry], kernel.call == "with_grad")
+                cells = f"{reduces:.2f} | {writes:.2f}" if writes else f"{reduces:.2f} | "
+                lines.append(f"| {kernel.name}, {kernel.call}, {architecture} | {cells} |")
+    return lines
 
 
 def main() -> None:

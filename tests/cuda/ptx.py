@@ -82,6 +82,27 @@ class Kernel(NamedTuple):
         loops = self.loops()
         return [lines for head, lines in loops.items() if not any(other in lines for other in loops if other != head)]
 
+    def repeated(self) -> set[int]:
+        """Lines from which a way leads back to them."""
+        blocks = self._blocks()
+        labels = {match[1]: i for i, b in enumerate(blocks) if (match := LABEL.match(self.lines[b[0].start]))}
+        after = [
+            [*(labels[t] for t in targets if t in labels), *([i + 1] if goes_on and i + 1 < len(blocks) else [])]
+            for i, (_, targets, goes_on) in enumerate(blocks)
+        ]
+        found: set[int] = set()
+        for block, (lines, _, _) in enumerate(blocks):
+            seen: set[int] = set()
+            waiting = list(after[block])
+            while waiting:
+                other = waiting.pop()
+                if other not in seen:
+                    seen.add(other)
+                    waiting += after[other]
+            if block in seen:
+                found.update(lines)
+        return found
+
     def accesses(self) -> list[Access]:
         """All loads and stores of registers, in their order."""
         found = []
@@ -107,18 +128,22 @@ def kernels(ptx: str) -> dict[str, Kernel]:
     return found
 
 
-def split_vectors(kernel: Kernel) -> list[str]:
-    """Stores that are the parts of one 16-byte vector: to one base, one after the other, in an innermost loop."""
+def split_vectors(kernel: Kernel, loads: bool) -> list[str]:
+    """Accesses that are the parts of one 16-byte vector, in an innermost loop: stores to global memory, and with `loads`
+    loads from shared memory, to one base, one after the other."""
     found = []
+    kinds = [("st", ("global", ""), "stored"), *([("ld", ("shared",), "loaded")] if loads else [])]
     for loop in kernel.inner_loops():
-        run: list[Access] = []
-        for store in [a for a in kernel.accesses() if a.line in loop and a.kind == "st" and a.space in ("global", "")]:
-            follows = run and (store.base, store.offset) == (run[-1].base, run[-1].offset + run[-1].bytes)
-            run = [*run, store] if follows and store.bytes in (4, 8) else [store]
-            if len(run) > 1 and sum(access.bytes for access in run) == VECTOR:
-                parts = ", ".join(f"[{access.base}+{access.offset}]" for access in run)
-                found.append(f"one vector is stored as {len(run)} of {run[0].bytes} bytes: {parts}")
-                run = []
+        inside = [access for access in kernel.accesses() if access.line in loop]
+        for kind, spaces, what in kinds:
+            run: list[Access] = []
+            for access in [a for a in inside if a.kind == kind and a.space in spaces]:
+                follows = run and (access.base, access.offset) == (run[-1].base, run[-1].offset + run[-1].bytes)
+                run = [*run, access] if follows and access.bytes in (4, 8) else [access]
+                if len(run) > 1 and sum(part.bytes for part in run) == VECTOR:
+                    parts = ", ".join(f"[{part.base}+{part.offset}]" for part in run)
+                    found.append(f"one vector is {what} as {len(run)} of {run[0].bytes} bytes: {parts}")
+                    run = []
     return found
 
 
@@ -132,11 +157,66 @@ def whole_vectors(kernel: Kernel, kind: str, space: str) -> int:
     )
 
 
+def row_loops(kernel: Kernel, writes: bool, element_bytes: int = 2) -> tuple[float, float]:
+    """Instructions an element of the loops that reduce a row and that write its gradient (0 where none is wanted): of
+    several the one with most elements in a pass. All sides of its branches count.
+
+    Raises:
+        ValueError: where one is not there.
+    """
+    accesses, loops = kernel.accesses(), kernel.loops()
+    made: dict[int, tuple[bool, int, float]] = {}  # by the head: stores to global memory, elements, instructions
+    for head, lines in loops.items():
+        inside = [access for access in accesses if access.line in lines]
+        loads = sum(access.kind == "ld" and access.vector and access.bytes == VECTOR for access in inside)
+        if loads and any("ex2." in kernel.lines[line] for line in lines):
+            count = sum(bool(re.match(r"\s*(@!?%p\d+\s+)?[a-z][\w.:]*\s.*;|\s*ret;", kernel.lines[n])) for n in lines)
+            stores = any(access.kind == "st" and access.space in ("global", "") for access in inside)
+            made[head] = stores, loads * VECTOR // element_bytes, count
+    innermost = [row for head, row in made.items() if not any(o in loops[head] for o in made if o != head)]
+    found = []
+    for stores, wanted in ((False, True), (True, writes)):
+        of_kind = [row for row in innermost if row[0] == stores]
+        if wanted and not of_kind:
+            what = "writes" if stores else "reduces"
+            raise ValueError(f"ptx: {kernel.name}: expected a loop that {what} rows, found none among {len(loops)}")
+        best = max(of_kind, key=lambda row: row[1]) if wanted else (stores, 1, 0)
+        found.append(best[2] / best[1])
+    return found[0], found[1]
+
+
 def has_bulk_copy(kernel: Kernel) -> bool:
     """Whether a loop starts copies from global to shared memory."""
     loops = kernel.loops().values()
     copies = [n for n, line in enumerate(kernel.lines) if re.search(r"\bcp\.async\.bulk\.shared\S*\.global\.", line)]
     return any(number in loop for number in copies for loop in loops)
+
+
+# What the staged kernels may not wait for, and why.
+WAITS = {
+    r"\bmembar\.(gl|sys)|\bfence\.(acq_rel|sc)\.(gpu|sys)": "a fence of the whole device",
+    r"\bmbarrier\.(try|test)_wait[.\w]*\.acquire\.cluster": "a wait that drops the first-level cache",
+    r"\bmbarrier\.arrive[.\w:]*\.release\.cluster[.\w:]*\.shared::cluster": "an arrival that is a fence of the whole device",
+    r"\bsetmaxnreg": "registers that are handed over outside of a role's branch",
+}
+LOOP_WAITS = r"\b(bar|barrier)\.(sync|red|cluster)|\bbarrier\.cluster"
+
+
+def waits(kernel: Kernel) -> list[str]:
+    """Of a staged kernel: what makes all threads wait for each other, or for device memory."""
+    found = [
+        f"{what}: {line.strip()}"
+        for line in kernel.lines
+        for pattern, what in WAITS.items()
+        if re.search(pattern, line)
+    ]
+    inside = kernel.repeated()
+    found += [
+        f"a barrier of the block or cluster in a loop: {kernel.lines[number].strip()}"
+        for number in sorted(inside)
+        if re.search(LOOP_WAITS, kernel.lines[number])
+    ]
+    return found
 
 
 def faults(name: str, kernel: Kernel) -> list[str]:
@@ -157,7 +237,7 @@ def faults(name: str, kernel: Kernel) -> list[str]:
     )
     if family == "sum_partials":
         return []
-    found = split_vectors(kernel)
+    found = split_vectors(kernel, loads=is_staged or is_held)  # others have sums there, one after the other
     if has_grad and not whole_vectors(kernel, "st", "global"):
         found.append("no 16-byte store to global memory in a loop")
     if not is_staged and not whole_vectors(kernel, "ld", "global"):
@@ -166,4 +246,6 @@ def faults(name: str, kernel: Kernel) -> list[str]:
         found.append("no 16-byte load from shared memory in a loop")
     if is_staged and not has_bulk_copy(kernel):
         found.append("no bulk copy from global to shared memory in a loop")
+    if is_staged:
+        found += waits(kernel)
     return found

@@ -26,6 +26,9 @@ def compiler_for(architecture: str) -> str:
 def check(source: pathlib.Path, architecture: str) -> set[str]:
     """No spills, vectors as meant; the names of the kernels."""
     found = compiled(compiler_for(architecture), source, architecture)
+    registers = {k: row["registers"] for k, row in found.resources.items() if k.startswith("staged")}
+    # 576 threads are given as many as 640: there are not more than 96 for each.
+    assert all(count <= 96 for count in registers.values()), registers
     spilled = {kernel: row for kernel, row in found.resources.items() if row["spills"] or row["stack"]}
     assert not spilled, spilled
     wrong = {name: faults for name, kernel in found.ptx.items() if (faults := ptx.faults(name, kernel))}
@@ -145,6 +148,15 @@ def test_ptx_reader_refuses_vectors_that_were_split(stores):
     assert ptx.faults(BACKWARD, kernel_of(whole, after=stores)) == []  # once a row: sums, not a vector
 
 
+def test_ptx_reader_refuses_loads_that_were_split():
+    split = "\n".join(f"ld.shared.u32 %r{i}, [%r9+{4 * i + 64}];" for i in range(4))
+    whole = "\n".join([COPY, SHARED, STORE])
+    (found,) = ptx.faults(STAGED, kernel_of(f"{whole}\n{split}"))
+    assert "one vector is loaded as 4 of 4 bytes" in found
+    assert ptx.faults(STAGED, kernel_of(whole, after=split)) == []  # once a row: the sums of a warp
+    assert ptx.faults(STAGED, kernel_of(f"{whole}\n{split.replace('%r9', '%r8', 1)}")) == []
+
+
 def test_ptx_reader_follows_a_loop_to_where_the_compiler_has_put_it():
     """Its second half behind another loop: that one is not in it."""
     text = f""".visible .entry _Zk(
@@ -177,5 +189,42 @@ def test_ptx_reader_knows_scalars_from_the_parts_of_a_vector():
         "st.global.f32 [%rd2], %f1;",
         "st.global.u16 [%rd2], %rs1;\nst.global.u16 [%rd2+2], %rs2;",
         SPLIT.replace("global", "shared"),
+        "ld.shared.u32 %r1, [%r9];\nld.shared.u32 %r2, [%r9+8];\nld.shared.u16 %rs1, [%r9+12];",
     ):
         assert ptx.faults(BACKWARD, kernel_of(f"{whole}\n{stores}")) == []
+
+
+@pytest.mark.parametrize(
+    "line, what",
+    [
+        ("membar.gl;", "a fence of the whole device"),
+        ("fence.acq_rel.gpu;", "a fence of the whole device"),
+        ("mbarrier.try_wait.parity.acquire.cluster.shared::cta.b64 %p3, [%r1], %r2;", "drops the first-level cache"),
+        ("mbarrier.arrive.release.cluster.shared::cluster.b64 _, [%r1];", "an arrival that is a fence"),
+        ("setmaxnreg.dec.sync.aligned.u32 40;", "outside of a role's branch"),
+        ("bar.sync 0;", "a barrier of the block or cluster in a loop"),
+        ("barrier.cluster.arrive.release;", "a barrier of the block or cluster in a loop"),
+    ],
+)
+def test_ptx_reader_refuses_waits_for_all(line, what):
+    loop = "\n".join([COPY, SHARED, STORE])
+    (found,) = ptx.faults(STAGED, kernel_of(f"{loop}\n{line}"))
+    assert what in found
+    behind = ptx.faults(STAGED, kernel_of(loop, after=line))
+    assert bool(behind) == ("in a loop" not in what)
+    allowed = "mbarrier.try_wait.parity.shared::cta.b64 %p3, [%r1], %r2;\nmbarrier.arrive.release.cta.shared::cta.b64 %rd9, [%r1];"
+    assert ptx.faults(STAGED, kernel_of(f"{loop}\n{allowed}")) == []
+
+
+def test_ptx_reader_counts_the_loops_over_a_row():
+    exponential = "ex2.approx.ftz.f32 %f1, %f2;"
+    reduces, writes = [SHARED, exponential, "add.f32 %f3, %f3, %f1;"], [SHARED, exponential, STORE]
+    text = kernel_of("\n".join(reduces)).lines[:-2]  # up to the label behind the loop
+    other = [line.replace("BB0_1", "BB0_3") for line in kernel_of("\n".join(writes)).lines[6:]]
+    kernel = ptx.Kernel("_Zk", [*text, *other])
+    assert ptx.row_loops(kernel, writes=True) == (4 / 8, 4 / 8)
+    assert ptx.row_loops(kernel, writes=True, element_bytes=4) == (1.0, 1.0)
+    assert ptx.row_loops(kernel, writes=False) == (4 / 8, 0)
+    for loop, missing in ((reduces, "writes"), (writes, "reduces"), ([exponential], "reduces")):
+        with pytest.raises(ValueError, match=f"expected a loop that {missing} rows, found none"):
+            ptx.row_loops(kernel_of("\n".join(loop)), writes=True)

@@ -116,8 +116,9 @@ def test_emulated_launches_of_two_host_threads(backend):
     """The same kernels with more shared memory and with less: neither call may take the other's limit."""
     backend.seed(45)
     sizes = (13001, 20003)
-    alone = {V: backend.forward_with_grad(*small(V))["grad_logits"].clone() for V in sizes}
     for capability in (80, 90):
+        with backend.on(capability):
+            alone = {V: backend.forward_with_grad(*small(V))["grad_logits"].clone() for V in sizes}
         with backend.on(capability), concurrent.futures.ThreadPoolExecutor(2) as pool:
             calls = [(V, pool.submit(backend.forward_with_grad, *small(V))) for _ in range(4) for V in sizes]
             for V, call in calls:

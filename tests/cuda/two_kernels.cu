@@ -4,7 +4,7 @@
 namespace accumloss::cuda {
 
 template __global__ void staged_kernel<__nv_bfloat16, false, true>(const __grid_constant__ ForwardArgs<float>,
-                                                                   const StagedShape);
+                                                                   const __grid_constant__ StagedShape);
 template __global__ void forward_block_kernel<__nv_bfloat16, false, true, true>(
     const __grid_constant__ ForwardArgs<float>);
 

@@ -4,9 +4,9 @@
 #include <exception>
 #include <string>
 
+#include "backend.h"
 #include "bad_labels.h"
 #include "context.h"
-#include "backend.h"
 #include "emulator.h"
 
 namespace accumloss::cuda {
@@ -76,6 +76,8 @@ void emulated_seed(uint64_t value) { emulator::seed(value); }
 void emulated_device(int capability, int multiprocessors, int clusters, int missing) {
   emulator::device(capability, multiprocessors, clusters, missing);
 }
+void emulated_exp_error(int kind) { emulator::exp_error(kind); }
+void emulated_starve(int warp) { emulator::starve(warp); }
 int64_t emulated_largest_grid() { return emulator::largest_grid(); }
 int64_t emulated_questions() { return emulator::questions(); }
 int64_t emulated_bulk_copies() { return emulator::bulk_copies(); }

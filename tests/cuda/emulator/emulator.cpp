@@ -37,24 +37,30 @@ struct Fiber {
   unsigned char value[8];
 };
 
-// A copy that is on its way.
+// A copy, or a message to a block, that is on its way.
 struct Copy {
   Site site;
   unsigned char* shared;
-  const void* global;
+  const void* global;  // null: a message
   unsigned bytes;
+  unsigned before, behind;  // bytes that are not the row's
   uint64_t* barrier;
   char* token;  // what the issuing thread did before is done before the copy
+  unsigned char value[16];
+};
+
+// What a copy has brought, and threads have written there before they fenced it.
+struct Landed {
+  unsigned char* shared;
+  std::vector<unsigned char> contents;
 };
 
 struct MbarrierState {
   unsigned count, pending;
-  int64_t bytes = 0;   // expected and not landed
+  int64_t bytes = 0;   // expected and not landed; below 0 where they land before they are expected
   int64_t phases = 0;  // ended
   int initialiser, initialised_at;
   bool fenced = false;
-  std::vector<int64_t> seen;  // of each thread: phases it has waited for,
-  std::vector<int> seen_at;   // and its barriers then
 };
 
 struct Block {
@@ -69,6 +75,7 @@ struct Block {
   int at_barrier, done;
   std::map<uint64_t*, MbarrierState> mbarriers;
   std::vector<Copy> copies;
+  std::vector<Landed> landed;
   std::vector<Fiber*> threads;
   char barrier_tokens[2], warp_tokens[32];  // of even and odd barriers: a thread is one ahead of another at most
 };
@@ -81,6 +88,7 @@ bool by_warp;                                     // in half of the clusters, th
 std::vector<std::pair<Block*, int>> drawn_order;  // of the warps
 std::vector<uint64_t> ready_places;               // bits, by the drawn order
 bool late;                                        // copies land when nothing else can go on; else at any time
+bool at_once;                                     // or as soon as they are under way
 // ThreadSanitizer: shared memory and stacks of what ran, kept to the end of the launch. Reused, they would be races.
 std::vector<std::unique_ptr<unsigned char[]>> retired;
 std::vector<std::unique_ptr<char[]>> retired_stacks;
@@ -96,6 +104,8 @@ Device current;
 std::mutex device_mutex;                                     // the device, what is asked of it, and what it has loaded
 std::map<std::pair<int, const void*>, size_t> asked_shared;  // by device and kernel
 int64_t asked;
+std::atomic<int> error_of_exp{0}, starved_warp{-1};
+constexpr int kRandomError = 2;
 std::mutex run_mutex;
 Fiber* running = nullptr;
 const std::function<void()>* body = nullptr;
@@ -208,6 +218,12 @@ void complete_collective(int warp) {
         return fail(where(*lanes[i]) + ": reads lane " + std::to_string(source) + ", which does not take part");
       }
       std::memcpy(results[i], lanes[source]->value, 8);
+    } else if (here.kind == Collective::kMax) {
+      int largest = std::numeric_limits<int>::min(), other;
+      for (const Fiber* const lane : lanes) {
+        if (lane) std::memcpy(&other, lane->value, sizeof(other)), largest = std::max(largest, other);
+      }
+      std::memcpy(results[i], &largest, sizeof(largest));
     } else {
       const unsigned vote = here.kind == Collective::kAny   ? ballot != 0
                             : here.kind == Collective::kAll ? ballot == here.mask
@@ -244,7 +260,7 @@ Fiber* next_fiber() {
 
 // Ends the phase of a barrier that waits for nothing more.
 void end_phase(Block& block, uint64_t* address, MbarrierState& barrier) {
-  if (barrier.pending > 0 || barrier.bytes > 0) return;
+  if (barrier.pending > 0 || barrier.bytes != 0) return;
   ++barrier.phases;
   barrier.pending = barrier.count;
   for (Fiber* const fiber : block.threads) {
@@ -263,19 +279,27 @@ bool land() {
   std::swap(block.copies[order() % block.copies.size()], block.copies.back());
   const Copy copy = block.copies.back();
   block.copies.pop_back();
-  tsan::go_to(copy_fiber);
-  tsan::acquire(copy.token);
-  std::memcpy(copy.shared, copy.global, copy.bytes);
-  tsan::release(copy.barrier);
-  tsan::go_to(scheduler_fiber);
-  ++copies_landed;
-  MbarrierState& barrier = block.mbarriers[copy.barrier];
-  barrier.bytes -= copy.bytes;
-  if (barrier.bytes < 0) {
-    fail(describe(copy.site) + ": more bytes arrived than the barrier expects (block " + std::to_string(block.number) +
-         ")");
+  if (block.done > (copy.global == nullptr ? 0 : threads - 1)) {
+    fail(describe(copy.site) + ": arrives at block " + std::to_string(block.number) + ", which threads have left");
     return true;
   }
+  tsan::go_to(copy_fiber);
+  tsan::acquire(copy.token);
+  const unsigned own = copy.bytes - copy.before - copy.behind;
+  if (copy.global == nullptr) {
+    std::memcpy(copy.shared, copy.value, copy.bytes);
+  } else {
+    std::memcpy(copy.shared + copy.before, static_cast<const unsigned char*>(copy.global) + copy.before, own);
+  }
+  tsan::release(copy.barrier);
+  tsan::go_to(scheduler_fiber);
+  if (copy.global != nullptr) {
+    ++copies_landed;
+    // Not where ThreadSanitizer would take it for an access of the emulator's.
+    if (!tsan::enabled()) block.landed.push_back({copy.shared, {copy.shared, copy.shared + copy.bytes}});
+  }
+  MbarrierState& barrier = block.mbarriers[copy.barrier];
+  barrier.bytes -= copy.bytes;
   end_phase(block, copy.barrier, barrier);
   return true;
 }
@@ -286,6 +310,7 @@ void start_block(Block& block, unsigned number, int rank) {
   block.at_barrier = block.done = 0;
   block.mbarriers.clear();
   block.copies.clear();
+  block.landed.clear();
   block.threads.clear();
   if (tsan::enabled()) retired.push_back(std::move(block.memory));
   block.memory.reset(new unsigned char[shared_bytes + kGuardBytes + 128]);
@@ -334,6 +359,8 @@ void describe_deadlock() {
 void run_cluster(unsigned first_block, unsigned size) {
   by_warp = order() % 2;
   late = order() % 2;
+  at_once = starved_warp >= 0;
+  if (at_once) by_warp = true, late = false;
   at_cluster_barrier = 0;
   blocks.resize(size);
   std::vector<Block*> block_order;
@@ -347,6 +374,7 @@ void run_cluster(unsigned first_block, unsigned size) {
     std::vector<int> warps((threads + 31) / 32);
     std::iota(warps.begin(), warps.end(), 0);
     std::shuffle(warps.begin(), warps.end(), order);
+    std::stable_partition(warps.begin(), warps.end(), [](int warp) { return warp != starved_warp; });
     for (const int warp : warps) {
       block->place[warp] = static_cast<int>(drawn_order.size());
       drawn_order.push_back({block, warp});
@@ -356,6 +384,8 @@ void run_cluster(unsigned first_block, unsigned size) {
   ready_places.assign((drawn_order.size() + 63) / 64, 0);
   for (unsigned i = 0; i < size; ++i) start_block(*blocks[i], first_block + i, static_cast<int>(i));
   for (;;) {
+    while (at_once && error.empty() && land()) {
+    }
     if (!late && order() % 8 == 0) land();
     if (!error.empty()) return;
     running = next_fiber();
@@ -439,6 +469,17 @@ void device(int capability, int multiprocessors, int clusters, int missing) {
   current = {current.index + 1, capability, multiprocessors, clusters, missing};
 }
 int capability() { return current.capability; }
+void exp_error(int kind) { error_of_exp = kind; }
+void starve(int warp) { starved_warp = warp; }
+float flushed_exp2(float x) {
+  uint32_t bits;
+  std::memcpy(&bits, &x, sizeof(bits));
+  const double mixed = static_cast<double>(bits * 2654435761u) / 2147483648.0 - 1.0;
+  const int kind = error_of_exp;
+  const double error = kind == kRandomError ? mixed : kind;
+  const auto found = static_cast<float>(std::exp2(static_cast<double>(x)) * (1 + error / 4194304.0));
+  return found < std::numeric_limits<float>::min() ? 0.0f : found;
+}
 int64_t questions() {
   const std::lock_guard<std::mutex> lock(device_mutex);
   return std::exchange(asked, 0);
@@ -506,8 +547,6 @@ void mbarrier_init(Site site, uint64_t* address, unsigned arrivals) {
   barrier.count = barrier.pending = arrivals;
   barrier.initialiser = static_cast<int>(self.index.x);
   barrier.initialised_at = self.barriers;
-  barrier.seen.assign(threads, 0);
-  barrier.seen_at.assign(threads, -1);
   block.mbarriers[address] = barrier;
 }
 
@@ -517,56 +556,58 @@ void mbarrier_init_fence() {
   }
 }
 
-void mbarrier_expect(Site site, uint64_t* address, unsigned bytes) {
+void mbarrier_arrive(Site site, uint64_t* address, unsigned count, unsigned bytes) {
   tsan::release(address);
   const Outside outside;
   Fiber& self = *running;
   self.site = site;
   MbarrierState& barrier = mbarrier_at(address);
-  if (barrier.pending == 0) fail(where(self) + ": more arrivals than the mbarrier was initialised for");
+  if (barrier.pending < count) fail(where(self) + ": more arrivals than the mbarrier was initialised for");
   if (bytes >= 1u << 20) fail(where(self) + ": an mbarrier counts less than 1 MiB");
-  --barrier.pending;
+  barrier.pending -= count;
   barrier.bytes += bytes;
   end_phase(*self.block, address, barrier);
 }
 
+// As the device's: it sees the parity of the phase that runs, and no more. Who asks too late may wait for the next.
 void mbarrier_wait(Site site, uint64_t* address, unsigned parity) {
   Fiber& self = *running;
   self.site = site;
   MbarrierState& barrier = mbarrier_at(address);
-  const auto thread = self.index.x;
   if (parity > 1) fail(where(self) + ": a parity is 0 or 1, got " + std::to_string(parity));
-  const auto check = [&] {
-    if (barrier.phases <= barrier.seen[thread]) {
-      fail(where(self) + ": wrong parity: it names a phase that this thread has waited for, or none");
-    }
-    if (barrier.phases > barrier.seen[thread] + 1)
-      fail(where(self) + ": a phase went by that this thread did not wait for");
-  };
-  if ((barrier.phases & 1) == parity) {  // of the phase that runs
+  while ((barrier.phases & 1) == parity) {
     self.state = State::kAtMbarrier;
     self.mbarrier = address;
     leave();
+    self.site = site;
   }
-  check();
   tsan::acquire(address);
-  barrier.seen[thread] = barrier.phases;
-  barrier.seen_at[thread] = self.barriers;
 }
 
-void bulk_load(Site site, void* shared, const void* global, unsigned bytes, uint64_t* address) {
+// Of the mbarrier of a copy or a message: that it may be used, in the block that has it.
+void check_announced(const Fiber& self, Block& block, uint64_t* address) {
+  const auto found = block.mbarriers.find(address);
+  if (found == block.mbarriers.end()) fail(where(self) + ": no mbarrier was initialised there");
+  if (!found->second.fenced) fail(where(self) + ": the mbarrier's initialisation was not fenced");
+}
+
+void bulk_load(Site site, void* shared, const void* global, unsigned bytes, unsigned before, unsigned behind,
+               uint64_t* address) {
   char* const token = reinterpret_cast<char*>(address) + 1;
   tsan::release(token);
   const Outside outside;
   Fiber& self = *running;
   self.site = site;
   Block& block = *self.block;
-  MbarrierState& barrier = mbarrier_at(address);
+  mbarrier_at(address);
+  check_announced(self, block, address);
   auto* const to = static_cast<unsigned char*>(shared);
-  if (!barrier.fenced) fail(where(self) + ": the mbarrier's initialisation was not fenced");
   if (bytes == 0 || bytes % 16 != 0) fail(where(self) + ": " + std::to_string(bytes) + " bytes, not a multiple of 16");
   if (reinterpret_cast<uintptr_t>(shared) % 16 != 0 || reinterpret_cast<uintptr_t>(global) % 16 != 0) {
     fail(where(self) + ": an address is no multiple of 16");
+  }
+  if (before >= 16 || behind >= 16 || before + behind >= bytes) {
+    fail(where(self) + ": " + std::to_string(before) + " and " + std::to_string(behind) + " bytes around the row");
   }
   if (!in_shared(block, shared, bytes)) fail(where(self) + ": the copy leaves the block's shared memory");
   for (const auto& [other, state] : block.mbarriers) {
@@ -578,13 +619,40 @@ void bulk_load(Site site, void* shared, const void* global, unsigned bytes, uint
       fail(where(self) + ": another copy to the same bytes is on its way, from " + describe(copy.site));
     }
   }
-  for (int thread = 0; thread < threads && barrier.phases > 0; ++thread) {
-    const bool waited = barrier.seen[thread] == barrier.phases;
-    if (waited && (thread == static_cast<int>(self.index.x) || barrier.seen_at[thread] < self.barriers)) continue;
-    fail(where(self) + ": the stage is used again before thread " + std::to_string(thread) +
-         (waited ? " has passed a barrier behind it" : " has waited for it"));
+  for (size_t i = 0; i < block.landed.size();) {
+    const Landed& landed = block.landed[i];
+    if (landed.shared + landed.contents.size() <= to || to + bytes <= landed.shared) {
+      ++i;
+      continue;
+    }
+    if (std::memcmp(landed.shared, landed.contents.data(), landed.contents.size()) != 0) {
+      fail(where(self) + ": threads have written there since the copy before, without a fence.proxy.async behind it");
+    }
+    std::swap(block.landed[i], block.landed.back());
+    block.landed.pop_back();
   }
-  block.copies.push_back({site, to, global, bytes, address, token});
+  // What was there is gone from here on. Not memset, which ThreadSanitizer would take for an access.
+  for (unsigned i = 0; i < bytes && !tsan::enabled(); ++i) static_cast<volatile unsigned char*>(to)[i] = kPoison;
+  block.copies.push_back({site, to, global, bytes, before, behind, address, token, {}});
+}
+
+void bulk_load_fence() {
+  for (Landed& landed : running->block->landed) {
+    std::memcpy(landed.contents.data(), landed.shared, landed.contents.size());
+  }
+}
+
+void cluster_send(Site site, void* address, int rank, const void* value, unsigned bytes, uint64_t* barrier) {
+  void* const to = remote(site, address, bytes, bytes, rank);
+  auto* const there = static_cast<uint64_t*>(remote(site, barrier, 8, 8, rank));
+  char* const token = reinterpret_cast<char*>(there) + 2;
+  tsan::release(token);
+  Copy message = {site, static_cast<unsigned char*>(to), nullptr, bytes, 0, 0, there, token, {}};
+  copy_value(message.value, value, static_cast<int>(bytes));
+  const Outside outside;
+  if (bytes != 4 && bytes != 8 && bytes != 16) fail(where(*running) + ": a message has 4, 8 or 16 bytes");
+  check_announced(*running, *blocks[rank], there);
+  blocks[rank]->copies.push_back(message);
 }
 
 int barrier(Site site, int predicate) {
@@ -766,6 +834,11 @@ cudaError_t cudaOccupancyMaxActiveClusters(int* clusters, const void*, const cud
   ++emulator::asked;
   if (config->numAttrs != 1 || config->attrs[0].id != cudaLaunchAttributeClusterDimension) return cudaErrorInvalidValue;
   *clusters = emulator::resident(static_cast<int>(config->attrs[0].val.clusterDim.x), config->dynamicSmemBytes);
+  return cudaSuccess;
+}
+
+cudaError_t cudaMemsetAsync(void* pointer, int value, size_t bytes, cudaStream_t) {
+  std::memset(pointer, value, bytes);
   return cudaSuccess;
 }
 

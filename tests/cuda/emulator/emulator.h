@@ -14,6 +14,7 @@
 #include <cstring>
 #include <exception>
 #include <functional>
+#include <limits>
 #include <map>
 #include <memory>
 #include <mutex>
@@ -61,7 +62,7 @@ void fail(const std::string& message);
 
 int barrier(Site site, int predicate);  // the disjunction of the predicates
 
-enum class Collective { kShuffle, kAny, kAll, kBallot, kSync };
+enum class Collective { kShuffle, kAny, kAll, kBallot, kSync, kMax };
 // Every lane of the mask brings value (bytes) and the lane that it reads; its result replaces value.
 void collective(Site site, Collective kind, unsigned mask, void* value, int bytes, int source_lane);
 
@@ -93,6 +94,26 @@ inline unsigned vote(Site site, Collective kind, unsigned mask, int predicate) {
   unsigned value = predicate != 0;
   collective(site, kind, mask, &value, sizeof(value), lane());
   return value;
+}
+
+inline int reduce_max(Site site, unsigned mask, int value) {
+  collective(site, Collective::kMax, mask, &value, sizeof(value), lane());
+  return value;
+}
+
+// 2^x, results that are no normal numbers as 0. exp_error(): in units of 2^-22, 1 or -1 of every result; 2: any between
+// them, by x; 0: none but the rounding.
+float flushed_exp2(float x);
+void exp_error(int kind);
+// That warp of each block runs when no other can, and copies land at once; -1: none.
+void starve(int warp);
+
+template <typename To, typename From>
+To same_bits(From value) {
+  static_assert(sizeof(To) == sizeof(From), "of one size");
+  To bits;
+  std::memcpy(&bits, &value, sizeof(bits));
+  return bits;
 }
 
 // The device multiplies by log2(e) in float and takes 2 to that power.
@@ -129,6 +150,12 @@ T atomic_max(T* address, T value) {
 #define __shfl_down_sync(mask, value, delta)                          \
   ::emulator::shuffle(EMULATOR_SITE("__shfl_down_sync"), mask, value, \
                       ::emulator::lane() + (int)(delta) < 32 ? ::emulator::lane() + (int)(delta) : ::emulator::lane())
+#define __popc(x) __builtin_popcount(x)
+#define __ffs(x) __builtin_ffs(x)
+#define __reduce_max_sync(mask, value) ::emulator::reduce_max(EMULATOR_SITE("__reduce_max_sync"), mask, value)
+#define __float_as_int(x) ::emulator::same_bits<int>(static_cast<float>(x))
+#define __int_as_float(x) ::emulator::same_bits<float>(static_cast<int>(x))
+#define __uint_as_float(x) ::emulator::same_bits<float>(static_cast<unsigned>(x))
 #define __expf(x) ::emulator::fast_exp(x)
 #define __stcs(address, value) ((void)(*(address) = (value)))
 #define atomicAdd(address, value) ::emulator::atomic_add(address, value)
@@ -149,6 +176,7 @@ cudaError_t cudaFuncGetAttributes(cudaFuncAttributes* attributes, const void* ke
 cudaError_t cudaFuncSetAttribute(const void* kernel, cudaFuncAttribute attribute, int value);
 cudaError_t cudaOccupancyMaxActiveBlocksPerMultiprocessor(int* blocks, const void* kernel, int threads, size_t bytes);
 cudaError_t cudaOccupancyMaxActiveClusters(int* clusters, const void* kernel, const cudaLaunchConfig_t* config);
+cudaError_t cudaMemsetAsync(void* pointer, int value, size_t bytes, cudaStream_t stream);
 cudaError_t cudaHostAlloc(void** pointer, size_t bytes, unsigned flags);
 cudaError_t cudaThreadExchangeStreamCaptureMode(cudaStreamCaptureMode* mode);
 }
