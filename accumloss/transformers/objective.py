@@ -219,7 +219,7 @@ def divided(
         args, kwargs: what Trainer calls it with; handed on in the same way, whatever its signature is.
     """
     k = step.micro_batches
-    step.averaged, step.expected_grad = k * ranks, 1.0 / k
+    step.averaged, step.expected_grad = k * (1 if trainer.args.n_gpu > 1 else ranks), 1.0 / k
     given = kwargs.get("num_items_in_batch")
     leaves_it = is_taken_as_scaled(trainer, given)
     if given is not None:
@@ -239,11 +239,16 @@ def divided(
     elif kind == LEFT:
         if check is not None and not leaves_it:
             check.blame("a sum with a factor that is not recognised stays what Trainer makes of it")
-    elif leaves_it and (step.terms or step.is_known or step.calls or is_touched(step) or step.measured.rest):
+    elif leaves_it and (has_parts(step) or step.is_known or step.calls or is_touched(step) or step.measured.rest):
         factor = 1.0 / k
     if factor != 1.0:
         loss = loss * factor if factor > 1 else loss / k
     return (loss, *result[1:]) if isinstance(result, tuple) else loss
+
+
+def has_parts(step: steps.Step) -> bool:
+    """Whether a term of the step is known to be a part of it: what somebody averages in a way of his own stays as it is."""
+    return any(t.reduction == "mean" or step.schemes.found.get(t.call, UNKNOWN) != UNKNOWN for t in step.terms)
 
 
 SUMMED, LEFT = "a sum", "a sum over something that is not known"

@@ -40,16 +40,16 @@ class Window:
             self.items = given, micro_batches, objective.per_micro_batch(given, micro_batches)
         return self.items[2].clone()
 
-    def find(self, inputs: Any) -> Mapping[str, Any] | None:
-        """The micro-batch that inputs are, or were made from: one that shares a tensor's memory with them."""
-        for batch, entries in zip(self.fetched, self.batches, strict=True):
+    def find(self, inputs: Any) -> int | None:
+        """The index of the micro-batch that inputs are, or were made from: one that shares a tensor's memory with them."""
+        for index, batch in enumerate(self.fetched):
             if batch is inputs:
-                return entries
+                return index
         mine = {v.data_ptr() for v in counting.entries_of(inputs).values() if isinstance(v, torch.Tensor) and v.numel()}
-        for batch, entries in zip(self.fetched, self.batches, strict=True):
+        for index, batch in enumerate(self.fetched):
             theirs = counting.entries_of(batch).values()
             if any(isinstance(v, torch.Tensor) and v.numel() and v.data_ptr() in mine for v in theirs):
-                return entries
+                return index
         return None
 
 

@@ -71,6 +71,12 @@ class _Recorder:
         return self.step.record(loss if observer is None else observer(loss, sums))
 
 
+CHANGED = (
+    "labels were changed after the micro-batches were fetched, and not in each alike: how many the step has is not known "
+    "before its end; change them in the collator"
+)
+
+
 class Step:
     """One micro-batch of an optimizer step, while its loss is computed.
 
@@ -93,12 +99,15 @@ class Step:
     measured = Measured()  # what its loss was measured to average over
     main: Rule | None = None  # what Trainer counts
     here: Mapping[str, Any] | None = None  # this micro-batch in the window: labels as they were when it was fetched
+    index = 0  # of the micro-batch in the window
+    fetched: Mapping[str, Any] = {}
     micro_batches = 1  # of this step; Trainer's own count says 1 while compute_loss runs
     asked = 1  # of a full one
     num_items_in_batch: torch.Tensor | None = None  # what the model was given under this name
     items: Any = None  # what compute_loss was given under it (objective.Items)
     num_ranks = 1  # that the gradients are averaged over
     num_replicas = 1  # of nn.DataParallel, each of which has a chunk of the micro-batch
+    of_replicas = 1  # as many see a part of the step each, where this is one's
     chunks: Sequence[Mapping[str, Any]] = ()  # of the entries, where this is the step as a replica sees it
     label_smoothing = 0.0
     observer: Observer | None = None  # of the losses that are divided here
@@ -123,7 +132,7 @@ class Step:
         self,
         window: Sequence[Mapping[str, Any]],
         inputs: Mapping[str, Any],
-        averaged: int,
+        averaged: float,
         expected_grad: float,
         over_ranks: Callable[[torch.Tensor], torch.Tensor],
         totals: dict[Any, Any],
@@ -216,6 +225,8 @@ class Step:
             seen.terms, seen.coupled, seen.compared = [], set(), {}
             seen.recorder, seen.num_replicas = _Recorder(seen), 1
             seen.smoothed = seen.unknown = seen.sums = 0
+            seen.averaged = self.averaged * self.num_replicas  # the losses of the replicas are averaged
+            seen.of_replicas = self.num_replicas
             tensors = {k: v for k, v in self.inputs.items() if isinstance(v, torch.Tensor) and v.dim()}
             chunked = {key: value.chunk(self.num_replicas) for key, value in tensors.items()}
             count = min((len(chunks) for chunks in chunked.values()), default=0)
@@ -291,7 +302,10 @@ class Step:
         total = self._total_of_call(None if counted is None else counted.weighted(weight))
         if rule is not None and total is not None:
             self.found = name, rule.weighted(weight)
-            return Divisor(self._per_call(total), self.expected_grad, observer)
+            more = self._changed(rule.weighted(weight))
+            divisor = self._per_call(total)
+            divisor = divisor if more is None else divisor.to(more.device) * more
+            return Divisor(divisor, self.expected_grad, observer)
         if length is not None:
             self.unknown += 1
             return None
@@ -308,10 +322,11 @@ class Step:
             here == main.weighted(weight).total(entries).to(here.device) for entries in self.chunks or [self.inputs]
         ]
         is_main = torch.stack(fits).any()
+        more = self._changed(main.weighted(weight))
         if self.is_watched and not is_compiled:
             self.unknown += int(not is_main)
             self.found = name, main.weighted(weight) if is_main else None
-        step = (total / self.averaged).to(here.device)
+        step = (total / self.averaged).to(here.device) * (1.0 if more is None else more.to(here.device))
         return Divisor(torch.where(is_main, step, mean), self.expected_grad, observer)
 
     def total(self, rule: Rule) -> torch.Tensor:
@@ -340,6 +355,41 @@ class Step:
         if rule is None or counted is None:
             return None
         return total if rule == counted else total * self._here(rule) / at_least_one(self._here(counted))
+
+    def _changed(self, rule: Rule) -> torch.Tensor | None:
+        """How many more items the step has by a rule than were fetched, as far as it is known, where this micro-batch was changed
+        since: labels that are masked on the device, rows that are repeated or dropped. None: it is as it was.
+
+        The micro-batches before this one are known, and this one; those to come are taken to be changed as these were.
+        """
+        keys = [key for key in (rule.key, rule.mask, rule.length_of) if key is not None]
+        if self.here is None or self.chunks:
+            return None
+        now: Any = None
+        before: Any = None
+        both = self.inputs, self.here
+        if any(self.inputs.get(key) is not self.fetched.get(key) for key in keys) and all(
+            isinstance(entries.get(key), torch.Tensor) for entries in both for key in keys
+        ):
+            now, before = rule.total(self.inputs), rule.total(self.here)
+            before = before.to(now.device)
+        seen = self.totals.get("changed")
+        if now is None or bool(now == before):
+            if seen:
+                self.ambiguous.add(CHANGED)
+            return None
+        if seen is None:
+            seen = self.totals["changed"] = {}
+        counts = seen.setdefault(rule, {})
+        counts[self.index] = now, before
+        for index in range(self.index):
+            if index not in counts:
+                held = rule.total(self.window[index]).to(now.device)
+                counts[index] = held, held
+        nows, befores = (torch.stack(some) for some in zip(*counts.values(), strict=True))
+        if bool((nows * before != befores * now).any()):
+            self.ambiguous.add(CHANGED)
+        return at_least_one(nows.sum()) / at_least_one(befores.sum())
 
     def _per_call(self, total: torch.Tensor) -> torch.Tensor:
         """A total by what it is averaged over: once a window, where the window keeps the total."""
@@ -441,7 +491,8 @@ class Step:
 
     def share_of(self, rule: Rule) -> torch.Tensor | float:
         """What a mean over the items of this micro-batch is multiplied by, for it to weigh as much as they do in the step."""
-        return (rule.total(self.inputs) * self.averaged / self.total(rule)).to(torch.float32)
+        averaged = self.averaged / self.of_replicas  # each replica weighs as the others
+        return (rule.total(self.inputs) * averaged / self.total(rule)).to(torch.float32)
 
     def part(self, value: torch.Tensor, share: Any) -> torch.Tensor:
         """A mean of this micro-batch as a part of the step's."""

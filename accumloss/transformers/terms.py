@@ -125,6 +125,12 @@ class Schemes:
             if not bool(torch.isfinite(coefficient).all()):
                 continue  # nothing, divided by nothing: another micro-batch will tell
             fitting = _fitting(step, term, coefficient, number, is_taken)
+            if _may_be_of_his_own(loss, term, coefficient, fitting):
+                fitting = [SCALED, *fitting]
+                reasons.add(
+                    f"the factor of the {term.name} that is added up may be one of its own, or one over its items or rows; it is "
+                    "taken for the former, divide by the latter"
+                )
             before = self.found.get(term.call)
             if before is None:
                 if step.gathers and term.reduction != "mean":
@@ -290,6 +296,16 @@ def _fitting(step: Step, term: Term, coefficient: torch.Tensor, number: Any, is_
     return fitting
 
 
+def _may_be_of_his_own(loss: torch.Tensor, term: Term, coefficient: torch.Tensor, fitting: list[str]) -> bool:
+    """Whether a coefficient that fits one over a count may be a factor like 0.5 as well: nothing on the way divides."""
+    if term.reduction == "mean" or not fitting or fitting[0] not in MEANS:
+        return False
+    unit = _unit(term, coefficient)
+    if unit is None or unit[0] in (0.0, 1.0) or abs(float(f"{unit[0]:.2g}") / unit[0] - 1) > 1e-6:
+        return False
+    return not _is_averaged(loss, term.value)
+
+
 def _is_written_down(step: Step, scale: float) -> bool:
     """Whether a factor is one of somebody's own, such as 0.01, and no division by something that the batch may hold so often."""
     most = max((v.numel() for v in step.inputs.values() if isinstance(v, torch.Tensor)), default=0)
@@ -301,6 +317,8 @@ def _is_written_down(step: Step, scale: float) -> bool:
 def fitting_schemes(step: Step, term: Term, coefficient: torch.Tensor, loss: torch.Tensor) -> list[str]:
     """The schemes that a coefficient of a term that somebody averages fits; a sum over one row or item is told by its graph."""
     fitting = _fitting(step, term, coefficient, None, False)
+    if _may_be_of_his_own(loss, term, coefficient, fitting):
+        return [SCALED]
     return [SUM] if SUM in fitting and not _is_averaged(loss, term.value) else fitting
 
 

@@ -10,6 +10,7 @@ import warnings
 import pytest
 import torch
 import torch.nn.functional as F
+import transformers
 from own_losses import EXACT, TOLD, WANTS_THE_NUMBER, Exact, Told, computes, flat, fresh, of, tagger
 from tolerances import TRAINER_GRADIENT, TRAINER_LOSS
 from training import (
@@ -47,7 +48,7 @@ def test_by_hand_is_exact_and_silent(name, split):
     [n for n in EXACT if n in ("sum_over_its_own_items", "none_of_the_masked_ones", WANTS_THE_NUMBER[1])],
 )
 def test_what_was_learned_holds_in_later_windows(name):
-    """After the first window nothing is looked at any more, and what was found is used."""
+    """What was found in the first window is used from then on."""
     model, examples, options = of(getattr(Exact, name))
     full = train(model, fresh(examples), 1, steps=3, **options)
     with accumloss.registered(), warnings.catch_warnings():
@@ -171,3 +172,19 @@ def test_resuming_goes_on_as_the_one_batch_would(tmp_path, verify):
     assert trainer.state.global_step == 3
     for name, weight in trainer.model.named_parameters():
         torch.testing.assert_close(weight.detach(), full.weights[name], rtol=1e-4, atol=1e-6)
+
+
+class HalfOfASum(transformers.Trainer):
+    """At two rows a micro-batch its factor is one over the rows as well."""
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        logits = model(**{**inputs, "labels": None}).logits
+        return 0.5 * F.cross_entropy(logits.flatten(0, 1), inputs["labels"].flatten(), reduction="sum")
+
+
+def test_a_factor_of_its_own_that_fits_the_rows_is_taken_for_one_and_told():
+    model, examples, _ = of(Exact.sum_over_its_own_items)
+    full = train(model, fresh(examples), 1, trainer_class=HalfOfASum)
+    with accumloss.registered(), pytest.warns(accumloss.InexactWarning, match="the factor of the cross_entropy"):
+        step = train(model, fresh(examples), 4, trainer_class=HalfOfASum)
+    assert error(step, full) <= TRAINER_GRADIENT

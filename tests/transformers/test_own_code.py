@@ -367,6 +367,52 @@ def test_what_a_loss_turns_to_later_is_told():
         train(*tagger(), 4, steps=2, **options)
 
 
+def changing(change, where):
+    """A Trainer that changes its micro-batches after they were fetched."""
+
+    class Changing(Trainer):
+        def _prepare_inputs(self, inputs):
+            inputs = super()._prepare_inputs(inputs)
+            return change(inputs) if where == "prepared" else inputs
+
+        def compute_loss(self, model, inputs, *args, **kwargs):
+            return super().compute_loss(model, change(inputs) if where == "loss" else inputs, *args, **kwargs)
+
+    return Changing
+
+
+def twice(inputs):
+    return {key: torch.cat([value, value]) for key, value in inputs.items()}
+
+
+def masked(inputs):
+    return {**inputs, "labels": inputs["labels"].masked_fill(inputs["input_ids"] % 3 == 0, -100)}
+
+
+@pytest.mark.parametrize("where", ["prepared", "loss"])
+def test_rows_that_are_repeated_after_they_were_fetched_are_exact(where):
+    cls = changing(twice, where)
+    full = train(*tagger(), 1, trainer_class=cls)
+    with accumloss.registered(), warnings.catch_warnings():
+        warnings.simplefilter("error", accumloss.InexactWarning)
+        for accumulation in (1, 4):
+            step = train(*tagger(), accumulation, trainer_class=cls)
+            assert error(step, full) <= TRAINER_GRADIENT and loss_error(step, full) <= TRAINER_LOSS
+
+
+@pytest.mark.parametrize("where", ["prepared", "loss"])
+def test_labels_that_are_masked_after_they_were_fetched_are_exact_or_told(where):
+    cls = changing(masked, where)
+    full, stock = (train(*tagger(), accumulation, trainer_class=cls) for accumulation in (1, 4))
+    with accumloss.registered(), warnings.catch_warnings():
+        warnings.simplefilter("error", accumloss.InexactWarning)
+        whole = train(*tagger(), 1, trainer_class=cls)
+    assert error(whole, full) <= TRAINER_GRADIENT
+    with accumloss.registered(), pytest.warns(accumloss.InexactWarning, match="labels were changed after"):
+        step = train(*tagger(), 4, trainer_class=cls)
+    assert error(step, full) < error(stock, full) / 4
+
+
 def test_one_micro_batch_is_told_nothing():
     model, examples = tagger()
     with accumloss.registered(), warnings.catch_warnings():

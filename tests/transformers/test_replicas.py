@@ -52,6 +52,32 @@ def test_stock_averages_the_replicas(request):
     assert error(step_of(*model_and_rows("masked, own loss"), 1), full) > 0.1
 
 
+class Outside(transformers.Trainer):
+    """Computes its loss on the logits of all replicas."""
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        logits = model(**{**inputs, "labels": None}).logits
+        return torch.nn.functional.cross_entropy(logits.flatten(0, 1), inputs["labels"].flatten())
+
+
+def mean_of_labels(outputs, labels, num_items_in_batch=None):
+    return torch.nn.functional.cross_entropy(outputs.logits.flatten(0, 1), labels.flatten())
+
+
+@pytest.mark.parametrize("accumulation", [1, 2])
+@pytest.mark.parametrize(
+    "options",
+    [{"trainer_class": Outside}, {"trainer_options": {"compute_loss_func": mean_of_labels}}],
+    ids=["compute_loss", "compute_loss_func"],
+)
+def test_a_loss_outside_of_the_replicas(options, accumulation, request):
+    full = one_batch("masked, own loss")
+    request.getfixturevalue("two_devices")
+    with accumloss.registered():
+        step = step_of(*model_and_rows("masked, own loss"), accumulation, **options)
+    assert error(step, full) <= TRAINER_GRADIENT and loss_error(step, full) <= TRAINER_LOSS
+
+
 class Averaging(torch.nn.Module):
     """A model of somebody's own whose replicas divide a sum by hand."""
 

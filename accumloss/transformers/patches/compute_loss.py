@@ -43,8 +43,8 @@ def compute_own_loss(
             return original(self, model, inputs, return_outputs, num_items_in_batch, **kwargs)
         return _compute_evaluation_loss(self, model, inputs, return_outputs, num_items_in_batch, **kwargs)
     if self.compute_loss_func is not None:
-        if num_items_in_batch is not None:  # Trainer multiplies by the ranks itself
-            step.averaged = step.micro_batches
+        if num_items_in_batch is not None:  # Trainer multiplies by the ranks itself, or by the replicas of DataParallel
+            step.averaged = step.micro_batches / step.num_replicas
         return original(self, model, inputs, return_outputs, num_items_in_batch, **kwargs)
 
     if step.model is None:

@@ -28,7 +28,7 @@ import torch
 from ..._compat import LOSS_FUNCTION, class_of, has_steps_to_log, is_compiled, labels_as_they_are
 from ...inexact import InexactWarning
 from ...sums import TokenSums
-from .. import deferred, known, losses, objective, rebind
+from .. import counting, deferred, known, losses, objective, rebind
 from .. import step as steps
 from ..models import base_model, counted_labels, trainer_module
 from ..ranks import (
@@ -224,15 +224,16 @@ def reaches_trainers_own(method: Any) -> bool:
 
 def make_step(trainer: Any, state: State, model: Any, inputs: Any) -> steps.Step:
     """The step around one micro-batch."""
-    here = None if state.window is None else state.window.find(inputs)
+    index = None if state.window is None else state.window.find(inputs)
     # not prefetched by Trainer: of the others nothing is known, and what they are called with counts
-    window = Window([]) if here is None or state.window is None else state.window
+    window = Window([]) if index is None or state.window is None else state.window
     step = steps.Step(
         window.batches,
         {},
         averaged=1,
         expected_grad=1.0,
-        over_ranks=lambda total: over_ranks(trainer, total),
+        # replicas of DataParallel are no ranks: as_seen() takes care of them
+        over_ranks=lambda total: total if trainer.args.n_gpu > 1 else over_ranks(trainer, total),
         over_all=lambda total: over_all_ranks(trainer, total),
         totals=window.totals,
         origins=state.origins,
@@ -241,7 +242,9 @@ def make_step(trainer: Any, state: State, model: Any, inputs: Any) -> steps.Step
     step.known = state.look_up(trainer, inputs)
     step.model = model
     step.trainer, step.is_watched = trainer, not state.check.is_done
-    step.here = None if window.is_sharded else here  # what is used is no longer what was fetched
+    if index is not None and not window.is_sharded:  # else what is used is no longer what was fetched
+        step.index, step.here = index, window.batches[index]
+        step.fetched = counting.entries_of(window.fetched[index])
     step.schemes, step.measured = state.schemes, state.measured
     step.is_watched_for_ambiguity = "ambiguous" not in state.warned
     step.micro_batches = getattr(
