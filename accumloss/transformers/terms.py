@@ -350,8 +350,10 @@ def _factor(step: Step, term: Term, coefficient: torch.Tensor, scheme: str) -> A
 
 
 def is_contrastive(labels: torch.Tensor, rows: int) -> bool:
-    """Whether labels are the numbers of the rows: each row is to be told apart from the others of its micro-batch."""
+    """Whether labels are the numbers of the rows, each of which is to be told apart from the others of its micro-batch; or
+    all the first class, where a row's own partner stands before those of the others."""
     first = half_of(labels, 0) if labels.numel() == 2 * rows else labels
     if labels.dim() != 1 or rows < 2 or labels.is_floating_point():
         return False
-    return bool((first == torch.arange(len(first), device=labels.device)).all())
+    is_first = labels.numel() == rows and bool((labels == 0).all())
+    return is_first or bool((first == torch.arange(len(first), device=labels.device)).all())
