@@ -34,6 +34,7 @@ from transformers.loss.loss_utils import LOSS_MAPPING
 import accumloss
 from accumloss.transformers import counting, losses, models, ranks
 from accumloss.transformers import step as steps
+from accumloss.transformers.patches import trainer_methods
 
 TARGETS = 35  # labels of rows() that are targets of a causal loss: position 0 of a row is none
 LABELS_IN_ALL = 43
@@ -486,3 +487,20 @@ def test_labels_of_classes_are_not_taken_for_inputs():
     step = steps.Step(window, window[0], 1, 1.0, lambda total: total, {})
     assert step.divisor(labels.int()).value == 3
     assert LABELS == 5
+
+
+@pytest.mark.parametrize("accumulation", [1, 4])
+def test_deepspeeds_sequence_parallelism_is_told_where_it_averages(accumulation, monkeypatch):
+    """transformers leaves its loss to DeepSpeed, which divides each micro-batch by its own tokens."""
+    model, examples = model_and_rows("causal")
+    trainer, _ = make_trainer(copy.deepcopy(model), examples, accumulation)
+    sharing = SimpleNamespace(sp_size=2, sp_backend="deepspeed", cp_size=1, tp_size=1)
+    monkeypatch.setattr(type(trainer.accelerator), "parallelism_config", sharing)
+    with accumloss.registered(), warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always", accumloss.InexactWarning)
+        assert ranks.is_of_ulysses(trainer)
+        trainer_methods._tell_ulysses(trainer)
+        trainer_methods._tell_ulysses(trainer)
+    told = [str(w.message) for w in caught if issubclass(w.category, accumloss.InexactWarning)]
+    assert len(told) == (accumulation > 1)
+    assert all("cp_size in the place of sp_size is exact" in message for message in told)

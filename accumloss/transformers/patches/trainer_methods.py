@@ -102,7 +102,7 @@ def _tell_ulysses(trainer: Any) -> None:
     """What a step is that DeepSpeed's sequence parallelism divides by itself: transformers takes its loss as it is."""
     if not registration.is_active or not is_of_ulysses(trainer):
         return
-    groups = trainer.args.world_size // same_batch(trainer)
+    groups = max(trainer.args.world_size // same_batch(trainer), 1)
     if trainer.args.gradient_accumulation_steps * groups > 1:
         objective.tell(
             trainer,
