@@ -169,7 +169,7 @@ def _amount_of_rest(trainer: Any, evaluation: evaluations.Evaluation) -> evaluat
     rows = evaluation.share_of_rows()
     if over == terms.SUM_WEIGHS:
         return evaluations.Amount(1.0, rows)
-    items = over.total(evaluation.inputs) if isinstance(over, counting.Rule) else rows
+    items = rows if over is None or isinstance(over, str) else over.total(evaluation.inputs)
     return evaluations.Amount(items, items)
 
 
