@@ -165,10 +165,8 @@ def parts(trainer: Any, known: Known | None) -> Iterator[None]:
         else:
             ours = Factor.of(value, over, attribute)
         patches.bind(owner, attribute, ours)
-    try:
+    with patches:  # one that was adapted meanwhile stays as it is
         yield
-    finally:
-        patches.undo()  # one that was adapted meanwhile stays as it is
 
 
 @contextmanager
@@ -423,9 +421,7 @@ TABLE: dict[str, Callable[[Any, Any], Known | None]] = {
 def own_step(trainer: Any, step: steps.Step, theirs: Callable[..., Any], args: Any, kwargs: Any) -> Any:
     """A training_step that does everything by itself: what it calls backward on, and returns, is this micro-batch's part."""
     factor = step.share_of_rows() / step.micro_batches
-    backward, patches = trainer.accelerator.backward, Patches()
-    patches.bind(trainer.accelerator, "backward", lambda loss, **more: backward(loss * factor, **more))
-    try:
+    backward = trainer.accelerator.backward
+    with Patches() as patches:
+        patches.bind(trainer.accelerator, "backward", lambda loss, **more: backward(loss * factor, **more))
         return theirs(*args, **kwargs) * factor
-    finally:
-        patches.undo()

@@ -20,7 +20,7 @@ from ..inexact import InexactError, InexactWarning
 from . import known
 from . import step as steps
 from .coupled import ROUTER_LOSSES
-from .registration import ABSENT, own
+from .registration import Patches
 from .terms import MEANS, NUMBER, SUMS, UNKNOWN, Combination, Schemes
 
 # a rest of the loss that is the same for all micro-batches to so much, relatively, depends on none of them
@@ -86,36 +86,13 @@ def per_micro_batch(num_items: Any, micro_batches: int) -> torch.Tensor:
     return (steps.at_least_one(torch.as_tensor(num_items).double()) / micro_batches).to(torch.float32)
 
 
-class micro_batches:
-    """What Trainer says of the micro-batches of this window, and its arguments of any. 1: who divides by them divides once.
-
-    A plain context manager: three of them are entered in every micro-batch.
-    """
-
-    __slots__ = ("patches",)
-
-    def __init__(self, trainer: Any, current: int, asked: int):
-        self.patches: list[tuple[Any, str, int, Any]] = []
-        for owner, name, count in (
-            (trainer, "current_gradient_accumulation_steps", current),
-            (trainer.args, "gradient_accumulation_steps", asked),
-        ):
-            theirs = own(owner, name)
-            if theirs is not count:
-                self.patches.append((owner, name, count, theirs))
-
-    def __enter__(self) -> None:
-        for owner, name, count, _ in self.patches:
-            setattr(owner, name, count)
-
-    def __exit__(self, *exception: object) -> None:
-        for owner, name, count, theirs in reversed(self.patches):
-            if own(owner, name) is not count:
-                continue  # somebody has set it since
-            if theirs is ABSENT:
-                delattr(owner, name)
-            else:
-                setattr(owner, name, theirs)
+def micro_batches(trainer: Any, current: int, asked: int) -> Patches:
+    """A context of what Trainer says of the micro-batches of this window, and its arguments of any. 1: who divides by them
+    divides once."""
+    patches = Patches()
+    patches.bind(trainer, "current_gradient_accumulation_steps", current)
+    patches.bind(trainer.args, "gradient_accumulation_steps", asked)
+    return patches
 
 
 def says_it_is_scaled(trainer: Any) -> bool:
@@ -219,7 +196,7 @@ def divided(
         args, kwargs: what Trainer calls it with; handed on in the same way, whatever its signature is.
     """
     k = step.micro_batches
-    step.averaged, step.expected_grad = k * (1 if trainer.args.n_gpu > 1 else ranks), 1.0 / k
+    step.averaged, step.expected_grad = k * ranks, 1.0 / k
     given = kwargs.get("num_items_in_batch")
     leaves_it = is_taken_as_scaled(trainer, given)
     if given is not None:

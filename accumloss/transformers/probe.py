@@ -394,20 +394,14 @@ class Probe:
     def _window(self, batches: Sequence[Any]) -> list[_Part]:
         """Every micro-batch of a window, as Trainer would train on it."""
         trainer, k = self.trainer, len(batches)
-        patches = Patches()
-        for owner, attribute, value in (
-            (trainer.args, "average_tokens_across_devices", False),
-            (trainer.args, NUM_GPUS, min(trainer.args.n_gpu, 1)),
-            (trainer, "current_gradient_accumulation_steps", k),
-        ):
-            patches.bind(owner, attribute, value)
-        try:
+        with Patches() as patches:
+            patches.bind(trainer.args, "average_tokens_across_devices", False)
+            patches.bind(trainer.args, NUM_GPUS, min(trainer.args.n_gpu, 1))
+            patches.bind(trainer, "current_gradient_accumulation_steps", k)
             prepared, number = trainer.get_batch_samples(iter(batches), k, trainer.args.device)
             window = [counting.kept(batch) for batch in prepared]
             totals: dict[Any, Any] = {}
             return [self._part(window, i, batch, number, totals) for i, batch in enumerate(prepared)]
-        finally:
-            patches.undo()
 
     def _part(self, window: list[Any], index: int, batch: Any, number: Any, totals: dict[Any, Any]) -> _Part:
         trainer, k = self.trainer, len(window)

@@ -23,6 +23,12 @@ def ranks(trainer: Any) -> int:
     return averaged_ranks(trainer)
 
 
+def averaged_losses(trainer: Any) -> int:
+    """How many losses of this process and the others are averaged into a micro-batch's. Replicas of DataParallel are no ranks:
+    their losses are, and one that is computed outside of them is not (Step.as_seen)."""
+    return 1 if trainer.args.n_gpu > 1 else ranks(trainer)
+
+
 def over_ranks(trainer: Any, total: torch.Tensor) -> torch.Tensor:
     """A count of this rank as Trainer's own count of items goes over the ranks. () float64, no sync."""
     args = trainer.args

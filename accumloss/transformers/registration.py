@@ -62,7 +62,7 @@ def _set(owner: Any, name: Any, value: Any) -> None:
 
 
 class Patches:
-    """An undo list: what was patched last goes first.
+    """An undo list: what was patched last goes first. As a context manager it undoes them at its end.
 
     Attributes:
         stayed: names whose patch could not be undone, since somebody has put theirs around ours, which so stays in use.
@@ -79,6 +79,12 @@ class Patches:
         """Binds a name of an owner to ours, once."""
         if own(owner, name) is not ours:
             self._patches.append(Patch(owner, name, ours))
+
+    def __enter__(self) -> Patches:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.undo()
 
     def undo(self) -> None:
         while self._patches:

@@ -326,7 +326,7 @@ class Step:
         if self.is_watched and not is_compiled:
             self.unknown += int(not is_main)
             self.found = name, main.weighted(weight) if is_main else None
-        step = (total / self.averaged).to(here.device) * (1.0 if more is None else more.to(here.device))
+        step = self._per_call(total).to(here.device) * (1.0 if more is None else more.to(here.device))
         return Divisor(torch.where(is_main, step, mean), self.expected_grad, observer)
 
     def total(self, rule: Rule) -> torch.Tensor:

@@ -31,7 +31,7 @@ def look_at(trainer: Any, state: State, step: steps.Step) -> None:
         if window.seen == len(window.fetched):
             state.end_window()
         return
-    if not step.is_computed and not step.terms:
+    if not (step.is_computed or step.terms or step.calls):
         state.check.blame("training_step computes it without compute_loss, by nothing that was recognised")
     if trainer.args.n_gpu > 1:
         for reason in unseen_in_replicas(step):

@@ -78,6 +78,24 @@ def test_a_loss_outside_of_the_replicas(options, accumulation, request):
     assert error(step, full) <= TRAINER_GRADIENT and loss_error(step, full) <= TRAINER_LOSS
 
 
+class OwnStep(transformers.Trainer):
+    """A training_step that does everything by itself."""
+
+    def training_step(self, model, inputs, num_items_in_batch=None):
+        model.train()
+        loss = model(**self._prepare_inputs(inputs)).loss.mean()
+        self.accelerator.backward(loss)
+        return loss.detach()
+
+
+def test_a_training_step_of_its_own(request):
+    full = one_batch("masked, own loss")
+    request.getfixturevalue("two_devices")
+    with accumloss.registered():
+        step = step_of(*model_and_rows("masked, own loss"), 1, trainer_class=OwnStep)
+    assert error(step, full) <= TRAINER_GRADIENT
+
+
 class Averaging(torch.nn.Module):
     """A model of somebody's own whose replicas divide a sum by hand."""
 

@@ -31,15 +31,13 @@ def evaluation_loop(self: Any, *args: Any, **kwargs: Any) -> Any:
     rebind.rebind_for(self, base_model(self))
     evaluation = evaluations.Evaluation(settings.metrics, self.args.logging_nan_inf_filter)
     evaluation.model = base_model(self)
-    patches = Patches()  # of the instance; a subclass may have others than Trainer
-    patches.bind(self, "prediction_step", functools.partial(_prediction_step, self, evaluation, self.prediction_step))
-    if is_overridden(self, "compute_loss"):
-        patches.bind(self, "compute_loss", functools.partial(_evaluated, self, evaluation, self.compute_loss))
-    try:
-        with steps.entered(evaluation):
-            output = original(self, *args, **kwargs)
-    finally:
-        patches.undo()
+    with Patches() as patches, steps.entered(evaluation):
+        # of the instance; a subclass may have others than Trainer
+        predict = functools.partial(_prediction_step, self, evaluation, self.prediction_step)
+        patches.bind(self, "prediction_step", predict)
+        if is_overridden(self, "compute_loss"):
+            patches.bind(self, "compute_loss", functools.partial(_evaluated, self, evaluation, self.compute_loss))
+        output = original(self, *args, **kwargs)
     chosen = evaluation.agree_on_schemes(functools.partial(largest, self))
     _tell_evaluation(self, evaluation, chosen)
     given = inspect.signature(original).bind(self, *args, **kwargs).arguments

@@ -33,13 +33,13 @@ from .. import step as steps
 from ..models import base_model, counted_labels, trainer_module
 from ..ranks import (
     agree_on_batches,
+    averaged_losses,
     averaged_ranks,
     is_of_ulysses,
     is_sharded_later,
     over_all_ranks,
     over_counted,
     over_ranks,
-    ranks,
     same_batch,
 )
 from ..registration import Patches, registration
@@ -126,15 +126,15 @@ def _tell_unused_fusion(trainer: Any) -> None:
 @contextmanager
 def outermost(trainer: Any) -> Iterator[None]:
     """Puts ours around the methods of a step, whatever class they come from, for as long as it trains."""
-    patches, methods = Patches(), state_of(trainer).methods
-    for name, around in AROUND.items():
-        methods[name] = getattr(trainer, name)
-        patches.bind(trainer, name, functools.partial(around, trainer, methods[name]))
-    try:
-        yield
-    finally:
-        patches.undo()
-        methods.clear()
+    methods = state_of(trainer).methods
+    with Patches() as patches:
+        for name, around in AROUND.items():
+            methods[name] = getattr(trainer, name)
+            patches.bind(trainer, name, functools.partial(around, trainer, methods[name]))
+        try:
+            yield
+        finally:
+            methods.clear()
 
 
 def _around_get_batch_samples(trainer: Any, theirs: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
@@ -197,11 +197,12 @@ def _around_training_step(trainer: Any, theirs: Callable[..., Any], *args: Any, 
     says = (1, 1) if is_theirs and not reaches_trainers_own(theirs) else (step.micro_batches, step.asked)
     with steps.entered(step), objective.micro_batches(trainer, *says):
         if is_theirs:
-            step.averaged, step.expected_grad = ranks(trainer), 1.0
+            step.averaged, step.expected_grad = averaged_losses(trainer), 1.0
         if state.known is not None and state.known.has_own_step:
             loss = known.own_step(trainer, step, theirs, args, kwargs)
         else:
             loss = theirs(*args, **kwargs)
+    step.collect()
     look_at(trainer, state, step)
     return loss
 
@@ -289,11 +290,11 @@ def _around_compute_loss(trainer: Any, theirs: Callable[..., Any], *args: Any, *
             assert step.known is not None and step.known.window is not None
             step.window, step.here = list(step.known.window(trainer)), None
             step.totals = {} if state.window is None else state.window.totals
-            return objective.divided_by_itself(trainer, theirs, step, ranks(trainer), args, kwargs)
+            return objective.divided_by_itself(trainer, theirs, step, averaged_losses(trainer), args, kwargs)
         check = None if state.check.is_done else state.check
         with known.tokens_shown(args[0] if args else trainer.model, step.known, _shown_in(step)):
             share = (state.window or Window([])).share_of_items
-            return objective.divided(trainer, theirs, step, ranks(trainer), check, share, args, kwargs)
+            return objective.divided(trainer, theirs, step, averaged_losses(trainer), check, share, args, kwargs)
     finally:
         step.depth -= 1
 
