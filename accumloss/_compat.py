@@ -5,8 +5,9 @@ tests/test_compat.py holds what each of them is used for: it fails on the versio
 
 from __future__ import annotations
 
+import functools
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -19,6 +20,7 @@ from torch.nn.modules.dropout import _DropoutNd as Dropout
 from torch.utils._pytree import tree_map
 
 __all__ = [
+    "ASKS_FOR_RANKS",
     "LOSS_FUNCTION",
     "NUM_GPUS",
     "BatchNorm",
@@ -140,9 +142,13 @@ def class_of(module: torch.nn.Module) -> Any:
 
 def keeps_weights(unit: Any) -> bool:
     """Whether the weights of a unit of FSDP2 stay whole between its forward and its backward."""
+    return all(group.post_forward_mesh_info is None for group in _groups_of(unit))
+
+
+def _groups_of(unit: Any) -> list[Any]:
+    """The groups of parameters that a unit of FSDP2 shards; torch 2.13 may have several for one."""
     state = unit._get_fsdp_state()
-    groups = getattr(state, "_fsdp_param_groups", None) or [state._fsdp_param_group]
-    return all(group is None or group.post_forward_mesh_info is None for group in groups)
+    return list(filter(None, getattr(state, "_fsdp_param_groups", None) or [state._fsdp_param_group]))
 
 
 def has_hooks(module: torch.nn.Module) -> bool:
@@ -156,19 +162,12 @@ def has_hooks(module: torch.nn.Module) -> bool:
 def fsdp_meshes(model: torch.nn.Module) -> Iterator[tuple[list[torch.Tensor], list[dist.ProcessGroup]]]:
     """The parameters that units of FSDP2 shard, and the groups over which the gradients of those are averaged: of the shards,
     and of the replicas."""
-    seen: set[int] = set()
-    for module in model.modules():
-        if not is_fsdp_unit(module):
-            continue
-        state = module._get_fsdp_state()  # type: ignore[operator]
-        for group in getattr(state, "_fsdp_param_groups", None) or [state._fsdp_param_group]:
-            if group is None or id(group) in seen:
-                continue
-            seen.add(id(group))
-            info = group.mesh_info
-            dims = [getattr(info, name, None) for name in ("shard_mesh_dim", "replicate_mesh_dim")]
-            groups = [info.mesh.get_group(dim) for dim in dims if dim is not None]
-            yield [param.sharded_param for param in group.fsdp_params], groups
+    groups = [group for module in model.modules() if is_fsdp_unit(module) for group in _groups_of(module)]
+    for group in {id(group): group for group in groups}.values():  # modules that are one unit have the same
+        info = group.mesh_info
+        dims = [getattr(info, name, None) for name in ("shard_mesh_dim", "replicate_mesh_dim")]
+        over = [info.mesh.get_group(dim) for dim in dims if dim is not None]
+        yield [param.sharded_param for param in group.fsdp_params], over
 
 
 @contextmanager
@@ -197,8 +196,7 @@ def engines_at_rest(model: Any) -> Iterator[None]:
                 state: Any = module._get_fsdp_state()  # type: ignore[operator]
                 pretend(getattr(state, "_state_ctx", None), "post_backward_final_callback_queued", True)
                 pretend(state, "_training_state", state._training_state)
-                groups = getattr(state, "_fsdp_param_groups", None) or [state._fsdp_param_group]
-                for group in filter(None, groups):
+                for group in _groups_of(module):
                     pretend(group, "_training_state", type(group._training_state).PRE_BACKWARD)
             elif hasattr(module, "_handle") and hasattr(module, "training_state"):  # FullyShardedDataParallel
                 pretend(module, "_post_backward_callback_queued", True)
@@ -252,3 +250,30 @@ def labels_as_they_are(trainer: Any) -> Iterator[None]:
         yield
     finally:
         trainer._loss_shifts_labels = shifts
+
+
+class Ranks:
+    """accelerate's PartialState, which says that it was never made while is_alone says so: a criterion that counts boxes over
+    the ranks then counts its own."""
+
+    def __init__(self, theirs: Any, is_alone: Callable[[], bool]):
+        self.theirs, self.is_alone = theirs, is_alone
+
+    @property
+    def _shared_state(self) -> dict[str, Any]:
+        return {} if self.is_alone() else self.theirs._shared_state
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return self.theirs(*args, **kwargs)
+
+
+def are_ranks(theirs: Callable[[], bool], is_alone: Callable[[], bool]) -> Callable[[], bool]:
+    """Whether torch.distributed is initialized; not while is_alone says so."""
+    return functools.wraps(theirs)(lambda: not is_alone() and theirs())
+
+
+# names by which transformers' criteria ask for the other ranks -> what stands in for them
+ASKS_FOR_RANKS: dict[str, Callable[[Any, Callable[[], bool]], Any]] = {
+    "PartialState": Ranks,
+    "_is_torch_distributed_initialized": are_ranks,
+}

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import faulthandler
 import json
-import os
 import sys
 from contextlib import nullcontext
 from pathlib import Path
@@ -13,6 +12,7 @@ import torch
 import torch.distributed as dist
 from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel, fully_shard
 from torch.nn.parallel import DistributedDataParallel
+from torchrun import leave
 from windows import TinyLM, error, gradients, norm, one_batch, split, window
 
 import accumloss
@@ -485,8 +485,7 @@ def main(out: str) -> None:
     results = {name: function() for name, function in CASES.items()}
     path = Path(out, f"rank{dist.get_rank()}.json")
     path.write_text(json.dumps(results))
-    dist.barrier()
-    os._exit(0)  # without the destructors of gloo and of DDP, whose threads sometimes wait for each other for ever
+    leave()
 
 
 if __name__ == "__main__":

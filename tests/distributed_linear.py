@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import json
-import os
 import sys
 from pathlib import Path
 
@@ -14,6 +13,7 @@ import transformers
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
+from torchrun import leave
 
 import accumloss
 from accumloss import linear
@@ -100,8 +100,7 @@ def main(out: Path) -> None:
         found["refused"] = str(refused)
     if rank == 0:
         out.write_text(json.dumps(found))
-    dist.barrier()
-    os._exit(0)  # gloo's destructors may wait for a rank that is gone
+    leave()
 
 
 if __name__ == "__main__":

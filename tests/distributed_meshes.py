@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import faulthandler
 import json
-import os
 import sys
 import traceback
 from pathlib import Path
@@ -18,6 +17,7 @@ from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
 from torch.distributed.pipelining import PipelineStage, ScheduleGPipe
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 from torch.nn.parallel import DistributedDataParallel
+from torchrun import leave
 from windows import TinyLM, error, gradients, one_batch, split, targets, window
 
 import accumloss
@@ -346,8 +346,7 @@ def main(out: str, *only: str) -> None:
             except Exception:
                 results[name] = {"failed": traceback.format_exc()}
     Path(out, f"rank{dist.get_rank()}.json").write_text(json.dumps(results))
-    dist.barrier()
-    os._exit(0)  # without the destructors of gloo and of DDP, whose threads sometimes wait for each other for ever
+    leave()
 
 
 if __name__ == "__main__":

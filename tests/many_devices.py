@@ -28,6 +28,7 @@ from accelerate import ParallelismConfig
 from accelerate.state import AcceleratorState, GradientState, PartialState
 from accelerate.utils import DistributedType
 from torch.distributed.tensor import DTensor
+from torchrun import leave
 from training import HEADS, build, make_trainer, rows
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
@@ -373,8 +374,7 @@ def main(out: str, *names: str) -> None:
             clear_states()
     if dist.get_rank() == 0:
         torch.save(found, Path(out))
-    dist.barrier()
-    os._exit(0)  # without the destructors of gloo, whose threads sometimes wait for each other for ever
+    leave()
 
 
 if __name__ == "__main__":

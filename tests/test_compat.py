@@ -176,6 +176,24 @@ def test_names_of_trainer(tmp_path):
         assert trainer._get_num_items_in_batch(batches, arguments.device) == 3
 
 
+def test_criteria_ask_for_the_ranks_by_names_that_have_a_stand_in():
+    transformers = pytest.importorskip("transformers")
+    accelerate = pytest.importorskip("accelerate")
+    from transformers.loss import loss_for_object_detection
+
+    assert loss_for_object_detection.PartialState is accelerate.PartialState
+    if tuple(map(int, transformers.__version__.split(".")[:2])) >= (5, 23):
+        from transformers.loss import loss_lw_detr
+
+        assert not loss_lw_detr._is_torch_distributed_initialized()
+    alone = [True]
+    stands_in = _compat.ASKS_FOR_RANKS["PartialState"](accelerate.PartialState, lambda: alone[0])
+    asks = _compat.ASKS_FOR_RANKS["_is_torch_distributed_initialized"](lambda: True, lambda: alone[0])
+    assert stands_in._shared_state == {} and not asks()
+    alone[0] = False
+    assert stands_in._shared_state is accelerate.PartialState._shared_state and asks()
+
+
 def test_names_of_transformers_and_accelerate():
     """In a process of its own: accelerate has one state of a process, and one precision."""
     pytest.importorskip("transformers"), pytest.importorskip("accelerate")

@@ -30,6 +30,14 @@ def of_four(tmp_path_factory):
     return found_by(4, tmp_path_factory.mktemp("meshes"))
 
 
+def assert_exact(of_ranks, case):
+    for found in of_ranks:
+        assert found[case].get("failed") is None
+        assert found[case]["error"] <= EXACT
+        assert found[case]["loss error"] <= SUM
+        assert found[case]["num_items"] == ITEMS
+
+
 EXACT_ON_TWO = (
     "experts_on_a_mesh_of_their_own",
     "experts_of_a_known_total",
@@ -41,21 +49,13 @@ EXACT_ON_TWO = (
 
 @pytest.mark.parametrize("case", EXACT_ON_TWO)
 def test_step_of_the_one_batch(of_two, case):
-    for found in of_two:
-        assert found[case].get("failed") is None
-        assert found[case]["error"] <= EXACT
-        assert found[case]["loss error"] <= SUM
-        assert found[case]["num_items"] == ITEMS
+    assert_exact(of_two, case)
 
 
 @pytest.mark.slow("four processes; the fast tier has one mesh at a time")
 @pytest.mark.parametrize("case", ["fsdp_of_tensor_parallel_on_four", "hsdp_on_four"])
 def test_products_of_two_meshes(of_four, case):
-    for found in of_four:
-        assert found[case].get("failed") is None
-        assert found[case]["error"] <= EXACT
-        assert found[case]["loss error"] <= SUM
-        assert found[case]["num_items"] == ITEMS
+    assert_exact(of_four, case)
 
 
 @pytest.mark.parametrize(

@@ -11,6 +11,7 @@ import sys
 import time
 import warnings
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 from .. import transformers as integration
@@ -131,9 +132,6 @@ def _verify(trainer: Any, as_json: bool) -> int:
 
 def run_census(options: argparse.Namespace) -> int:
     _quiet()
-    state = options.out / "census.jsonl"
-    if options.fresh:
-        state.unlink(missing_ok=True)
     classes = tiny.loss_bearing_classes()
     if options.only:
         unknown = set(options.only) - set(classes)
@@ -142,22 +140,7 @@ def run_census(options: argparse.Namespace) -> int:
                 f"audit: expected classes of transformers that compute a loss, got {', '.join(sorted(unknown))}"
             )
         classes = {name: classes[name] for name in options.only}
-    start = time.perf_counter()
-    done = len({line["name"] for line in census.read(state)} & set(classes))
-    with report.progress(len(classes), "classes") as advance:
-        advance("", by=done)
-        lines = census.run(
-            classes,
-            state,
-            jobs=options.jobs,
-            time_limit=options.time_limit,
-            on_line=lambda line: advance(f"{line['name']}: {census.verdict(line)}"),
-        )
-    minutes = None if done else (time.perf_counter() - start) / 60
-    census.write_csv(lines, options.out / "census.csv")
-    text = census.markdown(lines, minutes)
-    (options.out / "census.md").write_text(text)
-    print(json.dumps([census.row(line) for line in lines], indent=2) if options.json else text)
+    lines = _census(options, census, "census", classes, "classes")
     return 1 if census.summary(lines)[census.WRONG] else 0
 
 
@@ -165,28 +148,36 @@ def run_trainers(options: argparse.Namespace) -> int:
     from . import trainers
 
     _quiet()
-    state = options.out / "trainers.jsonl"
+    cases = trainers.names(options.only)
+    lines = _census(options, trainers, "trainers", cases, "Trainers", program="accumloss.auditing.trainers")
+    return 1 if any(trainers.verdict(line) in trainers.FAILURES for line in lines) else 0
+
+
+def _census(
+    options: argparse.Namespace, of: ModuleType, file: str, names: dict[str, str], what: str, **how: str
+) -> list[census.Line]:
+    """Audits all of the names, goes on where it was interrupted, and writes FILE.csv and FILE.md as the module ``of`` does."""
+    state = options.out / f"{file}.jsonl"
     if options.fresh:
         state.unlink(missing_ok=True)
-    cases = trainers.names(options.only)
     start = time.perf_counter()
-    done = len({line["name"] for line in census.read(state)} & set(cases))
-    with report.progress(len(cases), "Trainers") as advance:
+    done = len({line["name"] for line in census.read(state)} & set(names))
+    with report.progress(len(names), what) as advance:
         advance("", by=done)
         lines = census.run(
-            cases,
+            names,
             state,
             jobs=options.jobs,
             time_limit=options.time_limit,
-            on_line=lambda line: advance(f"{line['name']}: {trainers.verdict(line)}"),
-            program="accumloss.auditing.trainers",
+            on_line=lambda line: advance(f"{line['name']}: {of.verdict(line)}"),
+            **how,
         )
     minutes = None if done else (time.perf_counter() - start) / 60
-    trainers.write_csv(lines, options.out / "trainers.csv")
-    text = trainers.markdown(lines, minutes)
-    (options.out / "trainers.md").write_text(text)
-    print(json.dumps([trainers.row(line) for line in lines], indent=2) if options.json else text)
-    return 1 if any(trainers.verdict(line) in trainers.FAILURES for line in lines) else 0
+    of.write_csv(lines, options.out / f"{file}.csv")
+    text = of.markdown(lines, minutes)
+    (options.out / f"{file}.md").write_text(text)
+    print(json.dumps([of.row(line) for line in lines], indent=2) if options.json else text)
+    return lines
 
 
 def _quiet() -> None:

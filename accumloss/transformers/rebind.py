@@ -18,6 +18,7 @@ from typing import Any
 
 import torch
 
+from .._compat import ASKS_FOR_RANKS
 from . import heads
 from . import step as steps
 from .coupled import ROUTER_LOSSES
@@ -91,8 +92,10 @@ def _rebind_modules(names: set[str]) -> None:
         package = name.partition(".")[0]
         spells_out = False
         for bound_as, theirs in list(vars(module).items()):
-            counts_ranks = RANKS.get(bound_as) if package == "transformers" else None
-            ours = _replacement(bound_as, theirs) if counts_ranks is None else counts_ranks(theirs)
+            if package == "transformers" and bound_as in ASKS_FOR_RANKS:  # of detection: the step counts over the ranks
+                ours = ASKS_FOR_RANKS[bound_as](theirs, steps.is_counted)
+            else:
+                ours = _replacement(bound_as, theirs)
             if ours is not None:
                 patches.bind(module, bound_as, ours)
                 continue
@@ -246,29 +249,6 @@ def _times(share: Callable[[steps.Step], Any]) -> Callable[[Callable[..., Any]],
 
     return wrap
 
-
-class _Ranks:
-    """accelerate's PartialState for criteria that count boxes or masks over the ranks, some of them twice: inside of a step
-    the step does, and they count their own."""
-
-    def __init__(self, theirs: Any):
-        self.theirs = theirs
-
-    @property
-    def _shared_state(self) -> dict[str, Any]:
-        return {} if steps.is_counted() else self.theirs._shared_state
-
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        return self.theirs(*args, **kwargs)
-
-
-def _are_ranks(theirs: Callable[[], bool]) -> Callable[[], bool]:
-    """Whether there are other ranks whose boxes a criterion has to count: inside of a step the step does."""
-    return functools.wraps(theirs)(lambda: not steps.is_counted() and theirs())
-
-
-# names by which transformers' criteria ask for the other ranks
-RANKS: dict[str, Callable[[Any], Any]] = {"PartialState": _Ranks, "_is_torch_distributed_initialized": _are_ranks}
 
 _weighted_by_tokens = _times(lambda step: step.share_of_tokens())
 

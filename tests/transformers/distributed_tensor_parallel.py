@@ -3,35 +3,22 @@
 from __future__ import annotations
 
 import json
-import os
 import sys
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
 import transformers
-from accelerate.state import PartialState
-from accelerate.utils import DistributedType
+from many_devices import as_accelerators
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor.debug import CommDebugMode
+from torchrun import leave
 from transformers.distributed import DistributedConfig
 
 import accumloss
 
 VOCAB, LENGTH = 97, 12  # shards of 49 and 48
 KEPT = (2, 12, 3, 11, 2, 4, 12, 1)  # labels of each row
-
-
-def relabel_gloo() -> None:
-    """accelerate refuses tensor parallelism over CPUs by their name, and nothing else of it does."""
-    init = PartialState.__init__
-
-    def patched(self, *args, **kwargs):
-        init(self, *args, **kwargs)
-        if self._shared_state.get("distributed_type") == DistributedType.MULTI_CPU:
-            self._shared_state["distributed_type"] = DistributedType.MULTI_XPU
-
-    PartialState.__init__ = patched
 
 
 def rows() -> list[dict[str, torch.Tensor]]:
@@ -70,10 +57,10 @@ def error(found: dict[str, torch.Tensor], wanted: dict[str, torch.Tensor]) -> fl
     return float((squares / sum(w.double().square().sum() for w in wanted.values())).sqrt())
 
 
+@as_accelerators()
 def main(out: Path) -> None:
     dist.init_process_group("gloo")
     torch.set_num_threads(1)
-    relabel_gloo()
     found = {}
     batch = {key: torch.stack([row[key] for row in rows()]) for key in ("input_ids", "labels")}
     accumloss.register_with_transformers(metrics=True)
@@ -123,8 +110,7 @@ def main(out: Path) -> None:
         }
     if dist.get_rank() == 0:
         out.write_text(json.dumps(found))
-    dist.barrier()
-    os._exit(0)  # gloo's destructors may wait for a rank that is gone
+    leave()
 
 
 if __name__ == "__main__":

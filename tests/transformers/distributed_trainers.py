@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import faulthandler
 import logging
-import os
 import sys
 import tempfile
 import warnings
@@ -12,6 +11,7 @@ from pathlib import Path
 
 import torch
 import transformers
+from torchrun import leave
 
 import accumloss
 from accumloss.auditing import trainer_cases
@@ -59,8 +59,7 @@ def main(out: str, batch_size: str, micro_batches: str) -> None:
     found = {name: [step(name, *split, is_registered) for is_registered in (True, False)] for name in NAMES}
     if torch.distributed.get_rank() == 0:
         torch.save(found, Path(out))
-    torch.distributed.barrier()
-    os._exit(0)  # without the destructors of gloo and of DDP, whose threads sometimes wait for each other for ever
+    leave()
 
 
 if __name__ == "__main__":

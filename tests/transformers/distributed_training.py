@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import faulthandler
-import os
 import sys
 import warnings
 from pathlib import Path
@@ -12,6 +11,7 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 import transformers
+from torchrun import leave
 from training import HEADS, build, make_trainer, rows
 
 import accumloss
@@ -90,8 +90,7 @@ def main(out: str) -> None:
     found = {name: train(*run) for name, run in RUNS.items()}
     if torch.distributed.get_rank() == 0:
         torch.save(found, Path(out))
-    torch.distributed.barrier()
-    os._exit(0)  # without the destructors of gloo and of DDP, whose threads sometimes wait for each other for ever
+    leave()
 
 
 if __name__ == "__main__":
