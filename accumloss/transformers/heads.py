@@ -111,6 +111,9 @@ def _over_elements(theirs: Any) -> Any:
         if not steps.is_counted():
             return value
         given = signature.bind(*args, **kwargs).arguments
+        weight = given.get("pos_weight")
+        if weight is not None and weight.shape != given["target"].shape and not torch.compiler.is_compiling():
+            steps.weigh(weight, theirs.__name__)
         reduction = given.get("reduction", "mean")
         if reduction == "batchmean":  # kl_div: the sum, divided by the rows
             return steps.part(value, lambda step: step.share_of_call(), theirs.__name__)

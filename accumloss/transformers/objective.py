@@ -36,25 +36,39 @@ class Items(torch.Tensor):
     Attributes:
         whole: the items of the step.
         share: the same, divided by the micro-batches.
+        root: where it is followed, the leaf that the operands are made of: its gradient says what depends on the number.
         is_touched: whether it was an operand.
         is_taken: whether a number was made of it.
+        is_hidden: whether something was made of it that no gradient follows.
     """
 
     whole: torch.Tensor
     share: torch.Tensor
+    root: torch.Tensor | None
     is_touched: bool
     is_taken: bool
+    is_hidden: bool
 
     @staticmethod
-    def of(whole: Any, share: torch.Tensor) -> Items:
+    def of(whole: Any, share: torch.Tensor, is_followed: bool = False) -> Items:
         items = share.as_subclass(Items)
-        items.whole, items.share, items.is_touched, items.is_taken = torch.as_tensor(whole), share, False, False
+        items.whole, items.share = torch.as_tensor(whole), share
+        items.root = share.detach().clone().requires_grad_() if is_followed else None
+        items.is_touched = items.is_taken = items.is_hidden = False
         return items
+
+    def operand(self) -> torch.Tensor:
+        """What operations get: no leaf, which could not be written over."""
+        if self.root is None:
+            return self.share
+        with torch.enable_grad():
+            return self.root * 1.0
 
     @classmethod
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         takes = func in _TAKING or (func is torch.Tensor.to and _integral(args[1:], kwargs))
+        followed: list[Items] = []
 
         def plain(value: Any) -> Any:
             if not isinstance(value, Items) or not hasattr(value, "share"):
@@ -63,9 +77,16 @@ class Items(torch.Tensor):
                 return value.whole if func in _SHOWING else value.share
             value.is_touched = True
             value.is_taken = value.is_taken or takes
-            return value.whole if takes else value.share
+            if takes:
+                return value.whole
+            followed.append(value)
+            return value.operand()
 
-        return func(*tree_map(plain, args), **tree_map(plain, kwargs))
+        made = func(*tree_map(plain, args), **tree_map(plain, kwargs))
+        if isinstance(made, torch.Tensor) and made.is_floating_point() and not made.requires_grad:
+            for value in followed:
+                value.is_hidden = True
+        return made
 
 
 _TAKING = {
@@ -109,6 +130,14 @@ def is_touched(step: steps.Step) -> bool:
     return step.items.is_touched if isinstance(step.items, Items) else True
 
 
+def is_followed(step: steps.Step) -> bool:
+    """Whether the gradient says what of the loss depends on num_items_in_batch, which it made use of."""
+    items = step.items
+    if not isinstance(items, Items) or items.root is None or not items.is_touched:
+        return False
+    return not items.is_taken and not items.is_hidden
+
+
 class Check:
     """Holds what the micro-batches of the first windows returned against the terms that were recognised.
 
@@ -120,6 +149,7 @@ class Check:
         self.is_done = False
         self._rests: list[torch.Tensor] = []
         self._scale: list[torch.Tensor] = []
+        self._precision = SAME
         self._reasons: set[str] = set()
 
     def add(self, step: steps.Step, loss: Any, combination: Combination, schemes: Schemes, is_summed: bool) -> None:
@@ -140,12 +170,17 @@ class Check:
         if is_summed or step.is_known or not step.terms:
             if not is_summed and not step.is_known and not step.calls and not is_touched(step):
                 self._reasons.add("nothing that it computes was recognised: it stays what Trainer makes of it")
-            return
-        if is_touched(step) and not (isinstance(step.items, Items) and step.items.is_taken):
-            return  # what else there is honours the number that it was given
+            if is_summed or step.is_known or not is_followed(step):
+                return
+        if is_touched(step) and not is_followed(step) and not (isinstance(step.items, Items) and step.items.is_taken):
+            return  # what else there is honours the number that it was given, as far as can be seen
         with torch.no_grad():
-            self._rests.append(combination.rest(loss.double(), schemes.left_in_rest()))
+            rest = combination.rest(loss.double(), schemes.left_in_rest())
+            if combination.by_number is not None:  # what is divided by the number is a part of the step's as it is
+                rest = rest - combination.by_number + combination.divided_by_number(schemes)
+            self._rests.append(rest)
         self._scale.append(loss.detach().double().abs())
+        self._precision = max(self._precision, 8 * torch.finfo(loss.dtype).eps)
 
     def blame(self, reason: str) -> None:
         self._reasons.add(reason)
@@ -155,7 +190,7 @@ class Check:
         self.is_done = True
         if len(self._rests) > 1:
             rests, largest = torch.stack(self._rests), torch.stack(self._scale).max()
-            if bool((rests - rests[0]).abs().max() > SAME * largest):
+            if bool((rests - rests[0]).abs().max() > self._precision * largest):
                 self._reasons.add(
                     "a part of it was computed by none of the losses that accumloss knows, and is averaged over the "
                     "micro-batches as they are"
@@ -202,7 +237,8 @@ def divided(
     if given is not None:
         share = share_of(given, k)
         # compilers know no subclass
-        step.items = share if trainer.args.n_gpu > 1 or is_compiled(trainer) else Items.of(given, share)
+        is_plain = trainer.args.n_gpu > 1 or is_compiled(trainer)
+        step.items = share if is_plain else Items.of(given, share, is_followed=check is not None)
         kwargs = {**kwargs, "num_items_in_batch": step.items}
     with micro_batches(trainer, 1, 1), known.parts(trainer, step.known):
         result = call(*args, **kwargs)
@@ -240,7 +276,7 @@ def _weighed(trainer: Any, step: steps.Step, loss: Any, check: Check | None) -> 
     is_measured = bool(step.measured.rest) and isinstance(loss, torch.Tensor) and not is_touched(step)
     if not is_looked_at and not may_be_sum and not schemes.are_acted_on and not is_measured:
         return loss, ""
-    combination = Combination(step, loss)
+    combination = Combination(step, loss, step.items.root if is_looked_at and is_followed(step) else None)
     if is_looked_at:
         assert check is not None
         number = step.items if is_touched(step) else step.num_items_in_batch if step.is_known else None

@@ -29,7 +29,18 @@ from .counting import (
     reshaping_origins,
     same_memory,
 )
-from .terms import ACTED_ON, ROWS_WEIGH, SUM_WEIGHS, UNKNOWN, Measured, Schemes, Term, Weight, is_contrastive
+from .terms import (
+    ACTED_ON,
+    ROWS_WEIGH,
+    SUM_WEIGHS,
+    UNKNOWN,
+    Measured,
+    Schemes,
+    Term,
+    Weight,
+    is_contrastive,
+    is_of_pairs,
+)
 
 
 class Observer(Protocol):
@@ -176,7 +187,9 @@ class Step:
         While a Check looks at them the caller gets a copy: he may add to it in place.
         """
         name, rule = self.found
-        self.terms.append(Term(loss, name, rule, ("mean", self.calls), share=self.share_found))
+        call: tuple[Any, ...] = "mean", self.calls
+        several = sum(term.call[:2] == call for term in self.terms)  # a head and its auxiliary head
+        self.terms.append(Term(loss, name, rule, (*call, several) if several else call, share=self.share_found))
         self.found, self.share_found = ("", None), None
         return loss.clone() if self.is_watched else loss
 
@@ -197,10 +210,19 @@ class Step:
         self.has_unknown_sums |= is_left and reduction == "sum"
         if is_left or self.is_of_objects or not self.window or not value.requires_grad:
             return value
+        if weight is not None:
+            self.weigh(call, weight, name)
         rule = self._rule(target, 0, ignore_index, None, call)
+        if rule is None and is_of_pairs(target, num_rows(self.inputs)):
+            self.coupled.add(f"{name} compares the rows of its micro-batch with each other")
         rule = rule if rule is None else rule.weighted(weight)
         self.terms.append(Term(value, name, rule, call, reduction, target=target, ignore_index=ignore_index))
         return value.clone()
+
+    def weigh(self, call: Any, weight: torch.Tensor, name: str) -> None:
+        """Looks whether a loss has the same class weights in all micro-batches: the one batch would have others else."""
+        if self.is_watched and not self.chunks and not self.schemes.is_constant(call, weight):
+            self.coupled.add(f"the class weights of {name or 'a loss'} are others in each micro-batch")
 
     def is_given(self, value: Any) -> bool:
         """Whether a num_items_in_batch is the one that Trainer, or we in its place, handed in."""
@@ -286,6 +308,8 @@ class Step:
             return given
         observer = self.observer if is_compiled else self.recorder
         self.found = name, None
+        if weight is not None and not is_compiled:
+            self.weigh(("mean", self.calls), weight, name)
         matched = self._matched(labels, weight) if weight is not None else None
         if matched is not None:
             return Divisor(matched, self.expected_grad, observer)
@@ -314,6 +338,8 @@ class Step:
         if self.is_watched and not is_compiled and is_contrastive(labels, num_rows(self.inputs)):
             self.coupled.add(f"{name or 'a loss'} tells each row apart from the others of its micro-batch")
             main = None
+        if self.is_watched and not is_compiled and ignore_index is None and is_of_pairs(labels, num_rows(self.inputs)):
+            self.coupled.add(f"{name or 'a loss'} compares the rows of its micro-batch with each other")
         here = Rule("labels", shift, ignore_index, weight=weight).total({"labels": labels})
         mean = at_least_one(here) / self.share_of_rows()
         if main is None or total is None:
@@ -647,6 +673,14 @@ def see(
     """What a loss of PyTorch's returned with reduction="sum" or "none", for the current step to look at."""
     step = current()
     return value if step is None else step.see(value, target, reduction, ignore_index, name, weight)
+
+
+@not_compiled
+def weigh(weight: torch.Tensor, name: str) -> None:
+    """Looks at the class weights of the loss that is called next, where the current step is looked at."""
+    step = current()
+    if step is not None and step.is_training:
+        step.weigh(("weighed", step.calls, step.by_hand), weight, name)
 
 
 @not_compiled

@@ -24,7 +24,7 @@ class Term(NamedTuple):
     value: torch.Tensor  # (), or without a reduction one for each label
     name: str  # of the loss
     rule: Rule | None  # how its items are counted; None: they are rows, or of no known origin
-    call: tuple[str, int]  # which of the micro-batch's calls it is
+    call: tuple[Any, ...]  # which of the micro-batch's calls it is: kind, number, and which of what one call returns
     reduction: str = "mean"
     share: Any = None  # of the mean over its own items, in what was returned; None: by its rule
     target: torch.Tensor | None = None  # without a reduction
@@ -73,16 +73,24 @@ class Combination:
 
     Attributes:
         pairs: the terms that are in the loss, with their coefficients.
+        by_number: () float64, what of the loss is divided by num_items_in_batch. None: that is not known.
+
+    Args:
+        number: a leaf that num_items_in_batch was made of, where what depends on it is to be found.
     """
 
-    def __init__(self, step: Step, loss: Any):
+    def __init__(self, step: Step, loss: Any, number: torch.Tensor | None = None):
         terms = [term for term in step.terms if term.value.requires_grad]
         self.pairs: list[tuple[Term, torch.Tensor]] = []
-        if terms and isinstance(loss, torch.Tensor) and loss.requires_grad:
-            values = [term.value for term in terms]
+        self.by_number: torch.Tensor | None = None
+        values = [term.value for term in terms] + ([] if number is None else [number])
+        if values and isinstance(loss, torch.Tensor) and loss.requires_grad:
             with engines_at_rest(getattr(step.trainer, "model_wrapped", None)):
                 found = torch.autograd.grad(loss.sum(), values, retain_graph=True, allow_unused=True)
-            self.pairs = [(term, c.detach()) for term, c in zip(terms, found, strict=True) if c is not None]
+            self.pairs = [(term, c.detach()) for term, c in zip(terms, found, strict=False) if c is not None]
+            if number is not None:  # x / n changes by -x / n^2
+                slope = torch.zeros_like(number) if found[-1] is None else found[-1]
+                self.by_number = -(number.detach().double() * slope.double()).sum().to(loss.device)
 
     @property
     def uses_a_mean(self) -> bool:
@@ -95,6 +103,14 @@ class Combination:
                 loss = loss - (coefficient * term.value).sum()
         return loss
 
+    def divided_by_number(self, schemes: Schemes) -> Any:
+        """The terms that are divided by num_items_in_batch: what of by_number they are. () float64."""
+        left = schemes.left_in_rest()
+        theirs = [
+            (t, c) for t, c in self.pairs if schemes.found.get(t.call) in (NUMBER, COUNTED) and t.call not in left
+        ]
+        return sum(((c.double() * t.value.double()).sum() for t, c in theirs), torch.zeros((), dtype=torch.float64))
+
 
 class Schemes:
     """What is known of how a Trainer averages its terms, by call: found in its first window, and used from then on.
@@ -102,12 +118,14 @@ class Schemes:
     Attributes:
         found: call -> one of the words above: the first of those that fitted all micro-batches so far.
         units: call -> the coefficients of this window's micro-batches, where they follow none of them.
+        constants: call -> the class weights that it had in this window.
     """
 
     def __init__(self) -> None:
         self.found: dict[Any, str] = {}
         self._fitting: dict[Any, list[str]] = {}
         self.units: dict[Any, list[float]] = {}
+        self.constants: dict[Any, torch.Tensor] = {}
 
     @property
     def are_acted_on(self) -> bool:
@@ -157,7 +175,7 @@ class Schemes:
             elif self.found[term.call] == SCALED:
                 unit = _unit(term, coefficient)
                 self.units.setdefault(term.call, []).append(float("nan") if unit is None else unit[0])
-            elif term.reduction == "mean" and number is not None:
+            elif term.reduction == "mean":
                 self.units.setdefault(term.call, []).append(1.0 if fitting else float(coefficient))
             if self.found[term.call] == ELEMENTS and not step.is_of_one_length(term.rule):
                 reasons.add(f"the {term.name} is averaged over padding too, of which the micro-batches have less")
@@ -170,11 +188,19 @@ class Schemes:
 
     def ends_of_window(self) -> set[str]:
         """What speaks against coefficients that are taken for those of a sum, or of a mean."""
-        varied = any(
-            not max(units) - min(units) <= 1e-5 * max(map(abs, units)) for units in self.units.values() if units
-        )
+        reasons = set()
+        for (kind, *_), units in self.units.items():
+            if not max(units) - min(units) <= 1e-5 * max(map(abs, units)):
+                done = "multiplied" if kind == "mean" else "divided"
+                reasons.add(f"a loss is {done} by another number in each micro-batch, which is not recognised")
         self.units.clear()
-        return {"a loss is divided by another number in each micro-batch, which is not recognised"} if varied else set()
+        self.constants.clear()
+        return reasons
+
+    def is_constant(self, call: Any, value: torch.Tensor) -> bool:
+        """Whether class weights are those that the same call had in the micro-batches of this window before."""
+        before = self.constants.setdefault(call, value.detach().clone())
+        return before.shape == value.shape and bool(torch.eq(before, value).all())
 
     def weighed(self, step: Step, combination: Combination, loss: torch.Tensor) -> torch.Tensor:
         """The loss whose terms are parts of the step's, as those are that accumloss divides."""
@@ -347,6 +373,11 @@ def _factor(step: Step, term: Term, coefficient: torch.Tensor, scheme: str) -> A
     if rule is not None and scheme == ELEMENTS:
         rule = rule._replace(weight=None, ignore_index=None, mask=None, filled=None)
     return step.share_of_call_by_hand(term.call, rule)
+
+
+def is_of_pairs(target: torch.Tensor, rows: int) -> bool:
+    """Whether a target has an element for each pair of rows: similarities, or which of them belong together."""
+    return target.dim() > 1 and rows > 1 and all(size == rows for size in target.shape)
 
 
 def is_contrastive(labels: torch.Tensor, rows: int) -> bool:

@@ -318,6 +318,54 @@ class Told:
         def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
             return model(**inputs).loss.exp()
 
+    class number_for_a_log(Trainer):
+        """The number is looked at, and the loss does not depend on it."""
+
+        says = "a part of it was computed by none of the losses"
+
+        def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+            seen = inputs["labels"] != -100
+            self.share = seen.sum() / num_items_in_batch
+            return model(**{**inputs, "labels": None}).logits.pow(2).sum(-1)[seen].mean()
+
+    class a_factor_of_the_micro_batch(Trainer):
+        says = "multiplied by another number in each micro-batch"
+
+        def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+            return model(**inputs).loss * (inputs["labels"] != -100).float().mean()
+
+    class weights_of_the_micro_batch(Trainer):
+        says = "class weights of cross_entropy are others in each micro-batch"
+
+        def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+            labels = inputs["labels"]
+            counts = labels[labels != -100].bincount(minlength=LABELS)
+            return F.cross_entropy(*flat(model(**{**inputs, "labels": None}), labels), weight=1 / (1.0 + counts))
+
+    class positives_of_the_micro_batch(Trainer):
+        says = "class weights of binary_cross_entropy_with_logits are others in each micro-batch"
+
+        def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+            target = inputs["labels"].clamp(min=0).gt(2).float()
+            logits = model(**{**inputs, "labels": None}).logits[..., 0]
+            weight = ((1 - target).sum() / (1 + target.sum())).reshape(1)
+            return F.binary_cross_entropy_with_logits(logits, target, pos_weight=weight)
+
+    class pairs_of_rows(Trainer):
+        says = "compares the rows of its micro-batch with each other"
+
+        def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+            rows = model(**{**inputs, "labels": None}).logits.mean(1)
+            return F.binary_cross_entropy_with_logits(rows @ rows.T, torch.eye(len(rows)))
+
+    class pairs_of_rows_by_hand(Trainer):
+        says = "compares the rows of its micro-batch with each other"
+
+        def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+            rows = model(**{**inputs, "labels": None}).logits.mean(1)
+            wanted = torch.eye(len(rows))
+            return F.binary_cross_entropy_with_logits(rows @ rows.T, wanted, reduction="none").mean()
+
     class in_training_step(Trainer):
         says = "training_step computes it without compute_loss"
 
