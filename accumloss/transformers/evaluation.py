@@ -177,7 +177,7 @@ class Evaluation(steps.Step):
     def share_of_rows(self) -> float:
         return float(counting.num_rows(self.inputs))
 
-    def share_of_call_by_hand(self, call: Any, rule: Any) -> torch.Tensor:
+    def share_of_call_by_hand(self, call: Any, rule: Any, of_terms: Any = None) -> torch.Tensor:
         return rule.total(self.inputs)
 
     def objects_of_the_step(self) -> float:

@@ -274,7 +274,8 @@ def _weighed(trainer: Any, step: steps.Step, loss: Any, check: Check | None) -> 
     is_looked_at = check is not None and trainer.args.n_gpu <= 1
     schemes = step.schemes
     is_measured = bool(step.measured.rest) and isinstance(loss, torch.Tensor) and not is_touched(step)
-    if not is_looked_at and not may_be_sum and not schemes.are_acted_on and not is_measured:
+    is_open = step.exchange is not None and step.exchange.is_open
+    if not is_looked_at and not may_be_sum and not schemes.are_acted_on and not is_measured and not is_open:
         return loss, ""
     combination = Combination(step, loss, step.items.root if is_looked_at and is_followed(step) else None)
     if is_looked_at:
@@ -283,6 +284,7 @@ def _weighed(trainer: Any, step: steps.Step, loss: Any, check: Check | None) -> 
         number = number.share if isinstance(number, Items) else number
         for reason in schemes.look(step, loss, combination, number, is_taken) if not step.is_of_objects else ():
             check.blame(reason)
+    corrections = _settled(step)
     # the number may be taken for a log, and a sum beside a mean
     found = {schemes.found.get(term.call, UNKNOWN) for term, _ in combination.pairs if term.reduction != "mean"}
     is_summed = may_be_sum and not combination.uses_a_mean and not is_measured and not found & {*MEANS, NUMBER}
@@ -291,11 +293,17 @@ def _weighed(trainer: Any, step: steps.Step, loss: Any, check: Check | None) -> 
         check.add(step, loss, combination, schemes, is_summed)
     if not is_summed and isinstance(loss, torch.Tensor):
         rest = combination.rest(loss, schemes.left_in_rest()) if is_measured else None
-        loss = schemes.weighed(step, combination, loss)
+        loss = schemes.weighed(step, combination, loss, corrections)
         if rest is not None:
             loss = _with_rest(step, loss, rest)
     is_known_sum = found <= set(SUMS) and not step.has_unknown_sums
     return loss, "" if not is_summed else SUMMED if is_known_sum else LEFT
+
+
+def _settled(step: steps.Step) -> dict[Any, torch.Tensor]:
+    """Where the ranks meet at the end of this compute_loss: what its terms are to be multiplied by for what the others hold."""
+    exchange = step.exchange
+    return exchange.settle(step, step.schemes) if exchange is not None and exchange.is_open else {}
 
 
 def _with_rest(step: steps.Step, loss: Any, rest: torch.Tensor) -> Any:
@@ -317,6 +325,9 @@ def divided_by_itself(
     with known.parts(trainer, step.known):
         result = call(*args, **kwargs)
     loss = result[0] if isinstance(result, tuple) else result
+    corrections = _settled(step)
+    if corrections:
+        loss = Schemes().weighed(step, Combination(step, loss), loss, corrections)
     if step.measured.rest:
         rest = Combination(step, loss).rest(loss) if step.terms else loss
         loss = _with_rest(step, loss, rest)

@@ -29,6 +29,11 @@ def averaged_losses(trainer: Any) -> int:
     return 1 if trainer.args.n_gpu > 1 else ranks(trainer)
 
 
+def gathers(trainer: Any) -> bool:
+    """Whether over_ranks() waits for the other ranks."""
+    return bool(trainer.args.average_tokens_across_devices) and trainer.args.world_size > 1
+
+
 def over_ranks(trainer: Any, total: torch.Tensor) -> torch.Tensor:
     """A count of this rank as Trainer's own count of items goes over the ranks. () float64, no sync."""
     args = trainer.args
@@ -39,10 +44,10 @@ def over_ranks(trainer: Any, total: torch.Tensor) -> torch.Tensor:
 
 
 def over_all_ranks(trainer: Any, total: torch.Tensor) -> torch.Tensor:
-    """A count of this rank, of all ranks. () float64, no sync."""
+    """A count of this rank, or several (n,), of all ranks. float64 of the same shape, no sync."""
     total = total.to(trainer.args.device)
     if trainer.args.world_size > 1:
-        total = trainer.accelerator.gather(total.reshape(1)).sum()
+        total = trainer.accelerator.gather(total.reshape(1, -1)).sum(0).reshape(total.shape)
     return total / same_batch(trainer)
 
 

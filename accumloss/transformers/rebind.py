@@ -12,6 +12,7 @@ from __future__ import annotations
 import functools
 import inspect
 import sys
+import weakref
 from collections.abc import Callable, Iterator, Mapping
 from types import CodeType, FunctionType, ModuleType
 from typing import Any
@@ -32,15 +33,50 @@ TRAINER = ("transformers.trainer", "transformers.trainer_pt_utils", "transformer
 
 def rebind_for(trainer: Any, model: Any) -> None:
     """Rebinds what a Trainer's step computes its loss with: names in modules, and criteria that somebody holds."""
-    if trainer not in registration.names.objects:
+    given = trainer.compute_loss_func
+    if trainer not in registration.names.objects or _given.get(trainer) is not given:
         registration.names.objects.add(trainer)
-        functions = [getattr(trainer, name, None) for name in ("compute_loss", "compute_loss_func", "label_smoother")]
-        functions += [getattr(value, "func", None) for value in functions]  # of a partial
+        _given[trainer] = given
+        functions = [getattr(trainer, "compute_loss", None), getattr(trainer, "label_smoother", None)]
+        functions += _parts_of(given)
         owners = [type(trainer), *functions, *map(type, functions)]
         members = [member for cls in type(trainer).__mro__ for member in vars(cls).values()]
-        _rebind_modules(_modules_of(*type(trainer).__mro__, *owners, *_closed_over(*members, *functions)))
-        _rebind_values(trainer, vars(trainer))
+        held = list(_closed_over(*members, *functions))
+        _rebind_modules(_modules_of(*type(trainer).__mro__, *owners, *held))
+        for value in (trainer, *functions, *held):
+            if not isinstance(value, (FunctionType, type)):
+                _rebind_held(value)
     rebind_modules_of(model)
+
+
+_given: weakref.WeakKeyDictionary[Any, Any] = (
+    weakref.WeakKeyDictionary()
+)  # Trainer -> its compute_loss_func when it was looked at
+
+
+def _parts_of(function: Any) -> list[Any]:
+    """A function, and what it is put together from: of a partial its function and arguments, of a method its object."""
+    parts, waiting = [], [function]
+    while waiting:
+        part = waiting.pop()
+        if part is None or len(parts) > MANY:
+            continue
+        parts.append(part)
+        if isinstance(part, functools.partial):
+            waiting += [part.func, *part.args, *part.keywords.values()]
+        elif hasattr(part, "__self__") and not isinstance(part.__self__, ModuleType):
+            waiting += [part.__self__, getattr(part, "__func__", None)]
+    return parts
+
+
+def _rebind_held(holder: Any) -> None:
+    """Criteria and functions that an object holds, and that it is: a module with those of its parts."""
+    if _is_left_alone(type(holder).__module__) and not isinstance(holder, torch.nn.Module):
+        return
+    for part in holder.modules() if isinstance(holder, torch.nn.Module) else [holder]:
+        _replace_class(part)
+        if hasattr(part, "__dict__"):
+            _rebind_values(part, vars(part))
 
 
 def rebind_modules_of(model: Any) -> None:
@@ -63,8 +99,9 @@ def _modules_of(*objects: Any) -> set[str]:
     return {name for name in found if isinstance(name, str)}
 
 
-def _closed_over(*functions: Any) -> Iterator[FunctionType]:
-    """The functions that others hold from where they were defined: a loss that was handed to who makes a Trainer's class."""
+def _closed_over(*functions: Any) -> Iterator[Any]:
+    """The functions and criteria that others hold from where they were defined: a loss that was handed to who makes a
+    Trainer's class."""
     for function in functions:
         function = getattr(function, "__func__", function)
         for cell in getattr(function, "__closure__", None) or ():
@@ -72,7 +109,7 @@ def _closed_over(*functions: Any) -> Iterator[FunctionType]:
                 held = cell.cell_contents
             except ValueError:  # it is not filled yet
                 continue
-            if isinstance(held, FunctionType):
+            if isinstance(held, (FunctionType, torch.nn.Module)):
                 yield held
 
 

@@ -11,6 +11,7 @@ from .._compat import not_compiled
 from ..sums import TokenSums
 from . import counting, known, losses, mapping, objective, probe, terms
 from . import step as steps
+from .exchange import Exchange
 from .models import base_model, counted_rule, shifts_labels
 from .ranks import is_of_ulysses, sum_over_ranks
 from .registration import registration
@@ -68,6 +69,7 @@ class State:
         self.schemes = terms.Schemes()
         self.known: known.Known | None = None  # what is written down of its class
         self.is_looked_up = False
+        self.exchange = Exchange()
         self.methods: dict[str, Callable[..., Any]] = {}  # its own, which ours are around while it trains
 
     def end_window(self) -> None:
@@ -75,9 +77,7 @@ class State:
         course of a training."""
         self.windows += 1
         found = self.verification
-        is_settled = (
-            self.known is not None or (found is not None and found.is_exact is not None) or "inexact" in self.warned
-        )
+        is_settled = self.known is not None or (found is not None and found.is_exact is not None)
         if not is_settled and self.windows & (self.windows + 1) == 0:
             self.check = objective.Check()
 

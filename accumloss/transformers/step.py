@@ -29,6 +29,7 @@ from .counting import (
     reshaping_origins,
     same_memory,
 )
+from .exchange import Alone, Exchange
 from .terms import (
     ACTED_ON,
     ROWS_WEIGH,
@@ -100,7 +101,9 @@ class Step:
         totals: counts of this window that are known already.
         origins: of the labels of earlier calls, where only one was possible.
         over_all: the same, where Trainer averages over no ranks too.
-        gathers: whether over_ranks waits for the other ranks. They must then count equally often, whatever each of them finds.
+        gathers: whether over_ranks waits for the other ranks.
+        exchange: what the ranks tell each other of the losses that compute_loss calls. Others they count together, and so
+            must call equally often, whatever each of them finds.
     """
 
     is_training = True
@@ -116,6 +119,7 @@ class Step:
     asked = 1  # of a full one
     num_items_in_batch: torch.Tensor | None = None  # what the model was given under this name
     items: Any = None  # what compute_loss was given under it (objective.Items)
+    num_groups = 1  # of ranks that hold different micro-batches
     num_ranks = 1  # that the gradients are averaged over
     num_replicas = 1  # of nn.DataParallel, each of which has a chunk of the micro-batch
     of_replicas = 1  # as many see a part of the step each, where this is one's
@@ -150,6 +154,7 @@ class Step:
         origins: dict[Any, Origin] | None = None,
         gathers: bool = False,
         over_all: Callable[[torch.Tensor], torch.Tensor] | None = None,
+        exchange: Exchange | None = None,
     ):
         self.window = window
         self.inputs = inputs
@@ -160,6 +165,8 @@ class Step:
         self.totals = totals
         self.origins = {} if origins is None else origins
         self.gathers = gathers
+        self.exchange = exchange
+        self.alone: dict[Any, Alone] = {}  # what was divided by before the other ranks were asked
         self.compared: dict[Any, Rule] = totals.setdefault(
             "compared", {}
         )  # of this window: call -> what its labels fitted
@@ -319,11 +326,11 @@ class Step:
             rule = self._rule_of_size(labels)
         if rule is None and measured and length is None:
             here = at_least_one(Rule("labels", shift, ignore_index, weight=weight).total({"labels": labels}).double())
-            self.share_found = self.share_of_weights(measured, ("measured", self.calls))
+            self.share_found = self.share_of_weights(measured, ("measured", self.calls), ("mean", self.calls))
             return Divisor((here / self.share_found).to(torch.float64), self.expected_grad, observer)
         main = None if self.main is None or ignore_index is None or length is not None else self.main
         counted = main if rule is None else rule
-        total = self._total_of_call(None if counted is None else counted.weighted(weight))
+        total = self._total_of_call(None if counted is None else counted.weighted(weight), is_compiled=is_compiled)
         if rule is not None and total is not None:
             self.found = name, rule.weighted(weight)
             more = self._changed(rule.weighted(weight))
@@ -365,7 +372,9 @@ class Step:
         """The items of the step that this rank holds."""
         return torch.stack([rule.total(batch) for batch in self.window]).sum()
 
-    def _total_of_call(self, rule: Rule | None, call: Any = None) -> torch.Tensor | None:
+    def _total_of_call(
+        self, rule: Rule | None, call: Any = None, of_terms: Any = None, is_compiled: bool = False
+    ) -> torch.Tensor | None:
         """total(rule) for this call of a loss; None without a rule.
 
         Where ranks wait for each other, each call of the window's first micro-batch counts once, rule or not. A call that
@@ -373,7 +382,11 @@ class Step:
         """
         if not self.gathers:
             return None if rule is None else self.total(rule)
-        call = self.calls if call is None else call
+        call = ("mean", self.calls) if call is None else call
+        if self.exchange is not None and self.depth and not is_compiled:
+            if rule is None or rule in self.totals:
+                return None if rule is None else self.totals[rule]
+            return self.exchange.total(self, rule, call, call if of_terms is None else of_terms)
         if call not in self.totals:
             held = torch.zeros((), dtype=torch.float64) if rule is None else self._here(rule)
             self.totals[call] = rule, at_least_one(self.over_ranks(held))
@@ -485,9 +498,9 @@ class Step:
             return False
         return len({batch[rule.key].shape[1:] for batch in self.window}) == 1
 
-    def share_of_call_by_hand(self, call: Any, rule: Rule | None) -> Any:
+    def share_of_call_by_hand(self, call: Any, rule: Rule | None, of_terms: Any = None) -> Any:
         """share_of a rule, for a loss that somebody averages; counted once a window, and by all ranks."""
-        total = self._total_of_call(rule, call)
+        total = self._total_of_call(rule, call, of_terms)
         if rule is None or total is None:
             return self.share_of_rows()
         held = self.held(rule)
@@ -499,21 +512,21 @@ class Step:
             return term.share
         return self.share_of_rows() if term.rule is None else self.share_of_call_by_hand(("mean", term.call), term.rule)
 
-    def share_of_weights(self, weights: Sequence[Weight], call: Any) -> Any:
+    def share_of_weights(self, weights: Sequence[Weight], call: Any, of_terms: Any = None) -> Any:
         """What a mean of this micro-batch over what was measured is multiplied by, to be a part of the step's."""
-        shares = [self._share_of_weight(weight, (call, i)) for i, weight in enumerate(weights)]
+        shares = [self._share_of_weight(weight, (call, i), of_terms) for i, weight in enumerate(weights)]
         if len(shares) > 1 and self.is_watched_for_ambiguity:
             values = [float(share) for share in shares]
             if max(values) - min(values) > 1e-6 * max(values):
                 self.ambiguous.add("what it averages over fits several rules, which differ in this window")
         return shares[0]
 
-    def _share_of_weight(self, weight: Weight, call: Any) -> Any:
+    def _share_of_weight(self, weight: Weight, call: Any, of_terms: Any) -> Any:
         if weight == SUM_WEIGHS:
             return float(self.micro_batches)
         if isinstance(weight, str):
             return self.share_of_rows() if weight == ROWS_WEIGH else 1.0
-        return self.share_of_call_by_hand(call, weight)
+        return self.share_of_call_by_hand(call, weight, of_terms)
 
     def share_of(self, rule: Rule) -> torch.Tensor | float:
         """What a mean over the items of this micro-batch is multiplied by, for it to weigh as much as they do in the step."""

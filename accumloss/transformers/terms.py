@@ -7,6 +7,7 @@ the loss, by autograd: 1 / items, 1 / rows, 1 / num_items_in_batch or 1.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -112,6 +113,14 @@ class Combination:
         return sum(((c.double() * t.value.double()).sum() for t, c in theirs), torch.zeros((), dtype=torch.float64))
 
 
+class Fit(NamedTuple):
+    """What a rank says of a loss that it averages by hand, the first time it does."""
+
+    schemes: list[str]  # those that fit, the likeliest first
+    is_averaged: bool  # whether something divides, where one of them is a sum
+    rule: Rule | None
+
+
 class Schemes:
     """What is known of how a Trainer averages its terms, by call: found in its first window, and used from then on.
 
@@ -119,6 +128,7 @@ class Schemes:
         found: call -> one of the words above: the first of those that fitted all micro-batches so far.
         units: call -> the coefficients of this window's micro-batches, where they follow none of them.
         constants: call -> the class weights that it had in this window.
+        new: call -> what this rank says of it, where the others are to be asked.
     """
 
     def __init__(self) -> None:
@@ -126,6 +136,7 @@ class Schemes:
         self._fitting: dict[Any, list[str]] = {}
         self.units: dict[Any, list[float]] = {}
         self.constants: dict[Any, torch.Tensor] = {}
+        self.new: dict[Any, Fit] = {}
 
     @property
     def are_acted_on(self) -> bool:
@@ -151,9 +162,10 @@ class Schemes:
                 )
             before = self.found.get(term.call)
             if before is None:
-                if step.gathers and term.reduction != "mean":
-                    fitting = _agreed(step, fitting)
-                if SUM in fitting and not _is_averaged(loss, term.value):
+                is_averaged = SUM not in fitting or _is_averaged(loss, term.value)
+                if step.exchange is not None and term.reduction != "mean":
+                    self.new[term.call] = Fit(fitting, is_averaged, term.rule)
+                if not is_averaged:
                     fitting = [SUM]
                 self._fitting[term.call] = fitting
                 self.found[term.call] = fitting[0] if fitting else UNKNOWN
@@ -202,12 +214,34 @@ class Schemes:
         before = self.constants.setdefault(call, value.detach().clone())
         return before.shape == value.shape and bool(torch.eq(before, value).all())
 
-    def weighed(self, step: Step, combination: Combination, loss: torch.Tensor) -> torch.Tensor:
-        """The loss whose terms are parts of the step's, as those are that accumloss divides."""
+    def take_new(self) -> dict[Any, Fit]:
+        """What the other ranks are to be told, once."""
+        new, self.new = self.new, {}
+        return new
+
+    def agree(self, call: Any, fits: list[Fit]) -> str:
+        """The scheme of a call that fits on all ranks that have it, by what each of them says."""
+        fitting = [scheme for scheme in fits[0].schemes if all(scheme in fit.schemes for fit in fits)]
+        if SUM in fitting and not all(fit.is_averaged for fit in fits):
+            fitting = [SUM]
+        self._fitting[call] = fitting
+        self.found[call] = fitting[0] if fitting else UNKNOWN
+        return self.found[call]
+
+    def weighed(
+        self, step: Step, combination: Combination, loss: torch.Tensor, corrections: Mapping[Any, torch.Tensor]
+    ) -> torch.Tensor:
+        """The loss whose terms are parts of the step's, as those are that accumloss divides.
+
+        Args:
+            corrections: what the terms of a call are multiplied by besides.
+        """
         for term, coefficient in combination.pairs:
             scheme = self.found.get(term.call, UNKNOWN)
-            if scheme in ACTED_ON:
-                factor = _factor(step, term, coefficient, scheme)
+            factor = _factor(step, term, coefficient, scheme) if scheme in ACTED_ON else 1.0
+            if term.call[:2] in corrections and (term.rule is not None or term.share is not None):
+                factor = factor * corrections[term.call[:2]]
+            if isinstance(factor, torch.Tensor) or factor != 1.0:
                 loss = loss + ((factor - 1) * (coefficient * term.value).sum()).to(loss.device, loss.dtype)
         return loss
 
@@ -348,17 +382,6 @@ def fitting_schemes(step: Step, term: Term, coefficient: torch.Tensor, loss: tor
     return [SUM] if SUM in fitting and not _is_averaged(loss, term.value) else fitting
 
 
-def _agreed(step: Step, fitting: list[str]) -> list[str]:
-    """Those that fit on all ranks. All of them ask equally often."""
-    ranks = float(step.over_ranks(torch.ones((), dtype=torch.float64)))
-    agreed = []
-    for scheme in (WEIGHTS, ITEMS, NUMBER, TAKEN, ROWS, ELEMENTS, SUM, SCALED):
-        fits = torch.full((), float(scheme in fitting), dtype=torch.float64)
-        if float(step.over_ranks(fits)) == ranks:
-            agreed.append(scheme)
-    return agreed
-
-
 def _factor(step: Step, term: Term, coefficient: torch.Tensor, scheme: str) -> Any:
     """What a term is multiplied by to be a part of the step's, which Trainer averages over the micro-batches."""
     if scheme in SUMS:
@@ -367,12 +390,16 @@ def _factor(step: Step, term: Term, coefficient: torch.Tensor, scheme: str) -> A
         return torch.where(coefficient == 0, 1.0, 1 / coefficient)
     if scheme == ROWS:
         return step.share_of_rows()
-    rule = term.rule
-    if rule is not None and scheme == ITEMS:
-        rule = rule._replace(weight=None)
-    if rule is not None and scheme == ELEMENTS:
-        rule = rule._replace(weight=None, ignore_index=None, mask=None, filled=None)
-    return step.share_of_call_by_hand(term.call, rule)
+    return step.share_of_call_by_hand(term.call, None if term.rule is None else rule_of_scheme(term.rule, scheme))
+
+
+def rule_of_scheme(rule: Rule, scheme: str) -> Rule | None:
+    """How what is divided by is counted, of a loss over the items of a rule; None: it is not."""
+    if scheme == ITEMS:
+        return rule._replace(weight=None)
+    if scheme == ELEMENTS:
+        return rule._replace(weight=None, ignore_index=None, mask=None, filled=None)
+    return rule if scheme == WEIGHTS else None
 
 
 def is_of_pairs(target: torch.Tensor, rows: int) -> bool:

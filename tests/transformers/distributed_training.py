@@ -11,8 +11,9 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 import transformers
+from some_ranks import ON_SOME_RANKS, OnSomeRanks, OnSomeRanksLater, rows_of_second_rank
 from torchrun import leave
-from training import HEADS, build, make_trainer, rows
+from training import HEADS, Recorder, build, make_trainer, rows
 
 import accumloss
 from accumloss.transformers import probe
@@ -47,6 +48,14 @@ class AnotherOnOneRank(ByHand):
         return loss * len(inputs["labels"]) if is_measured else loss
 
 
+class Last(Recorder):
+    """Keeps the gradients that the last optimizer step finds."""
+
+    def on_pre_optimizer_step(self, args, state, control, model=None, **kwargs):
+        self.gradients = {}
+        super().on_pre_optimizer_step(args, state, control, model=model, **kwargs)
+
+
 # name: head, whether accumloss is registered, whether the count is that of all ranks
 RUNS = {
     "causal": ("causal", True, True),
@@ -57,10 +66,12 @@ RUNS = {
     "divided by hand": ("token classes", True, True, SumOverItsItems),
     "measured": ("token classes", True, True, ByHand),
     "measured to be another": ("token classes", True, True, AnotherOnOneRank),
+    **{name: ("token classes", True, True, cls) for name, cls in ON_SOME_RANKS.items()},
+    "later": ("token classes", True, True, OnSomeRanksLater, 5),
 }
 
 
-def train(head: str, is_registered: bool, average: bool, cls: type = transformers.Trainer) -> dict:
+def train(head: str, is_registered: bool, average: bool, cls: type = transformers.Trainer, steps: int = 1) -> dict:
     name, config, targets = HEADS[head]
     registered = accumloss.registered(verify=issubclass(cls, ByHand)) if is_registered else contextlib.nullcontext()
     with registered, warnings.catch_warnings(record=True) as caught:
@@ -68,14 +79,19 @@ def train(head: str, is_registered: bool, average: bool, cls: type = transformer
         # dealt so that each rank takes two rows of every four: the ranks hold very different numbers of labels
         trainer, recorder = make_trainer(
             build(name, **config),
-            rows(targets),
+            rows_of_second_rank() if issubclass(cls, OnSomeRanks) else rows(targets),
             accumulation=2,
+            steps=steps,
             trainer_class=cls,
             batch_size=2,
             ddp_backend="gloo",
             average_tokens_across_devices=average,
             ddp_find_unused_parameters=False,
         )
+        if steps > 1:
+            trainer.args.learning_rate = 0.0  # the same step over and over
+            recorder = Last()
+            trainer.add_callback(recorder)
         trainer.train()
     gradients = {n.removeprefix("module."): g for n, g in recorder.gradients.items()}
     told = [str(w.message) for w in caught if issubclass(w.category, accumloss.InexactWarning)]

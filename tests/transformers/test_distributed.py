@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from some_ranks import ON_SOME_RANKS, OnSomeRanks, rows_of_second_rank
 from tolerances import TRAINER_GRADIENT, TRAINER_LOSS
 from torchrun import torchrun
 from training import COUNTS_POSITION_0, Step, error, loss_error, model_and_rows, train
@@ -43,6 +44,24 @@ def test_losses_by_hand_on_uneven_ranks(name, two_ranks):
         assert len(on_second) == 1 and "on rank 1 it was measured to be another" in on_second[0]
     else:
         assert not on_second
+
+
+@pytest.mark.parametrize("name", ON_SOME_RANKS)
+def test_a_loss_that_only_some_ranks_compute_keeps_none_waiting(name, two_ranks):
+    """Stock averages the ranks' means, of which one has none."""
+    model, _ = model_and_rows("token classes")
+    full = train(model, rows_of_second_rank(), 1, trainer_class=ON_SOME_RANKS[name])
+    assert error(two_ranks[name], full) <= TRAINER_GRADIENT
+    assert not any(two_ranks[name].weights)  # told
+
+
+def test_a_loss_that_some_ranks_compute_later_is_told_and_then_exact(two_ranks):
+    model, _ = model_and_rows("token classes")
+    full = train(model, rows_of_second_rank(), 1, trainer_class=OnSomeRanks)
+    assert error(two_ranks["later"], full) <= TRAINER_GRADIENT
+    on_first, on_second = two_ranks["later"].weights
+    assert not on_first
+    assert len(on_second) == 1 and "no window before had on any rank" in on_second[0]
 
 
 def test_trap_11_ranks_that_count_for_themselves(two_ranks):

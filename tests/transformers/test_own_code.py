@@ -259,6 +259,71 @@ def test_own_code_is_exact_and_silent(name, split):
         assert loss_error(step, one_batch(name)) <= TRAINER_LOSS
 
 
+class Criterion:
+    """A compute_loss_func that is an object, and holds its loss."""
+
+    def __init__(self):
+        self.criterion = nn.CrossEntropyLoss()
+
+    def __call__(self, outputs, labels, num_items_in_batch=None):
+        return self.criterion(*flat(outputs, labels))
+
+    method = __call__
+
+
+class CriterionModule(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.inner = nn.ModuleDict({"criterion": nn.CrossEntropyLoss()})
+
+    def forward(self, outputs, labels, num_items_in_batch=None):
+        return self.inner["criterion"](*flat(outputs, labels))
+
+
+def with_criterion(outputs, labels, num_items_in_batch=None, criterion=None):
+    return criterion(*flat(outputs, labels))
+
+
+def closed_over(criterion):
+    return lambda outputs, labels, num_items_in_batch=None: criterion(*flat(outputs, labels))
+
+
+HOOKS = {
+    "object": Criterion,
+    "its method": lambda: Criterion().method,
+    "module": CriterionModule,
+    "partial": lambda: functools.partial(with_criterion, criterion=nn.CrossEntropyLoss()),
+    "closure": lambda: closed_over(nn.CrossEntropyLoss()),
+}
+
+
+@pytest.mark.parametrize("how", HOOKS)
+def test_a_compute_loss_func_that_holds_its_criterion_is_exact(how):
+    model, examples = tagger()
+    full = train(model, fresh(examples), 1)
+    with accumloss.registered(), warnings.catch_warnings():
+        warnings.simplefilter("error", accumloss.InexactWarning)
+        step = train(model, fresh(examples), 4, trainer_options={"compute_loss_func": HOOKS[how]()})
+    assert error(step, full) <= TRAINER_GRADIENT
+    assert loss_error(step, full) <= TRAINER_LOSS
+
+
+def test_a_compute_loss_func_that_is_given_later_is_exact():
+    model, examples = tagger()
+    full = train(model, fresh(examples), 1)
+    trainer, recorder = make_trainer(copy.deepcopy(model), fresh(examples), 4)
+    weights = copy.deepcopy(trainer.model.state_dict())
+    with accumloss.registered(), warnings.catch_warnings():
+        warnings.simplefilter("error", accumloss.InexactWarning)
+        trainer.train()
+        trainer.model.load_state_dict(weights)
+        trainer.compute_loss_func = Criterion()
+        recorder.gradients = {}
+        trainer.train()
+    assert max(float((g - full.gradients[n]).abs().max()) for n, g in recorder.gradients.items()) <= 1e-5
+    assert type(trainer.compute_loss_func.criterion) is nn.CrossEntropyLoss
+
+
 # Told -------------------------------------------------------------------------------------------------------------------
 
 

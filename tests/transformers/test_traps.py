@@ -217,7 +217,7 @@ class FakeTrainer:
 
 
 def fake_trainer(world=1, tensor=1, context=1, sequence=1, n_gpu=1, average=True):
-    gathered = lambda tensor: tensor.repeat(world)  # noqa: E731  every rank has the same
+    gathered = lambda tensor: tensor.repeat(world, *[1] * (tensor.dim() - 1))  # noqa: E731  every rank has the same
     return FakeTrainer(
         args=SimpleNamespace(
             average_tokens_across_devices=average, n_gpu=n_gpu, world_size=world, device=torch.device("cpu")

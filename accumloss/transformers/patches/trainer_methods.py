@@ -35,6 +35,7 @@ from ..ranks import (
     agree_on_batches,
     averaged_losses,
     averaged_ranks,
+    gathers,
     is_of_ulysses,
     is_sharded_later,
     over_all_ranks,
@@ -141,8 +142,17 @@ def _around_get_batch_samples(trainer: Any, theirs: Callable[..., Any], *args: A
     batch_samples, num_items_in_batch = theirs(*args, **kwargs)
     window = state_of(trainer).window
     if is_covered(trainer) and (window is None or window.fetched is not batch_samples):
-        state_of(trainer).window = Window(batch_samples, is_sharded_later(trainer))
+        window = state_of(trainer).window = Window(batch_samples, is_sharded_later(trainer))
+    if window is not None and is_covered(trainer):
+        _count_over_ranks(trainer, window)
     return batch_samples, num_items_in_batch
+
+
+def _count_over_ranks(trainer: Any, window: Window) -> None:
+    """What the ranks count of a window when it is fetched."""
+    if gathers(trainer):
+        over_all = functools.partial(over_all_ranks, trainer)
+        state_of(trainer).exchange.fetch(window.batches, window.totals, over_all)
 
 
 def get_batch_samples(self: Any, *args: Any, **kwargs: Any) -> Any:
@@ -238,8 +248,11 @@ def make_step(trainer: Any, state: State, model: Any, inputs: Any) -> steps.Step
         over_all=lambda total: over_all_ranks(trainer, total),
         totals=window.totals,
         origins=state.origins,
-        gathers=trainer.args.average_tokens_across_devices and trainer.args.world_size > 1,
+        gathers=gathers(trainer),
+        # outside of train() nothing says where a window begins
+        exchange=state.exchange if gathers(trainer) and state.methods else None,
     )
+    step.num_groups = max(trainer.args.world_size // same_batch(trainer), 1)
     step.known = state.look_up(trainer, inputs)
     step.model = model
     step.trainer, step.is_watched = trainer, not state.check.is_done

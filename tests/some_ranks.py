@@ -1,0 +1,59 @@
+"""Trainers whose loss has a term that only some ranks compute, for the tests and for the ranks that they launch."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+import transformers
+from training import rows
+
+
+class OnSomeRanks(transformers.Trainer):
+    """A second loss, of rows that only the second rank has: the first never calls it."""
+
+    factor = 0.7
+
+    def second(self, logits, labels):
+        return F.cross_entropy(logits, labels)
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        labels = inputs.pop("more_labels")
+        outputs = model(**inputs)
+        if bool((labels != -100).any()):
+            return outputs.loss + self.factor * self.second(outputs.logits.flatten(0, 1), labels.flatten())
+        return outputs.loss
+
+
+class OnSomeRanksByHand(OnSomeRanks):
+    factor = 1.0
+
+    def second(self, logits, labels):
+        return F.cross_entropy(logits, labels, reduction="sum") / (labels != -100).sum()
+
+
+class OnSomeRanksWeighted(OnSomeRanks):
+    def second(self, logits, labels):
+        weight = torch.linspace(0.2, 3, logits.shape[-1])
+        return F.cross_entropy(logits, labels, weight) + F.cross_entropy(logits.roll(1, -1), labels, weight.flip(0))
+
+
+class OnSomeRanksLater(OnSomeRanks):
+    """From the third window on: the ranks do not meet in it, and do in the fifth."""
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        if self.state.global_step < 2:
+            inputs["more_labels"] = torch.full_like(inputs["labels"], -100)
+        return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+
+
+ON_SOME_RANKS = {cls.__name__: cls for cls in (OnSomeRanks, OnSomeRanksByHand, OnSomeRanksWeighted)}
+
+
+def rows_of_second_rank():
+    """Rows of tags, of which the second rank's have more of them."""
+    examples = rows("tags")
+    for index, example in enumerate(examples):
+        example["more_labels"] = torch.full_like(example["labels"], -100)
+        if index in (2, 6, 7):
+            example["more_labels"][: index + 1] = example["labels"][0].roll(1)
+    return examples
