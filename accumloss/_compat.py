@@ -39,6 +39,7 @@ __all__ = [
     "foreach_mul_",
     "foreach_norm",
     "fsdp_meshes",
+    "function_of",
     "global_hooks",
     "has_found_inf",
     "has_hooks",
@@ -110,6 +111,11 @@ def has_found_inf(scaler: Any) -> bool:
 def is_mean_of_scalar(node: Any) -> bool:
     """Whether a node of a graph is the mean of a 0-dim tensor, which is that tensor."""
     return getattr(node, "_saved_self_sym_sizes", None) == ()
+
+
+def function_of(node: Any) -> type | None:
+    """The class of torch.autograd.Function that a node of a graph is the backward of; None: it is none of Python's."""
+    return getattr(node, "_forward_cls", None)
 
 
 def is_compiled(model: Any) -> bool:

@@ -104,6 +104,21 @@ def test_the_mean_of_a_scalar_is_told_by_its_node():
     assert not _compat.is_mean_of_scalar((leaf / 2).grad_fn)
 
 
+def test_a_node_names_its_function():
+    class Mine(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, x):
+            return x * 2
+
+        @staticmethod
+        def backward(ctx, grad):
+            return grad * 2
+
+    leaf = torch.ones((), requires_grad=True)
+    assert _compat.function_of(Mine.apply(leaf).grad_fn) is Mine
+    assert _compat.function_of((leaf * 2).grad_fn) is None
+
+
 def test_the_end_of_a_backward():
     seen = []
     leaf = torch.ones((), requires_grad=True)

@@ -213,7 +213,7 @@ class Evaluation(steps.Step):
             found = list(torch.autograd.grad(loss, leaves, create_graph=True, retain_graph=True, allow_unused=True))
         bends = int(any(_bends(coefficient, leaves) for coefficient in found))
         if self.coefficients is None:
-            coefficients = [0.0 if c is None else float(c) for c in found[: len(self.leaves)]]
+            coefficients = [0.0 if c is None else float(c.detach()) for c in found[: len(self.leaves)]]
             self.coefficients = [*coefficients, *[0.0] * (self.num_terms - len(coefficients))]
         assert self.fitting is not None
         for index, (_, term) in enumerate(self.leaves_by_hand[: len(self.fitting)]):

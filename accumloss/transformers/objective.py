@@ -167,6 +167,12 @@ class Check:
         }
         if step.is_of_objects:
             return
+        if combination.once is not None:
+            self._reasons.add(
+                f"{combination.once.__name__}, an autograd.Function of its own, stands between the loss and its terms, and is not "
+                "run twice to see what it makes of them"
+            )
+            return
         if is_summed or step.is_known or not step.terms:
             if not is_summed and not step.is_known and not step.calls and not is_touched(step):
                 self._reasons.add("nothing that it computes was recognised: it stays what Trainer makes of it")

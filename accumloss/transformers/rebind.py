@@ -56,7 +56,8 @@ _given: weakref.WeakKeyDictionary[Any, Any] = (
 
 def _parts_of(function: Any) -> list[Any]:
     """A function, and what it is put together from: of a partial its function and arguments, of a method its object."""
-    parts, waiting = [], [function]
+    parts: list[Any] = []
+    waiting = [function]
     while waiting:
         part = waiting.pop()
         if part is None or len(parts) > MANY:

@@ -659,14 +659,19 @@ class Step:
         return ("input_ids", length - text.shape[1]) if isinstance(text, torch.Tensor) and text.dim() == 2 else None
 
 
-# Module-global and not a context variable: DataParallel's threads must see it, and the compiler guards on it cheaply.
-_current: Step | None = None
-is_active = False  # whether there is one; what compiled code looks at
-is_training = False  # whether that one is of an optimizer step, and not of an evaluation
+# By the thread that entered it, and not a context variable: DataParallel's threads and those of a backward must see it, and
+# the compiler guards on the flags cheaply.
+_entered: dict[int, Step] = {}
+is_active = False  # whether there is one in any thread; what compiled code looks at
+is_training = False  # whether one of them is of an optimizer step, and not of an evaluation
 
 
 def current() -> Step | None:
-    return None if _current is None else _current.as_seen()
+    """The step of this thread; of a thread that has entered none the only one that there is."""
+    step = _entered.get(threading.get_ident())
+    if step is None and len(_entered) == 1:
+        step = next(iter(_entered.values()), None)
+    return None if step is None else step.as_seen()
 
 
 def is_counted() -> bool:
@@ -716,11 +721,20 @@ def part(value: torch.Tensor, share: Callable[[Step], Any], name: str = "") -> t
 @contextmanager
 def entered(step: Step | None) -> Iterator[Step | None]:
     """Makes a step the current one; None: none is."""
-    global _current, is_active, is_training
-    outer = _current
+    thread = threading.get_ident()
+    outer = _entered.get(thread)
     try:
-        _current, is_active, is_training = step, step is not None, step is not None and step.is_training
+        _enter(thread, step)
         yield step
     finally:
-        _current, is_active = outer, outer is not None
-        is_training = outer is not None and outer.is_training
+        _enter(thread, outer)
+
+
+def _enter(thread: int, step: Step | None) -> None:
+    global is_active, is_training
+    if step is None:
+        _entered.pop(thread, None)
+    else:
+        _entered[thread] = step
+    is_active = bool(_entered)
+    is_training = any(entered.is_training for entered in list(_entered.values()))

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 
-from .._compat import engines_at_rest, is_mean_of_scalar
+from .._compat import engines_at_rest, function_of, is_mean_of_scalar
 from .counting import Rule, half_of, num_rows
 
 if TYPE_CHECKING:
@@ -75,6 +75,8 @@ class Combination:
     Attributes:
         pairs: the terms that are in the loss, with their coefficients.
         by_number: () float64, what of the loss is divided by num_items_in_batch. None: that is not known.
+        once: the autograd.Function of somebody's own between the loss and its terms, whose backward may run but once. Then
+            there are no pairs.
 
     Args:
         number: a leaf that num_items_in_batch was made of, where what depends on it is to be found.
@@ -84,8 +86,11 @@ class Combination:
         terms = [term for term in step.terms if term.value.requires_grad]
         self.pairs: list[tuple[Term, torch.Tensor]] = []
         self.by_number: torch.Tensor | None = None
+        self.once: type | None = None
         values = [term.value for term in terms] + ([] if number is None else [number])
         if values and isinstance(loss, torch.Tensor) and loss.requires_grad:
+            self.once = _function_between(loss, values)
+        if values and isinstance(loss, torch.Tensor) and loss.requires_grad and self.once is None:
             with engines_at_rest(getattr(step.trainer, "model_wrapped", None)):
                 found = torch.autograd.grad(loss.sum(), values, retain_graph=True, allow_unused=True)
             self.pairs = [(term, c.detach()) for term, c in zip(terms, found, strict=False) if c is not None]
@@ -269,6 +274,25 @@ def _is_averaged(loss: torch.Tensor, value: torch.Tensor) -> bool:
     return False
 
 
+def _function_between(loss: torch.Tensor, values: list[torch.Tensor]) -> type | None:
+    """An autograd.Function of somebody's own that a gradient of the loss by these values would run through."""
+    wanted = {torch.autograd.graph.get_gradient_edge(value).node for value in values}
+    seen: set[Any] = set(wanted)
+    waiting: list[Any] = [loss.grad_fn]
+    while waiting and len(seen) <= MOST_NODES:
+        node = waiting.pop(0)  # the nearest first
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        function = function_of(node)
+        is_own = function is not None and function.__module__.partition(".")[0] not in TRUSTED
+        if is_own and any(_leads_to(node, one) for one in wanted):
+            return function
+        waiting += [following for following, _ in node.next_functions]
+    return None
+
+
+TRUSTED = ("torch", "accumloss", "accelerate", "transformers")  # whose functions' backward may run twice
 MOST_NODES = 200  # of a graph that are looked at
 
 

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import concurrent.futures
 import contextlib
 import copy
 import functools
 import importlib
 import pickle
+import threading
 import warnings
 
 import pytest
@@ -327,6 +329,19 @@ def test_a_compute_loss_func_that_is_given_later_is_exact():
 # Told -------------------------------------------------------------------------------------------------------------------
 
 
+class Once(torch.autograd.Function):
+    """Frees what its backward needs."""
+
+    @staticmethod
+    def forward(ctx, loss):
+        ctx.kept = [torch.full_like(loss, 0.5)]
+        return loss * 0.5
+
+    @staticmethod
+    def backward(ctx, grad):
+        return grad * ctx.kept.pop()
+
+
 class Told:
     """Each with what the message says."""
 
@@ -382,6 +397,13 @@ class Told:
 
         def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
             return model(**inputs).loss.exp()
+
+    class runs_once(Trainer):
+        says = "Once, an autograd.Function of its own, stands between the loss and its terms"
+
+        def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+            loss = super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+            return Once.apply(loss)
 
     class number_for_a_log(Trainer):
         """The number is looked at, and the loss does not depend on it."""
@@ -524,6 +546,28 @@ def test_labels_that_are_masked_after_they_were_fetched_are_exact_or_told(where)
     with accumloss.registered(), pytest.warns(accumloss.InexactWarning, match="labels were changed after"):
         step = train(*tagger(), 4, trainer_class=cls)
     assert error(step, full) < error(stock, full) / 4
+
+
+def test_trainers_in_two_threads_have_steps_of_their_own():
+    meet = threading.Barrier(2, timeout=60)
+
+    class Interleaved(Trainer):
+        def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+            meet.wait()  # both have entered their step
+            outputs = model(**inputs)
+            meet.wait()  # and none has left it
+            return outputs.loss
+
+    model, examples = tagger()
+    first, second = fresh(examples), fresh(examples[::-1][:6] + examples[:2])
+    full = [train(model, rows, 1) for rows in (first, second)]
+    with accumloss.registered(), warnings.catch_warnings(), concurrent.futures.ThreadPoolExecutor(2) as threads:
+        warnings.simplefilter("error", accumloss.InexactWarning)
+        made = [make_trainer(copy.deepcopy(model), rows, 4, trainer_class=Interleaved) for rows in (first, second)]
+        for training in [threads.submit(trainer.train) for trainer, _ in made]:
+            training.result()
+    for (_, recorder), one in zip(made, full, strict=True):
+        assert max(float((g - one.gradients[n]).abs().max()) for n, g in recorder.gradients.items()) <= 1e-5
 
 
 def test_one_micro_batch_is_told_nothing():
