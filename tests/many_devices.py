@@ -125,10 +125,11 @@ def step(
     evaluate: bool = False,
     look: Any = None,
     data_ranks: int | None = None,
+    num_rows: int = 8,
     trainer_options: dict[str, Any] | None = None,
     **arguments: Any,
 ) -> dict[str, Any]:
-    """One optimizer step over the eight rows, dealt to the data-parallel ranks, in so many micro-batches."""
+    """One optimizer step over the eight rows, or so many of them, dealt to the data-parallel ranks, in so many micro-batches."""
     name, config, targets = HEADS.get(head, (head, {}, ""))
     parallel = None if mesh is None else ParallelismConfig(**mesh)
     has_mesh = mesh is not None or fsdp or data_ranks is not None
@@ -142,6 +143,7 @@ def step(
     if parallel is not None:
         arguments["parallelism_config"] = parallel
     data = rows(targets) if data is None else data
+    evaluated, data = data, data[:num_rows]
     batch_size = len(data) // data_ranks // accumulation
     kept, result = Whole(), {}
     is_cp = parallel is not None and parallel.cp_size > 1
@@ -161,7 +163,7 @@ def step(
             batch_size=batch_size,
             ddp_backend="gloo",
             ddp_find_unused_parameters=name in OBJECTS.values(),
-            trainer_options={"eval_dataset": data, **(trainer_options or {})},
+            trainer_options={"eval_dataset": evaluated, **(trainer_options or {})},
             **arguments,
         )
         trainer.add_callback(kept)
@@ -178,7 +180,12 @@ def step(
             os.environ.clear()
             os.environ.update(environment)  # accelerate's, of FSDP
     result["told"] = [str(w.message) for w in caught if "accumloss" in str(w.message)]
-    result["head"], result["gradients"], result["loss"] = head, kept.gradients, recorder.losses[0]
+    result["head"], result["rows"], result["gradients"], result["loss"] = (
+        head,
+        num_rows,
+        kept.gradients,
+        recorder.losses[0],
+    )
     clear_states()
     return result
 
@@ -357,6 +364,20 @@ SITUATIONS.update(  # on four ranks
         "hsdp by transformers": lambda: step(
             model=tensor_parallel(fsdp_size=2, dp_replicate_size=2), data_ranks=4, accumulation=2
         ),
+    }
+)
+
+
+SITUATIONS.update(  # on three ranks, which no dimension of a weight is a multiple of
+    {
+        "ddp, three": lambda: step(num_rows=6, evaluate=True, learning_rate=0.0),
+        "fsdp2, three": lambda: step(mesh={"dp_shard_size": 3}, fsdp=True, num_rows=6),
+        "fsdp2, fused, three": lambda: step(
+            mesh={"dp_shard_size": 3}, fsdp=True, num_rows=6, registered={"fused_linear": True}, look=counting_fused
+        ),
+        "cp 3": lambda: step(mesh={"cp_size": 3}, fsdp=True, num_rows=6, evaluate=True, learning_rate=0.0),
+        "boxes, uneven, three": functools.partial(objects_step, "boxes", num_rows=6),
+        "masks, uneven, three": functools.partial(objects_step, "masks", num_rows=6),
     }
 )
 

@@ -36,8 +36,9 @@ ON_FOUR = (
     "tp 2 x fsdp 2",
     "hsdp by transformers",
 )
+ON_THREE = tuple(name for name in SITUATIONS if "three" in name or name == "cp 3")
 STOCK = tuple(name for name in SITUATIONS if "stock" in name)
-SLOW = tuple(name for name in SITUATIONS if name not in (*FAST, *ON_FOUR, *STOCK))
+SLOW = tuple(name for name in SITUATIONS if name not in (*FAST, *ON_THREE, *ON_FOUR, *STOCK))
 
 
 def found_by(ranks, names, folder):
@@ -54,6 +55,11 @@ def of_two(tmp_path_factory):
 @pytest.fixture(scope="module")
 def more_of_two(tmp_path_factory):
     return found_by(2, (*SLOW, "boxes, summed over ranks, stock"), tmp_path_factory.mktemp("more"))
+
+
+@pytest.fixture(scope="module")
+def of_three(tmp_path_factory):
+    return found_by(3, ON_THREE, tmp_path_factory.mktemp("three"))
 
 
 @pytest.fixture(scope="module")
@@ -81,7 +87,7 @@ def one_batch(name, found):
     with (
         accumloss.registered() if kind is None else contextlib.nullcontext()
     ):  # of objects, the one batch is right in stock
-        step = train(model, examples, 1, **options)
+        step = train(model, examples[: found["rows"]], 1, **options)
         return step, step.trainer.evaluate()["eval_loss"] if "evaluation" in found else None
 
 
@@ -140,6 +146,13 @@ def test_stock_sums_over_ranks_rightly(more_of_two):
     found = more_of_two["boxes, summed over ranks, stock"]
     full, _ = one_batch("boxes, summed over ranks, uneven", found)
     assert error(Step(found["gradients"], found["loss"], {}, None), full) <= TRAINER_GRADIENT
+
+
+@pytest.mark.slow("three processes; the fast tier has two")
+@pytest.mark.parametrize("name", ON_THREE)
+def test_ranks_that_divide_nothing_evenly(name, of_three):
+    check(name, of_three[name])
+    assert not of_three[name]["told"]
 
 
 @pytest.mark.slow("four processes; the fast tier has one mesh at a time")
