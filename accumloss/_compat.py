@@ -177,8 +177,9 @@ def fsdp_meshes(model: torch.nn.Module) -> Iterator[tuple[list[torch.Tensor], li
 
 
 @contextmanager
-def engines_at_rest(model: Any) -> Iterator[None]:
-    """Inside, a gradient that is asked for is no backward to FSDP and DDP, whose hooks are on what a model has returned.
+def engines_at_rest(model: Any, loss: torch.Tensor) -> Iterator[None]:
+    """Inside, a gradient of loss that is asked for is no backward to FSDP, DDP and DeepSpeed, whose hooks are on what a model
+    has returned.
 
     Such a hook has the engine end its backward with the gradient that was asked for: weights are freed and reductions
     begun, before the real backward. Here their state says that it has begun already, and is put back.
@@ -190,12 +191,25 @@ def engines_at_rest(model: Any) -> Iterator[None]:
             kept.append((owner, name, getattr(owner, name)))
             setattr(owner, name, value)
 
+    engine = model if _is_deepspeed(model) else None
+    is_asked = False
+
+    def asked() -> None:
+        nonlocal is_asked
+        is_asked = True
+
     try:
+        if engine is not None:
+            pretend(sys.modules["deepspeed.runtime.engine"], "is_functorch_transforming", lambda: True)
+            if hasattr(engine, "_backward_prologue"):
+                engine._backward_prologue = asked  # a hook calls it in the first backward, and in no other
         for module in (
             model.modules()
             if isinstance(model, torch.nn.Module) and dist.is_available() and dist.is_initialized()
             else ()
         ):
+            if "applied_pre_backward_ref_cnt" in vars(module):  # DeepSpeed's ZeRO-3: no weights are fetched
+                pretend(module, "applied_pre_backward_ref_cnt", 0)
             if isinstance(module, torch.nn.parallel.DistributedDataParallel):
                 pretend(module, "_static_graph_delay_allreduce_enqueued", True)
             elif is_fsdp_unit(module):
@@ -212,6 +226,17 @@ def engines_at_rest(model: Any) -> Iterator[None]:
     finally:
         for owner, name, value in reversed(kept):
             setattr(owner, name, value)
+        if engine is not None:
+            vars(engine).pop("_backward_prologue", None)
+        if is_asked:
+            assert engine is not None
+            prologue = engine._backward_prologue
+            loss.register_hook(lambda grad: prologue())  # at the begin of the real backward
+
+
+def _is_deepspeed(model: Any) -> bool:
+    """Whether DeepSpeed has wrapped a model."""
+    return any(cls.__module__ == "deepspeed.runtime.engine" for cls in type(model).__mro__)
 
 
 # transformers and accelerate -----------------------------------------------------------------------------------------

@@ -306,7 +306,7 @@ def looked_at(model) -> dict[str, Any]:
     output = model(of_ranks[dist.get_rank()])
     loss = output.square().sum()
     inside = [torch.autograd.graph.GradientEdge(*edge) for edge in output.grad_fn.next_functions if edge[0] is not None]
-    with _compat.engines_at_rest(model):
+    with _compat.engines_at_rest(model, loss):
         torch.autograd.grad(loss, inside, retain_graph=True, allow_unused=True)
     loss.backward()
     if isinstance(model, FullyShardedDataParallel):

@@ -293,6 +293,29 @@ def tensor_parallel(head: str = "causal", **distributed: Any) -> Any:
     return model.train()
 
 
+def zero(stage: int, head: str = "token classes", **options: Any) -> dict[str, Any]:
+    """A step under DeepSpeed, whose gradients are what the weights have changed by: the engine has used them up."""
+    import deepspeed
+
+    name, config, _ = HEADS[head]
+    before = {key: value.detach().clone() for key, value in build(name, **config).named_parameters()}
+    kept: dict[str, Any] = {}
+
+    @contextlib.contextmanager
+    def changes(trainer: Any, result: dict[str, Any]) -> Iterator[None]:
+        with counting_fused(trainer, result):
+            yield
+        for key, value in trainer.model.named_parameters():
+            with deepspeed.zero.GatheredParameters([value], enabled=stage == 3):
+                kept[key.removeprefix("module.")] = before[key.removeprefix("module.")] - value.detach()
+
+    # "auto" is what Trainer has been given
+    config = {"zero_optimization": {"stage": stage}, "gradient_clipping": 0.0, "train_batch_size": "auto"}
+    config |= {"train_micro_batch_size_per_gpu": "auto", "gradient_accumulation_steps": "auto"}
+    result = step(head, deepspeed=config, learning_rate=1.0, look=changes, **options)
+    return {**result, "gradients": kept}
+
+
 SITUATIONS: dict[str, Any] = {
     "ddp": lambda: step(),
     "ddp, static graph": lambda: step(ddp_static_graph=True, accumulation=1),
@@ -382,12 +405,27 @@ SITUATIONS.update(  # on three ranks, which no dimension of a weight is a multip
 )
 
 
+SITUATIONS.update(  # where DeepSpeed is installed
+    {
+        "zero 0": lambda: zero(0),
+        "zero 1": lambda: zero(1),
+        "zero 2": lambda: zero(2),
+        "zero 3": lambda: zero(3),
+        "zero 2, by hand": lambda: zero(2, trainer_class=SumOverItsItems),
+        "zero 3, by hand": lambda: zero(3, trainer_class=SumOverItsItems),
+        "zero 2, fused": lambda: zero(2, "causal", registered={"fused_linear": True}),
+        "zero 3, fused": lambda: zero(3, "causal", registered={"fused_linear": True}),
+    }
+)
+
+
 def main(out: str, *names: str) -> None:
     faulthandler.dump_traceback_later(400, exit=True)  # a collective that one rank waits for alone
     transformers.logging.set_verbosity_error()
+    os.environ["DS_ACCELERATOR"] = "cpu"  # DeepSpeed's
     dist.init_process_group("gloo")
     found = {}
-    for name in names or SITUATIONS:
+    for name in names:
         try:
             found[name] = SITUATIONS[name]()
         except Exception:

@@ -91,7 +91,7 @@ class Combination:
         if values and isinstance(loss, torch.Tensor) and loss.requires_grad:
             self.once = _function_between(loss, values)
         if values and isinstance(loss, torch.Tensor) and loss.requires_grad and self.once is None:
-            with engines_at_rest(getattr(step.trainer, "model_wrapped", None)):
+            with engines_at_rest(getattr(step.trainer, "model_wrapped", None), loss):
                 found = torch.autograd.grad(loss.sum(), values, retain_graph=True, allow_unused=True)
             self.pairs = [(term, c.detach()) for term, c in zip(terms, found, strict=False) if c is not None]
             if number is not None:  # x / n changes by -x / n^2
@@ -292,7 +292,7 @@ def _function_between(loss: torch.Tensor, values: list[torch.Tensor]) -> type | 
     return None
 
 
-TRUSTED = ("torch", "accumloss", "accelerate", "transformers")  # whose functions' backward may run twice
+TRUSTED = ("torch", "accumloss", "accelerate", "transformers", "deepspeed")  # whose functions' backward may run twice
 MOST_NODES = 200  # of a graph that are looked at
 
 

@@ -1,6 +1,7 @@
 """Trainer on meshes and with many ranks: each situation of many_devices.py takes the step of the one batch."""
 
 import contextlib
+import importlib.util
 from pathlib import Path
 
 import pytest
@@ -37,8 +38,9 @@ ON_FOUR = (
     "hsdp by transformers",
 )
 ON_THREE = tuple(name for name in SITUATIONS if "three" in name or name == "cp 3")
+ZERO = tuple(name for name in SITUATIONS if name.startswith("zero"))
 STOCK = tuple(name for name in SITUATIONS if "stock" in name)
-SLOW = tuple(name for name in SITUATIONS if name not in (*FAST, *ON_THREE, *ON_FOUR, *STOCK))
+SLOW = tuple(name for name in SITUATIONS if name not in (*FAST, *ON_THREE, *ON_FOUR, *ZERO, *STOCK))
 
 
 def found_by(ranks, names, folder):
@@ -60,6 +62,13 @@ def more_of_two(tmp_path_factory):
 @pytest.fixture(scope="module")
 def of_three(tmp_path_factory):
     return found_by(3, ON_THREE, tmp_path_factory.mktemp("three"))
+
+
+@pytest.fixture(scope="module")
+def of_zero(tmp_path_factory):
+    if importlib.util.find_spec("deepspeed") is None:
+        pytest.skip("DeepSpeed is not installed: pip install --no-build-isolation deepspeed")
+    return found_by(2, ZERO, tmp_path_factory.mktemp("zero"))
 
 
 @pytest.fixture(scope="module")
@@ -153,6 +162,19 @@ def test_stock_sums_over_ranks_rightly(more_of_two):
 def test_ranks_that_divide_nothing_evenly(name, of_three):
     check(name, of_three[name])
     assert not of_three[name]["told"]
+
+
+@pytest.mark.slow("DeepSpeed, which the fast tier does not install")
+@pytest.mark.parametrize("name", ZERO)
+def test_deepspeed(name, of_zero):
+    check(name, of_zero[name])
+    told = of_zero[name]["told"]
+    if name == "zero 3, fused":  # it frees the head's weight
+        assert len(told) == 1 and "fused_linear=True is not used for LlamaForCausalLM" in told[0]
+    else:
+        assert not told
+    if name == "zero 2, fused":
+        assert of_zero[name]["fused"] == 2
 
 
 @pytest.mark.slow("four processes; the fast tier has one mesh at a time")
