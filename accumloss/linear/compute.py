@@ -1,7 +1,7 @@
 """Sums, counts and gradients from hidden states, chunk by chunk, below autograd: the matrix products of a head with a loss.
 
-The rows go through in chunks. A chunk's logits are a matrix product into a buffer that is reused; ``cross_entropy_with_grad_``
-turns them into their gradient where they lie, with the sums as a by-product; two more products take that gradient to the
+The rows go through in chunks. A chunk's logits are a matrix product into a buffer that is reused; ``add_cross_entropy_``
+turns them into their gradient where they lie, and adds to the sums of the call; two more products take that gradient to the
 hidden states and to the weight. So nothing is computed twice, and of the logits one chunk exists at a time.
 """
 
@@ -16,7 +16,8 @@ from .. import ops, parallel
 from ..options import LossOptions
 from .plan import ROWS_ALIGNED, LinearPlan, chunks, linear_plan
 
-SUM_DTYPES = (torch.float64, torch.int64, torch.float64, torch.int64, torch.float64)  # of the sums over the chunks
+# Of the sums. They are added up in double, and handed out in the dtype of the accumulation
+SUM_DTYPES = (torch.float64, torch.int64, torch.float64, torch.int64, torch.float64)
 _BLOCK_BYTES = 8 * 2**20  # of a product that is added to an accumulator
 # A product of fewer classes at a time reads them from the cache: 3 to 12 % faster than all of them at once
 _LOGITS_CLASSES = 1024  # of fp32 and fp64
@@ -79,7 +80,7 @@ def run(
             grad_weight.zero_()
     if needs.bias:
         grad_bias = torch.zeros(V, dtype=acc, device=weight.device)
-    sums = [torch.zeros((), dtype=dtype, device=hidden.device) for dtype in SUM_DTYPES]
+    totals = torch.zeros(len(SUM_DTYPES), dtype=torch.float64, device=hidden.device)
     buffer = ops.scratch(hidden, plan.chunk_rows if n else 0, V)
     for part in chunks(n, plan):
         begin = part.start
@@ -88,17 +89,11 @@ def run(
         targets = labels[part] if index is None else labels.index_select(0, index)
         logits = buffer[: part.stop - begin]
         _product_of_logits(logits, h, weight, bias)
+        wanted = factor if wants_grad else None
         if shard is not None:
-            found = _of_shard(factor if wants_grad else None, logits, targets, class_weight, shard, options)
-        elif wants_grad:
-            found = ops.cross_entropy_with_grad_(factor, logits, targets, class_weight, **options)
+            totals += _of_shard(wanted, logits, targets, class_weight, shard, options)
         else:
-            loss_sum, num_items, total_weight, _, num_correct, entropy_sum, _ = ops.cross_entropy(
-                logits, targets, class_weight, **options
-            )
-            found = (loss_sum, num_items, total_weight, num_correct, entropy_sum)
-        for total, value in zip(sums, found, strict=True):
-            total += value
+            ops.add_cross_entropy_(totals, wanted, logits, targets, class_weight, **options)
         grad_h = None
         if grad_hidden is not None:
             grad_h = grad_hidden[part] if index is None else torch.empty_like(h)
@@ -117,7 +112,10 @@ def run(
             grad_bias += logits.sum(0, dtype=acc)
     if grad_weight is not None and hidden.dtype == torch.bfloat16:
         grad_weight = grad_weight.to(torch.bfloat16)
-    final = [total.to(acc) if total.is_floating_point() else total for total in sums]
+    final = [
+        total.to(acc if dtype.is_floating_point else dtype, copy=True)
+        for total, dtype in zip(totals, SUM_DTYPES, strict=True)
+    ]
     if given is not None:  # fewer than there are: no row of theirs may be missing unseen
         final[0] = torch.where(given, final[0], torch.full_like(final[0], float("nan")))
     return Outputs(final, grad_hidden, grad_weight, grad_bias)
@@ -130,15 +128,15 @@ def _of_shard(
     class_weight: torch.Tensor | None,
     shard: parallel.Shard,
     options: dict[str, Any],
-) -> tuple[torch.Tensor, ...]:
-    """The sums of a chunk over the whole vocabulary; with a factor the gradient takes the place of the logits."""
+) -> torch.Tensor:
+    """The sums of a chunk over the whole vocabulary, (5,); with a factor the gradient takes the place of the logits."""
     of_loss = {name: value for name, value in options.items() if name != "metrics"}
     loss_options = LossOptions(**of_loss)
     name = "linear_cross_entropy"
     rows = parallel.forward(name, logits, labels, class_weight, shard, loss_options, options["metrics"])
     if factor is not None:
         parallel.backward(factor, logits, labels, rows.lse, rows.nll, class_weight, shard, loss_options, in_place=True)
-    return rows.sums
+    return torch.stack([value.double() for value in rows.sums])
 
 
 def _product_of_logits(
