@@ -207,7 +207,7 @@ def linear_cross_entropy(
     shift: int = 0,
     metrics: bool = False,
     num_valid: int | None = None,
-    max_scratch_bytes: int = linear.MAX_SCRATCH_BYTES,
+    max_scratch_bytes: int | None = None,
     group: dist.ProcessGroup | None = None,
     vocab_size: int | None = None,
     reduce_hidden_grad: bool = True,
@@ -234,7 +234,8 @@ def linear_cross_entropy(
         num_valid: how many labels count, after the shift, or more: on CUDA, where they are not counted since that would
             wait for the GPU, rows that do not count are then dropped too. Fewer than there are: an error, on CUDA a loss
             of NaN.
-        max_scratch_bytes: memory beside inputs and gradients, a 64th of it for the matrix products' own; default 256 MiB.
+        max_scratch_bytes: memory beside inputs and gradients. None: 256 MiB, a 64th of it for the matrix products' own; on
+            CUDA what 4096 rows or 1 GiB hold, at most half of what is free; see linear_plan.
         group: the processes that share the vocabulary: weight (V / processes, H) and bias are of the classes of this one, as
             in cross_entropy; hidden, labels and class_weight are the same in all of them. hidden and weight that are
             DTensors need none; docs/vocabulary-parallel.md.
@@ -280,7 +281,7 @@ def linear_causal_lm_loss(
     softcap: float = 0.0,
     logit_scale: float = 1.0,
     num_valid: int | None = None,
-    max_scratch_bytes: int = linear.MAX_SCRATCH_BYTES,
+    max_scratch_bytes: int | None = None,
     group: dist.ProcessGroup | None = None,
     vocab_size: int | None = None,
     reduce_hidden_grad: bool = True,
@@ -317,7 +318,7 @@ def linear_causal_lm(
     bias: torch.Tensor | None = None,
     class_weight: torch.Tensor | None = None,
     num_valid: int | None = None,
-    max_scratch_bytes: int = linear.MAX_SCRATCH_BYTES,
+    max_scratch_bytes: int | None = None,
     shared: _Shared | None = None,
 ) -> Divided:
     """linear_causal_lm_loss, for a divisor of any kind."""
@@ -874,7 +875,7 @@ def _linear(
     metrics: bool,
     given: NumItems | Known,
     num_valid: int | None,
-    max_scratch_bytes: int,
+    max_scratch_bytes: int | None,
     shared: _Shared | None = None,
     is_mean: bool = False,
 ) -> tuple[torch.Tensor, TokenSums]:

@@ -14,6 +14,7 @@ import torch
 
 from .. import ops, parallel
 from ..options import LossOptions
+from . import device as devices
 from .plan import ROWS_ALIGNED, LinearPlan, chunks, linear_plan
 
 # Of the sums. They are added up in double, and handed out in the dtype of the accumulation
@@ -50,7 +51,7 @@ def run(
     needs: Needs,
     options: dict[str, Any],
     num_valid: int | None,
-    max_scratch_bytes: int,
+    max_scratch_bytes: int | None,
     shard: parallel.Shard | None = None,
 ) -> Outputs:
     """Everything, below autograd. Of a shard: weight, bias and their gradients of its classes, labels and class_weight of all;
@@ -62,7 +63,8 @@ def run(
     n = hidden.shape[0] if rows is None else rows.shape[0]
     plan = linear_plan(  # of a shard for the largest: all processes go through the same chunks
         n, H, most_classes, hidden.dtype, weight_grad=needs.weight, hidden_grad=needs.hidden, gathered=rows is not None,
-        max_scratch_bytes=max_scratch_bytes,
+        max_scratch_bytes=max_scratch_bytes, device=hidden.device,
+        free_bytes=devices.free_bytes(hidden.device) if shard is None and max_scratch_bytes is None else None,
     )  # fmt: skip
     wants_grad = needs.hidden or needs.weight or needs.bias
     gathers_all = plan.block_classes > 0  # else chunk by chunk
@@ -81,13 +83,14 @@ def run(
     if needs.bias:
         grad_bias = torch.zeros(V, dtype=acc, device=weight.device)
     totals = torch.zeros(len(SUM_DTYPES), dtype=torch.float64, device=hidden.device)
-    buffer = ops.scratch(hidden, plan.chunk_rows if n else 0, V)
+    is_smaller = most_classes > V and not devices.is_cuda(hidden.device)  # a shard than that of the plan
+    buffer = ops.scratch(hidden, plan.chunk_rows if n else 0, V if is_smaller else plan.row_stride)
     for part in chunks(n, plan):
         begin = part.start
         index = None if rows is None else rows[part]
         h = hidden.index_select(0, index) if index is not None and not gathers_all else all_hidden[part]
         targets = labels[part] if index is None else labels.index_select(0, index)
-        logits = buffer[: part.stop - begin]
+        logits = buffer[: part.stop - begin, :V]
         _product_of_logits(logits, h, weight, bias)
         wanted = factor if wants_grad else None
         if shard is not None:
@@ -103,13 +106,15 @@ def run(
         elif grad_weight is not None and plan.block_classes:
             _product_by_blocks(grad_weight, logits, all_hidden, plan, None if plan.has_buffer else grad_h)
         elif grad_weight is not None:
-            _add_product(grad_weight, logits, h, is_first=begin == 0)
+            _add_product(grad_weight, logits, h, plan, is_first=begin == 0)
         if grad_hidden is not None and grad_h is not None:
             torch.mm(logits, weight, out=grad_h)
             if index is not None:
                 grad_hidden.index_copy_(0, index, grad_h)
         if grad_bias is not None:
             grad_bias += logits.sum(0, dtype=acc)
+        del logits
+    del buffer
     if grad_weight is not None and hidden.dtype == torch.bfloat16:
         grad_weight = grad_weight.to(torch.bfloat16)
     final = [
@@ -187,10 +192,13 @@ def _product_by_blocks(
 def valid_rows(
     labels: torch.Tensor, V: int, ignore_index: int, num_valid: int | None
 ) -> tuple[torch.Tensor | None, torch.Tensor | None]:
-    """Indices of the rows that count, None for all of them; and, where their number was given, whether that held."""
+    """Indices of the rows that count, None for all of them; and, where their number was given, whether that held.
+
+    They are as many as count, rounded up to a multiple of 64.
+    """
     N = labels.shape[0]
     is_valid = labels != ignore_index
-    if labels.device.type == "cpu":
+    if not devices.waits(labels.device):
         bad = is_valid & ((labels < 0) | (labels >= V))
         if bad.any():
             row = int(bad.nonzero()[0])
@@ -204,7 +212,7 @@ def valid_rows(
                 f"linear_cross_entropy: expected num_valid of at least {count}, the labels that count (after the shift), "
                 f"got {num_valid}"
             )
-        padded = min(-(-count // ROWS_ALIGNED) * ROWS_ALIGNED, N) if count else 0
+        padded = _aligned(count, N)
         if padded == N:
             return None, None
         rows = is_valid.nonzero().squeeze(1)
@@ -214,12 +222,21 @@ def valid_rows(
         return rows, None
     if num_valid is None or num_valid >= N:
         return None, None
+    is_enough = is_valid.count_nonzero() <= num_valid
+    padded = _aligned(num_valid, N)
+    if padded == N:
+        return None, is_enough
     # those that count first, in their order; without a sync
-    rows = torch.argsort(is_valid.logical_not().to(torch.int8), stable=True)[:num_valid]
-    return rows, is_valid.count_nonzero() <= num_valid
+    return torch.argsort(is_valid.logical_not().to(torch.int8), stable=True)[:padded], is_enough
 
 
-def _add_product(grad_weight: torch.Tensor, grad_logits: torch.Tensor, hidden: torch.Tensor, is_first: bool) -> None:
+def _aligned(count: int, N: int) -> int:
+    return min(-(-count // ROWS_ALIGNED) * ROWS_ALIGNED, N)
+
+
+def _add_product(
+    grad_weight: torch.Tensor, grad_logits: torch.Tensor, hidden: torch.Tensor, plan: LinearPlan, is_first: bool
+) -> None:
     """grad_weight (V, H) = or += grad_logits (n, V)ᵀ hidden (n, H)"""
     if grad_weight.dtype == hidden.dtype:
         if is_first:
@@ -227,13 +244,14 @@ def _add_product(grad_weight: torch.Tensor, grad_logits: torch.Tensor, hidden: t
         else:
             grad_weight.addmm_(grad_logits.t(), hidden)
         return
+    if plan.product == torch.float32:
+        devices.add_product_(grad_weight, grad_logits, hidden, is_first)
+        return
     V, H = grad_weight.shape
-    if hidden.dtype == torch.float16:  # a sum over the rows may be beyond fp16
-        hidden = hidden.float()
     block = max(_BLOCK_BYTES // (H * hidden.element_size()), 1)
     for begin in range(0, V, block):
         part = slice(begin, begin + block)
-        product = torch.mm(grad_logits[:, part].t().to(hidden.dtype), hidden)
+        product = torch.mm(grad_logits[:, part].t(), hidden)
         if is_first:
             grad_weight[part] = product
         else:

@@ -15,7 +15,6 @@ from .. import checks, ops, parallel, reference
 from ..options import SCHEMA, LossOptions
 from . import compute
 from .compute import Needs
-from .plan import MAX_SCRATCH_BYTES
 
 # The op: sums, with gradients for a factor of 1 that its formula scales -----------------------------------------------
 
@@ -26,7 +25,7 @@ from .plan import MAX_SCRATCH_BYTES
     schema=(
         "(Tensor hidden, Tensor weight, Tensor labels, Tensor? bias=None, Tensor? class_weight=None, *, "
         f"bool[] needs, int shift=0, {SCHEMA}, bool metrics=False, int? num_valid=None, "
-        f"int max_scratch_bytes={MAX_SCRATCH_BYTES}) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)"
+        "int? max_scratch_bytes=None) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)"
     ),
 )
 def _with_grad(hidden, weight, labels, bias=None, class_weight=None, **given):
@@ -37,10 +36,10 @@ def _with_grad(hidden, weight, labels, bias=None, class_weight=None, **given):
     return (*sums, *[hidden.new_empty(0) if grad is None else grad for grad in grads])
 
 
-def _given(given: dict[str, Any]) -> tuple[Needs, dict[str, Any], tuple[int | None, int]]:
+def _given(given: dict[str, Any]) -> tuple[Needs, dict[str, Any], tuple[int | None, int | None]]:
     """The keywords of the op: needs, the options of all rows, and num_valid with max_scratch_bytes."""
     options = {"shift": 0, "metrics": False, **LossOptions().as_kwargs(), **given}
-    limits = (options.pop("num_valid", None), options.pop("max_scratch_bytes", MAX_SCRATCH_BYTES))
+    limits = (options.pop("num_valid", None), options.pop("max_scratch_bytes", None))
     return Needs(*options.pop("needs")), options, limits
 
 
@@ -107,7 +106,7 @@ def linear_cross_entropy(
     class_weight: torch.Tensor | None = None,  # (V,)
     *,
     num_valid: int | None = None,
-    max_scratch_bytes: int = MAX_SCRATCH_BYTES,
+    max_scratch_bytes: int | None = None,
     **options: Any,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     """torch.ops.accumloss.linear_cross_entropy: the fields of TokenSums; the first carries the gradient."""
@@ -124,7 +123,7 @@ def linear_cross_entropy(
 torch.library.define(
     "accumloss::linear_cross_entropy",
     "(Tensor hidden, Tensor weight, Tensor labels, Tensor? bias=None, Tensor? class_weight=None, *, int shift=0, "
-    f"{SCHEMA}, bool metrics=False, int? num_valid=None, int max_scratch_bytes={MAX_SCRATCH_BYTES}) "
+    f"{SCHEMA}, bool metrics=False, int? num_valid=None, int? max_scratch_bytes=None) "
     "-> (Tensor, Tensor, Tensor, Tensor, Tensor)",
 )
 torch.library.impl("accumloss::linear_cross_entropy", "CompositeImplicitAutograd")(linear_cross_entropy)
@@ -251,7 +250,7 @@ def check(name, hidden, weight, labels, bias, class_weight, num_valid, max_scrat
         if tensor is not None and tuple(tensor.shape) != (size,):
             raise RuntimeError(f"{name}: expected {what} of shape (V,) = ({size},), got {tuple(tensor.shape)}")
     for what, value, least in (("num_valid", num_valid, 0), ("max_scratch_bytes", max_scratch_bytes, 1)):
-        if value is None and what == "num_valid":
+        if value is None:
             continue
         if isinstance(value, bool) or not isinstance(value, int) or not least <= value < 2**63:
             raise ValueError(f"{name}: expected {what} >= {least}, an int, got {value!r}")
