@@ -15,6 +15,7 @@ from .. import checks, ops, parallel, reference
 from ..options import SCHEMA, LossOptions
 from . import compute
 from .compute import Needs
+from .count import ValidCount
 
 # The op: sums, with gradients for a factor of 1 that its formula scales -----------------------------------------------
 
@@ -250,7 +251,7 @@ def check(name, hidden, weight, labels, bias, class_weight, num_valid, max_scrat
         if tensor is not None and tuple(tensor.shape) != (size,):
             raise RuntimeError(f"{name}: expected {what} of shape (V,) = ({size},), got {tuple(tensor.shape)}")
     for what, value, least in (("num_valid", num_valid, 0), ("max_scratch_bytes", max_scratch_bytes, 1)):
-        if value is None:
+        if value is None or (what == "num_valid" and isinstance(value, ValidCount)):
             continue
         if isinstance(value, bool) or not isinstance(value, int) or not least <= value < 2**63:
             raise ValueError(f"{name}: expected {what} >= {least}, an int, got {value!r}")
