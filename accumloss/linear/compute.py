@@ -197,8 +197,11 @@ def valid_rows(
     They are as many as count, rounded up to a multiple of 64.
     """
     N = labels.shape[0]
+    can_look = not devices.waits(labels.device)
+    if not can_look and (num_valid is None or num_valid >= N):
+        return None, None
     is_valid = labels != ignore_index
-    if not devices.waits(labels.device):
+    if can_look:
         bad = is_valid & ((labels < 0) | (labels >= V))
         if bad.any():
             row = int(bad.nonzero()[0])
@@ -220,8 +223,7 @@ def valid_rows(
             others = is_valid.logical_not().nonzero().squeeze(1)
             rows = torch.cat([rows, others[: padded - count]])
         return rows, None
-    if num_valid is None or num_valid >= N:
-        return None, None
+    assert num_valid is not None
     is_enough = is_valid.count_nonzero() <= num_valid
     padded = _aligned(num_valid, N)
     if padded == N:
