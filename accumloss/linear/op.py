@@ -167,9 +167,12 @@ class LinearGradInForward(torch.autograd.Function):
     ):
         # shared: a Shard of the vocabulary, and whether the gradient of hidden is summed over its processes
         # hidden (..., H), weight (V, H), labels (...), bias and class_weight (V,) or None, divisor ()
-        # a quotient of tensors, as autograd's: a number over a tensor is its reciprocal times the number, an ulp off
-        expected = torch.full_like(divisor, expected_grad)
-        ctx.factor = torch.ones_like(divisor) if hidden.dtype == torch.float16 else expected / divisor
+        if hidden.dtype == torch.float16:
+            ctx.factor = torch.ones_like(divisor)
+        elif expected_grad == 1:
+            ctx.factor = divisor.reciprocal()
+        else:  # a quotient of tensors, as autograd's: a number over a tensor is its reciprocal times the number, an ulp off
+            ctx.factor = torch.full_like(divisor, expected_grad) / divisor
         ctx.needs, ctx.options, ctx.limits = needs, options, limits
         ctx.shard, ctx.is_summed = shared or (None, False)
         ctx.save_for_backward(hidden, weight, labels, bias, class_weight, divisor)
@@ -177,10 +180,13 @@ class LinearGradInForward(torch.autograd.Function):
             ctx.factor, hidden, weight, labels, bias, class_weight, needs, options, limits, ctx.shard
         )
         ctx.mark_non_differentiable(*sums)
+        ctx.set_materialize_grads(False)  # zeros for each of the sums
         return sums[0] / divisor, *sums
 
     @staticmethod
     def backward(ctx, grad_loss, *_):
+        if grad_loss is None:
+            return (None,) * 11
         checks.refuse_forward_ad("accumloss", grad_loss)
         hidden, weight, labels, bias, class_weight, divisor = ctx.saved_tensors
         inputs, wanted = (hidden, weight, bias), grad_loss / divisor
