@@ -273,8 +273,9 @@ def test_product_into_fp32_rounds_nothing():
         left = torch.randn(300, 256, generator=generator).to(dtype)[:, :211]  # rows that are padded
         right = torch.randn(300, 24, generator=generator).to(dtype)
         accumulator = torch.full((211, 24), float("nan"))
-        devices.add_product_(accumulator, left, right, True)
-        devices.add_product_(accumulator, left, right, False)
+        with torch.autocast("cpu", dtype):
+            devices.add_product_(accumulator, left, right, True)
+            devices.add_product_(accumulator, left, right, False)
         wanted = 2 * (left.double().t() @ right.double())
         assert relative(accumulator, wanted) < 300**0.5 * torch.finfo(FP32).eps
         assert (

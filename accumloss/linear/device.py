@@ -84,7 +84,8 @@ def add_product_(
     block = max(_BLOCK_BYTES // (H * wide.element_size()), 1)
     for begin in range(0, V, block):
         part = slice(begin, begin + block)
-        product = torch.mm(grad_logits[:, part].t().float(), wide)
+        left = grad_logits[:, part].t().float()
+        product = torch.mm(left, wide, out=wide.new_empty(left.shape[0], H))  # without out= autocast would round both
         if is_first:
             accumulator[part] = product
         else:
