@@ -330,7 +330,8 @@ def counted(batches: Sequence[Any]) -> list[list[Counted]]:
 
 
 def _are_classes(value: Any) -> bool:
-    return isinstance(value, torch.Tensor) and value.dim() > 0 and value.dtype in (torch.int64, torch.int32)
+    is_plain = isinstance(value, torch.Tensor) and not hasattr(value, "placements")
+    return is_plain and value.dim() > 0 and value.dtype in (torch.int64, torch.int32)
 
 
 def same_memory(a: torch.Tensor, b: torch.Tensor) -> bool:
