@@ -283,6 +283,34 @@ def test_product_into_fp32_rounds_nothing():
         )  # what rounding costs
 
 
+@pytest.mark.parametrize("has_product", [True, False])
+def test_product_into_fp32_of_a_gpu(monkeypatch, has_product):
+    """By torch's product into fp32 where there is one; on ROCm, which has none, as on the CPU."""
+
+    class OnGpu(torch.Tensor):
+        is_cuda = True
+
+    asked = []
+
+    def into_fp32(name, product):
+        def call(*args, out_dtype=None, out):
+            asked.append((name, out_dtype))
+            *added, a, b = [arg.float() for arg in args]
+            return product(*added, a, b, out=out)
+
+        return call
+
+    monkeypatch.setattr(devices, "has_product_into_fp32", lambda device, dtype: has_product and dtype == BF16)
+    for name in ("mm", "addmm"):
+        monkeypatch.setattr(torch, name, into_fp32(name, getattr(torch, name)))
+    left, right = torch.randn(30, 17).bfloat16(), torch.randn(30, 5).bfloat16()
+    accumulator = torch.empty(17, 5).as_subclass(OnGpu)
+    for is_first in (True, False):
+        devices.add_product_(accumulator, left, right, is_first)
+    assert asked == ([("mm", FP32), ("addmm", FP32)] if has_product else [("mm", None)] * 2)
+    torch.testing.assert_close(accumulator.as_subclass(torch.Tensor), 2 * left.float().t() @ right.float())
+
+
 @pytest.fixture
 def fake_cuda(monkeypatch):
     """torch.cuda of a process whose GPU has so much memory; or one that captures a graph."""

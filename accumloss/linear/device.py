@@ -72,8 +72,9 @@ def add_product_(
     hidden: torch.Tensor,  # (n, H) of grad_logits' dtype
     is_first: bool,
 ) -> None:
-    """accumulator = or += grad_logitsᵀ hidden, of which nothing is rounded to 16 bits."""
-    if accumulator.is_cuda:
+    """accumulator = or += grad_logitsᵀ hidden, of which nothing is rounded to 16 bits: where there is no such product, of
+    operands that are widened first."""
+    if accumulator.is_cuda and has_product_into_fp32(accumulator.device, hidden.dtype):
         if is_first:
             torch.mm(grad_logits.t(), hidden, out_dtype=torch.float32, out=accumulator)
         else:
