@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Any
 from .accumulation import Accumulator
 from .cuda import CudaPlan, check, plan
 from .inexact import InexactError, InexactWarning
-from .linear import LinearPlan, linear_plan
+from .linear import LinearPlan, ValidCount, count_valid, linear_plan
 from .losses import (
     causal_lm_loss,
     cross_entropy,
@@ -48,12 +48,14 @@ __all__ = [
     "LinearPlan",
     "LossOptions",
     "TokenSums",
+    "ValidCount",
     "Verification",
     "audit",
     "build_info",
     "causal_lm_loss",
     "check",
     "compute_loss_func",
+    "count_valid",
     "cross_entropy",
     "empty_cache",
     "explain",

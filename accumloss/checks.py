@@ -126,6 +126,16 @@ def check_grad(function: str, grad_loss_sum: torch.Tensor, logits: torch.Tensor)
     check_device(function, "grad_loss_sum", grad_loss_sum, logits)
 
 
+def check_totals(function: str, totals: torch.Tensor, logits: torch.Tensor) -> None:
+    def message() -> str:
+        return f"contiguous totals (5,) of dtype double, got {totals.dtype} of shape {_shape(totals)}"
+
+    require(totals.dim() == 1, function, message)
+    require(totals.shape[0] == 5 and totals.dtype == torch.float64, function, message)
+    require(not _is_known(totals) or totals.is_contiguous(), function, message)
+    check_device(function, "totals", totals, logits)
+
+
 def check_divisor(function: str, divisor: torch.Tensor, logits: torch.Tensor, dtype: torch.dtype) -> None:
     require(
         divisor.numel() == 1 and divisor.dtype == dtype,

@@ -206,8 +206,8 @@ def linear_cross_entropy(
     class_weight: torch.Tensor | None = None,
     shift: int = 0,
     metrics: bool = False,
-    num_valid: int | None = None,
-    max_scratch_bytes: int = linear.MAX_SCRATCH_BYTES,
+    num_valid: int | linear.ValidCount | None = None,
+    max_scratch_bytes: int | None = None,
     group: dist.ProcessGroup | None = None,
     vocab_size: int | None = None,
     reduce_hidden_grad: bool = True,
@@ -231,10 +231,11 @@ def linear_cross_entropy(
         class_weight: (V,) class weights of any floating dtype, or None.
         shift: row (..., t) reads label (..., t + shift).
         metrics: also count the correct top-1 predictions and sum the entropies.
-        num_valid: how many labels count, after the shift, or more: on CUDA, where they are not counted since that would
-            wait for the GPU, rows that do not count are then dropped too. Fewer than there are: an error, on CUDA a loss
-            of NaN.
-        max_scratch_bytes: memory beside inputs and gradients, a 64th of it for the matrix products' own; default 256 MiB.
+        num_valid: how many labels count, after the shift, or more; or what count_valid returned for them. On CUDA, where
+            they are not counted since that would wait for the GPU, rows that do not count are then dropped too. Fewer than
+            there are: an error, on CUDA a loss of NaN.
+        max_scratch_bytes: memory beside inputs and gradients. None: 256 MiB, a 64th of it for the matrix products' own; on
+            CUDA what 4096 rows or 1 GiB hold, at most half of what is free; see linear_plan.
         group: the processes that share the vocabulary: weight (V / processes, H) and bias are of the classes of this one, as
             in cross_entropy; hidden, labels and class_weight are the same in all of them. hidden and weight that are
             DTensors need none; docs/vocabulary-parallel.md.
@@ -279,8 +280,8 @@ def linear_causal_lm_loss(
     z_loss: float = 0.0,
     softcap: float = 0.0,
     logit_scale: float = 1.0,
-    num_valid: int | None = None,
-    max_scratch_bytes: int = linear.MAX_SCRATCH_BYTES,
+    num_valid: int | linear.ValidCount | None = None,
+    max_scratch_bytes: int | None = None,
     group: dist.ProcessGroup | None = None,
     vocab_size: int | None = None,
     reduce_hidden_grad: bool = True,
@@ -316,8 +317,8 @@ def linear_causal_lm(
     options: LossOptions,
     bias: torch.Tensor | None = None,
     class_weight: torch.Tensor | None = None,
-    num_valid: int | None = None,
-    max_scratch_bytes: int = linear.MAX_SCRATCH_BYTES,
+    num_valid: int | linear.ValidCount | None = None,
+    max_scratch_bytes: int | None = None,
     shared: _Shared | None = None,
 ) -> Divided:
     """linear_causal_lm_loss, for a divisor of any kind."""
@@ -873,8 +874,8 @@ def _linear(
     shift: int,
     metrics: bool,
     given: NumItems | Known,
-    num_valid: int | None,
-    max_scratch_bytes: int,
+    num_valid: int | linear.ValidCount | None,
+    max_scratch_bytes: int | None,
     shared: _Shared | None = None,
     is_mean: bool = False,
 ) -> tuple[torch.Tensor, TokenSums]:
@@ -915,6 +916,10 @@ def _linear(
     divisor, expected_grad, _ = _resolved(name, given, hidden)
     kwargs: dict[str, Any] = {"shift": shift, "metrics": metrics, **options.as_kwargs()}
     if torch.compiler.is_compiling():
+        if isinstance(num_valid, linear.ValidCount):
+            raise RuntimeError(
+                f"{name}: expected an int for num_valid inside of torch.compile, got a ValidCount; int() of it"
+            )
         kwargs.update(num_valid=num_valid, max_scratch_bytes=max_scratch_bytes)
         sums = list(linear.linear_cross_entropy(hidden, weight, labels, bias, class_weight, **kwargs))
         loss = sums[0] if divisor is None else sums[0] / divisor
@@ -923,7 +928,8 @@ def _linear(
         if divisor is None:
             divisor = torch.ones((), dtype=ops.accumulation_dtype(hidden), device=hidden.device)
         needs = linear.needs_of(hidden, weight, bias)
-        limits = (num_valid, max_scratch_bytes)
+        # asked as late as possible
+        limits = (int(num_valid) if isinstance(num_valid, linear.ValidCount) else num_valid, max_scratch_bytes)
         loss, *sums = linear.LinearGradInForward.apply(
             hidden,
             weight,

@@ -95,6 +95,17 @@ def _(grad_loss_sum, logits, labels, weight=None, **options):
     return _fake_sums(logits)
 
 
+@torch.library.register_fake("accumloss::add_cross_entropy_")
+def _(totals, grad_loss_sum, logits, labels, weight=None, **options):
+    name = "add_cross_entropy_"
+    if grad_loss_sum is not None:
+        checks.check_in_place(name, logits)
+    checks.check_call(name, logits, labels, weight, options)
+    checks.check_totals(name, totals, logits)
+    if grad_loss_sum is not None:
+        checks.check_grad(name, grad_loss_sum, logits)
+
+
 @torch.library.register_fake("accumloss::mean_with_grad")
 def _(divisor, logits, labels, weight=None, expected_grad=1.0, **options):
     checks.check_call("mean_with_grad", logits, labels, weight, options)
@@ -170,7 +181,9 @@ def _pass_on(op: Any) -> Any:
     return kernel
 
 
-for _name in ("cross_entropy_backward_", "cross_entropy_with_grad_", "cross_entropy_shard_backward_", "scale_"):
+for _name in (
+    "cross_entropy_backward_", "cross_entropy_with_grad_", "add_cross_entropy_", "cross_entropy_shard_backward_", "scale_",
+):  # fmt: skip
     _library.impl(_name, _pass_on(getattr(_ops, _name).default), "ADInplaceOrView", with_keyset=True)
 
 
@@ -437,6 +450,7 @@ def mean_divisor(
 
 cross_entropy = _ops.cross_entropy
 cross_entropy_with_grad_ = _ops.cross_entropy_with_grad_
+add_cross_entropy_ = _ops.add_cross_entropy_
 cross_entropy_shard = _ops.cross_entropy_shard
 cross_entropy_shard_backward = _ops.cross_entropy_shard_backward
 cross_entropy_shard_backward_ = _ops.cross_entropy_shard_backward_

@@ -120,8 +120,9 @@ fi
 [ "$part" = rest ] || : > "$log"
 echo "gpu.sh $part${is_dry:+ --dry-run}: $total s in all, $(date -u +%FT%TZ)" >> "$log"
 tests=("$python" -m pytest -c "$root/pyproject.toml" -q --durations=5 "$root/tests/cuda/test_on_gpu.py")
-# What a first run has to show: the values of every plan, the same bits again, graphs, streams, bad labels.
-most="(plan_matches and bfloat16 and (odd or all_options)) or repeats or graph or stream or (bad_label and (short or cluster))"
+# What a first run has to show: the values of every plan, the same bits again, graphs, streams, bad labels; of the head
+# the product into fp32 and the count that nobody waits for.
+most="(plan_matches and bfloat16 and (odd or all_options)) or repeats or graph or stream or (bad_label and (short or cluster)) or cuda_head"
 if [ $is_dry ]; then
   # without a GPU the module skips itself, and pytest reports 5: nothing collected
   tests=(bash -c '"$@"; status=$?; [ $status -eq 5 ] || exit $status' -- "${tests[@]}")
@@ -165,7 +166,7 @@ else
   if [ $is_dry ]; then
     step "head and loss" 120 "$python" "$root/benchmarks/bench_linear.py" --quick --rounds 1 --dtypes bf16 --out "$out"
   else
-    step "head and loss" 60 "$python" "$root/benchmarks/bench_linear.py" --device cuda --rounds 7 --dtypes bf16 --out "$out"
+    step "head and loss" 90 "$python" "$root/benchmarks/bench_linear.py" --device cuda --rounds 7 --dtypes bf16 --out "$out"
   fi
   bench "benchmark" "${BENCH_SECONDS:-210}" 75 --resume
   if [ $is_dry ] || "$python" -c 'import matplotlib' 2> /dev/null; then

@@ -44,6 +44,7 @@ struct CrossEntropySums {
   void* total_weight;    // () Acc
   int64_t* num_correct;  // ()
   void* entropy_sum;     // () Acc
+  double* totals;        // (5,) in this order: those of the call are added to it, and the others are null; or null
 };
 
 // The kernels of one device; cpu/launch.cpp and cuda/cross_entropy.cu each fill one in.

@@ -38,6 +38,9 @@ STABLE_TORCH_LIBRARY(accumloss, m) {
       "*" ALL_OPTIONS
       ") -> (Tensor loss_sum, Tensor num_items, Tensor total_weight, Tensor num_correct, Tensor entropy_sum)");
   m.def(
+      "add_cross_entropy_(Tensor(a!) totals, Tensor? grad_loss_sum, Tensor(b!) logits, Tensor labels, "
+      "Tensor? weight=None, *" ALL_OPTIONS ") -> ()");
+  m.def(
       "mean_with_grad(Tensor divisor, Tensor logits, Tensor labels, Tensor? weight=None, float expected_grad=1.0, *"
       ", int shift=0" LM_OPTIONS ") -> (Tensor loss, Tensor grad_logits)");
   m.def("cross_entropy_shard(Tensor logits, Tensor labels, Tensor? weight=None, *" SHARD
@@ -90,6 +93,10 @@ struct Ops {
                                    Option... option) {
     return cross_entropy_with_grad_(backend(), grad_loss_sum, logits, labels, weight, LossOptions{option...});
   }
+  static void add_(Tensor totals, OptionalTensor grad_loss_sum, Tensor logits, Tensor labels, OptionalTensor weight,
+                   Option... option) {
+    add_cross_entropy_(backend(), totals, grad_loss_sum, logits, labels, weight, LossOptions{option...});
+  }
   static std::tuple<Tensor, Tensor> mean_with_grad(Tensor divisor, Tensor logits, Tensor labels, OptionalTensor weight,
                                                    double expected_grad, Option... option) {
     return accumloss::mean_with_grad(backend(), divisor, logits, labels, weight, expected_grad, LossOptions{option...});
@@ -135,6 +142,7 @@ void register_ops(torch::stable::detail::StableLibrary& m) {
   m.impl("cross_entropy_backward_", TORCH_BOX(&OpsOfBackend::backward_));
   m.impl("cross_entropy_with_grad", TORCH_BOX(&OpsOfBackend::with_grad));
   m.impl("cross_entropy_with_grad_", TORCH_BOX(&OpsOfBackend::with_grad_));
+  m.impl("add_cross_entropy_", TORCH_BOX(&OpsOfBackend::add_));
   using OpsOfShard = ShardOps<backend ACCUMLOSS_LOSS_OPTIONS(AS_TYPE)>;
   m.impl("cross_entropy_shard", TORCH_BOX(&OpsOfShard::forward));
   m.impl("cross_entropy_shard_backward", TORCH_BOX(&OpsOfShard::backward));

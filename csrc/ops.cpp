@@ -359,8 +359,9 @@ struct SumTensors {
         entropy_sum(call.scalar(call.acc)) {}
 
   CrossEntropySums pointers() const {
-    return {loss_sum.data_ptr(), static_cast<int64_t*>(num_items.data_ptr()), total_weight.data_ptr(),
-            static_cast<int64_t*>(num_correct.data_ptr()), entropy_sum.data_ptr()};
+    return {loss_sum.data_ptr(),     static_cast<int64_t*>(num_items.data_ptr()),
+            total_weight.data_ptr(), static_cast<int64_t*>(num_correct.data_ptr()),
+            entropy_sum.data_ptr(),  nullptr};
   }
 };
 
@@ -476,6 +477,27 @@ InPlaceOutputs cross_entropy_with_grad_(const Backend& backend, const Tensor& gr
   return {sums.loss_sum, sums.num_items, sums.total_weight, sums.num_correct, sums.entropy_sum};
 }
 
+void add_cross_entropy_(const Backend& backend, const Tensor& totals, const optional<Tensor>& grad_loss_sum,
+                        const Tensor& logits, const Tensor& labels, const optional<Tensor>& weight,
+                        const LossOptions& options) {
+  constexpr const char* kName = "add_cross_entropy_";
+  if (grad_loss_sum.has_value()) check_in_place(kName, logits);
+  const Call call(kName, logits, labels, weight, options);
+  if (totals.dim() != 1 || totals.size(0) != 5 || totals.scalar_type() != ScalarType::Double || !totals.is_contiguous())
+    fail(kName, "contiguous totals (5,) of dtype double, got ", dtype_string(totals.scalar_type()), " of shape ",
+         shape_string(totals));
+  check_device(kName, "totals", totals, call.logits);
+  const CrossEntropySums sums = {nullptr, nullptr, nullptr, nullptr, nullptr, static_cast<double*>(totals.data_ptr())};
+  if (grad_loss_sum.has_value()) {
+    const Tensor grad = checked_grad(kName, *grad_loss_sum, call);
+    backend.forward_with_grad(call.inputs, sums, grad.data_ptr(), call.inputs.logits);
+  } else {
+    const Tensor lse = call.empty(labels.sizes(), ScalarType::Double);
+    const Tensor nll = call.empty(labels.sizes(), call.acc);
+    backend.forward(call.inputs, sums, static_cast<double*>(lse.data_ptr()), nll.data_ptr());
+  }
+}
+
 namespace {
 
 // As torch divides a number by a tensor: the reciprocal times the number.
@@ -492,8 +514,8 @@ std::tuple<Tensor, Tensor> mean_with_grad_as(const Backend& backend, const Call&
   const Acc factor = quotient(expected_grad, n);
   Acc loss_sum, total_weight, entropy_sum;
   int64_t num_items, num_correct;
-  backend.forward_with_grad(call.inputs, {&loss_sum, &num_items, &total_weight, &num_correct, &entropy_sum}, &factor,
-                            logits_view("mean_with_grad", grad_logits));
+  backend.forward_with_grad(call.inputs, {&loss_sum, &num_items, &total_weight, &num_correct, &entropy_sum, nullptr},
+                            &factor, logits_view("mean_with_grad", grad_logits));
   const Tensor loss = call.scalar(call.acc);
   *static_cast<Acc*>(loss.data_ptr()) = loss_sum / n;
   return {loss, grad_logits};

@@ -74,6 +74,16 @@ InPlaceOutputs cross_entropy_with_grad_(const Backend& backend, const Tensor& gr
                                         const Tensor& labels, const std::optional<Tensor>& weight,
                                         const LossOptions& options);
 
+// Adds loss_sum, num_items, total_weight, num_correct and entropy_sum to totals. With grad_loss_sum the gradient is
+// written over logits.
+void add_cross_entropy_(const Backend& backend,
+                        const Tensor& totals,                        // (5,) double
+                        const std::optional<Tensor>& grad_loss_sum,  // ()
+                        const Tensor& logits,                        // (..., V)
+                        const Tensor& labels,                        // (...)
+                        const std::optional<Tensor>& weight,         // (V,)
+                        const LossOptions& options);
+
 // loss_sum / divisor (), and its gradient for expected_grad as what comes back to it (..., V). On CPU, where both
 // quotients are of two numbers.
 std::tuple<Tensor, Tensor> mean_with_grad(const Backend& backend,

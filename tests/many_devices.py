@@ -192,12 +192,16 @@ def step(
 
 @contextlib.contextmanager
 def counting_fused(trainer: Any, result: dict[str, Any]) -> Iterator[None]:
-    """How many losses are computed from the hidden states."""
-    linear, result["fused"] = losses.core.linear_causal_lm, 0
+    """How many losses are computed from the hidden states, and how many of them know the labels that count."""
+    linear, result["fused"], result["counted"] = losses.core.linear_causal_lm, 0, 0
 
-    def counted(*args, **kwargs):
+    def counted(hidden, weight, labels, shift_labels, *args):
         result["fused"] += 1
-        return linear(*args, **kwargs)
+        targets = labels if shift_labels is None else shift_labels
+        counts = [int(arg) for arg in args if isinstance(arg, accumloss.ValidCount)]
+        result["counted"] += counts == [int((targets != -100).sum())]
+        args = (hidden, weight, labels, shift_labels, *args)
+        return linear(*args)
 
     losses.core.linear_causal_lm = counted
     try:
@@ -335,6 +339,7 @@ SITUATIONS: dict[str, Any] = {
     "cp 2, token classes": lambda: step("token classes", mesh={"cp_size": 2}, fsdp=True),
     "cp 2, evaluation": lambda: step(mesh={"cp_size": 2}, fsdp=True, evaluate=True, learning_rate=0.0),
     "fsdp2": lambda: step(mesh={"dp_shard_size": 2}, fsdp=True),
+    "ddp, fused": lambda: step(registered={"fused_linear": True}, look=counting_fused),
     "fsdp2, fused": lambda: step(
         mesh={"dp_shard_size": 2}, fsdp=True, registered={"fused_linear": True}, look=counting_fused
     ),

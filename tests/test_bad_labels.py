@@ -49,6 +49,7 @@ def test_every_op_refuses_a_bad_label(dtype, V):
             lambda: ops.cross_entropy_backward_(one, x, y, lse, nll, weight, **kwargs),  # noqa: B023
             lambda: ops.cross_entropy_with_grad(one, x, y, weight, **kwargs),  # noqa: B023
             lambda: ops.cross_entropy_with_grad_(one, x, y, weight, **kwargs),  # noqa: B023
+            lambda: ops.add_cross_entropy_(torch.zeros(5).double(), one, x, y, weight, **kwargs),  # noqa: B023
         ):
             row = y.numel() - 1 - shift
             with pytest.raises(IndexError, match=MESSAGE.format(V, bad, row)):

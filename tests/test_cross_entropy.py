@@ -90,6 +90,23 @@ def test_sums_are_the_same_with_and_without_the_gradient(case):
         assert torch.equal(a.nan_to_num(), b.nan_to_num())
 
 
+def test_totals_are_added_to_in_double(case):
+    """With the gradient in the place of the logits, or without one; what rounds to the sums of the call."""
+    one = torch.ones((), dtype=accumulation(case))
+    logits = case.logits.clone(memory_format=torch.contiguous_format)
+    options = {**case.kwargs, "metrics": True}
+    *sums, grad = ops.cross_entropy_with_grad(one, logits, case.labels, case.weight, **options)
+    for factor in (None, one):
+        totals, over = torch.zeros(5, dtype=torch.float64), logits.clone()
+        ops.add_cross_entropy_(totals, factor, over, case.labels, case.weight, **options)
+        for total, value in zip(totals, sums, strict=True):
+            assert torch.equal(total.to(value.dtype).nan_to_num(), value.nan_to_num())
+        assert torch.equal(over.nan_to_num(), (logits if factor is None else grad).nan_to_num())
+        once = totals.clone()
+        ops.add_cross_entropy_(totals, None, logits, case.labels, case.weight, **options)
+        assert torch.equal(totals.nan_to_num(), 2 * once.nan_to_num())
+
+
 @pytest.mark.parametrize("V, spread", [(5003, 3), (1000, 4), (1000, 12)])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_gradient_is_correctly_rounded(dtype, V, spread):

@@ -18,6 +18,7 @@ NAMES = {
     "cross_entropy_backward_": ("grad", "logits", "labels", "lse", "nll", "weight"),
     "cross_entropy_with_grad": ("grad", "logits", "labels", "weight"),
     "cross_entropy_with_grad_": ("grad", "logits", "labels", "weight"),
+    "add_cross_entropy_": ("totals", "grad", "logits", "labels", "weight"),
     "mean_with_grad": ("grad", "logits", "labels", "weight"),
     "cross_entropy_shard": ("logits", "labels", "weight"),
     "cross_entropy_shard_backward": ("grad", "logits", "labels", "lse", "nll", "weight"),
@@ -56,7 +57,7 @@ def good_input(draw: Draw, dtype: torch.dtype) -> dict[str, torch.Tensor]:
         "logits": torch.zeros(*sizes, V, dtype=dtype), "labels": torch.zeros(sizes, dtype=torch.int64),
         "weight": torch.ones(V), "grad": torch.ones((), dtype=acc), "lse": torch.zeros(sizes, dtype=torch.float64),
         "nll": torch.zeros(sizes, dtype=acc), "hidden": torch.zeros(*sizes, H, dtype=dtype),
-        "head": torch.zeros(V, H, dtype=dtype), "bias": torch.zeros(V, dtype=dtype),
+        "totals": torch.zeros(5, dtype=torch.float64), "head": torch.zeros(V, H, dtype=dtype), "bias": torch.zeros(V, dtype=dtype),
     }  # fmt: skip
 
 

@@ -43,6 +43,9 @@ CALLS = {
                   lambda g, x, lse, nll, w: ops.cross_entropy_backward_(g, x, LABELS, lse, nll, w)),
     "with_grad": (("grad", "logits", "weight"), lambda g, x, w: ops.cross_entropy_with_grad(g, x, LABELS, w)),
     "with_grad_": (("grad", "logits", "weight"), lambda g, x, w: ops.cross_entropy_with_grad_(g, x, LABELS, w)),
+    "add_cross_entropy_": (
+        ("grad", "logits", "weight"),
+        lambda g, x, w: ops.add_cross_entropy_(torch.zeros(5, dtype=torch.float64), g, x, LABELS, w)),
     "mean_with_grad": (("grad", "logits", "weight"), lambda g, x, w: ops.mean_with_grad(g, x, LABELS, w)),
     "scale_": (("logits", "grad"), lambda x, g: ops.scale_(x, g)),
     "linear_cross_entropy": (("hidden", "head", "bias", "weight"),

@@ -183,7 +183,7 @@ def test_linear_plan_keeps_to_the_budget():
         kinds.add((plan.block_classes > 0, plan.has_buffer, plan.parked_rows > 0, accumulator > 0))
     assert {(True, True, True, False), (True, False, True, False), (True, True, False, False)} <= kinds
     assert {(False, False, False, False), (False, False, False, True)} <= kinds
-    with pytest.raises(ValueError, match="linear_plan: expected rows >= 0"):
+    with pytest.raises(ValueError, match="linear_plan: expected rows and free_bytes >= 0"):
         linear_plan(-1, 1, 1)
 
 
@@ -411,18 +411,21 @@ def test_linear_num_valid():
 
 def test_linear_rows_are_dropped_without_being_counted_where_that_would_wait(monkeypatch):
     """What a GPU does, by labels that say they are on one."""
-    _, _, labels, _ = data()
+    _, _, labels, _ = data(rows=300)
     count = int((labels != -100).sum())
+    assert count - 1 > 128 and count + 3 <= 256
 
     class OnGpu(torch.Tensor):
         device = torch.device("cuda:0")
 
     for given in (count, count + 3):
-        rows, held = compute.valid_rows(labels.as_subclass(OnGpu), V, -100, given)
+        rows, is_enough = compute.valid_rows(labels.as_subclass(OnGpu), V, -100, given)
         rows = rows.as_subclass(torch.Tensor)
-        assert len(rows) == given and bool(held)
-        assert torch.equal(rows[:count], (labels != -100).nonzero().squeeze(1))
-    assert not bool(compute.valid_rows(labels.as_subclass(OnGpu), V, -100, count - 1)[1])
+        assert is_enough and len(rows) == 256  # a multiple of 64
+        assert rows[:count].tolist() == (labels != -100).nonzero().squeeze(1).tolist()
+    assert not compute.valid_rows(labels.as_subclass(OnGpu), V, -100, count - 1)[1]
+    assert compute.valid_rows(labels.as_subclass(OnGpu), V, -100, 290)[0] is None  # no 64 less than all
+    assert compute.valid_rows(labels.as_subclass(OnGpu), V, -100, 10**9) == (None, None)
     assert compute.valid_rows(labels.as_subclass(OnGpu), V, -100, None) == (None, None)
 
 

@@ -57,6 +57,8 @@ def test_opcheck(case):
     dense = logits.clone(memory_format=torch.contiguous_format)
     check(ops.cross_entropy_backward_.default, (g, dense.clone(), labels, lse, nll, weight), kwargs)
     check(ops.cross_entropy_with_grad_.default, (g, dense.clone(), labels, weight), kwargs)
+    totals = torch.zeros(5, dtype=torch.float64)
+    check(ops.add_cross_entropy_.default, (totals, g, dense.clone(), labels, weight), kwargs)
     check(ops.scale_.default, (dense.clone(), g))
     shard = {name: value for name, value in kwargs.items() if name not in ("shift", "metrics")}
     shard |= {"class_offset": 0, "vocab_size": logits.shape[-1] + 1}  # with all labels: opcheck takes no NaN for equal
@@ -330,6 +332,22 @@ def test_in_place_needs_rows_that_can_be_overwritten():
     gap = torch.zeros(4, 8)
     ops.cross_entropy_with_grad_(one, gap[:, :5], labels)
     assert (gap[:, :5] != 0).all() and (gap[:, 5:] == 0).all()
+
+
+def test_totals_need_to_be_five_doubles():
+    logits, labels = torch.randn(4, 5), torch.zeros(4, dtype=torch.int64)
+    before = logits.clone()
+    for bad in (torch.zeros(4), torch.zeros(5), torch.zeros(6).double(), torch.zeros(10).double()[::2]):
+        with pytest.raises(
+            RuntimeError, match=r"add_cross_entropy_: expected contiguous totals \(5,\) of dtype double"
+        ):
+            ops.add_cross_entropy_(bad, torch.ones(()), logits, labels)
+    overlapping = torch.zeros(1, 5).expand(4, 5)
+    totals = torch.zeros(5, dtype=torch.float64)
+    with pytest.raises(RuntimeError, match="add_cross_entropy_: expected logits .*rows that do not overlap"):
+        ops.add_cross_entropy_(totals, torch.ones(()), overlapping, labels)
+    ops.add_cross_entropy_(totals, None, overlapping, labels)  # which are only read
+    assert totals[1] == 4 and torch.equal(logits, before)
 
 
 def test_backward_needs_what_forward_returned():

@@ -24,7 +24,8 @@ LOSSES = (
     "question_answering_loss", "semantic_segmentation_loss", "linear_cross_entropy", "linear_causal_lm_loss",
 )  # fmt: skip
 OPS = ("cross_entropy", "cross_entropy_backward", "cross_entropy_backward_", "cross_entropy_with_grad",
-       "cross_entropy_with_grad_", "mean_with_grad", "cross_entropy_shard", "cross_entropy_shard_backward",
+       "cross_entropy_with_grad_", "add_cross_entropy_", "mean_with_grad", "cross_entropy_shard",
+       "cross_entropy_shard_backward",
        "cross_entropy_shard_backward_", "causal_lm", "masked_lm", "linear_cross_entropy", "linear_cross_entropy_with_grad")  # fmt: skip
 
 
@@ -334,6 +335,7 @@ def direct_calls(given, dtype, device="cpu"):
     yield lambda: ops.cross_entropy_backward_(one, x, y, lse, nll, **given)
     yield lambda: ops.cross_entropy_with_grad(one, x, y, **given)
     yield lambda: ops.cross_entropy_with_grad_(one, x, y, **given)
+    yield lambda: ops.add_cross_entropy_(torch.zeros(5, dtype=torch.float64, device=device), one, x, y, **given)
     yield lambda: ops.mean_with_grad(one, x, y, **given)
     yield lambda: ops.masked_lm(x, y, **given)
     yield lambda: ops.causal_lm(x, y, **given)

@@ -1,5 +1,6 @@
 """Linear head and cross-entropy in one: sums, counts and gradients from hidden states, without ever holding the logits."""
 
+from .count import ValidCount, count_each, count_valid
 from .op import LinearGradInForward, autocast, check, linear_cross_entropy, needs_of
 from .plan import MAX_SCRATCH_BYTES, LinearPlan, linear_plan
 
@@ -7,8 +8,11 @@ __all__ = [
     "MAX_SCRATCH_BYTES",
     "LinearGradInForward",
     "LinearPlan",
+    "ValidCount",
     "autocast",
     "check",
+    "count_each",
+    "count_valid",
     "linear_cross_entropy",
     "linear_plan",
     "needs_of",

@@ -1,7 +1,7 @@
 """Sums, counts and gradients from hidden states, chunk by chunk, below autograd: the matrix products of a head with a loss.
 
-The rows go through in chunks. A chunk's logits are a matrix product into a buffer that is reused; ``cross_entropy_with_grad_``
-turns them into their gradient where they lie, with the sums as a by-product; two more products take that gradient to the
+The rows go through in chunks. A chunk's logits are a matrix product into a buffer that is reused; ``add_cross_entropy_``
+turns them into their gradient where they lie, and adds to the sums of the call; two more products take that gradient to the
 hidden states and to the weight. So nothing is computed twice, and of the logits one chunk exists at a time.
 """
 
@@ -14,9 +14,11 @@ import torch
 
 from .. import ops, parallel
 from ..options import LossOptions
+from . import device as devices
 from .plan import ROWS_ALIGNED, LinearPlan, chunks, linear_plan
 
-SUM_DTYPES = (torch.float64, torch.int64, torch.float64, torch.int64, torch.float64)  # of the sums over the chunks
+# Of the sums. They are added up in double, and handed out in the dtype of the accumulation
+SUM_DTYPES = (torch.float64, torch.int64, torch.float64, torch.int64, torch.float64)
 _BLOCK_BYTES = 8 * 2**20  # of a product that is added to an accumulator
 # A product of fewer classes at a time reads them from the cache: 3 to 12 % faster than all of them at once
 _LOGITS_CLASSES = 1024  # of fp32 and fp64
@@ -49,7 +51,7 @@ def run(
     needs: Needs,
     options: dict[str, Any],
     num_valid: int | None,
-    max_scratch_bytes: int,
+    max_scratch_bytes: int | None,
     shard: parallel.Shard | None = None,
 ) -> Outputs:
     """Everything, below autograd. Of a shard: weight, bias and their gradients of its classes, labels and class_weight of all;
@@ -61,7 +63,8 @@ def run(
     n = hidden.shape[0] if rows is None else rows.shape[0]
     plan = linear_plan(  # of a shard for the largest: all processes go through the same chunks
         n, H, most_classes, hidden.dtype, weight_grad=needs.weight, hidden_grad=needs.hidden, gathered=rows is not None,
-        max_scratch_bytes=max_scratch_bytes,
+        max_scratch_bytes=max_scratch_bytes, device=hidden.device,
+        free_bytes=devices.free_bytes(hidden.device) if shard is None and max_scratch_bytes is None else None,
     )  # fmt: skip
     wants_grad = needs.hidden or needs.weight or needs.bias
     gathers_all = plan.block_classes > 0  # else chunk by chunk
@@ -79,26 +82,21 @@ def run(
             grad_weight.zero_()
     if needs.bias:
         grad_bias = torch.zeros(V, dtype=acc, device=weight.device)
-    sums = [torch.zeros((), dtype=dtype, device=hidden.device) for dtype in SUM_DTYPES]
-    buffer = ops.scratch(hidden, plan.chunk_rows if n else 0, V)
+    totals = torch.zeros(len(SUM_DTYPES), dtype=torch.float64, device=hidden.device)
+    is_smaller = most_classes > V and not devices.is_cuda(hidden.device)  # a shard than that of the plan
+    buffer = ops.scratch(hidden, plan.chunk_rows if n else 0, V if is_smaller else plan.row_stride)
     for part in chunks(n, plan):
         begin = part.start
         index = None if rows is None else rows[part]
         h = hidden.index_select(0, index) if index is not None and not gathers_all else all_hidden[part]
         targets = labels[part] if index is None else labels.index_select(0, index)
-        logits = buffer[: part.stop - begin]
+        logits = buffer[: part.stop - begin, :V]
         _product_of_logits(logits, h, weight, bias)
+        wanted = factor if wants_grad else None
         if shard is not None:
-            found = _of_shard(factor if wants_grad else None, logits, targets, class_weight, shard, options)
-        elif wants_grad:
-            found = ops.cross_entropy_with_grad_(factor, logits, targets, class_weight, **options)
+            totals += _of_shard(wanted, logits, targets, class_weight, shard, options)
         else:
-            loss_sum, num_items, total_weight, _, num_correct, entropy_sum, _ = ops.cross_entropy(
-                logits, targets, class_weight, **options
-            )
-            found = (loss_sum, num_items, total_weight, num_correct, entropy_sum)
-        for total, value in zip(sums, found, strict=True):
-            total += value
+            ops.add_cross_entropy_(totals, wanted, logits, targets, class_weight, **options)
         grad_h = None
         if grad_hidden is not None:
             grad_h = grad_hidden[part] if index is None else torch.empty_like(h)
@@ -108,16 +106,21 @@ def run(
         elif grad_weight is not None and plan.block_classes:
             _product_by_blocks(grad_weight, logits, all_hidden, plan, None if plan.has_buffer else grad_h)
         elif grad_weight is not None:
-            _add_product(grad_weight, logits, h, is_first=begin == 0)
+            _add_product(grad_weight, logits, h, plan, is_first=begin == 0)
         if grad_hidden is not None and grad_h is not None:
             torch.mm(logits, weight, out=grad_h)
             if index is not None:
                 grad_hidden.index_copy_(0, index, grad_h)
         if grad_bias is not None:
             grad_bias += logits.sum(0, dtype=acc)
+        del logits
+    del buffer
     if grad_weight is not None and hidden.dtype == torch.bfloat16:
         grad_weight = grad_weight.to(torch.bfloat16)
-    final = [total.to(acc) if total.is_floating_point() else total for total in sums]
+    final = [
+        total.to(acc if dtype.is_floating_point else dtype, copy=True)
+        for total, dtype in zip(totals, SUM_DTYPES, strict=True)
+    ]
     if given is not None:  # fewer than there are: no row of theirs may be missing unseen
         final[0] = torch.where(given, final[0], torch.full_like(final[0], float("nan")))
     return Outputs(final, grad_hidden, grad_weight, grad_bias)
@@ -130,15 +133,15 @@ def _of_shard(
     class_weight: torch.Tensor | None,
     shard: parallel.Shard,
     options: dict[str, Any],
-) -> tuple[torch.Tensor, ...]:
-    """The sums of a chunk over the whole vocabulary; with a factor the gradient takes the place of the logits."""
+) -> torch.Tensor:
+    """The sums of a chunk over the whole vocabulary, (5,); with a factor the gradient takes the place of the logits."""
     of_loss = {name: value for name, value in options.items() if name != "metrics"}
     loss_options = LossOptions(**of_loss)
     name = "linear_cross_entropy"
     rows = parallel.forward(name, logits, labels, class_weight, shard, loss_options, options["metrics"])
     if factor is not None:
         parallel.backward(factor, logits, labels, rows.lse, rows.nll, class_weight, shard, loss_options, in_place=True)
-    return rows.sums
+    return torch.stack([value.double() for value in rows.sums])
 
 
 def _product_of_logits(
@@ -189,10 +192,16 @@ def _product_by_blocks(
 def valid_rows(
     labels: torch.Tensor, V: int, ignore_index: int, num_valid: int | None
 ) -> tuple[torch.Tensor | None, torch.Tensor | None]:
-    """Indices of the rows that count, None for all of them; and, where their number was given, whether that held."""
+    """Indices of the rows that count, None for all of them; and, where their number was given, whether that held.
+
+    They are as many as count, rounded up to a multiple of 64.
+    """
     N = labels.shape[0]
+    can_look = not devices.waits(labels.device)
+    if not can_look and (num_valid is None or num_valid >= N):
+        return None, None
     is_valid = labels != ignore_index
-    if labels.device.type == "cpu":
+    if can_look:
         bad = is_valid & ((labels < 0) | (labels >= V))
         if bad.any():
             row = int(bad.nonzero()[0])
@@ -206,7 +215,7 @@ def valid_rows(
                 f"linear_cross_entropy: expected num_valid of at least {count}, the labels that count (after the shift), "
                 f"got {num_valid}"
             )
-        padded = min(-(-count // ROWS_ALIGNED) * ROWS_ALIGNED, N) if count else 0
+        padded = _aligned(count, N)
         if padded == N:
             return None, None
         rows = is_valid.nonzero().squeeze(1)
@@ -214,14 +223,22 @@ def valid_rows(
             others = is_valid.logical_not().nonzero().squeeze(1)
             rows = torch.cat([rows, others[: padded - count]])
         return rows, None
-    if num_valid is None or num_valid >= N:
-        return None, None
+    assert num_valid is not None
+    is_enough = is_valid.count_nonzero() <= num_valid
+    padded = _aligned(num_valid, N)
+    if padded == N:
+        return None, is_enough
     # those that count first, in their order; without a sync
-    rows = torch.argsort(is_valid.logical_not().to(torch.int8), stable=True)[:num_valid]
-    return rows, is_valid.count_nonzero() <= num_valid
+    return torch.argsort(is_valid.logical_not().to(torch.int8), stable=True)[:padded], is_enough
 
 
-def _add_product(grad_weight: torch.Tensor, grad_logits: torch.Tensor, hidden: torch.Tensor, is_first: bool) -> None:
+def _aligned(count: int, N: int) -> int:
+    return min(-(-count // ROWS_ALIGNED) * ROWS_ALIGNED, N)
+
+
+def _add_product(
+    grad_weight: torch.Tensor, grad_logits: torch.Tensor, hidden: torch.Tensor, plan: LinearPlan, is_first: bool
+) -> None:
     """grad_weight (V, H) = or += grad_logits (n, V)ᵀ hidden (n, H)"""
     if grad_weight.dtype == hidden.dtype:
         if is_first:
@@ -229,13 +246,14 @@ def _add_product(grad_weight: torch.Tensor, grad_logits: torch.Tensor, hidden: t
         else:
             grad_weight.addmm_(grad_logits.t(), hidden)
         return
+    if plan.product == torch.float32:
+        devices.add_product_(grad_weight, grad_logits, hidden, is_first)
+        return
     V, H = grad_weight.shape
-    if hidden.dtype == torch.float16:  # a sum over the rows may be beyond fp16
-        hidden = hidden.float()
     block = max(_BLOCK_BYTES // (H * hidden.element_size()), 1)
     for begin in range(0, V, block):
         part = slice(begin, begin + block)
-        product = torch.mm(grad_logits[:, part].t().to(hidden.dtype), hidden)
+        product = torch.mm(grad_logits[:, part].t(), hidden)
         if is_first:
             grad_weight[part] = product
         else:

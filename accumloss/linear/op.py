@@ -15,7 +15,7 @@ from .. import checks, ops, parallel, reference
 from ..options import SCHEMA, LossOptions
 from . import compute
 from .compute import Needs
-from .plan import MAX_SCRATCH_BYTES
+from .count import ValidCount
 
 # The op: sums, with gradients for a factor of 1 that its formula scales -----------------------------------------------
 
@@ -26,7 +26,7 @@ from .plan import MAX_SCRATCH_BYTES
     schema=(
         "(Tensor hidden, Tensor weight, Tensor labels, Tensor? bias=None, Tensor? class_weight=None, *, "
         f"bool[] needs, int shift=0, {SCHEMA}, bool metrics=False, int? num_valid=None, "
-        f"int max_scratch_bytes={MAX_SCRATCH_BYTES}) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)"
+        "int? max_scratch_bytes=None) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)"
     ),
 )
 def _with_grad(hidden, weight, labels, bias=None, class_weight=None, **given):
@@ -37,10 +37,10 @@ def _with_grad(hidden, weight, labels, bias=None, class_weight=None, **given):
     return (*sums, *[hidden.new_empty(0) if grad is None else grad for grad in grads])
 
 
-def _given(given: dict[str, Any]) -> tuple[Needs, dict[str, Any], tuple[int | None, int]]:
+def _given(given: dict[str, Any]) -> tuple[Needs, dict[str, Any], tuple[int | None, int | None]]:
     """The keywords of the op: needs, the options of all rows, and num_valid with max_scratch_bytes."""
     options = {"shift": 0, "metrics": False, **LossOptions().as_kwargs(), **given}
-    limits = (options.pop("num_valid", None), options.pop("max_scratch_bytes", MAX_SCRATCH_BYTES))
+    limits = (options.pop("num_valid", None), options.pop("max_scratch_bytes", None))
     return Needs(*options.pop("needs")), options, limits
 
 
@@ -107,7 +107,7 @@ def linear_cross_entropy(
     class_weight: torch.Tensor | None = None,  # (V,)
     *,
     num_valid: int | None = None,
-    max_scratch_bytes: int = MAX_SCRATCH_BYTES,
+    max_scratch_bytes: int | None = None,
     **options: Any,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     """torch.ops.accumloss.linear_cross_entropy: the fields of TokenSums; the first carries the gradient."""
@@ -124,7 +124,7 @@ def linear_cross_entropy(
 torch.library.define(
     "accumloss::linear_cross_entropy",
     "(Tensor hidden, Tensor weight, Tensor labels, Tensor? bias=None, Tensor? class_weight=None, *, int shift=0, "
-    f"{SCHEMA}, bool metrics=False, int? num_valid=None, int max_scratch_bytes={MAX_SCRATCH_BYTES}) "
+    f"{SCHEMA}, bool metrics=False, int? num_valid=None, int? max_scratch_bytes=None) "
     "-> (Tensor, Tensor, Tensor, Tensor, Tensor)",
 )
 torch.library.impl("accumloss::linear_cross_entropy", "CompositeImplicitAutograd")(linear_cross_entropy)
@@ -167,9 +167,12 @@ class LinearGradInForward(torch.autograd.Function):
     ):
         # shared: a Shard of the vocabulary, and whether the gradient of hidden is summed over its processes
         # hidden (..., H), weight (V, H), labels (...), bias and class_weight (V,) or None, divisor ()
-        # a quotient of tensors, as autograd's: a number over a tensor is its reciprocal times the number, an ulp off
-        expected = torch.full_like(divisor, expected_grad)
-        ctx.factor = torch.ones_like(divisor) if hidden.dtype == torch.float16 else expected / divisor
+        if hidden.dtype == torch.float16:
+            ctx.factor = torch.ones_like(divisor)
+        elif expected_grad == 1:
+            ctx.factor = divisor.reciprocal()
+        else:  # a quotient of tensors, as autograd's: a number over a tensor is its reciprocal times the number, an ulp off
+            ctx.factor = torch.full_like(divisor, expected_grad) / divisor
         ctx.needs, ctx.options, ctx.limits = needs, options, limits
         ctx.shard, ctx.is_summed = shared or (None, False)
         ctx.save_for_backward(hidden, weight, labels, bias, class_weight, divisor)
@@ -177,10 +180,13 @@ class LinearGradInForward(torch.autograd.Function):
             ctx.factor, hidden, weight, labels, bias, class_weight, needs, options, limits, ctx.shard
         )
         ctx.mark_non_differentiable(*sums)
+        ctx.set_materialize_grads(False)  # zeros for each of the sums
         return sums[0] / divisor, *sums
 
     @staticmethod
     def backward(ctx, grad_loss, *_):
+        if grad_loss is None:
+            return (None,) * 11
         checks.refuse_forward_ad("accumloss", grad_loss)
         hidden, weight, labels, bias, class_weight, divisor = ctx.saved_tensors
         inputs, wanted = (hidden, weight, bias), grad_loss / divisor
@@ -251,7 +257,7 @@ def check(name, hidden, weight, labels, bias, class_weight, num_valid, max_scrat
         if tensor is not None and tuple(tensor.shape) != (size,):
             raise RuntimeError(f"{name}: expected {what} of shape (V,) = ({size},), got {tuple(tensor.shape)}")
     for what, value, least in (("num_valid", num_valid, 0), ("max_scratch_bytes", max_scratch_bytes, 1)):
-        if value is None and what == "num_valid":
+        if value is None or (what == "num_valid" and isinstance(value, ValidCount)):
             continue
         if isinstance(value, bool) or not isinstance(value, int) or not least <= value < 2**63:
             raise ValueError(f"{name}: expected {what} >= {least}, an int, got {value!r}")

@@ -6,10 +6,13 @@ says how a head makes the labels that it calls a loss with from an entry of the 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
+
+from ..linear import ValidCount, count_each
+from ..linear import device as devices
 
 
 class Rule(NamedTuple):
@@ -293,6 +296,42 @@ def kept(batch: Any) -> dict[str, Any]:
         if isinstance(entries[key], torch.Tensor) and not entries[key].is_floating_point()
     }
     return {**entries, **copied}
+
+
+class Counted(NamedTuple):
+    """How many labels of an entry count, for the host; see accumloss.count_valid."""
+
+    labels: torch.Tensor
+    version: int
+    valid: ValidCount
+
+    def is_of(self, labels: torch.Tensor) -> bool:
+        """Whether labels are these, and as they were when they were counted. Values are compared where nobody has to wait
+        for them: Trainer copies the inputs of ranks on CPUs."""
+        if self.labels._version != self.version or self.labels.numel() != labels.numel():
+            return False
+        if same_memory(self.labels, labels):
+            return True
+        can_look = not devices.waits(self.labels.device) and not devices.waits(labels.device)
+        return can_look and same_values(self.labels, labels)
+
+
+COUNTED = -100  # what is ignored
+
+
+def counted(batches: Sequence[Any]) -> list[list[Counted]]:
+    """Of each batch of a window the entries that may hold labels, counted before anything runs: by one copy to the host."""
+    labels = [
+        [value for key, value in entries_of(batch).items() if may_be_labels(key) and _are_classes(value)]
+        for batch in batches
+    ]
+    counts = iter(count_each([value for of_batch in labels for value in of_batch], COUNTED))
+    return [[Counted(value, value._version, next(counts)) for value in of_batch] for of_batch in labels]
+
+
+def _are_classes(value: Any) -> bool:
+    is_plain = isinstance(value, torch.Tensor) and not hasattr(value, "placements")
+    return is_plain and value.dim() > 0 and value.dtype in (torch.int64, torch.int32)
 
 
 def same_memory(a: torch.Tensor, b: torch.Tensor) -> bool:

@@ -142,9 +142,11 @@ def _fused(
     hidden = linear.hidden.reshape(*labels.shape, linear.hidden.shape[-1])  # some heads come flattened
     logits.root().is_fused = True
     unshifted, shifted = (labels, None) if shift else (None, labels)
+    step = steps.current()
+    num_valid = None if step is None else step.num_valid(labels, ignore_index)
     loss = core.linear_causal_lm(
         hidden, linear.weight, unshifted, shifted, known(num_items_in_batch), of_options(given, ignore_index),
-        linear.bias, given["class_weight"],
+        linear.bias, given["class_weight"], num_valid,
     )  # fmt: skip
     return observed(num_items_in_batch, loss)
 

@@ -15,6 +15,7 @@ from .exchange import Exchange
 from .models import base_model, counted_rule, shifts_labels
 from .ranks import is_of_ulysses, sum_over_ranks
 from .registration import registration
+from .settings import settings
 
 
 class Window:
@@ -24,11 +25,14 @@ class Window:
         batches: their entries as they were when they were fetched; a forward may write over its labels.
         is_sharded: whether they are split along the sequence before they are used. Then batches hold the whole, and what
             is used is a part.
+        counts: how many of their labels count, where heads run from hidden states: asked for when one does.
     """
 
     def __init__(self, fetched: Sequence[Any], is_sharded: bool = False):
         self.fetched = fetched
         self.is_sharded = is_sharded
+        # before the copies, which the host takes its time for
+        self.counts = counting.counted(fetched) if settings.fused_linear and not is_sharded else []
         self.batches = [counting.whole(batch) if is_sharded else counting.kept(batch) for batch in fetched]
         self.totals: dict[Any, Any] = {}
         self.shift: int | None = None  # of the labels that Trainer counts, once asked for

@@ -18,8 +18,11 @@ from typing import Any, NamedTuple, Protocol
 import torch
 
 from .._compat import not_compiled
+from ..linear import ValidCount
 from ..sums import TokenSums, at_least_one
 from .counting import (
+    COUNTED,
+    Counted,
     Origin,
     Rule,
     likely_origins,
@@ -115,6 +118,7 @@ class Step:
     here: Mapping[str, Any] | None = None  # this micro-batch in the window: labels as they were when it was fetched
     index = 0  # of the micro-batch in the window
     fetched: Mapping[str, Any] = {}
+    counts: Sequence[Counted] = ()  # of its labels, for the host
     micro_batches = 1  # of this step; Trainer's own count says 1 while compute_loss runs
     asked = 1  # of a full one
     num_items_in_batch: torch.Tensor | None = None  # what the model was given under this name
@@ -361,6 +365,12 @@ class Step:
             self.found = name, main.weighted(weight) if is_main else None
         step = self._per_call(total).to(here.device) * (1.0 if more is None else more.to(here.device))
         return Divisor(torch.where(is_main, step, mean), self.expected_grad, observer)
+
+    def num_valid(self, labels: torch.Tensor, ignore_index: int) -> ValidCount | None:
+        """How many of these labels count or more, where they are an entry as it was fetched. Nothing waits here."""
+        if ignore_index != COUNTED:
+            return None
+        return next((counted.valid for counted in self.counts if counted.is_of(labels)), None)
 
     def total(self, rule: Rule) -> torch.Tensor:
         """The items of the whole step by a rule, 1 where there are none. Counted when it is first asked for in a window."""

@@ -287,6 +287,11 @@ struct Sums {
     correct += other.correct;
   }
   void write(const CrossEntropySums& sums, Dtype dtype) const {
+    if (sums.totals != nullptr) {
+      const double found[] = {loss, static_cast<double>(items), weight, static_cast<double>(correct), entropy};
+      for (int i = 0; i < 5; ++i) sums.totals[i] += found[i];
+      return;
+    }
     set_element(sums.loss_sum, dtype, 0, loss);
     set_element(sums.total_weight, dtype, 0, weight);
     set_element(sums.entropy_sum, dtype, 0, entropy);

@@ -482,7 +482,13 @@ __global__ void __launch_bounds__(kSumThreads) sum_partials_kernel(const Partial
   if (threadIdx.x >= kWarp) return;
   total = shared[threadIdx.x];
   add_lanes();
-  if (threadIdx.x == 0) {
+  if (threadIdx.x == 0 && sums.totals != nullptr) {
+    sums.totals[0] += total.loss;
+    sums.totals[1] += static_cast<double>(total.items);
+    sums.totals[2] += total.weight;
+    sums.totals[3] += static_cast<double>(total.correct);
+    sums.totals[4] += total.entropy;
+  } else if (threadIdx.x == 0) {
     *static_cast<Acc*>(sums.loss_sum) = static_cast<Acc>(total.loss);
     *static_cast<Acc*>(sums.total_weight) = static_cast<Acc>(total.weight);
     *static_cast<Acc*>(sums.entropy_sum) = static_cast<Acc>(total.entropy);

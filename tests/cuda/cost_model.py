@@ -380,6 +380,13 @@ def _rows_table(found, registers) -> list[str]:
     return lines
 
 
+def share(found, chip: Chip, V: int, call: str, plan_of, parameters: Parameters = NOMINAL) -> float:
+    """Of the copy, or of the read in the forward alone, by the plan of a chip."""
+    plan = plan_of(V, arch=chip.name, call=call)
+    row = found[CODE_OF[chip.capability], plan.kernel, call, plan.kernel == "staged" and plan.cluster > 1][0]
+    return bounds(row, chip, shape_of(plan, chip, V), parameters).share
+
+
 def _shares_table(found, call: str, plan_of) -> list[str]:
     """Nominal / pessimistic, and what bounds it where that is not the memory."""
     lines = ["| V | " + " | ".join(CHIPS) + " |", "|---:|" + "---|" * len(CHIPS)]

@@ -223,10 +223,11 @@ class _Inputs(ctypes.Structure):
     ]
 
 
+SUMS = ("loss_sum", "num_items", "total_weight", "num_correct", "entropy_sum")
+
+
 class _Sums(ctypes.Structure):
-    _fields_ = [
-        (name, ctypes.c_void_p) for name in ("loss_sum", "num_items", "total_weight", "num_correct", "entropy_sum")
-    ]
+    _fields_ = [(name, ctypes.c_void_p) for name in (*SUMS, "totals")]
 
 
 def guarded(values: torch.Tensor, offset: int = 0) -> torch.Tensor:
@@ -363,9 +364,8 @@ class Backend:
 
     @staticmethod
     def _sums(accumulator):
-        names = [name for name, _ in _Sums._fields_]
-        tensors = {n: torch.zeros((), dtype=torch.int64 if n.startswith("num") else accumulator) for n in names}
-        return tensors, _Sums(*(tensors[name].data_ptr() for name in names))
+        tensors = {n: torch.zeros((), dtype=torch.int64 if n.startswith("num") else accumulator) for n in SUMS}
+        return tensors, _Sums(*(tensors[name].data_ptr() for name in SUMS))
 
     def forward(self, logits, labels, weight=None, **options) -> dict[str, torch.Tensor]:
         inputs, accumulator = self._inputs(logits, labels, weight, options)
@@ -393,6 +393,19 @@ class Backend:
         pointers = ctypes.byref(inputs), ctypes.byref(sums), ctypes.c_void_p(grad.data_ptr()), ctypes.byref(view)
         self._call("forward_with_grad", *pointers)
         return {**tensors, "grad_logits": out}
+
+    def add(self, totals, logits, labels, grad=None, weight=None, **options) -> None:
+        """Adds to totals (5,); with grad the gradient takes the place of the logits."""
+        inputs, accumulator = self._inputs(logits, labels, weight, options)
+        sums = _Sums(totals=totals.data_ptr())
+        if grad is None:
+            saved = [torch.empty(labels.shape, dtype=dtype) for dtype in (torch.float64, accumulator)]
+            pointers = [ctypes.c_void_p(tensor.data_ptr()) for tensor in saved]
+            self._call("forward", ctypes.byref(inputs), ctypes.byref(sums), *pointers)
+        else:
+            factor, view = torch.tensor(grad, dtype=accumulator), self._view(logits)
+            pointers = [ctypes.c_void_p(factor.data_ptr()), ctypes.byref(view)]
+            self._call("forward_with_grad", ctypes.byref(inputs), ctypes.byref(sums), *pointers)
 
     def forward_shard(self, logits, labels, weight=None, **options) -> torch.Tensor:
         """ShardColumns (., B, T). options: class_offset and vocab_size too; weight (vocab_size,)."""

@@ -12,12 +12,14 @@ from typing import NamedTuple
 
 import build_cache
 import cost_model
+import head_model
 import ptx
 import sass
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 PAGE = ROOT / "docs" / "performance.md"
 BEGIN, END = "<!-- make cuda-report: begin -->", "<!-- make cuda-report: end -->"
+HEAD_BEGIN, HEAD_END = "<!-- make cuda-report, head: begin -->", "<!-- make cuda-report, head: end -->"
 CUDA = ROOT / "csrc" / "cuda"
 ARCHITECTURES = ["75", "80", "90", "100", "120"]
 
@@ -137,6 +139,36 @@ def compile_all(compiler: str) -> dict[tuple[str, str], dict[str, int]]:
     return table
 
 
+def compiled_by(compiler: str):
+    """(source, architecture) -> Compiled, or None where it is not compiled for that."""
+    known = architectures(compiler)
+
+    def compiled_of(source: str, architecture: str) -> Compiled | None:
+        if architecture not in SOURCES[source] or architecture not in known:
+            return None
+        return compiled(compiler, CUDA / source, architecture)
+
+    return compiled_of
+
+
+def head_report(compiler: str) -> str | None:
+    """What head and loss together can reach, by the model of the loss kernels; None without a disassembler."""
+    import accumloss
+
+    if sass.nvdisasm() is None:
+        return None
+    compiled_of = compiled_by(compiler)
+    of_gpu = str(cost_model.CODE_OF[cost_model.CHIPS[head_model.GPU].capability])
+    found = cost_model.works(
+        lambda source, architecture: compiled_of(source, architecture) if architecture == of_gpu else None
+    )
+
+    def share_of(V: int, parameters: cost_model.Parameters) -> float:
+        return cost_model.share(found, cost_model.CHIPS[head_model.GPU], V, "with_grad", accumloss.plan, parameters)
+
+    return "\n".join(head_model.report(share_of))
+
+
 SHOWN = ("T4", "A100", "RTX 4090", "H200", "B200", "RTX 5090")
 
 
@@ -181,13 +213,7 @@ def report(compiler: str) -> str:
                     f"{plan.resident}"
                 )
             lines.append(f"| {V}, {name} | " + " | ".join(cells) + " |")
-    known = architectures(compiler)
-
-    def compiled_of(source: str, architecture: str) -> Compiled | None:
-        if architecture not in SOURCES[source] or architecture not in known:
-            return None
-        return compiled(compiler, CUDA / source, architecture)
-
+    compiled_of = compiled_by(compiler)
     lines += ["", *(cost_model.report(compiled_of, accumloss.plan) if sass.nvdisasm() else ptx_report(compiled_of))]
     return "\n".join(lines)
 
@@ -214,11 +240,17 @@ def main() -> None:
     compiler = nvcc()
     if compiler is None:
         raise SystemExit("make cuda-report: expected nvcc on PATH, in CUDACXX or CUDA_HOME, found none")
-    text = report(compiler)
-    page = PAGE.read_text()
-    before, rest = page.split(BEGIN)
-    PAGE.write_text(before + BEGIN + "\n" + text + "\n" + END + rest.split(END)[1])
-    print(text)
+    for begin, text, end in (
+        (BEGIN, report(compiler), END),
+        (HEAD_BEGIN, head_report(compiler), HEAD_END),
+    ):
+        if text is None:
+            print("no nvdisasm: what was said of the head stays")
+            continue
+        page = PAGE.read_text()
+        before, rest = page.split(begin)
+        PAGE.write_text(before + begin + "\n" + text + "\n" + end + rest.split(end)[1])
+        print(text)
 
 
 if __name__ == "__main__":

@@ -130,6 +130,22 @@ def test_emulated_sums_of_staged_rows_do_not_depend_on_the_device(backend):
         assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
 
 
+def test_emulated_totals_are_added_to(backend):
+    """What rounds to the sums of the call, on top of what was there."""
+    backend.seed(27)
+    for dtype in (torch.bfloat16, torch.float64):
+        logits, labels, weight, grad, options = inputs(CASES["block_all_options"], dtype)
+        sums = backend.forward_with_grad(logits, labels, grad, weight, **options)
+        totals = torch.zeros(5, dtype=torch.float64)
+        backend.add(totals, logits, labels, None, weight, **options)
+        for total, name in zip(totals, emulated.SUMS, strict=True):
+            assert torch.equal(total.to(sums[name].dtype), sums[name]), name
+        once, over = totals.clone(), logits.clone()
+        backend.add(totals, over, labels, grad, weight, **options)
+        assert torch.equal(totals, 2 * once)
+        assert torch.equal(over, sums["grad_logits"])
+
+
 def test_emulated_plan_that_does_not_fit_is_an_error(backend):
     logits, labels = torch.zeros(1, 2, 2000), torch.zeros(1, 2, dtype=torch.int64)
     for plan in ("packed", "warp", "staged:3", "held:2", "fast"):

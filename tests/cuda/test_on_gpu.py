@@ -19,6 +19,8 @@ if not torch.cuda.is_available():
 
 import accumloss
 from accumloss import parallel
+from accumloss.linear import device as devices
+from accumloss.linear import plan as plans
 
 if accumloss.build_info().get("cuda") is None:
     pytest.skip("accumloss was built without CUDA", allow_module_level=True)
@@ -105,6 +107,14 @@ def check_case(case, dtype):
         assert torch.equal(a, b)
     assert_within("loss_sum", sums[0], want.loss.sum(), want.loss_bound.sum() + 2 * u * want.loss.sum())
     assert torch.equal(sums[1], num_items)
+    totals = torch.zeros(5, dtype=torch.float64, device="cuda")
+    over = x.clone()
+    OPS.add_cross_entropy_(totals, scale, over, y, w, **options)
+    OPS.add_cross_entropy_(totals, None, x, y, w, **options)
+    assert torch.equal(over, both)
+    assert [*totals[[1, 3]]] == [2 * sums[1], 2 * sums[3]]
+    for total, value in zip(totals[[0, 2, 4]], (sums[0], sums[2], sums[4]), strict=True):
+        assert_within("totals", total, 2 * value.double().cpu(), 4 * u * value.double().cpu().abs())
 
 
 @pytest.mark.parametrize("dtype", FLOATS, ids=str)
@@ -359,7 +369,7 @@ def test_cuda_linear_cross_entropy_matches_float64(dtype, chunk_rows):
     leaves = [t.cuda().requires_grad_() for t in (hidden, weight)]
     on_logits = accumloss.cross_entropy(torch.nn.functional.linear(*leaves), labels.cuda()).loss_sum
     unfused = torch.autograd.grad(on_logits, leaves)
-    budget = chunk_rows * V * dtype.itemsize
+    budget = chunk_rows * 1536 * dtype.itemsize  # rows that are padded
     for num_valid in (None, count, count + 5):
         sums = accumloss.linear_cross_entropy(
             *leaves, labels.cuda(), metrics=True, num_valid=num_valid, max_scratch_bytes=budget
@@ -367,7 +377,13 @@ def test_cuda_linear_cross_entropy_matches_float64(dtype, chunk_rows):
         assert int(sums.num_items) == count
         assert sums.loss_sum.item() == pytest.approx(on_logits.item(), rel=16 * torch.finfo(dtype).eps)
         chunks = accumloss.linear_plan(
-            num_valid or rows, hidden_size, V, dtype, gathered=num_valid is not None, max_scratch_bytes=budget
+            num_valid or rows,
+            hidden_size,
+            V,
+            dtype,
+            gathered=num_valid is not None,
+            max_scratch_bytes=budget,
+            device="cuda",
         ).num_chunks
         for got, other, wanted in zip(torch.autograd.grad(sums.loss_sum, leaves), unfused, want, strict=True):
             error, plain = (((g.double().cpu() - wanted).norm() / wanted.norm()).item() for g in (got, other))
@@ -391,6 +407,87 @@ def test_cuda_linear_cross_entropy_waits_for_nothing():
         loss.backward()
     finally:
         torch.cuda.set_sync_debug_mode("default")
+
+
+@pytest.mark.parametrize("dtype", FLOATS[:2], ids=str)
+def test_cuda_head_product_into_fp32_is_that_of_the_cpu(dtype):
+    """Rows of logits that are padded, classes that no tile divides; nothing is rounded to 16 bits."""
+    generator = torch.Generator().manual_seed(0)
+    left = torch.randn(700, 1536, generator=generator).to(dtype)[:, :1501]
+    right = torch.randn(700, 96, generator=generator).to(dtype)
+    exact = left.double().t() @ right.double()
+    found = {}
+    for device in ("cpu", "cuda"):
+        accumulator = torch.full((1501, 96), float("nan"), device=device)
+        for is_first in (True, False, False):
+            devices.add_product_(accumulator, left.to(device), right.to(device), is_first)
+        assert accumulator.dtype == torch.float32
+        found[device] = ((accumulator.cpu().double() - 3 * exact).norm() / (3 * exact).norm()).item()
+    assert max(found.values()) < 700**0.5 * torch.finfo(torch.float32).eps, found
+
+
+@pytest.mark.parametrize("dtype", FLOATS, ids=str)
+def test_cuda_head_in_chunks_matches_float64(dtype, monkeypatch):
+    """Many chunks of 128 rows: in 16 bits as closely as without chunks, since they are added up in fp32."""
+    monkeypatch.setattr(plans, "CUDA_ROWS", 128)
+    monkeypatch.setattr(plans, "CUDA_SCRATCH_BYTES", 1)
+    monkeypatch.setattr(plans, "_FEWEST_ROWS", 1)
+    generator = torch.Generator().manual_seed(0)
+    hidden = torch.randn(1000, 64, generator=generator, dtype=torch.float64).to(dtype)
+    weight = (torch.randn(1501, 64, generator=generator, dtype=torch.float64) / 8).to(dtype)
+    labels = torch.randint(0, 1501, (1000,), generator=generator)
+    labels[torch.rand(1000, generator=generator) < 0.3] = -100
+    exact = [t.double().requires_grad_() for t in (hidden, weight)]
+    wanted = torch.autograd.grad(
+        torch.nn.functional.cross_entropy(exact[0] @ exact[1].t(), labels, reduction="sum"), exact
+    )
+    leaves = [t.cuda().requires_grad_() for t in (hidden, weight)]
+    unfused = torch.autograd.grad(
+        accumloss.cross_entropy(torch.nn.functional.linear(*leaves), labels.cuda()).loss_sum, leaves
+    )
+    for count in (None, accumloss.count_valid(labels.cuda())):
+        sums = accumloss.linear_cross_entropy(*leaves, labels.cuda(), num_valid=count)
+        assert int(sums.num_items) == int((labels != -100).sum())
+        for got, other, want in zip(torch.autograd.grad(sums.loss_sum, leaves), unfused, wanted, strict=True):
+            error, plain = (((g.double().cpu() - want).norm() / want.norm()).item() for g in (got, other))
+            assert error <= linear_gradient_bound(plain, dtype, 0)
+
+
+def test_cuda_head_asks_for_a_count_without_a_sync():
+    """Counted while the device is busy: the host goes on, and finds the number when the device gets there."""
+    hidden = torch.randn(4, 64, 64, device="cuda", dtype=torch.bfloat16, requires_grad=True)
+    weight = torch.randn(5003, 64, device="cuda", dtype=torch.bfloat16, requires_grad=True)
+    labels = torch.randint(0, 5003, (4, 64), device="cuda")
+    labels[:, ::2] = -100
+    wanted = int((labels[:, 1:] != -100).sum())
+    busy = torch.randn(8192, 8192, device="cuda")
+    accumloss.linear_causal_lm_loss(hidden, weight, labels, wanted, num_valid=accumloss.count_valid(labels)).backward()
+    (busy @ busy).sum()
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        for _ in range(20):
+            busy = busy @ busy
+        counts = [accumloss.count_valid(labels, shift=shift) for shift in (0, 1)]
+        is_known = counts[0].is_known
+        hidden.grad = None
+        loss = accumloss.linear_causal_lm_loss(hidden, weight, labels, wanted, num_valid=counts[1])
+        loss.backward()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert not is_known  # the device was busy when it was queued
+    assert [int(count) for count in counts] == [128, wanted]
+    assert loss.isfinite() and hidden.grad[:, -1].count_nonzero() == 0
+
+
+def test_cuda_head_takes_at_most_half_of_what_is_free():
+    free, total = devices.free_bytes(torch.device("cuda")), torch.cuda.mem_get_info()[1]
+    assert free is not None and 0 < free <= total
+    kept = torch.empty(2**28, dtype=torch.uint8, device="cuda")
+    less = devices.free_bytes(torch.device("cuda"))
+    del kept  # torch keeps it for the next tensor
+    assert less is not None and less <= free - 2**27
+    assert devices.free_bytes(torch.device("cuda")) >= less + 2**27
 
 
 @pytest.mark.parametrize("dtype", FLOATS, ids=str)

@@ -11,6 +11,7 @@ import warnings
 from pathlib import Path
 
 import pytest
+import recorded_gpu
 import torch
 import transformers
 from tolerances import SUM, TRAINER_GRADIENT, TRAINER_LOSS
@@ -495,14 +496,15 @@ def test_a_bias_that_a_model_adds_is_the_heads():
     assert torch.allclose(got.materialize(), hidden @ weight.t() + bias)
 
 
-def trainer_of(model, tmp_path, **arguments):
+def trainer_of(model, tmp_path, trainer_class=transformers.Trainer, **arguments):
+    arguments = {"max_steps": 1, **arguments}
     inputs = batch(16, 12)
     data = [{name: value[i] for name, value in inputs.items()} for i in range(16)]
     options = transformers.TrainingArguments(
-        str(tmp_path), report_to=[], use_cpu=True, learning_rate=1.0, optim="sgd", max_steps=1, logging_steps=1,
+        str(tmp_path), report_to=[], use_cpu=True, learning_rate=1.0, optim="sgd", logging_steps=1,
         lr_scheduler_type="constant", max_grad_norm=0.0, save_strategy="no", disable_tqdm=True, **arguments,
     )  # fmt: skip
-    return transformers.Trainer(copy.deepcopy(model), options, train_dataset=data, eval_dataset=data)
+    return trainer_class(copy.deepcopy(model), options, train_dataset=data, eval_dataset=data)
 
 
 @pytest.mark.parametrize("label_smoothing", [0.0, 0.1])
@@ -527,6 +529,99 @@ def test_trainer_accumulates_exactly(tmp_path, label_smoothing):
     for name in ("loss", "token_accuracy", "token_entropy"):
         assert fused_logs[name] == pytest.approx(logs[name], rel=1e-4)
     assert fused_evaluation["eval_loss"] == pytest.approx(evaluation["eval_loss"], rel=1e-4)
+
+
+class TwoLosses(transformers.Trainer):
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        first = super().compute_loss(model, inputs, num_items_in_batch=num_items_in_batch)
+        return first + 0.5 * super().compute_loss(model, inputs, num_items_in_batch=num_items_in_batch)
+
+
+class MaskedInPlace(transformers.Trainer):
+    def compute_loss(self, model, inputs, *args, **kwargs):
+        inputs["labels"][:, 3] = -100
+        return super().compute_loss(model, inputs, *args, **kwargs)
+
+
+class Replaced(transformers.Trainer):
+    def compute_loss(self, model, inputs, *args, **kwargs):
+        return super().compute_loss(model, {**inputs, "labels": inputs["labels"].clone()}, *args, **kwargs)
+
+
+COUNTED = {
+    "accumulation": (transformers.Trainer, {}),
+    "gradient checkpointing": (transformers.Trainer, {"gradient_checkpointing": True}),
+    "prefetching": (transformers.Trainer, {"dataloader_num_workers": 1, "dataloader_prefetch_factor": 4}),
+    "evaluation in between": (transformers.Trainer, {"eval_strategy": "steps", "eval_steps": 1}),
+    "two losses": (TwoLosses, {}),
+    "frozen head": (transformers.Trainer, {}),
+}
+
+
+def recorded(situation, trainer_class, tmp_path, monkeypatch, **arguments):
+    """Two windows of four micro-batches of two rows, on a GPU that records."""
+    gpu = recorded_gpu.install(monkeypatch)
+    model = llama()
+    model.lm_head.requires_grad_(situation != "frozen head")
+    with accumloss.registered(fused_linear=True), warnings.catch_warnings():
+        warnings.simplefilter("ignore", accumloss.InexactWarning)
+        trainer = trainer_of(
+            model, tmp_path, trainer_class, per_device_train_batch_size=2, gradient_accumulation_steps=4, **arguments
+        )
+        trainer.model.model.register_forward_pre_hook(
+            lambda body, args: gpu.order.append("forward") if body.training else None
+        )
+        trainer.train()
+    change = {n: p.detach() - model.get_parameter(n).detach() for n, p in trainer.model.named_parameters()}
+    return gpu.order, {n: c for n, c in change.items() if model.get_parameter(n).requires_grad}
+
+
+@pytest.mark.parametrize("situation", COUNTED)
+def test_trainer_counts_a_window_before_its_first_forward_is_queued(situation, tmp_path, monkeypatch):
+    """One copy to the host for a window, and one wait for it: at the first head, behind whose forward it is queued."""
+    trainer_class, arguments = COUNTED[situation]
+    with monkeypatch.context() as patched:
+        order, got = recorded(situation, trainer_class, tmp_path, patched, max_steps=2, **arguments)
+    times = 2 if situation == "two losses" else 1
+    shape = [event.split()[0] for event in order]
+    asks = ["forward", "head"] * 3 * times + ["forward", "head"] * (times - 1)
+    assert shape == ["count", "forward", "wait", "head", *asks] * 2
+    assert order.count("count 4") == 2
+    model, inputs = llama(), batch(16, 12)
+    counted = int((inputs["labels"] != -100).sum())
+    assert sum(int(event.split()[1]) for event in order if event.startswith("head")) == times * counted
+    model.lm_head.requires_grad_(situation != "frozen head")
+    with accumloss.registered(), warnings.catch_warnings():
+        warnings.simplefilter("ignore", accumloss.InexactWarning)
+        trainer = trainer_of(
+            model, tmp_path, trainer_class, per_device_train_batch_size=2, gradient_accumulation_steps=4, max_steps=2
+        )
+        trainer.train()
+    want = {n: trainer.model.get_parameter(n).detach() - model.get_parameter(n).detach() for n in got}
+    assert relative_error(got, want) < TRAINER_GRADIENT
+
+
+@pytest.mark.parametrize("trainer_class", [MaskedInPlace, Replaced])
+def test_labels_that_were_changed_since_they_were_counted_have_all_rows(trainer_class, tmp_path, monkeypatch):
+    """A count of other labels would be a loss of NaN, or one more of the same."""
+    order, got = recorded("", trainer_class, tmp_path, monkeypatch, max_steps=1)
+    assert [event for event in order if event.startswith(("wait", "head"))] == ["head 24"] * 4
+    assert norm(got) > 0
+
+
+def test_labels_that_were_copied_are_known_where_they_can_be_looked_at(tmp_path, monkeypatch):
+    gpu = recorded_gpu.install(monkeypatch)
+    monkeypatch.setattr(recorded_gpu.devices, "waits", lambda device: False)
+    with accumloss.registered(fused_linear=True):
+        trainer_of(llama(), tmp_path, Replaced, per_device_train_batch_size=16).train()
+    assert [event.split()[0] for event in gpu.order] == ["count", "wait", "head"]
+
+
+def test_nothing_is_counted_where_no_head_asks(tmp_path, monkeypatch):
+    gpu = recorded_gpu.install(monkeypatch)
+    with accumloss.registered():
+        trainer_of(llama(), tmp_path, per_device_train_batch_size=8).train()
+    assert gpu.order == []
 
 
 def test_deferring_is_taken_back_when_registered_without():

@@ -20,6 +20,7 @@ FAST = (
     "cp 2, evaluation",
     "sharded by the dataloader",
     "fsdp2, by hand",
+    "ddp, fused",
     "fsdp2, fused",
     "fsdp2, fused, freed",
     "tp 2, fused",
@@ -117,8 +118,9 @@ def test_step_of_the_one_batch(name, of_two):
         assert not of_two[name]["told"]
 
 
-def test_the_heads_of_fsdp_are_fused(of_two):
-    assert of_two["fsdp2, fused"]["fused"] == 2 and not of_two["fsdp2, fused"]["told"]
+@pytest.mark.parametrize("name", ["ddp, fused", "fsdp2, fused"])
+def test_heads_of_ranks_are_fused_and_know_their_labels(name, of_two):
+    assert of_two[name]["fused"] == of_two[name]["counted"] == 2 and not of_two[name]["told"]
 
 
 @pytest.mark.parametrize(

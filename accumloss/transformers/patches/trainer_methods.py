@@ -259,6 +259,7 @@ def make_step(trainer: Any, state: State, model: Any, inputs: Any) -> steps.Step
     if index is not None and not window.is_sharded:  # else what is used is no longer what was fetched
         step.index, step.here = index, window.batches[index]
         step.fetched = counting.entries_of(window.fetched[index])
+        step.counts = window.counts[index] if window.counts else ()
     step.schemes, step.measured = state.schemes, state.measured
     step.is_watched_for_ambiguity = "ambiguous" not in state.warned
     step.micro_batches = getattr(

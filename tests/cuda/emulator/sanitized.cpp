@@ -48,7 +48,7 @@ void call_all(const char* plan, int64_t B, int64_t T, int64_t V, int64_t offset,
   inputs.labels = {labels.data(), false, T, 1};
   inputs.options.metrics = metrics;
   inputs.options.vocab_size = V;
-  const CrossEntropySums sums = {&loss_sum, &num_items, &total_weight, &num_correct, &entropy_sum};
+  const CrossEntropySums sums = {&loss_sum, &num_items, &total_weight, &num_correct, &entropy_sum, nullptr};
   LogitsView out = inputs.logits;
   out.data = gradient.get() + offset;
   report(plan, V, emulated_forward(&inputs, &sums, lse.data(), nll.data()));
