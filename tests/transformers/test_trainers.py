@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from tolerances import TRAINER_GRADIENT, TRAINER_LOSS
+from tolerances import ACCUMULATED_GRADIENT, TRAINER_GRADIENT, TRAINER_LOSS
 from torchrun import torchrun
 from training import Step, error, loss_error
 
@@ -22,6 +22,7 @@ from accumloss.auditing import trainers
 from accumloss.auditing.census import Worker
 
 SECONDS = 300
+MPO = "DPOTrainer MPO (sigmoid + bco_pair + sft)"
 NOT_INSTALLED = [name for name in ("trl", "sentence_transformers") if importlib.util.find_spec(name) is None]
 pytestmark = pytest.mark.skipif(
     bool(NOT_INSTALLED), reason=f"{' and '.join(NOT_INSTALLED)} not installed: pip install 'accumloss[trainers]'"
@@ -42,7 +43,7 @@ def assert_exact(line):
 
 
 # factors of its own, half of the rows, eval_loss
-@pytest.mark.parametrize("name", ["DPOTrainer MPO (sigmoid + bco_pair + sft)", "SFTTrainer nll"])
+@pytest.mark.parametrize("name", [MPO, "SFTTrainer nll"])
 def test_a_loss_that_stock_gets_wrong_is_exact(audited, name):
     assert_exact(audited(name))
 
@@ -106,8 +107,31 @@ def test_two_ranks(ranks):
         full = whole[name][1]
         assert error(ours, full) < TRAINER_GRADIENT, name
         assert loss_error(ours, full) < TRAINER_LOSS, name
-    mpo = "DPOTrainer MPO (sigmoid + bco_pair + sft)"
-    assert error(spread[mpo][1], whole[mpo][1]) > 0.1  # stock
+    assert error(spread[MPO][1], whole[MPO][1]) > 0.1  # stock
+
+
+@pytest.fixture(scope="module")
+def mixed(tmp_path_factory):
+    """What mixed_trainers.py found: the one batch in stock, four micro-batches with accumloss, and in stock."""
+    out = tmp_path_factory.mktemp("mixed") / "found.pt"
+    script = Path(__file__).with_name("mixed_trainers.py")
+    done = subprocess.run([sys.executable, script, out], capture_output=True, text=True, timeout=600, check=False)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return torch.load(out)
+
+
+@pytest.mark.slow("a process that imports TRL, and one model that is compiled; test_exactness.py has these of Trainer")
+def test_mixed_use(mixed):
+    assert len(mixed) == 11
+    for run, found in mixed.items():
+        assert not isinstance(found, str), (run, found)
+        full, ours, _ = (Step(way["gradients"], way["loss"], {}, None) for way in found)
+        bound = ACCUMULATED_GRADIENT[torch.bfloat16] if run[1] == "bf16" else TRAINER_GRADIENT
+        assert error(ours, full) < bound, run
+        assert loss_error(ours, full) < (bound if run[1] == "bf16" else TRAINER_LOSS), run
+        assert run[1] != "LoRA" or any("lora" in name for name in found[1]["gradients"]), run
+    full, _, stock = (Step(way["gradients"], way["loss"], {}, None) for way in mixed[MPO, "bf16"])
+    assert error(stock, full) > 0.1
 
 
 METRICS = """
