@@ -7,6 +7,8 @@ For the Makefile, `python build_tools/native.py missing` prints what pip has to 
 
 from __future__ import annotations
 
+import contextlib
+import hashlib
 import importlib.util
 import json
 import os
@@ -16,6 +18,8 @@ import shutil
 import subprocess
 import sys
 import sysconfig
+import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple, NoReturn
 
@@ -82,8 +86,14 @@ def find_tool(name: str) -> str | None:
 
 def check_compiler() -> None:
     if not sys.platform.startswith("linux"):
-        fail(f"Linux is needed, this is {sys.platform}")
-    chosen = shlex.split(os.environ.get("CXX", ""))[:1]
+        fail(f"Linux on x86_64 or aarch64 is supported, this is {sys.platform}: use a container, or WSL 2 on Windows")
+    try:
+        chosen = shlex.split(os.environ.get("CXX", ""))[:1]
+    except ValueError as error:
+        fail(f"CXX={os.environ['CXX']} is no command: {error}")
+    nvcc = os.environ.get("CUDACXX", "")
+    if nvcc and os.environ.get("ACCUMLOSS_CUDA") != "OFF" and not shutil.which(nvcc):
+        fail(f"CUDACXX={nvcc} was not found: name an nvcc, or set ACCUMLOSS_CUDA=OFF to build for CPU only")
     if not any(map(shutil.which, chosen or ["c++", "g++", "clang++"])):
         found = f"CXX={chosen[0]} was not found" if chosen else "none was found"
         fail(f"a C++17 compiler is needed, {found}: apt install g++ (conda: cxx-compiler), or set CXX to one")
@@ -164,6 +174,47 @@ def build(destination: Path) -> None:
     previous.write_text(settings)
     run([cmake, "--build", str(directory)])
     run([cmake, "--install", str(directory), "--prefix", str(destination), "--strip"])
+
+
+@contextlib.contextmanager
+def alone() -> Iterator[None]:
+    """One build of this folder at a time, whoever's it is: what setuptools writes into it has one name for all."""
+    import fcntl  # not on Windows, which is told what is supported
+
+    place = Path(tempfile.gettempdir()) / f"accumloss-build-{hashlib.sha256(str(ROOT).encode()).hexdigest()[:16]}"
+    try:
+        file = place.open("a")
+    except OSError as error:  # another user's, who may build here too
+        fail(f"{place} cannot be opened ({error.strerror}): remove it, or set TMPDIR to a folder of your own")
+    with file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            print(f"accumloss: waiting for another build of {ROOT}", flush=True)
+            fcntl.flock(file, fcntl.LOCK_EX)
+        yield
+
+
+@contextlib.contextmanager
+def writable() -> Iterator[None]:
+    """Goes on in a copy of the sources where they cannot be written to: setuptools and CMake build below them."""
+    global ROOT
+    if os.access(ROOT, os.W_OK):
+        yield
+        return
+    own, folder = ROOT, Path.cwd()
+    with tempfile.TemporaryDirectory(prefix="accumloss-") as copy:
+        ROOT = Path(copy) / "accumloss"
+        kept_out = shutil.ignore_patterns(".git", ".venv", "build", "dist", "*.egg-info", "__pycache__")
+        shutil.copytree(own, ROOT, ignore=kept_out, copy_function=shutil.copyfile)
+        for entry in (ROOT, *ROOT.rglob("*")):
+            entry.chmod(0o755 if entry.is_dir() else 0o644)
+        os.chdir(ROOT)
+        try:
+            yield
+        finally:
+            os.chdir(folder)
+            ROOT = own
 
 
 def remove_previous_package() -> None:

@@ -1,9 +1,11 @@
 """The build: one line where it cannot work, the right files in the sdist, a module inside the stable ABI."""
 
+import concurrent.futures
 import importlib.metadata
 import importlib.util
 import os
 import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -84,6 +86,60 @@ def test_build_without_compiler_says_what_to_install(tmp_path, code):
     assert_one_line(run_python(code, CXX="/nowhere/c++ -O1"), "CXX=/nowhere/c++ was not found")
 
 
+@pytest.mark.parametrize("code", [REQUIRES, BUILD])
+def test_build_says_in_one_line_what_is_wrong_with_a_compiler(code):
+    assert_one_line(
+        run_python(code, CXX="g++ 'unfinished"), "CXX=g++ 'unfinished is no command", "No closing quotation"
+    )
+    assert_one_line(
+        run_python(code, CUDACXX="/nowhere/nvcc"), "CUDACXX=/nowhere/nvcc was not found", "ACCUMLOSS_CUDA=OFF"
+    )
+    assert_one_line(run_python("import sys; sys.platform = 'darwin'; " + code), "Linux on x86_64 or aarch64", "darwin")
+
+
+def test_builds_of_one_folder_wait_for_each_other(tmp_path):
+    code = f"""
+import native, pathlib, time
+seen = pathlib.Path({str(tmp_path)!r})
+with native.alone():
+    assert not (seen / "inside").exists()
+    (seen / "inside").touch()
+    time.sleep(0.5)
+    (seen / "inside").unlink()"""
+    with concurrent.futures.ThreadPoolExecutor(3) as threads:
+        results = list(threads.map(lambda _: run_python(code, TMPDIR=tmp_path), range(3)))
+    assert [result.returncode for result in results] == [0, 0, 0], [result.stderr for result in results]
+    assert sum("waiting for another build" in result.stdout for result in results) >= 1
+
+
+def test_a_read_only_source_folder_is_built_in_a_copy(tmp_path):
+    (tmp_path / "csrc").mkdir()
+    for name in ("setup.py", "csrc/row.h"):
+        (tmp_path / name).write_text(name)
+    code = f"""
+import native, os, pathlib
+native.ROOT = own = pathlib.Path({str(tmp_path)!r})
+os.chdir(own)
+os.access = lambda path, mode: False
+with native.writable():
+    assert native.ROOT != own and pathlib.Path.cwd() == native.ROOT
+    assert (native.ROOT / "csrc" / "row.h").read_text() == "csrc/row.h"
+    (native.ROOT / "build").mkdir()
+assert native.ROOT == own and pathlib.Path.cwd() == own and not (own / "build").exists()"""
+    result = run_python(code)
+    assert result.returncode == 0, result.stderr
+
+
+def test_an_editable_install_of_a_read_only_folder_is_refused():
+    code = """
+import native, os
+native.prerequisites = lambda: None
+os.access = lambda path, mode: False
+import accumloss_backend
+accumloss_backend.build_editable(".")"""
+    assert_one_line(run_python(code), "an editable install writes into", "read-only", "pip install .")
+
+
 def test_build_without_cmake_says_what_to_install(tmp_path):
     make_program(tmp_path, "c++", "exit 0")
     hidden = f"import sysconfig; sysconfig.get_path = lambda name: {str(tmp_path)!r}; "
@@ -148,6 +204,20 @@ def test_configure_cuda_off_ignores_nvcc(tmp_path):
     result = configure(tmp_path, ACCUMLOSS_CUDA="OFF", PATH=f"{tmp_path}{os.pathsep}{os.environ['PATH']}")
     assert result.returncode == 0, result.stdout + result.stderr
     assert "CPU only" in result.stdout
+
+
+def test_configure_takes_a_comma_and_a_space_in_the_path_of_torch(tmp_path):
+    import torch
+
+    place = tmp_path / "a, b" / "torch"
+    place.parent.mkdir()
+    place.symlink_to(Path(torch.__file__).parent)
+    result = configure(tmp_path, f"-DACCUMLOSS_TORCH_DIR={place}", ACCUMLOSS_CUDA="OFF")
+    assert result.returncode == 0, result.stdout + result.stderr
+    (flags,) = re.findall(r"LINK_FLAGS = .*libtorch\.so.*", (tmp_path / "build" / "build.ninja").read_text())
+    words = shlex.split(flags.replace("$ ", " "))
+    assert f"{place}/lib/libtorch.so" in words and f"{place}/lib/libtorch_cpu.so" in words
+    assert words[words.index("--push-state") - 1] == "-Xlinker"
 
 
 def test_configure_refuses_unknown_cuda_setting(tmp_path):
