@@ -19,6 +19,7 @@ from .losses import (
 )
 from .ops import build_info, empty_cache
 from .options import LossOptions
+from .per_token import TokenStatistics, token_log_probs, token_losses, token_statistics
 from .sums import TokenSums
 from .transformers import (
     Explanation,
@@ -47,6 +48,7 @@ __all__ = [
     "InexactWarning",
     "LinearPlan",
     "LossOptions",
+    "TokenStatistics",
     "TokenSums",
     "Verification",
     "audit",
@@ -70,6 +72,9 @@ __all__ = [
     "semantic_segmentation_loss",
     "sequence_classification_loss",
     "token_classification_loss",
+    "token_log_probs",
+    "token_losses",
+    "token_statistics",
     "unregister_from_transformers",
     "verify",
     "vocabulary_parallel_plan",

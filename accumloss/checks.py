@@ -147,6 +147,23 @@ def check_saved(
     check_device(function, name, saved, logits)
 
 
+def check_token_grads(
+    function: str, grads: Sequence[torch.Tensor | None], labels: torch.Tensor, logits: torch.Tensor
+) -> None:
+    for name, grad in zip(("grad_loss", "grad_nll", "grad_lse", "grad_entropy"), grads, strict=True):
+        if grad is None:
+            continue
+        given = grad
+
+        def message(name: str = name, given: torch.Tensor = given) -> str:
+            return f"{name} of shape {_shape(labels)} as labels, got {_shape(given)}"
+
+        require(grad.dim() == labels.dim(), function, message)
+        for of_grad, of_label in zip(grad.shape, labels.shape, strict=False):
+            require(of_grad == of_label, function, message)
+        check_device(function, name, grad, logits)
+
+
 def check_in_place(function: str, logits: torch.Tensor) -> None:
     if logits.dim() < 1 or not _is_known(logits):
         return

@@ -15,8 +15,17 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 
-from . import checks, linear, ops, parallel, reference
-from ._compat import is_functorch_active
+from . import linear, ops, parallel, reference
+from .arguments import (
+    check_class_weight,
+    check_in_place,
+    check_shift,
+    check_tensors,
+    check_vocab_size,
+    like_rows,
+    of_op,
+    refuse_functorch,
+)
 from .keywords import checked, checked_loss
 from .options import LossOptions, options_of
 from .sums import TokenSums
@@ -112,16 +121,16 @@ def cross_entropy(
         >>> sums.num_items.item(), round(sums.loss_sum.item(), 4), sums.accuracy.item()
         (2, 0.4402, 1.0)
     """
-    _refuse_functorch("cross_entropy", logits, labels, weight)
-    _check_tensors("cross_entropy", ("logits (..., V)", logits), ("labels (...)", labels))
-    _check_shift("cross_entropy", shift)
+    refuse_functorch("cross_entropy", logits, labels, weight)
+    check_tensors("cross_entropy", ("logits (..., V)", logits), ("labels (...)", labels))
+    check_shift("cross_entropy", shift)
     options = options_of(ignore_index, label_smoothing, z_loss, softcap, logit_scale)
     options.check("cross_entropy", ops.accumulation_dtype(logits))
     if _is_parallel(logits, labels, group):
         return _parallel_sums("cross_entropy", logits, labels, weight, shift, options, metrics, group, vocab_size)
-    _check_vocab_size("cross_entropy", logits, vocab_size)
-    _check_class_weight("cross_entropy", "weight", weight, logits.shape[-1:])
-    outputs = ops.cross_entropy(logits, labels, weight, **_of_op(options, shift, metrics))
+    check_vocab_size("cross_entropy", logits, vocab_size)
+    check_class_weight("cross_entropy", "weight", weight, logits.shape[-1:])
+    outputs = ops.cross_entropy(logits, labels, weight, **of_op(options, shift, metrics))
     loss_sum, num_items, total_weight, _, num_correct, entropy_sum, _ = outputs
     if not metrics:
         return TokenSums(loss_sum, num_items, total_weight)
@@ -192,7 +201,7 @@ def causal_lm(
     targets, shift = (labels, 1) if shift_labels is None else (shift_labels, 0)
     if targets is None:
         raise ValueError("causal_lm_loss: expected labels (B, T) or shift_labels (B, T), got neither")
-    _check_tensors("causal_lm_loss", ("logits (B, T, V)", logits), ("labels (B, T)", targets))
+    check_tensors("causal_lm_loss", ("logits (B, T, V)", logits), ("labels (B, T)", targets))
     return _mean_loss("causal_lm_loss", logits, targets, shift, given, options, weight, inplace, group, vocab_size)
 
 
@@ -325,7 +334,7 @@ def linear_causal_lm(
     if labels is None and shift_labels is None:
         raise ValueError(f"{name}: expected labels (B, T) or shift_labels (B, T), got neither")
     targets, shift = (shift_labels, 0) if shift_labels is not None else (labels, 1)
-    _check_tensors(name, ("labels (B, T)", targets))
+    check_tensors(name, ("labels (B, T)", targets))
     assert targets is not None
     metrics = isinstance(given, Known) and given.metrics
     is_mean = given is None
@@ -390,7 +399,7 @@ def masked_lm(
     group: dist.ProcessGroup | None = None,
 ) -> Divided:
     """masked_lm_loss, for a divisor of any kind."""
-    _check_tensors("masked_lm_loss", ("logits (..., V)", logits), ("labels (...)", labels))
+    check_tensors("masked_lm_loss", ("logits (..., V)", logits), ("labels (...)", labels))
     return _mean_loss("masked_lm_loss", logits, labels, 0, given, options, weight, inplace, group, vocab_size)
 
 
@@ -435,8 +444,8 @@ def token_classification(
     inplace: InPlace = False,
 ) -> Divided:
     """token_classification_loss, for a divisor of any kind."""
-    _check_tensors("token_classification_loss", ("logits (B, T, C)", logits), ("labels (B, T)", labels))
-    _check_vocab_size("token_classification_loss", logits, getattr(config, "num_labels", None), "config.num_labels")
+    check_tensors("token_classification_loss", ("logits (B, T, C)", logits), ("labels (B, T)", labels))
+    check_vocab_size("token_classification_loss", logits, getattr(config, "num_labels", None), "config.num_labels")
     return _mean_loss("token_classification_loss", logits, labels, 0, given, options, weight, inplace)
 
 
@@ -496,14 +505,14 @@ def sequence_classification(
 ) -> Divided:
     """sequence_classification_loss, for a divisor of any kind; without sums where it is no cross-entropy."""
     name = "sequence_classification_loss"
-    _check_tensors(name, ("labels (B,)", labels), ("pooled_logits (B, C)", pooled_logits))
+    check_tensors(name, ("labels (B,)", labels), ("pooled_logits (B, C)", pooled_logits))
     num_labels = config.num_labels
     set_problem_type(config, labels)
     problem = config.problem_type
     labels = labels.to(pooled_logits.device)
 
     if problem == "single_label_classification":
-        _check_vocab_size(name, pooled_logits, num_labels, "config.num_labels")
+        check_vocab_size(name, pooled_logits, num_labels, "config.num_labels")
         return _mean_loss(name, pooled_logits, labels, 0, given, options, weight, inplace)
 
     acc = ops.accumulation_dtype(pooled_logits)
@@ -512,7 +521,7 @@ def sequence_classification(
         _refuse_options(name, problem, {**options.as_kwargs(), "weight": weight, "inplace": inplace})
         if num_labels == 1 and logits.shape != targets.shape:  # (B, 1) and (B,)
             columns = logits if logits.shape[-1:] == (1,) else logits.unsqueeze(-1)
-            logits, targets = columns.squeeze(-1), _like_rows(name, columns, targets)
+            logits, targets = columns.squeeze(-1), like_rows(name, columns, targets)
         _check_same_shape(name, logits, targets)
         loss_sum = F.mse_loss(logits, targets, reduction="sum")
     elif problem == "multi_label_classification":
@@ -520,7 +529,7 @@ def sequence_classification(
         _refuse_options(name, problem, {**unused, "inplace": inplace})
         options.check(name, acc)
         _check_same_shape(name, logits, targets)
-        _check_class_weight(name, "weight", weight, logits.shape[-1:])
+        check_class_weight(name, "weight", weight, logits.shape[-1:])
         if options.softcap != 0 or options.logit_scale != 1:
             logits = reference.transform(logits, options)
         weight = weight if weight is None else weight.to(logits.device, acc)
@@ -593,7 +602,7 @@ def question_answering(
 ) -> tuple[Divided, Divided]:
     """The two ends whose mean is question_answering_loss, for divisors of any kind."""
     name = "question_answering_loss"
-    _check_tensors(
+    check_tensors(
         name, ("start_logits (B, T)", start_logits), ("end_logits (B, T)", end_logits),
         ("start_positions (B,)", start_positions), ("end_positions (B,)", end_positions),
     )  # fmt: skip
@@ -680,7 +689,7 @@ def semantic_segmentation(
     name = "semantic_segmentation_loss"
 
     def one(what: str, head: torch.Tensor) -> Divided:
-        _check_tensors(name, (f"{what} (B, C, h, w)", head), ("labels (B, H, W)", labels))
+        check_tensors(name, (f"{what} (B, C, h, w)", head), ("labels (B, H, W)", labels))
         if head.dim() != 4 or labels.dim() != 3 or head.shape[0] != labels.shape[0]:
             raise RuntimeError(
                 f"{name}: expected {what} (B, C, h, w) and labels (B, H, W), got {tuple(head.shape)} and "
@@ -712,20 +721,20 @@ def _mean_loss(
     """The one way from logits to a loss: sum, divided once."""
     if inplace not in (False, "backward", "forward"):
         raise ValueError(f'{name}: expected False, "backward" or "forward" for inplace, got {inplace!r}')
-    _refuse_functorch(name, logits, labels, weight, given.divisor if isinstance(given, Known) else given)
+    refuse_functorch(name, logits, labels, weight, given.divisor if isinstance(given, Known) else given)
     options.check(name, ops.accumulation_dtype(logits))
-    labels = _like_rows(name, logits, labels, shift)
+    labels = like_rows(name, logits, labels, shift)
     if _is_parallel(logits, labels, group):
         return _parallel_mean_loss(name, logits, labels, shift, given, options, weight, inplace, group, vocab_size)
-    _check_vocab_size(name, logits, vocab_size)
-    _check_class_weight(name, "weight", weight, logits.shape[-1:])
+    check_vocab_size(name, logits, vocab_size)
+    check_class_weight(name, "weight", weight, logits.shape[-1:])
     if labels.device != logits.device:
         labels = labels.to(logits.device, non_blocking=True)
     if weight is not None and weight.device != logits.device:
         weight = weight.to(logits.device, non_blocking=True)
 
     divisor, expected_grad, metrics = _resolved(name, given, logits)
-    kwargs = _of_op(options, shift, metrics)
+    kwargs = of_op(options, shift, metrics)
     wants_grad = torch.is_grad_enabled() and logits.requires_grad
     # The compiler takes the op with its formula; so do second derivatives, which fp64 is for.
     in_forward = wants_grad and divisor is not None and logits.dtype in _GRAD_IN_FORWARD_DTYPES
@@ -760,12 +769,12 @@ def _part_of(
     """This process's part, its labels and weight where its logits are."""
     _check_group(name, group)
     if group is None:
-        _check_vocab_size(name, logits, vocab_size)
+        check_vocab_size(name, logits, vocab_size)
     if logits.dim() < 1:
         raise RuntimeError(f"{name}: expected logits of shape (..., V), got a 0-dim tensor")
     part = parallel.part_of(name, logits, labels, weight, shift, options.ignore_index, group, vocab_size)
     num_classes = part.logits.shape[-1] if part.shard is None else part.shard.vocab_size
-    _check_class_weight(name, "weight", part.weight, torch.Size([num_classes]))
+    check_class_weight(name, "weight", part.weight, torch.Size([num_classes]))
     device = part.logits.device
     weight = part.weight if part.weight is None else part.weight.to(device, non_blocking=True)
     return part._replace(labels=part.labels.to(device, non_blocking=True), weight=weight)
@@ -807,7 +816,7 @@ def _parallel_mean_loss(
     """_mean_loss where the vocabulary is shared, or the logits are a DTensor."""
     wants_grad = torch.is_grad_enabled() and logits.requires_grad
     if inplace and wants_grad:
-        _check_in_place(name, logits, inplace)
+        check_in_place(name, logits, inplace)
     part = _part_of(name, logits, labels, weight, shift, options, group, vocab_size)
     shard = part.shard
     if parallel.is_dtensor(given):
@@ -852,16 +861,6 @@ def _items_of(part: parallel.Part, options: LossOptions) -> torch.Tensor:
     return part.whole(weights.sum()).to(dtype)
 
 
-def _of_op(options: LossOptions, shift: int, metrics: bool) -> dict[str, Any]:
-    """The keyword arguments of an op, but for its defaults."""
-    kwargs = options.given()
-    if shift:
-        kwargs["shift"] = shift
-    if metrics:
-        kwargs["metrics"] = True
-    return kwargs
-
-
 def _linear(
     name: str,
     hidden: torch.Tensor,
@@ -883,9 +882,9 @@ def _linear(
     is_mean: where nothing is given it is divided by the items of all rows; of processes that share the vocabulary.
     """
     known = given.divisor if isinstance(given, Known) else given
-    _refuse_functorch(name, hidden, weight, labels, bias, class_weight, known)
-    _check_tensors(name, ("hidden (..., H)", hidden), ("weight (V, H)", weight), ("labels (...)", labels))
-    _check_shift(name, shift)
+    refuse_functorch(name, hidden, weight, labels, bias, class_weight, known)
+    check_tensors(name, ("hidden (..., H)", hidden), ("weight (V, H)", weight), ("labels (...)", labels))
+    check_shift(name, shift)
     part: parallel.Part | None = None
     shard: parallel.Shard | None = None
     is_summed = False
@@ -969,21 +968,11 @@ def _in_place(
     kwargs: dict[str, Any],
     inplace: InPlace,
 ) -> tuple[torch.Tensor, ...]:
-    _check_in_place(name, logits, inplace)
+    check_in_place(name, logits, inplace)
     if inplace == "backward":
         return ops.InPlaceBackward.apply(logits, labels, weight, divisor, kwargs)
     divisor = _check_in_forward(name, logits, divisor)
     return ops.InPlaceForward.apply(logits, labels, weight, divisor, expected_grad, kwargs)
-
-
-def _check_in_place(name: str, logits: torch.Tensor, inplace: InPlace) -> None:
-    if torch.compiler.is_compiling():
-        raise RuntimeError(f"{name}: expected inplace=False under torch.compile, got {inplace!r}")
-    if logits.is_leaf:
-        raise ValueError(
-            f"{name}: expected logits that a model computed where inplace={inplace!r}, got a leaf that requires grad; "
-            "its values would be lost"
-        )
 
 
 def _check_in_forward(name: str, logits: torch.Tensor, divisor: torch.Tensor | None) -> torch.Tensor:
@@ -1040,42 +1029,6 @@ def _divisor(name: str, num_items_in_batch: NumItems, like: torch.Tensor) -> tor
     return torch.full((), float(num_items_in_batch) if num_items_in_batch else 1.0, dtype=acc, device=like.device)
 
 
-def _refuse_functorch(name: str, *tensors: Any) -> None:
-    checks.refuse_forward_ad(name, *tensors)
-    if is_functorch_active():
-        raise RuntimeError(
-            f"{name}: expected no torch.func transform (grad, vjp, vmap, ...) around it, got one; "
-            "use torch.autograd.grad, which also gives second derivatives"
-        )
-
-
-def _check_vocab_size(name: str, logits: torch.Tensor, size: int | None, source: str = "vocab_size") -> None:
-    if size is not None and (logits.dim() < 1 or logits.shape[-1] != size):
-        raise ValueError(f"{name}: expected logits of shape (..., {source} = {size}), got {tuple(logits.shape)}")
-
-
-def _check_tensors(name: str, *given: tuple[str, Any]) -> None:
-    """given: what each is, with its shape; and the value."""
-    for what, value in given:
-        if not isinstance(value, torch.Tensor):
-            got = "None" if value is None else f"a {type(value).__name__}"
-            raise (ValueError if value is None else TypeError)(f"{name}: expected a tensor {what}, got {got}")
-
-
-def _check_shift(name: str, shift: Any) -> None:
-    if isinstance(shift, bool) or not isinstance(shift, int) or not 0 <= shift < 2**63:
-        raise ValueError(f"{name}: expected shift >= 0, an int, got {shift!r}")
-
-
-def _check_class_weight(name: str, what: str, weight: Any, shape: torch.Size) -> None:
-    if weight is None:
-        return
-    if not isinstance(weight, torch.Tensor):
-        raise TypeError(f"{name}: expected a tensor {what} (V,) or None, got a {type(weight).__name__}")
-    if weight.shape != shape:
-        raise RuntimeError(f"{name}: expected {what} of shape (V,) = {tuple(shape)}, got {tuple(weight.shape)}")
-
-
 def _refuse_options(name: str, problem: str, given: dict[str, Any]) -> None:
     """Options that have no meaning for a problem: none of them may be anything but its default."""
     defaults = {**LossOptions().as_kwargs(), "weight": None, "inplace": False}
@@ -1084,23 +1037,6 @@ def _refuse_options(name: str, problem: str, given: dict[str, Any]) -> None:
         if value is not default and (isinstance(value, torch.Tensor) or value != default):
             got = f"a tensor {tuple(value.shape)}" if isinstance(value, torch.Tensor) else repr(value)
             raise ValueError(f"{name}: expected no {option} for {problem}, got {got}")
-
-
-def _like_rows(name: str, logits: torch.Tensor, labels: torch.Tensor, shift: int = 0) -> torch.Tensor:
-    """labels in the shape of the rows of logits (..., V): theirs, or one of the two flattened where nothing is shifted."""
-    if logits.dim() < 1:
-        raise RuntimeError(f"{name}: expected logits of shape (..., V), got a 0-dim tensor")
-    rows = logits.shape[:-1]
-    if labels.shape == rows:
-        return labels
-    is_flat = shift == 0 and (labels.dim() == 1 or logits.dim() == 2)
-    if not is_flat or labels.numel() * logits.shape[-1] != logits.numel():
-        flattened = ", or either of them flattened" if shift == 0 else ""
-        raise RuntimeError(
-            f"{name}: expected labels of shape {tuple(rows)}, as logits {tuple(logits.shape)} without the classes"
-            f"{flattened}, got {tuple(labels.shape)}"
-        )
-    return labels.reshape(rows)
 
 
 def _check_same_shape(name: str, logits: torch.Tensor, labels: torch.Tensor) -> None:

@@ -102,6 +102,40 @@ def _(divisor, logits, labels, weight=None, expected_grad=1.0, **options):
     return logits.new_empty((), dtype=divisor.dtype), logits.new_empty(logits.shape)
 
 
+@torch.library.register_fake("accumloss::token_statistics")
+def _(logits, labels, weight=None, *, metrics=False, **options):
+    checks.check_call("token_statistics", logits, labels, weight, options)
+    acc = accumulation_dtype(logits)
+    sizes = labels.shape if metrics else (0,)
+    loss, nll = (logits.new_empty(labels.shape, dtype=acc) for _ in range(2))
+    lse = logits.new_empty(labels.shape, dtype=torch.float64)
+    return loss, nll, lse, logits.new_empty(sizes, dtype=acc), logits.new_empty(sizes, dtype=torch.int64)
+
+
+def _check_tokens_backward(function, grads, logits, labels, nll, lse, entropy, weight, options):
+    checks.check_call(function, logits, labels, weight, options)
+    checks.check_saved(function, "lse", lse, torch.float64, labels, logits)
+    checks.check_saved(function, "nll", nll, accumulation_dtype(logits), labels, logits)
+    if grads[3] is not None:
+        checks.check_saved(function, "entropy", entropy, accumulation_dtype(logits), labels, logits)
+    checks.check_token_grads(function, grads, labels, logits)
+
+
+@torch.library.register_fake("accumloss::token_statistics_backward")
+def _(grad_loss, grad_nll, grad_lse, grad_entropy, logits, labels, nll, lse, entropy, weight=None, **options):
+    grads = (grad_loss, grad_nll, grad_lse, grad_entropy)
+    _check_tokens_backward("token_statistics_backward", grads, logits, labels, nll, lse, entropy, weight, options)
+    return logits.new_empty(logits.shape)
+
+
+@torch.library.register_fake("accumloss::token_statistics_backward_")
+def _(grad_loss, grad_nll, grad_lse, grad_entropy, logits, labels, nll, lse, entropy, weight=None, **options):
+    name = "token_statistics_backward_"
+    checks.check_in_place(name, logits)
+    grads = (grad_loss, grad_nll, grad_lse, grad_entropy)
+    _check_tokens_backward(name, grads, logits, labels, nll, lse, entropy, weight, options)
+
+
 # Of logits that are a shard of the vocabulary: class_offset and vocab_size say which.
 
 
@@ -170,7 +204,10 @@ def _pass_on(op: Any) -> Any:
     return kernel
 
 
-for _name in ("cross_entropy_backward_", "cross_entropy_with_grad_", "cross_entropy_shard_backward_", "scale_"):
+for _name in (
+    "cross_entropy_backward_", "cross_entropy_with_grad_", "cross_entropy_shard_backward_", "scale_",
+    "token_statistics_backward_",
+):  # fmt: skip
     _library.impl(_name, _pass_on(getattr(_ops, _name).default), "ADInplaceOrView", with_keyset=True)
 
 
@@ -296,6 +333,90 @@ for _name in (
     torch.library.register_autograd(
         f"accumloss::{_name}", _refuse_backward_of(_name), setup_context=_setup_refused, lib=_library
     )
+
+
+# Row by row ----------------------------------------------------------------------------------------------------------
+
+
+def _setup_tokens(ctx: Any, inputs: tuple, keyword_only_inputs: dict, output: tuple) -> None:
+    logits, labels, weight = inputs
+    _, nll, lse, entropy, _ = output
+    ctx.options = keyword_only_inputs
+    ctx.save_for_backward(logits, labels, nll, lse, entropy, weight)
+    ctx.set_materialize_grads(False)
+
+
+def _tokens_backward(ctx: Any, *grads: torch.Tensor | None) -> tuple:
+    grads = grads[:4]
+    if all(grad is None for grad in grads):
+        return None, None, None
+    if not ctx.options["metrics"]:
+        grads = (*grads[:3], None)
+    logits, labels, nll, lse, entropy, weight = ctx.saved_tensors
+    # nll, lse and entropy are outputs: what a second derivative needs of them is in the formula of the op below
+    saved = (nll.detach(), lse.detach(), entropy.detach())
+    return _ops.token_statistics_backward(*grads, logits, labels, *saved, weight, **ctx.options), None, None
+
+
+torch.library.register_autograd(
+    "accumloss::token_statistics", _tokens_backward, setup_context=_setup_tokens, lib=_library
+)
+
+
+def _setup_tokens_backward(ctx: Any, inputs: tuple, keyword_only_inputs: dict, output: torch.Tensor) -> None:
+    *grads, logits, labels, _, _, _, weight = inputs
+    ctx.options = keyword_only_inputs
+    ctx.save_for_backward(*grads, logits, labels, weight)
+
+
+def _tokens_double_backward(ctx: Any, grad_grad: torch.Tensor) -> tuple:
+    """By the reference in plain PyTorch, as that of cross_entropy_backward."""
+    *grads, logits, labels, weight = ctx.saved_tensors
+    options = dict(ctx.options)
+    shift, _ = options.pop("shift"), options.pop("metrics")
+    acc = accumulation_dtype(logits)
+    with torch.enable_grad():
+        x = logits.detach().to(acc).requires_grad_()
+        given = {i: grad.detach().to(acc).requires_grad_() for i, grad in enumerate(grads) if grad is not None}
+        outputs = reference.token_statistics(x, labels, weight, LossOptions(**options), shift=shift, dtype=acc)
+        (grad,) = torch.autograd.grad([outputs[i] for i in given], x, list(given.values()), create_graph=True)
+        grad_x, *of_grads = torch.autograd.grad(
+            grad, (x, *given.values()), grad_grad.to(acc), allow_unused=True, materialize_grads=True
+        )
+    found = dict(zip(given, of_grads, strict=True))
+    returned = [None if grad is None else found[i].to(grad.dtype) for i, grad in enumerate(grads)]
+    return *returned, grad_x.to(logits.dtype), None, None, None, None, None
+
+
+torch.library.register_autograd(
+    "accumloss::token_statistics_backward", _tokens_double_backward, setup_context=_setup_tokens_backward, lib=_library
+)
+
+
+class TokenStatisticsInPlace(torch.autograd.Function):
+    """token_statistics, whose gradient overwrites the logits in backward."""
+
+    @staticmethod
+    def forward(ctx, logits, labels, weight, options):
+        outputs = _ops.token_statistics(logits, labels, weight, **options)
+        _, nll, lse, entropy, argmax = outputs
+        ctx.save_for_backward(logits, labels, nll, lse, entropy, weight)
+        ctx.options = options
+        ctx.mark_non_differentiable(argmax)
+        ctx.set_materialize_grads(False)
+        return outputs
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, *grads):
+        checks.refuse_forward_ad("accumloss", *grads)
+        if all(grad is None for grad in grads[:4]):
+            return None, None, None, None
+        logits, labels, nll, lse, entropy, weight = ctx.saved_tensors  # raises where the logits changed since
+        data = logits.detach()
+        _ops.token_statistics_backward_(*grads[:4], data, labels, nll, lse, entropy, weight, **ctx.options)
+        torch.autograd.graph.increment_version(logits)
+        return data, None, None, None
 
 
 # The gradient in forward, and in place -------------------------------------------------------------------------------
@@ -440,6 +561,9 @@ cross_entropy_with_grad_ = _ops.cross_entropy_with_grad_
 cross_entropy_shard = _ops.cross_entropy_shard
 cross_entropy_shard_backward = _ops.cross_entropy_shard_backward
 cross_entropy_shard_backward_ = _ops.cross_entropy_shard_backward_
+token_statistics = _ops.token_statistics
+token_statistics_backward = _ops.token_statistics_backward
+token_statistics_backward_ = _ops.token_statistics_backward_
 scale_ = _ops.scale_
 scratch = _ops.scratch
 

@@ -91,7 +91,7 @@ def rows(
     if options.z_loss > 0:
         loss = loss + options.z_loss * lse**2
     p = torch.exp(-surprise)
-    entropy = torch.where(p == 0, torch.zeros_like(p), p * surprise).sum(-1)
+    entropy = (p * torch.where(p == 0, torch.zeros_like(p), surprise)).sum(-1)  # whose gradient is no NaN either
     correct = (logits.argmax(-1, keepdim=True) == y).squeeze(-1) & ~torch.isnan(nll)
 
     def items(value: torch.Tensor) -> torch.Tensor:
@@ -99,6 +99,20 @@ def rows(
 
     weights = items(w.take(y.squeeze(-1)))
     return Rows(items(loss), items(lse), items(nll), weights, items(correct), items(entropy), is_item)
+
+
+def token_statistics(
+    logits: torch.Tensor,
+    labels: torch.Tensor,
+    weight: torch.Tensor | None = None,
+    options: LossOptions | None = None,
+    *,
+    shift: int = 0,
+    dtype: torch.dtype = torch.float64,
+) -> tuple[torch.Tensor, ...]:
+    """The outputs of ``torch.ops.accumloss.token_statistics(..., metrics=True)``; arguments as in rows()."""
+    r = rows(logits, labels, weight, options, shift=shift, dtype=dtype)
+    return r.loss, r.nll, r.lse, r.entropy, torch.where(r.is_item, logits.argmax(-1), -1)
 
 
 def cross_entropy(

@@ -46,6 +46,19 @@ struct CrossEntropySums {
   void* entropy_sum;     // () Acc
 };
 
+// What is told of each row, 0 where it is ignored (argmax: -1). Null where nobody asks.
+struct TokenRows {
+  void* loss;       // (B, T) Acc
+  double* lse;      // (B, T)
+  void* nll;        // (B, T) Acc
+  void* entropy;    // (B, T) Acc
+  int64_t* argmax;  // (B, T) first of the largest logits
+};
+// What comes back to them, each (B, T); null where nothing does.
+struct TokenGrads {
+  const double *loss, *lse, *nll, *entropy;
+};
+
 // The kernels of one device; cpu/launch.cpp and cuda/cross_entropy.cu each fill one in.
 struct Backend {
   // sums, lse (B, T) double, nll (B, T) Acc; both are 0 in ignored rows. One read of the logits of the other rows.
@@ -66,6 +79,15 @@ struct Backend {
   // Memory for a gradient, or null where torch's allocator is to serve. release(data, handle) takes it back.
   void* (*take_memory)(size_t bytes, void** handle);
   void (*release_memory)(void* data, void* handle);
+
+  // What follows is null where the device has no kernel for it.
+
+  // Row by row; entropy and argmax where options.metrics. One read of the logits of the rows that count.
+  void (*forward_tokens)(const CrossEntropyInputs&, const TokenRows&);
+  // The gradient of them all, zeros in rows that are ignored or to which nothing comes back. entropy (B, T) Acc is read
+  // where grads.entropy is there. grad_logits may be inputs.logits (in place).
+  void (*backward_tokens)(const CrossEntropyInputs&, const double* lse, const void* nll, const void* entropy,
+                          const TokenGrads& grads, const LogitsView& grad_logits);
 };
 
 const Backend& cpu_backend();

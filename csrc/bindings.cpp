@@ -16,6 +16,8 @@ namespace {
 #define AS_TYPE(type, schema_type, name, value) , type
 #define LM_OPTIONS ACCUMLOSS_LOSS_OPTIONS(AS_SCHEMA)
 #define SHARD ", int class_offset, int vocab_size" LM_OPTIONS
+#define TOKEN_GRADS "Tensor? grad_loss, Tensor? grad_nll, Tensor? grad_lse, Tensor? grad_entropy"
+#define TOKEN_ROWS ", Tensor labels, Tensor nll, Tensor lse, Tensor entropy, Tensor? weight=None, *"
 #define ALL_OPTIONS ", int shift=0" LM_OPTIONS ", bool metrics=False"
 
 STABLE_TORCH_LIBRARY(accumloss, m) {
@@ -40,6 +42,10 @@ STABLE_TORCH_LIBRARY(accumloss, m) {
   m.def(
       "mean_with_grad(Tensor divisor, Tensor logits, Tensor labels, Tensor? weight=None, float expected_grad=1.0, *"
       ", int shift=0" LM_OPTIONS ") -> (Tensor loss, Tensor grad_logits)");
+  m.def("token_statistics(Tensor logits, Tensor labels, Tensor? weight=None, *" ALL_OPTIONS
+        ") -> (Tensor loss, Tensor nll, Tensor lse, Tensor entropy, Tensor argmax)");
+  m.def("token_statistics_backward(" TOKEN_GRADS ", Tensor logits" TOKEN_ROWS ALL_OPTIONS ") -> Tensor");
+  m.def("token_statistics_backward_(" TOKEN_GRADS ", Tensor(a!) logits" TOKEN_ROWS ALL_OPTIONS ") -> ()");
   m.def("cross_entropy_shard(Tensor logits, Tensor labels, Tensor? weight=None, *" SHARD
         ", bool metrics=False) -> Tensor");
   m.def(
@@ -94,6 +100,21 @@ struct Ops {
                                                    double expected_grad, Option... option) {
     return accumloss::mean_with_grad(backend(), divisor, logits, labels, weight, expected_grad, LossOptions{option...});
   }
+  static TokenOutputs tokens(Tensor logits, Tensor labels, OptionalTensor weight, Option... option) {
+    return token_statistics(backend(), logits, labels, weight, LossOptions{option...});
+  }
+  static Tensor tokens_backward(OptionalTensor grad_loss, OptionalTensor grad_nll, OptionalTensor grad_lse,
+                                OptionalTensor grad_entropy, Tensor logits, Tensor labels, Tensor nll, Tensor lse,
+                                Tensor entropy, OptionalTensor weight, Option... option) {
+    return token_statistics_backward(backend(), {grad_loss, grad_nll, grad_lse, grad_entropy}, logits, labels, nll, lse,
+                                     entropy, weight, LossOptions{option...});
+  }
+  static void tokens_backward_(OptionalTensor grad_loss, OptionalTensor grad_nll, OptionalTensor grad_lse,
+                               OptionalTensor grad_entropy, Tensor logits, Tensor labels, Tensor nll, Tensor lse,
+                               Tensor entropy, OptionalTensor weight, Option... option) {
+    token_statistics_backward_(backend(), {grad_loss, grad_nll, grad_lse, grad_entropy}, logits, labels, nll, lse,
+                               entropy, weight, LossOptions{option...});
+  }
   static void scale(Tensor values, Tensor factor) { scale_(backend(), values, factor); }
   static Tensor scratch(Tensor like, int64_t rows, int64_t columns) {
     return accumloss::scratch(backend(), like, rows, columns);
@@ -135,6 +156,9 @@ void register_ops(torch::stable::detail::StableLibrary& m) {
   m.impl("cross_entropy_backward_", TORCH_BOX(&OpsOfBackend::backward_));
   m.impl("cross_entropy_with_grad", TORCH_BOX(&OpsOfBackend::with_grad));
   m.impl("cross_entropy_with_grad_", TORCH_BOX(&OpsOfBackend::with_grad_));
+  m.impl("token_statistics", TORCH_BOX(&OpsOfBackend::tokens));
+  m.impl("token_statistics_backward", TORCH_BOX(&OpsOfBackend::tokens_backward));
+  m.impl("token_statistics_backward_", TORCH_BOX(&OpsOfBackend::tokens_backward_));
   using OpsOfShard = ShardOps<backend ACCUMLOSS_LOSS_OPTIONS(AS_TYPE)>;
   m.impl("cross_entropy_shard", TORCH_BOX(&OpsOfShard::forward));
   m.impl("cross_entropy_shard_backward", TORCH_BOX(&OpsOfShard::backward));

@@ -38,6 +38,10 @@ template <typename... Parts>
   throw std::runtime_error(message.str());
 }
 
+[[noreturn]] void fail_without_kernel(const char* function) {
+  fail(function, "logits on a device that has a kernel for it, which is the CPU, got others; move them with .cpu()");
+}
+
 std::string shape_string(const Tensor& tensor) {
   std::ostringstream out;
   out << "(";
@@ -424,6 +428,60 @@ void cross_entropy_backward_(const Backend& backend, const Tensor& grad_loss_sum
   check_in_place("cross_entropy_backward_", logits);
   const Call call("cross_entropy_backward_", logits, labels, weight, options);
   backward_into(backend, "cross_entropy_backward_", grad_loss_sum, call, lse, nll, logits);
+}
+
+TokenOutputs token_statistics(const Backend& backend, const Tensor& logits, const Tensor& labels,
+                              const optional<Tensor>& weight, const LossOptions& options) {
+  const Call call("token_statistics", logits, labels, weight, options);
+  if (backend.forward_tokens == nullptr) fail_without_kernel("token_statistics");
+  const Tensor loss = call.empty(labels.sizes(), call.acc), nll = call.empty(labels.sizes(), call.acc);
+  const Tensor lse = call.empty(labels.sizes(), ScalarType::Double);
+  const std::vector<int64_t> none = {0};
+  const IntHeaderOnlyArrayRef sizes = options.metrics ? labels.sizes() : IntHeaderOnlyArrayRef(none);
+  const Tensor entropy = call.empty(sizes, call.acc), argmax = call.empty(sizes, ScalarType::Long);
+  backend.forward_tokens(call.inputs, {loss.data_ptr(), static_cast<double*>(lse.data_ptr()), nll.data_ptr(),
+                                       entropy.data_ptr(), static_cast<int64_t*>(argmax.data_ptr())});
+  return {loss, nll, lse, entropy, argmax};
+}
+
+static void tokens_backward_into(const Backend& backend, const char* function, const TokenGradTensors& grads,
+                                 const Call& call, const Tensor& nll, const Tensor& lse, const Tensor& entropy,
+                                 const Tensor& grad_logits) {
+  if (backend.backward_tokens == nullptr) fail_without_kernel(function);
+  check_saved(function, "lse", lse, ScalarType::Double, call);
+  check_saved(function, "nll", nll, call.acc, call);
+  if (grads.entropy.has_value()) check_saved(function, "entropy", entropy, call.acc, call);
+  std::vector<Tensor> kept;  // as long as the kernel runs
+  const auto of = [&](const char* name, const optional<Tensor>& grad) -> const double* {
+    if (!grad.has_value()) return nullptr;
+    if (grad->dim() != call.labels.dim() ||
+        !std::equal(grad->sizes().begin(), grad->sizes().end(), call.labels.sizes().begin(), call.labels.sizes().end()))
+      fail(function, name, " of shape ", shape_string(call.labels), " as labels, got ", shape_string(*grad));
+    check_device(function, name, *grad, call.logits);
+    kept.push_back(torch::stable::contiguous(torch::stable::to(*grad, ScalarType::Double)));
+    return static_cast<const double*>(kept.back().data_ptr());
+  };
+  const TokenGrads views = {of("grad_loss", grads.loss), of("grad_lse", grads.lse), of("grad_nll", grads.nll),
+                            of("grad_entropy", grads.entropy)};
+  backend.backward_tokens(call.inputs, static_cast<const double*>(lse.data_ptr()), nll.data_ptr(), entropy.data_ptr(),
+                          views, logits_view(function, grad_logits));
+}
+
+Tensor token_statistics_backward(const Backend& backend, const TokenGradTensors& grads, const Tensor& logits,
+                                 const Tensor& labels, const Tensor& nll, const Tensor& lse, const Tensor& entropy,
+                                 const optional<Tensor>& weight, const LossOptions& options) {
+  const Call call("token_statistics_backward", logits, labels, weight, options);
+  const Tensor grad_logits = call.grad_logits(backend);
+  tokens_backward_into(backend, "token_statistics_backward", grads, call, nll, lse, entropy, grad_logits);
+  return grad_logits;
+}
+
+void token_statistics_backward_(const Backend& backend, const TokenGradTensors& grads, const Tensor& logits,
+                                const Tensor& labels, const Tensor& nll, const Tensor& lse, const Tensor& entropy,
+                                const optional<Tensor>& weight, const LossOptions& options) {
+  check_in_place("token_statistics_backward_", logits);
+  const Call call("token_statistics_backward_", logits, labels, weight, options);
+  tokens_backward_into(backend, "token_statistics_backward_", grads, call, nll, lse, entropy, logits);
 }
 
 Tensor cross_entropy_shard(const Backend& backend, const Tensor& logits, const Tensor& labels,

@@ -39,6 +39,32 @@ void cross_entropy_backward_(const Backend& backend, const Tensor& grad_loss_sum
                              const Tensor& labels, const Tensor& lse, const Tensor& nll,
                              const std::optional<Tensor>& weight, const LossOptions& options);
 
+// loss (...), nll (...), lse (...), and where options.metrics entropy (...) and argmax (...), else both empty
+using TokenOutputs = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor>;
+TokenOutputs token_statistics(const Backend& backend,
+                              const Tensor& logits,                 // (..., V)
+                              const Tensor& labels,                 // (...)
+                              const std::optional<Tensor>& weight,  // (V,)
+                              const LossOptions& options);
+
+// What comes back to the outputs, each (...).
+struct TokenGradTensors {
+  std::optional<Tensor> loss, nll, lse, entropy;
+};
+Tensor token_statistics_backward(const Backend& backend, const TokenGradTensors& grads,
+                                 const Tensor& logits,                 // (..., V)
+                                 const Tensor& labels,                 // (...)
+                                 const Tensor& nll,                    // (...)
+                                 const Tensor& lse,                    // (...)
+                                 const Tensor& entropy,                // (...), or empty
+                                 const std::optional<Tensor>& weight,  // (V,)
+                                 const LossOptions& options);          // -> grad_logits (..., V)
+
+// The same, written over logits.
+void token_statistics_backward_(const Backend& backend, const TokenGradTensors& grads, const Tensor& logits,
+                                const Tensor& labels, const Tensor& nll, const Tensor& lse, const Tensor& entropy,
+                                const std::optional<Tensor>& weight, const LossOptions& options);
+
 // For logits that are a shard of the vocabulary: class_offset and vocab_size of the options. What that shard adds to
 // each row, ShardColumns (count, ...) double.
 Tensor cross_entropy_shard(const Backend& backend,

@@ -7,6 +7,7 @@ probabilities are around 1e-5, and a floor of 5e-5 would accept a gradient that 
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 
@@ -40,6 +41,15 @@ def row_loss_bound(dtype: torch.dtype, device: str, z_scale: float = 0.0) -> flo
     """
     bound = ROW_LOSS_FLOAT64 if dtype == torch.float64 else ROW_LOSS[device]
     return bound + 4 * unit_of(dtype) * z_scale
+
+
+def entropy_bound(rows: Any, dtype: torch.dtype, row_loss: float) -> torch.Tensor:
+    """Absolute error of a row's entropy: relative where the label is the largest logit, else also that of 1 in a float sum.
+
+    rows: with nll and entropy (...) in float64. row_loss: row_loss_bound() of them.
+    """
+    leads = rows.nll < math.log(2)  # the label has more than half
+    return 2 * row_loss * (rows.entropy + torch.where(leads, 0.0, 1.0))
 
 
 def ulp(value: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:

@@ -9,6 +9,7 @@
 #include <cstring>
 #include <memory>
 #include <new>
+#include <optional>
 #include <stdexcept>
 #include <string>
 #include <vector>
@@ -141,6 +142,22 @@ struct Rows {
   bool is_correct(double others_max, double nll, int64_t row, int64_t y, double target_logit) const {
     if (nll != nll || target_logit < others_max) return false;
     return target_logit > others_max || kernels.label_is_argmax(row_data(inputs.logits, row), V, y);
+  }
+  // torch.argmax of the row, others_max the largest z but the label's: a search, and only where the label does not
+  // lead.
+  int64_t argmax(double others_max, double nll, int64_t row, int64_t y, double target_logit) const {
+    if (target_logit > others_max) return y;
+    const char* const x = row_data(inputs.logits, row);
+    const bool is_identity = inputs.options.softcap == 0 && inputs.options.logit_scale == 1;
+    const bool is_nan = nll != nll;
+    // z is as large in several classes as a cap makes it; of NaN and +inf the former is torch's largest
+    const double largest = is_nan ? kInfinity : is_identity ? others_max : kernels.max_logit(x, V);
+    const int64_t first = kernels.first_not_below(x, 0, V, largest);
+    if (!is_nan) return first;
+    int64_t j = first;
+    while (j < V && kernels.transform_one(x + j * element_size(inputs.logits.dtype), LossOptions()) == kInfinity)
+      j = kernels.first_not_below(x, j + 1, V, largest);
+    return j < V ? j : first < V ? first : kernels.first_not_below(x, 0, V, -kInfinity);
   }
   RowGrad<double> gradient(double lse, double nll, int64_t y, double grad) const {
     return RowGrad<double>(lse, nll, weight(y), weight_sum, vocab_size(), grad, inputs.options);
@@ -458,6 +475,56 @@ void forward_shard(const CrossEntropyInputs& inputs, double* columns) {
   });
 }
 
+void forward_tokens(const CrossEntropyInputs& inputs, const TokenRows& to) {
+  const Rows rows(inputs);
+  const Dtype dtype = inputs.logits.dtype;
+  const bool metrics = inputs.options.metrics;
+  const RowLists lists(rows);
+  const auto write = [&](int64_t row, const RowResult& result, int64_t argmax) {
+    set_element(to.loss, dtype, row, result.loss);
+    set_element(to.nll, dtype, row, result.nll);
+    to.lse[row] = result.lse;
+    if (!metrics) return;
+    set_element(to.entropy, dtype, row, result.entropy);
+    to.argmax[row] = argmax;
+  };
+  for (const int64_t row : lists.ignored()) write(row, RowResult{}, -1);
+  lists.for_each_task(no_local, [&](int64_t begin, int64_t end, int64_t, Nothing) {
+    for (int64_t i = begin; i < end; ++i) {
+      const int64_t row = lists.counted(i).row, y = lists.counted(i).label;
+      const double target_logit = lists.target_logit(i);
+      const RowState<double> state = lists.push(i, target_logit, nullptr, nullptr);
+      const RowResult result = rows.result(state, row, y, target_logit);
+      write(row, result, metrics ? rows.argmax(state.max, result.nll, row, y, target_logit) : 0);
+    }
+  });
+}
+
+// gradient_of(row, y): the RowGrad of a row that counts, or null where it is zero whatever the logits are.
+template <typename GradientOf>
+void write_gradients(const Rows& rows, const LogitsView& grad_logits, const GradientOf& gradient_of) {
+  const RowLists lists(rows);
+  const bool streams = streams_gradient(rows, grad_logits);
+  lists.for_each_task(
+      no_local,
+      [&](int64_t begin, int64_t end, int64_t, Nothing) {
+        for (int64_t i = begin; i < end; ++i) {
+          const int64_t row = lists.counted(i).row;
+          const std::optional<RowGrad<double>> gradient = gradient_of(row, lists.counted(i).label);
+          if (!gradient.has_value()) {
+            zero_row(grad_logits, row, streams);
+            continue;
+          }
+          lists.for_each_segment(i, 0, [&](const RowSegment& segment, int64_t) {
+            rows.kernels.write_grad(segment, rows.inputs.options, *gradient, streams, row_data(grad_logits, row));
+            if (streams && lists.is_split()) finish_streaming();
+          });
+        }
+        if (streams) finish_streaming();
+      },
+      [&](int64_t begin, int64_t end) { zero_rows(lists, begin, end, grad_logits); });
+}
+
 void backward(const CrossEntropyInputs& inputs, const double* lse, const void* nll, const void* grad_loss_sum,
               const LogitsView& grad_logits) {
   const Rows rows(inputs);
@@ -465,22 +532,25 @@ void backward(const CrossEntropyInputs& inputs, const double* lse, const void* n
   const double grad = element(grad_loss_sum, dtype, 0);
   if (rows.is_short() && grad_logits.stride_t == rows.V)
     return run_short(rows, nullptr, nullptr, nullptr, grad, &grad_logits);
-  const RowLists lists(rows);
-  const bool streams = streams_gradient(rows, grad_logits);
-  lists.for_each_task(
-      no_local,
-      [&](int64_t begin, int64_t end, int64_t, Nothing) {
-        for (int64_t i = begin; i < end; ++i) {
-          const int64_t row = lists.counted(i).row, y = lists.counted(i).label;
-          const RowGrad<double> gradient = rows.gradient(lse[row], element(nll, dtype, row), y, grad);
-          lists.for_each_segment(i, 0, [&](const RowSegment& segment, int64_t) {
-            rows.kernels.write_grad(segment, inputs.options, gradient, streams, row_data(grad_logits, row));
-            if (streams && lists.is_split()) finish_streaming();
-          });
-        }
-        if (streams) finish_streaming();
-      },
-      [&](int64_t begin, int64_t end) { zero_rows(lists, begin, end, grad_logits); });
+  write_gradients(rows, grad_logits, [&](int64_t row, int64_t y) {
+    return std::make_optional(rows.gradient(lse[row], element(nll, dtype, row), y, grad));
+  });
+}
+
+void backward_tokens(const CrossEntropyInputs& inputs, const double* lse, const void* nll, const void* entropy,
+                     const TokenGrads& grads, const LogitsView& grad_logits) {
+  const Rows rows(inputs);
+  const Dtype dtype = inputs.logits.dtype;
+  const auto of = [](const double* grad, int64_t row) { return grad != nullptr ? grad[row] : 0.0; };
+  write_gradients(rows, grad_logits, [&](int64_t row, int64_t y) -> std::optional<RowGrad<double>> {
+    const double loss = of(grads.loss, row), of_nll = of(grads.nll, row), of_lse = of(grads.lse, row),
+                 of_entropy = of(grads.entropy, row);
+    if (loss == 0 && of_nll == 0 && of_lse == 0 && of_entropy == 0) return std::nullopt;
+    RowGrad<double> gradient = rows.gradient(lse[row], element(nll, dtype, row), y, loss);
+    gradient.add(element(nll, dtype, row), of_entropy != 0 ? element(entropy, dtype, row) : 0.0, of_nll, of_lse,
+                 of_entropy);
+    return gradient;
+  });
 }
 
 void forward_with_grad(const CrossEntropyInputs& inputs, const CrossEntropySums& sums, const void* grad_loss_sum,
@@ -534,8 +604,9 @@ const char* instruction_set_name() { return instruction_set().name; }
 }  // namespace cpu
 
 const Backend& cpu_backend() {
-  static constexpr Backend backend = {cpu::forward, cpu::backward,    cpu::forward_with_grad, cpu::forward_shard,
-                                      cpu::scale,   cpu::take_memory, cpu::release_memory};
+  static constexpr Backend backend = {cpu::forward,        cpu::backward,       cpu::forward_with_grad,
+                                      cpu::forward_shard,  cpu::scale,          cpu::take_memory,
+                                      cpu::release_memory, cpu::forward_tokens, cpu::backward_tokens};
   return backend;
 }
 

@@ -45,7 +45,7 @@ template <typename T>
 void write_grad(const RowSegment& row, const LossOptions& options, const RowGrad<double>& gradient, bool streams,
                 void* grad) {
   write_or_stream(row, streams, static_cast<T*>(grad), [&](const RowSegment& part, T* to) {
-    if (is_plain(options)) return write_grad_plain<T>(part, gradient, to);
+    if (is_plain(options) && gradient.entropy == 0) return write_grad_plain<T>(part, gradient, to);
     write_grad_general<T>(part, options, gradient, to);
   });
 }
@@ -79,14 +79,14 @@ void scale(void* values, int64_t n, double factor) {
 
 template <typename T>
 constexpr RowKernels kernels_of() {
-  return {transform_one<T>,   push<T>,      write_grad<T>, write_grad_from_exps<T>,
-          label_is_argmax<T>, max_logit<T>, short_rows<T>, scale<T>};
+  return {transform_one<T>,   push<T>,       write_grad<T>, write_grad_from_exps<T>, label_is_argmax<T>, max_logit<T>,
+          first_not_below<T>, short_rows<T>, scale<T>};
 }
 template <>
 constexpr RowKernels kernels_of<double>() {
   using T = double;
-  return {transform_one<T>,   push<T>,      write_grad<T>, write_grad_from_exps<T>,
-          label_is_argmax<T>, max_logit<T>, nullptr,       scale<T>};
+  return {transform_one<T>,   push<T>, write_grad<T>, write_grad_from_exps<T>, label_is_argmax<T>, max_logit<T>,
+          first_not_below<T>, nullptr, scale<T>};
 }
 
 }  // namespace

@@ -67,13 +67,15 @@ struct RowKernels {
   // Writes dL/dx of the segment to grad, which may be x. Where streams, past the caches, and grad is not x.
   void (*write_grad)(const RowSegment& row, const LossOptions& options, const RowGrad<double>& gradient, bool streams,
                      void* grad);
-  // The same from the exponentials that push left behind, which may lie where the gradient goes.
+  // The same from the exponentials that push left behind, which may lie where the gradient goes. Not for the entropy's.
   void (*write_grad_from_exps)(const RowSegment& row, const LossOptions& options, const RowGrad<double>& gradient,
                                const void* exps, const void* references, bool streams, void* grad);
   // whether x[target] is the first of the largest logits (torch.argmax); asked only where the label ties
   bool (*label_is_argmax)(const void* x, int64_t V, int64_t target);
-  // max_j x[j]; asked only of shards
+  // max_j x[j]
   double (*max_logit)(const void* x, int64_t V);
+  // The first j >= begin where x[j] < value does not hold, so that NaN is found; V where there is none.
+  int64_t (*first_not_below)(const void* x, int64_t begin, int64_t V, double value);
   // The results of a group, and where grad (count, V) is not null its gradient; grad may be x. Null for double.
   void (*short_rows)(ShortRows& rows, bool metrics, void* grad);
   // values *= factor
