@@ -19,7 +19,7 @@ from .losses import (
 )
 from .ops import build_info, empty_cache
 from .options import LossOptions
-from .per_token import TokenStatistics, token_log_probs, token_losses, token_statistics
+from .per_token import TokenStatistics, linear_token_log_probs, token_log_probs, token_losses, token_statistics
 from .sums import TokenSums
 from .transformers import (
     Explanation,
@@ -62,6 +62,7 @@ __all__ = [
     "linear_causal_lm_loss",
     "linear_cross_entropy",
     "linear_plan",
+    "linear_token_log_probs",
     "make_loss",
     "masked_lm_loss",
     "plan",

@@ -28,7 +28,8 @@ from .arguments import (
 )
 from .keywords import checked, checked_loss
 from .options import LossOptions, options_of
-from .sums import TokenSums
+from .sums import TokenSums, at_least_one
+from .weighting import check_token_weight, refuse_token_weight, shifted, sums_of, weighted_sums
 
 
 class Known(NamedTuple):
@@ -76,6 +77,7 @@ def cross_entropy(
     labels: torch.Tensor,
     *,
     weight: torch.Tensor | None = None,
+    token_weight: torch.Tensor | None = None,
     shift: int = 0,
     metrics: bool = False,
     group: dist.ProcessGroup | None = None,
@@ -96,7 +98,9 @@ def cross_entropy(
         logits: (..., V) bf16, fp16, fp32 or fp64, of any strides; copied only where V is not contiguous.
         labels: (...) int64 or int32, class indices or ignore_index.
         weight: (V,) class weights of any floating dtype, or None.
-        shift: row (..., t) reads label (..., t + shift); 1 for causal language models, whose labels are not shifted.
+        token_weight: (...) a weight for each label, of any floating dtype: loss_sum and total_weight are weighted by it, and
+            carry its gradient; counts and entropies are not. None: 1. Not with a group.
+        shift: row (..., t) reads label (..., t + shift), and its weight; 1 for causal language models, whose labels are not shifted.
         metrics: also count the correct top-1 predictions and sum the entropies, from the same pass.
         group: the processes that share the vocabulary. logits (..., V / processes) are then the classes of this one, cut
             as torch.chunk cuts; labels and weight are of the whole vocabulary, the same in all of them, and so is what is
@@ -127,9 +131,13 @@ def cross_entropy(
     options = options_of(ignore_index, label_smoothing, z_loss, softcap, logit_scale)
     options.check("cross_entropy", ops.accumulation_dtype(logits))
     if _is_parallel(logits, labels, group):
+        refuse_token_weight("cross_entropy", token_weight, "where processes share the vocabulary, or beside DTensors")
         return _parallel_sums("cross_entropy", logits, labels, weight, shift, options, metrics, group, vocab_size)
     check_vocab_size("cross_entropy", logits, vocab_size)
     check_class_weight("cross_entropy", "weight", weight, logits.shape[-1:])
+    if token_weight is not None:
+        check_token_weight("cross_entropy", token_weight, labels)
+        return weighted_sums("cross_entropy", logits, labels, token_weight, weight, shift, options, metrics)
     outputs = ops.cross_entropy(logits, labels, weight, **of_op(options, shift, metrics))
     loss_sum, num_items, total_weight, _, num_correct, entropy_sum, _ = outputs
     if not metrics:
@@ -147,6 +155,7 @@ def causal_lm_loss(
     shift_labels: torch.Tensor | None = None,
     *,
     weight: torch.Tensor | None = None,
+    token_weight: torch.Tensor | None = None,
     label_smoothing: float = 0.0,
     z_loss: float = 0.0,
     softcap: float = 0.0,
@@ -168,6 +177,8 @@ def causal_lm_loss(
         ignore_index: labels that count nothing.
         shift_labels: (B, T) labels that are shifted already, as sequence-parallel training passes them; they win.
         weight: (V,) class weights. Without num_items_in_batch the divisor is then the items' total weight.
+        token_weight: (B, T) a weight for each label, as in cross_entropy; shifted with them, or as shift_labels are. Without
+            num_items_in_batch the divisor is then the items' total weight, whose gradient it has too. Not with a group.
         label_smoothing, z_loss, softcap, logit_scale: see LossOptions.
         inplace: "backward" or "forward" writes the gradient over the logits, which saves a buffer of their size: in
             backward, or at once together with the loss (num_items_in_batch must then be given, and the logits are gone
@@ -183,7 +194,9 @@ def causal_lm_loss(
         ValueError, RuntimeError, IndexError: as cross_entropy, and where num_items_in_batch or inplace do not fit.
     """
     options = options_of(ignore_index, label_smoothing, z_loss, softcap, logit_scale)
-    return causal_lm(logits, labels, vocab_size, shift_labels, num_items_in_batch, options, weight, inplace, group).loss
+    return causal_lm(
+        logits, labels, vocab_size, shift_labels, num_items_in_batch, options, weight, inplace, group, token_weight
+    ).loss
 
 
 def causal_lm(
@@ -196,13 +209,16 @@ def causal_lm(
     weight: torch.Tensor | None = None,
     inplace: InPlace = False,
     group: dist.ProcessGroup | None = None,
+    token_weight: torch.Tensor | None = None,
 ) -> Divided:
     """causal_lm_loss, for a divisor of any kind."""
     targets, shift = (labels, 1) if shift_labels is None else (shift_labels, 0)
     if targets is None:
         raise ValueError("causal_lm_loss: expected labels (B, T) or shift_labels (B, T), got neither")
     check_tensors("causal_lm_loss", ("logits (B, T, V)", logits), ("labels (B, T)", targets))
-    return _mean_loss("causal_lm_loss", logits, targets, shift, given, options, weight, inplace, group, vocab_size)
+    return _mean_loss(
+        "causal_lm_loss", logits, targets, shift, given, options, weight, inplace, group, vocab_size, token_weight
+    )
 
 
 @checked
@@ -213,6 +229,7 @@ def linear_cross_entropy(
     *,
     bias: torch.Tensor | None = None,
     class_weight: torch.Tensor | None = None,
+    token_weight: torch.Tensor | None = None,
     shift: int = 0,
     metrics: bool = False,
     num_valid: int | None = None,
@@ -238,6 +255,8 @@ def linear_cross_entropy(
         labels: (...) int64 or int32, class indices or ignore_index.
         bias: (V,) of hidden's dtype, or None.
         class_weight: (V,) class weights of any floating dtype, or None.
+        token_weight: (...) a weight for each label, as in cross_entropy. The gradients are then made in backward, by one
+            product more. Not with a group, num_valid or torch.compile.
         shift: row (..., t) reads label (..., t + shift).
         metrics: also count the correct top-1 predictions and sum the entropies.
         num_valid: how many labels count, after the shift, or more: on CUDA, where they are not counted since that would
@@ -266,6 +285,11 @@ def linear_cross_entropy(
     """
     options = options_of(ignore_index, label_smoothing, z_loss, softcap, logit_scale)
     shared = _Shared(group, vocab_size, reduce_hidden_grad)
+    if token_weight is not None:
+        return _weighted_linear(
+            "linear_cross_entropy", hidden, weight, labels, bias, class_weight, token_weight, options, shift, metrics,
+            num_valid, max_scratch_bytes, shared,
+        )  # fmt: skip
     loss_sum, sums = _linear(
         "linear_cross_entropy", hidden, weight, labels, bias, class_weight, options, shift, metrics, None, num_valid,
         max_scratch_bytes, shared,
@@ -284,6 +308,7 @@ def linear_causal_lm_loss(
     *,
     bias: torch.Tensor | None = None,
     class_weight: torch.Tensor | None = None,
+    token_weight: torch.Tensor | None = None,
     label_smoothing: float = 0.0,
     z_loss: float = 0.0,
     softcap: float = 0.0,
@@ -304,6 +329,7 @@ def linear_causal_lm_loss(
         ignore_index, label_smoothing, z_loss, softcap, logit_scale: see LossOptions.
         shift_labels: (B, T) labels that are shifted already; they win.
         bias, class_weight: (V,) or None.
+        token_weight: (B, T) a weight for each label, as in linear_cross_entropy.
         num_valid, max_scratch_bytes, group, vocab_size, reduce_hidden_grad: see linear_cross_entropy.
 
     Returns:
@@ -312,7 +338,7 @@ def linear_causal_lm_loss(
     options = options_of(ignore_index, label_smoothing, z_loss, softcap, logit_scale)
     return linear_causal_lm(
         hidden, weight, labels, shift_labels, num_items_in_batch, options, bias, class_weight, num_valid,
-        max_scratch_bytes, _Shared(group, vocab_size, reduce_hidden_grad),
+        max_scratch_bytes, _Shared(group, vocab_size, reduce_hidden_grad), token_weight,
     ).loss  # fmt: skip
 
 
@@ -328,6 +354,7 @@ def linear_causal_lm(
     num_valid: int | None = None,
     max_scratch_bytes: int = linear.MAX_SCRATCH_BYTES,
     shared: _Shared | None = None,
+    token_weight: torch.Tensor | None = None,
 ) -> Divided:
     """linear_causal_lm_loss, for a divisor of any kind."""
     name = "linear_causal_lm_loss"
@@ -338,6 +365,14 @@ def linear_causal_lm(
     assert targets is not None
     metrics = isinstance(given, Known) and given.metrics
     is_mean = given is None
+    if token_weight is not None:
+        divisor, _, _ = _resolved(name, given, hidden)
+        sums = _weighted_linear(
+            name, hidden, weight, targets, bias, class_weight, token_weight, options, shift, metrics, num_valid,
+            max_scratch_bytes, shared,
+        )  # fmt: skip
+        divisor = at_least_one(sums.total_weight) if divisor is None else divisor
+        return Divided(sums.loss_sum / divisor, sums if metrics else None)
     if shared is not None and _is_shared(hidden, weight, shared):
         loss, sums = _linear(
             name, hidden, weight, targets, bias, class_weight, options, shift, metrics, given, num_valid,
@@ -364,6 +399,7 @@ def masked_lm_loss(
     ignore_index: int = -100,
     *,
     weight: torch.Tensor | None = None,
+    token_weight: torch.Tensor | None = None,
     label_smoothing: float = 0.0,
     z_loss: float = 0.0,
     softcap: float = 0.0,
@@ -378,14 +414,14 @@ def masked_lm_loss(
     Args:
         logits: (..., V).
         labels: (...) int64 or int32. Logits (N, V) or labels (N,) may be flattened.
-        vocab_size, num_items_in_batch, ignore_index, weight, label_smoothing, z_loss, softcap, logit_scale, inplace,
+        vocab_size, num_items_in_batch, ignore_index, weight, token_weight (...), label_smoothing, z_loss, softcap, logit_scale, inplace,
             group: as causal_lm_loss.
 
     Returns:
         0-dim loss, fp32 (fp64 for fp64 logits).
     """
     options = options_of(ignore_index, label_smoothing, z_loss, softcap, logit_scale)
-    return masked_lm(logits, labels, vocab_size, num_items_in_batch, options, weight, inplace, group).loss
+    return masked_lm(logits, labels, vocab_size, num_items_in_batch, options, weight, inplace, group, token_weight).loss
 
 
 def masked_lm(
@@ -397,10 +433,13 @@ def masked_lm(
     weight: torch.Tensor | None = None,
     inplace: InPlace = False,
     group: dist.ProcessGroup | None = None,
+    token_weight: torch.Tensor | None = None,
 ) -> Divided:
     """masked_lm_loss, for a divisor of any kind."""
     check_tensors("masked_lm_loss", ("logits (..., V)", logits), ("labels (...)", labels))
-    return _mean_loss("masked_lm_loss", logits, labels, 0, given, options, weight, inplace, group, vocab_size)
+    return _mean_loss(
+        "masked_lm_loss", logits, labels, 0, given, options, weight, inplace, group, vocab_size, token_weight
+    )
 
 
 @checked_loss
@@ -412,6 +451,7 @@ def token_classification_loss(
     ignore_index: int = -100,
     *,
     weight: torch.Tensor | None = None,
+    token_weight: torch.Tensor | None = None,
     label_smoothing: float = 0.0,
     z_loss: float = 0.0,
     softcap: float = 0.0,
@@ -424,14 +464,14 @@ def token_classification_loss(
         logits: (B, T, C).
         labels: (B, T) int64 or int32.
         config: with ``num_labels`` = C; an error where logits have another. None: not checked.
-        num_items_in_batch, ignore_index, weight, label_smoothing, z_loss, softcap, logit_scale, inplace: as
+        num_items_in_batch, ignore_index, weight, token_weight, label_smoothing, z_loss, softcap, logit_scale, inplace: as
             causal_lm_loss; items are tokens.
 
     Returns:
         0-dim loss, fp32 (fp64 for fp64 logits).
     """
     options = options_of(ignore_index, label_smoothing, z_loss, softcap, logit_scale)
-    return token_classification(logits, labels, config, num_items_in_batch, options, weight, inplace).loss
+    return token_classification(logits, labels, config, num_items_in_batch, options, weight, inplace, token_weight).loss
 
 
 def token_classification(
@@ -442,11 +482,14 @@ def token_classification(
     options: LossOptions,
     weight: torch.Tensor | None = None,
     inplace: InPlace = False,
+    token_weight: torch.Tensor | None = None,
 ) -> Divided:
     """token_classification_loss, for a divisor of any kind."""
     check_tensors("token_classification_loss", ("logits (B, T, C)", logits), ("labels (B, T)", labels))
     check_vocab_size("token_classification_loss", logits, getattr(config, "num_labels", None), "config.num_labels")
-    return _mean_loss("token_classification_loss", logits, labels, 0, given, options, weight, inplace)
+    return _mean_loss(
+        "token_classification_loss", logits, labels, 0, given, options, weight, inplace, None, None, token_weight
+    )
 
 
 @checked_loss
@@ -717,14 +760,19 @@ def _mean_loss(
     inplace: InPlace,
     group: dist.ProcessGroup | None = None,
     vocab_size: int | None = None,
+    token_weight: torch.Tensor | None = None,
 ) -> Divided:
     """The one way from logits to a loss: sum, divided once."""
     if inplace not in (False, "backward", "forward"):
         raise ValueError(f'{name}: expected False, "backward" or "forward" for inplace, got {inplace!r}')
     refuse_functorch(name, logits, labels, weight, given.divisor if isinstance(given, Known) else given)
     options.check(name, ops.accumulation_dtype(logits))
+    if token_weight is not None:
+        check_token_weight(name, token_weight, labels)
+        token_weight = like_rows(name, logits, token_weight, shift)
     labels = like_rows(name, logits, labels, shift)
     if _is_parallel(logits, labels, group):
+        refuse_token_weight(name, token_weight, "where processes share the vocabulary, or beside DTensors")
         return _parallel_mean_loss(name, logits, labels, shift, given, options, weight, inplace, group, vocab_size)
     check_vocab_size(name, logits, vocab_size)
     check_class_weight(name, "weight", weight, logits.shape[-1:])
@@ -734,6 +782,10 @@ def _mean_loss(
         weight = weight.to(logits.device, non_blocking=True)
 
     divisor, expected_grad, metrics = _resolved(name, given, logits)
+    if token_weight is not None:
+        sums = weighted_sums(name, logits, labels, token_weight, weight, shift, options, metrics, inplace)
+        divisor = at_least_one(sums.total_weight) if divisor is None else divisor
+        return Divided(sums.loss_sum / divisor, sums if metrics else None)
     kwargs = of_op(options, shift, metrics)
     wants_grad = torch.is_grad_enabled() and logits.requires_grad
     # The compiler takes the op with its formula; so do second derivatives, which fp64 is for.
@@ -939,6 +991,40 @@ def _linear(
     if part is not None:
         loss, sums = part.wrap(loss), [part.wrap(of_rows) for of_rows in sums]
     return loss, TokenSums(*sums) if metrics else TokenSums(*sums[:3])
+
+
+def _weighted_linear(
+    name: str,
+    hidden: torch.Tensor,
+    weight: torch.Tensor,
+    labels: torch.Tensor,
+    bias: torch.Tensor | None,
+    class_weight: torch.Tensor | None,
+    token_weight: torch.Tensor,
+    options: LossOptions,
+    shift: int,
+    metrics: bool,
+    num_valid: int | None,
+    max_scratch_bytes: int,
+    shared: _Shared | None,
+) -> TokenSums:
+    """_linear where each label has a weight."""
+    refuse_functorch(name, hidden, weight, labels, bias, class_weight, token_weight)
+    check_tensors(name, ("hidden (..., H)", hidden), ("weight (V, H)", weight), ("labels (...)", labels))
+    check_shift(name, shift)
+    check_token_weight(name, token_weight, labels)
+    if shared is not None and (_is_shared(hidden, weight, shared) or shared.vocab_size is not None):
+        refuse_token_weight(name, token_weight, "where processes share the vocabulary, or beside DTensors")
+    if num_valid is not None:
+        refuse_token_weight(name, token_weight, "beside num_valid")
+    options.check(name, ops.accumulation_dtype(hidden))
+    labels = reference.shift_labels(labels, shift, options.ignore_index) if labels.dim() else labels
+    labels = labels.to(hidden.device, non_blocking=True)
+    class_weight = class_weight if class_weight is None else class_weight.to(hidden.device, non_blocking=True)
+    kwargs = {**options.as_kwargs(), "metrics": metrics}
+    rows = linear.token_rows(name, hidden, weight, labels, bias, class_weight, kwargs, max_scratch_bytes)
+    weights = shifted(token_weight, shift)
+    return sums_of(rows, labels, weights, class_weight, options.ignore_index, metrics)
 
 
 class _Shared(NamedTuple):

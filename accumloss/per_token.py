@@ -11,7 +11,7 @@ from typing import Any, Literal, NamedTuple
 
 import torch
 
-from . import ops
+from . import linear, ops, reference
 from .arguments import check_in_place, check_shift, check_tensors, of_op, refuse_functorch
 from .keywords import checked
 from .options import LossOptions, options_of
@@ -145,6 +145,53 @@ def token_statistics(
         "token_statistics", logits, labels, None, shift, options, inplace, metrics=True
     )
     return TokenStatistics(0.0 - nll, entropy, lse, argmax)
+
+
+@checked
+def linear_token_log_probs(
+    hidden: torch.Tensor,
+    weight: torch.Tensor,
+    labels: torch.Tensor,
+    temperature: float = 1.0,
+    *,
+    bias: torch.Tensor | None = None,
+    shift: int = 0,
+    ignore_index: int = -100,
+    max_scratch_bytes: int = linear.MAX_SCRATCH_BYTES,
+) -> torch.Tensor:
+    """token_log_probs of ``F.linear(hidden, weight, bias)``, chunk by chunk: the logits never exist as a whole.
+
+    Forward is one product. Backward makes the logits of a chunk again and three products of it; rows that are ignored, and
+    those to which the gradient 0 comes back, take part in none. A weight, bias or hidden that needs no gradient costs none.
+
+    Args:
+        hidden: (..., H) bf16, fp16, fp32 or fp64.
+        weight: (V, H) of hidden's dtype: the head's.
+        labels, temperature, shift, ignore_index: see token_log_probs.
+        bias: (V,) of hidden's dtype, or None.
+        max_scratch_bytes: memory beside inputs and gradients; see linear_cross_entropy.
+
+    Returns:
+        (...) fp32, or fp64 for fp64 hidden states.
+
+    Raises:
+        TypeError, ValueError, RuntimeError, IndexError: as linear_cross_entropy. DTensors and torch.compile are refused.
+
+    Example:
+        >>> hidden, head = torch.eye(2), torch.tensor([[2.0, 0.0], [0.0, 1.0]])
+        >>> [round(value, 4) for value in linear_token_log_probs(hidden, head, torch.tensor([0, -100])).tolist()]
+        [-0.1269, 0.0]
+    """
+    name = "linear_token_log_probs"
+    check_tensors(name, ("hidden (..., H)", hidden), ("weight (V, H)", weight), ("labels (...)", labels))
+    check_shift(name, shift)
+    refuse_functorch(name, hidden, weight, labels, bias)
+    refuse_dtensors(name, hidden, weight, labels, bias)
+    options = _at_temperature(name, temperature, ignore_index)
+    options.check(name, ops.accumulation_dtype(hidden))
+    labels = reference.shift_labels(labels, shift, ignore_index) if labels.dim() else labels
+    kwargs = {**options.as_kwargs(), "metrics": False}
+    return 0.0 - linear.token_rows(name, hidden, weight, labels, bias, None, kwargs, max_scratch_bytes)[1]
 
 
 def _at_temperature(name: str, temperature: float, ignore_index: int) -> LossOptions:

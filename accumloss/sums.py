@@ -12,13 +12,14 @@ import torch.distributed as dist
 class TokenSums:
     """Sums over the items (non-ignored labels) of one or more calls. Add them with ``+``; take a mean once, at the end.
 
-    Every field is a 0-dim tensor on the logits' device; only ``loss_sum`` carries a gradient.
+    Every field is a 0-dim tensor on the logits' device. ``loss_sum`` carries a gradient, and ``total_weight`` that of the
+    tokens' weights where those want one.
 
     Attributes:
         loss_sum: sum of the row losses; fp32, or fp64 for fp64 logits.
         num_items: number of items, int64.
-        total_weight: sum of the items' class weights (ATen's name for the divisor of a weighted mean); equals
-            ``num_items`` where there are no weights.
+        total_weight: sum of the items' weights, of their class times of their token (ATen's name for the divisor of a
+            weighted mean); equals ``num_items`` where there are no weights.
         num_correct: items whose label is the argmax of the logits, int64; None without ``metrics=True``.
         entropy_sum: sum of the rows' entropies in nats; None without ``metrics=True``.
     """
@@ -45,7 +46,7 @@ class TokenSums:
 
     def detach(self) -> TokenSums:
         """The same sums without the graph of the loss."""
-        return replace(self, loss_sum=self.loss_sum.detach())
+        return replace(self, loss_sum=self.loss_sum.detach(), total_weight=self.total_weight.detach())
 
     def all_reduce(self, group: dist.ProcessGroup | None = None) -> TokenSums:
         """The sums over all ranks of a process group, by one all_reduce in fp64; the result carries no gradient.

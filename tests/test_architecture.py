@@ -34,7 +34,7 @@ LAYERS = [
     {"arguments"},
     {"reference"},
     {"ops"},
-    {"parallel"},
+    {"parallel", "weighting"},
     {"cuda", "linear"},
     {"losses", "per_token"},
     {"accumulation", "transformers"},

@@ -2,6 +2,7 @@
 
 from .op import LinearGradInForward, autocast, check, linear_cross_entropy, needs_of
 from .plan import MAX_SCRATCH_BYTES, LinearPlan, linear_plan
+from .tokens import token_rows
 
 __all__ = [
     "MAX_SCRATCH_BYTES",
@@ -12,4 +13,5 @@ __all__ = [
     "linear_cross_entropy",
     "linear_plan",
     "needs_of",
+    "token_rows",
 ]

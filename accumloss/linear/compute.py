@@ -7,7 +7,7 @@ hidden states and to the weight. So nothing is computed twice, and of the logits
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import torch
@@ -39,6 +39,11 @@ class Outputs(NamedTuple):
     bias: torch.Tensor | None  # fp32 or fp64
 
 
+Place = slice | torch.Tensor  # of a chunk's rows among all
+# turns the logits (n, V) of rows with labels (n,) into their gradient, where one is wanted
+Turn = Callable[[torch.Tensor, torch.Tensor, Place], None]
+
+
 def run(
     factor: torch.Tensor,  # () what the gradients are multiplied by
     hidden: torch.Tensor,  # (N, H)
@@ -51,9 +56,10 @@ def run(
     num_valid: int | None,
     max_scratch_bytes: int,
     shard: parallel.Shard | None = None,
+    turn: Turn | None = None,
 ) -> Outputs:
     """Everything, below autograd. Of a shard: weight, bias and their gradients of its classes, labels and class_weight of all;
-    the gradient of hidden is its part of a sum over the processes."""
+    the gradient of hidden is its part of a sum over the processes. turn: what stands in for the loss; the sums are 0 then."""
     H, V = hidden.shape[1], weight.shape[0]
     acc = ops.accumulation_dtype(hidden)
     vocab_size, most_classes = (V, V) if shard is None else (shard.vocab_size, shard.chunk)
@@ -88,7 +94,10 @@ def run(
         targets = labels[part] if index is None else labels.index_select(0, index)
         logits = buffer[: part.stop - begin]
         _product_of_logits(logits, h, weight, bias)
-        if shard is not None:
+        if turn is not None:
+            turn(logits, targets, part if index is None else index)
+            found = tuple(torch.zeros_like(total) for total in sums)
+        elif shard is not None:
             found = _of_shard(factor if wants_grad else None, logits, targets, class_weight, shard, options)
         elif wants_grad:
             found = ops.cross_entropy_with_grad_(factor, logits, targets, class_weight, **options)
