@@ -19,7 +19,17 @@ from .losses import (
 )
 from .ops import build_info, empty_cache
 from .options import LossOptions
-from .per_token import TokenStatistics, linear_token_log_probs, token_log_probs, token_losses, token_statistics
+from .per_token import (
+    TokenStatistics,
+    distillation,
+    distillation_loss,
+    linear_distillation,
+    linear_distillation_loss,
+    linear_token_log_probs,
+    token_log_probs,
+    token_losses,
+    token_statistics,
+)
 from .sums import TokenSums
 from .transformers import (
     Explanation,
@@ -57,10 +67,14 @@ __all__ = [
     "check",
     "compute_loss_func",
     "cross_entropy",
+    "distillation",
+    "distillation_loss",
     "empty_cache",
     "explain",
     "linear_causal_lm_loss",
     "linear_cross_entropy",
+    "linear_distillation",
+    "linear_distillation_loss",
     "linear_plan",
     "linear_token_log_probs",
     "make_loss",

@@ -10,6 +10,11 @@ from . import checks
 from ._compat import is_functorch_active
 from .options import LossOptions
 
+NumItems = int | float | torch.Tensor | None
+
+# the least and the largest number > 0 of the dtypes of a sum
+_HELD = {dtype: (torch.finfo(dtype).tiny, torch.finfo(dtype).max) for dtype in (torch.float32, torch.float64)}
+
 
 def check_tensors(name: str, *given: tuple[str, Any]) -> None:
     """given: what each is, with its shape; and the value."""
@@ -82,3 +87,34 @@ def like_rows(name: str, logits: torch.Tensor, labels: torch.Tensor, shift: int 
             f"{flattened}, got {tuple(labels.shape)}"
         )
     return labels.reshape(rows)
+
+
+def divisor_of(name: str, num_items_in_batch: NumItems, like: torch.Tensor) -> torch.Tensor | None:
+    """num_items_in_batch as a 0-dim tensor > 0 on the device of ``like``, without a sync; 1 for 0, None for None."""
+    if num_items_in_batch is None:
+        return None
+    acc = torch.float64 if like.dtype == torch.float64 else torch.float32
+    tiny, largest = _HELD[acc]
+    if isinstance(num_items_in_batch, torch.Tensor):
+        shape, dtype = tuple(num_items_in_batch.shape), num_items_in_batch.dtype
+        if num_items_in_batch.numel() == 0:
+            raise ValueError(f"{name}: expected num_items_in_batch of shape () or (n, 1), got an empty tensor")
+        if len(shape) > 2 or (len(shape) == 2 and shape[1] != 1):
+            raise ValueError(f"{name}: expected num_items_in_batch of shape (), (n,) or (n, 1), got {shape}")
+        if dtype == torch.bool or dtype.is_complex:
+            raise ValueError(f"{name}: expected num_items_in_batch of an integer or floating dtype, got {dtype}")
+        first = num_items_in_batch.detach()
+        first = first.flatten()[0] if shape else first
+        first = first.to(like.device, non_blocking=True)
+        value = first.to(acc)
+        # NaN for what is no number of items, or none that acc holds: what it is cannot be known here without a sync.
+        # Not clamp(min=1): what is passed may be the items of a step for each of its micro-batches, a fraction.
+        is_held = value.clamp(tiny, largest) == value
+        return torch.where(is_held, value, torch.where(first == 0, torch.ones_like(value), float("nan")))
+    is_number = isinstance(num_items_in_batch, (int, float)) and not isinstance(num_items_in_batch, bool)
+    if not is_number or not (num_items_in_batch == 0 or tiny <= num_items_in_batch <= largest):
+        raise ValueError(
+            f"{name}: expected num_items_in_batch >= 0, got {num_items_in_batch!r}; it is 0 or a number in "
+            f"[{tiny:.4g}, {largest:.4g}], which {acc} holds, or a tensor of one; None counts the items of the call"
+        )
+    return torch.full((), float(num_items_in_batch) if num_items_in_batch else 1.0, dtype=acc, device=like.device)

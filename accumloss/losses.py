@@ -17,11 +17,13 @@ import torch.nn.functional as F
 
 from . import linear, ops, parallel, reference
 from .arguments import (
+    NumItems,
     check_class_weight,
     check_in_place,
     check_shift,
     check_tensors,
     check_vocab_size,
+    divisor_of,
     like_rows,
     of_op,
     refuse_functorch,
@@ -29,7 +31,7 @@ from .arguments import (
 from .keywords import checked, checked_loss
 from .options import LossOptions, options_of
 from .sums import TokenSums, at_least_one
-from .weighting import check_token_weight, refuse_token_weight, shifted, sums_of, weighted_sums
+from .weighting import check_token_weight, refuse_token_weight, shifted, soft_sums, sums_of, weighted_sums, z_loss_of
 
 
 class Known(NamedTuple):
@@ -61,14 +63,10 @@ class Divided(NamedTuple):
         return Divided(self.loss.full_tensor(), sums)
 
 
-NumItems = int | float | torch.Tensor | None
 InPlace = Literal[False, "backward", "forward"]
 
 # dtypes whose gradient may be written before the incoming gradient is known; see ops.GradInForward
 _GRAD_IN_FORWARD_DTYPES = (torch.bfloat16, torch.float32)
-
-# the least and the largest number > 0 of the dtypes of a sum
-_HELD = {dtype: (torch.finfo(dtype).tiny, torch.finfo(dtype).max) for dtype in (torch.float32, torch.float64)}
 
 
 @checked
@@ -96,7 +94,8 @@ def cross_entropy(
 
     Args:
         logits: (..., V) bf16, fp16, fp32 or fp64, of any strides; copied only where V is not contiguous.
-        labels: (...) int64 or int32, class indices or ignore_index.
+        labels: (...) int64 or int32, class indices or ignore_index; or (..., V) of logits' dtype, the probabilities of the
+            classes, as in F.cross_entropy: every row then counts, and shift, metrics and group have no meaning.
         weight: (V,) class weights of any floating dtype, or None.
         token_weight: (...) a weight for each label, of any floating dtype: loss_sum and total_weight are weighted by it, and
             carry its gradient; counts and entropies are not. None: 1. Not with a group.
@@ -130,6 +129,9 @@ def cross_entropy(
     check_shift("cross_entropy", shift)
     options = options_of(ignore_index, label_smoothing, z_loss, softcap, logit_scale)
     options.check("cross_entropy", ops.accumulation_dtype(logits))
+    if labels.is_floating_point():
+        given = {"shift": shift, "metrics": metrics, "group": group, "vocab_size": vocab_size}
+        return soft_sums("cross_entropy", logits, labels, weight, token_weight, options, given)
     if _is_parallel(logits, labels, group):
         refuse_token_weight("cross_entropy", token_weight, "where processes share the vocabulary, or beside DTensors")
         return _parallel_sums("cross_entropy", logits, labels, weight, shift, options, metrics, group, vocab_size)
@@ -139,10 +141,11 @@ def cross_entropy(
         check_token_weight("cross_entropy", token_weight, labels)
         return weighted_sums("cross_entropy", logits, labels, token_weight, weight, shift, options, metrics)
     outputs = ops.cross_entropy(logits, labels, weight, **of_op(options, shift, metrics))
-    loss_sum, num_items, total_weight, _, num_correct, entropy_sum, _ = outputs
+    loss_sum, num_items, total_weight, lse, num_correct, entropy_sum, _ = outputs
+    z_loss_sum = z_loss_of(lse, None, options, loss_sum.dtype)
     if not metrics:
-        return TokenSums(loss_sum, num_items, total_weight)
-    return TokenSums(loss_sum, num_items, total_weight, num_correct, entropy_sum)
+        return TokenSums(loss_sum, num_items, total_weight, z_loss_sum=z_loss_sum)
+    return TokenSums(loss_sum, num_items, total_weight, num_correct, entropy_sum, z_loss_sum)
 
 
 @checked_loss
@@ -1024,7 +1027,7 @@ def _weighted_linear(
     kwargs = {**options.as_kwargs(), "metrics": metrics}
     rows = linear.token_rows(name, hidden, weight, labels, bias, class_weight, kwargs, max_scratch_bytes)
     weights = shifted(token_weight, shift)
-    return sums_of(rows, labels, weights, class_weight, options.ignore_index, metrics)
+    return sums_of(rows, labels, weights, class_weight, options, metrics)
 
 
 class _Shared(NamedTuple):
@@ -1077,42 +1080,11 @@ def _check_in_forward(name: str, logits: torch.Tensor, divisor: torch.Tensor | N
 
 
 def _resolved(name: str, given: NumItems | Known, like: torch.Tensor) -> tuple[torch.Tensor | None, float, bool]:
-    """A divisor as in _divisor, the gradient that will come back to the loss, and whether metrics are wanted."""
+    """A divisor as in divisor_of, the gradient that will come back to the loss, and whether metrics are wanted."""
     if isinstance(given, Known):
         divisor = given.divisor.to(like.device, ops.accumulation_dtype(like), non_blocking=True)
         return divisor, given.expected_grad, given.metrics
-    return _divisor(name, given, like), 1.0, False
-
-
-def _divisor(name: str, num_items_in_batch: NumItems, like: torch.Tensor) -> torch.Tensor | None:
-    """num_items_in_batch as a 0-dim tensor > 0 on the device of ``like``, without a sync; 1 for 0, None for None."""
-    if num_items_in_batch is None:
-        return None
-    acc = ops.accumulation_dtype(like)
-    tiny, largest = _HELD[acc]
-    if isinstance(num_items_in_batch, torch.Tensor):
-        shape, dtype = tuple(num_items_in_batch.shape), num_items_in_batch.dtype
-        if num_items_in_batch.numel() == 0:
-            raise ValueError(f"{name}: expected num_items_in_batch of shape () or (n, 1), got an empty tensor")
-        if len(shape) > 2 or (len(shape) == 2 and shape[1] != 1):
-            raise ValueError(f"{name}: expected num_items_in_batch of shape (), (n,) or (n, 1), got {shape}")
-        if dtype == torch.bool or dtype.is_complex:
-            raise ValueError(f"{name}: expected num_items_in_batch of an integer or floating dtype, got {dtype}")
-        first = num_items_in_batch.detach()
-        first = first.flatten()[0] if shape else first
-        first = first.to(like.device, non_blocking=True)
-        value = first.to(acc)
-        # NaN for what is no number of items, or none that acc holds: what it is cannot be known here without a sync.
-        # Not clamp(min=1): what is passed may be the items of a step for each of its micro-batches, a fraction.
-        is_held = value.clamp(tiny, largest) == value
-        return torch.where(is_held, value, torch.where(first == 0, torch.ones_like(value), float("nan")))
-    is_number = isinstance(num_items_in_batch, (int, float)) and not isinstance(num_items_in_batch, bool)
-    if not is_number or not (num_items_in_batch == 0 or tiny <= num_items_in_batch <= largest):
-        raise ValueError(
-            f"{name}: expected num_items_in_batch >= 0, got {num_items_in_batch!r}; it is 0 or a number in "
-            f"[{tiny:.4g}, {largest:.4g}], which {acc} holds, or a tensor of one; None counts the items of the call"
-        )
-    return torch.full((), float(num_items_in_batch) if num_items_in_batch else 1.0, dtype=acc, device=like.device)
+    return divisor_of(name, given, like), 1.0, False
 
 
 def _refuse_options(name: str, problem: str, given: dict[str, Any]) -> None:

@@ -22,6 +22,8 @@ class TokenSums:
             weighted mean); equals ``num_items`` where there are no weights.
         num_correct: items whose label is the argmax of the logits, int64; None without ``metrics=True``.
         entropy_sum: sum of the rows' entropies in nats; None without ``metrics=True``.
+        z_loss_sum: what of ``loss_sum`` is the z-loss, with a gradient of its own; None without ``z_loss``, and from hidden
+            states or a vocabulary that processes share.
     """
 
     loss_sum: torch.Tensor
@@ -29,6 +31,7 @@ class TokenSums:
     total_weight: torch.Tensor
     num_correct: torch.Tensor | None = None
     entropy_sum: torch.Tensor | None = None
+    z_loss_sum: torch.Tensor | None = None
 
     def __add__(self, other: TokenSums) -> TokenSums:
         if not isinstance(other, TokenSums):
@@ -39,6 +42,7 @@ class TokenSums:
             self.total_weight + other.total_weight,
             _add(self.num_correct, other.num_correct),
             _add(self.entropy_sum, other.entropy_sum),
+            _add(self.z_loss_sum, other.z_loss_sum),
         )
 
     def __radd__(self, other: int) -> TokenSums:
@@ -46,7 +50,9 @@ class TokenSums:
 
     def detach(self) -> TokenSums:
         """The same sums without the graph of the loss."""
-        return replace(self, loss_sum=self.loss_sum.detach(), total_weight=self.total_weight.detach())
+        z_loss_sum = None if self.z_loss_sum is None else self.z_loss_sum.detach()
+        loss_sum, total_weight = self.loss_sum.detach(), self.total_weight.detach()
+        return replace(self, loss_sum=loss_sum, total_weight=total_weight, z_loss_sum=z_loss_sum)
 
     def all_reduce(self, group: dist.ProcessGroup | None = None) -> TokenSums:
         """The sums over all ranks of a process group, by one all_reduce in fp64; the result carries no gradient.

@@ -59,6 +59,34 @@ struct TokenGrads {
   const double *loss, *lse, *nll, *entropy;
 };
 
+// A student's logits beside a teacher's of the same shape. labels say which rows count.
+struct DistillationInputs {
+  CrossEntropyInputs student;  // of its options ignore_index, shift and logit_scale
+  LogitsView teacher;
+  double beta;  // share of the teacher in the mixture, in [0, 1]
+};
+// Each (B, T), 0 where a row is ignored.
+struct DistillationRows {
+  void* loss;                       // Acc: beta KL(t | m) + (1 - beta) KL(s | m); beta 0: KL(t | s), beta 1: KL(s | t)
+  double *lse, *teacher_lse;        // of z
+  double *of_student, *of_teacher;  // KL(s | m), KL(t | m)
+};
+
+// logits beside class probabilities of the same shape and dtype; labels are not looked at.
+struct TargetInputs {
+  CrossEntropyInputs logits;
+  LogitsView targets;
+};
+// Each (B, T).
+struct TargetRows {
+  void* loss;  // Acc: sum_j w_j q_j (lse - z_j) + z_loss lse^2, q smoothed
+  void* nll;   // Acc: lse - z_y of the class y of the largest target
+  double* lse;
+  double* total;     // sum_j w_j q_j
+  double* of_label;  // w_y q_y
+  int64_t* label;    // y
+};
+
 // The kernels of one device; cpu/launch.cpp and cuda/cross_entropy.cu each fill one in.
 struct Backend {
   // sums, lse (B, T) double, nll (B, T) Acc; both are 0 in ignored rows. One read of the logits of the other rows.
@@ -88,6 +116,14 @@ struct Backend {
   // where grads.entropy is there. grad_logits may be inputs.logits (in place).
   void (*backward_tokens)(const CrossEntropyInputs&, const double* lse, const void* nll, const void* entropy,
                           const TokenGrads& grads, const LogitsView& grad_logits);
+
+  void (*forward_distillation)(const DistillationInputs&, const DistillationRows&);
+  // Of the student's logits, for what comes back to loss (B, T). grad_logits may be the student's logits.
+  void (*backward_distillation)(const DistillationInputs&, const DistillationRows&, const double* grad_loss,
+                                const LogitsView& grad_logits);
+  void (*forward_targets)(const TargetInputs&, const TargetRows&);
+  void (*backward_targets)(const TargetInputs&, const TargetRows&, const double* grad_loss,
+                           const LogitsView& grad_logits);
 };
 
 const Backend& cpu_backend();

@@ -1,5 +1,6 @@
 """Linear head and cross-entropy in one: sums, counts and gradients from hidden states, without ever holding the logits."""
 
+from .distillation import distillation_rows
 from .op import LinearGradInForward, autocast, check, linear_cross_entropy, needs_of
 from .plan import MAX_SCRATCH_BYTES, LinearPlan, linear_plan
 from .tokens import token_rows
@@ -10,6 +11,7 @@ __all__ = [
     "LinearPlan",
     "autocast",
     "check",
+    "distillation_rows",
     "linear_cross_entropy",
     "linear_plan",
     "needs_of",

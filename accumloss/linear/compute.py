@@ -93,7 +93,7 @@ def run(
         h = hidden.index_select(0, index) if index is not None and not gathers_all else all_hidden[part]
         targets = labels[part] if index is None else labels.index_select(0, index)
         logits = buffer[: part.stop - begin]
-        _product_of_logits(logits, h, weight, bias)
+        product_of_logits(logits, h, weight, bias)
         if turn is not None:
             turn(logits, targets, part if index is None else index)
             found = tuple(torch.zeros_like(total) for total in sums)
@@ -150,7 +150,7 @@ def _of_shard(
     return rows.sums
 
 
-def _product_of_logits(
+def product_of_logits(
     logits: torch.Tensor, hidden: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None
 ) -> None:
     """logits (n, V) = hidden (n, H) weightᵀ (H, V) + bias (V,)"""

@@ -6,6 +6,7 @@ gradient where they lie, for whatever has come back to each row, and takes that 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -54,7 +55,9 @@ class LinearTokens(torch.autograd.Function):
                 if value.numel() == targets.numel():
                     output[place] = value
 
-        _run(turn, hidden, weight, labels, bias, class_weight, Needs(False, False, False), options, max_scratch_bytes)
+        run_rows(
+            turn, hidden, weight, labels, bias, class_weight, Needs(False, False, False), options, max_scratch_bytes
+        )
         outputs = [output.view(labels.shape) if output.numel() == N else output for output in outputs]
         ctx.mark_non_differentiable(outputs[4])
         return tuple(outputs)
@@ -67,8 +70,8 @@ class LinearTokens(torch.autograd.Function):
         if all(grad is None for grad in grads):
             return (None,) * 8
         if torch.is_grad_enabled():
-            found = _differentiable(grads, (hidden, weight, bias), needs, labels, class_weight, options)
-            return found[0], found[1], None, found[2], *(None,) * 4
+            graph = _differentiable(grads, (hidden, weight, bias), needs, labels, class_weight, options)
+            return graph[0], graph[1], None, graph[2], *(None,) * 4
         given = [None if grad is None else grad.reshape(-1) for grad in grads]
         # a row to which nothing comes back takes no part in the products
         is_used = torch.stack([grad != 0 for grad in given if grad is not None]).any(0)
@@ -80,14 +83,24 @@ class LinearTokens(torch.autograd.Function):
             of_rows = [None if grad is None else grad[place] for grad in given]
             ops.token_statistics_backward_(*of_rows, logits, targets, nll, lse, entropy, class_weight, **options)
 
-        found = _run(turn, hidden, weight, labels, bias, class_weight, needs, options, ctx.max_scratch_bytes)
+        found = run_rows(turn, hidden, weight, labels, bias, class_weight, needs, options, ctx.max_scratch_bytes)
         grad_hidden = found.hidden if found.hidden is None else found.hidden.view(hidden.shape)
         grad_weight = found.weight if found.weight is None else found.weight.to(weight.dtype)
         grad_bias = found.bias if bias is None or found.bias is None else found.bias.to(bias.dtype)
         return grad_hidden, grad_weight, None, grad_bias, *(None,) * 4
 
 
-def _run(turn, hidden, weight, labels, bias, class_weight, needs, options, max_scratch_bytes) -> compute.Outputs:
+def run_rows(
+    turn: compute.Turn,
+    hidden: torch.Tensor,
+    weight: torch.Tensor,
+    labels: torch.Tensor,
+    bias: torch.Tensor | None,
+    class_weight: torch.Tensor | None,
+    needs: Needs,
+    options: dict[str, Any],
+    max_scratch_bytes: int,
+) -> compute.Outputs:
     """compute.run for hidden (..., H) and labels (...)."""
     one = torch.ones((), dtype=ops.accumulation_dtype(hidden), device=hidden.device)
     rows = hidden.detach().reshape(-1, hidden.shape[-1])
@@ -99,11 +112,18 @@ def _run(turn, hidden, weight, labels, bias, class_weight, needs, options, max_s
         )  # fmt: skip
 
 
-def _differentiable(grads, inputs, needs, labels, class_weight, options) -> list[torch.Tensor | None]:
+def _differentiable(
+    grads: Sequence[torch.Tensor | None],
+    inputs: tuple[torch.Tensor, torch.Tensor, torch.Tensor | None],
+    needs: Needs,
+    labels: torch.Tensor,
+    class_weight: torch.Tensor | None,
+    options: dict[str, Any],
+) -> list[Any]:
     """The gradients by way of the logits, as a graph: for a backward of the backward."""
     outputs = ops.token_statistics(F.linear(*inputs), labels, class_weight, **options)
     given = [(output, grad) for output, grad in zip(outputs, grads, strict=False) if grad is not None]
-    wanted = [tensor for tensor, needed in zip(inputs, needs, strict=True) if needed]
+    wanted = [tensor for tensor, needed in zip(inputs, needs, strict=True) if tensor is not None and needed]
     found = torch.autograd.grad([o for o, _ in given], wanted, [g for _, g in given], create_graph=True)
     of_wanted = iter(found)
     return [next(of_wanted) if needed else None for needed in needs]

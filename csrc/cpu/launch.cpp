@@ -5,6 +5,7 @@
 #endif
 
 #include <algorithm>
+#include <cmath>
 #include <cstdlib>
 #include <cstring>
 #include <memory>
@@ -585,6 +586,149 @@ void forward_with_grad(const CrossEntropyInputs& inputs, const CrossEntropySums&
   ordered_sum(parts).write(sums, dtype);
 }
 
+// Rows of two tensors ------------------------------------------------------------------------------------------------
+
+// lse of a row, NaN where it is no distribution.
+double lse_of(const Rows& rows, int64_t row) {
+  RowState<double> state;
+  rows.kernels.push(rows.segment(row, -1, 0, rows.V, 0.0), rows.inputs.options, &state, nullptr, nullptr);
+  return state.max - state.max == 0 ? state.max + std::log(state.sum) : kNaN;
+}
+
+// write(row) for each row that counts, ignore(row) for each other.
+template <typename Write, typename Ignore>
+void for_each_row(const RowLists& lists, const Write& write, const Ignore& ignore) {
+  lists.for_each_task(
+      no_local,
+      [&](int64_t begin, int64_t end, int64_t, Nothing) {
+        for (int64_t i = begin; i < end; ++i) write(lists.counted(i).row);
+        finish_streaming();
+      },
+      [&](int64_t begin, int64_t end) {
+        for (int64_t i = begin; i < end; ++i) ignore(lists.ignored()[i]);
+        finish_streaming();
+      });
+}
+
+// A call's teacher beside its student.
+struct Pair {
+  const DistillationInputs& inputs;
+  CrossEntropyInputs of_teacher;
+  Rows student, teacher;
+
+  explicit Pair(const DistillationInputs& inputs)
+      : inputs(inputs), of_teacher(teacher_of(inputs)), student(inputs.student), teacher(of_teacher) {}
+  PairRow row(int64_t row, double lse, double teacher_lse) const {
+    return {
+        row_data(inputs.student.logits, row), row_data(inputs.teacher, row), student.V, lse, teacher_lse, inputs.beta};
+  }
+
+ private:
+  static CrossEntropyInputs teacher_of(const DistillationInputs& inputs) {
+    CrossEntropyInputs of_teacher = inputs.student;
+    of_teacher.logits = inputs.teacher;
+    return of_teacher;
+  }
+};
+
+void forward_distillation(const DistillationInputs& inputs, const DistillationRows& to) {
+  const Pair pair(inputs);
+  const RowLists lists(pair.student);
+  const Dtype dtype = inputs.student.logits.dtype;
+  const double beta = inputs.beta;
+  for_each_row(
+      lists,
+      [&](int64_t row) {
+        to.lse[row] = lse_of(pair.student, row);
+        to.teacher_lse[row] = lse_of(pair.teacher, row);
+        pair.student.kernels.push_divergence(pair.row(row, to.lse[row], to.teacher_lse[row]), inputs.student.options,
+                                             &to.of_student[row], &to.of_teacher[row]);
+        const double loss = beta == 0   ? to.of_teacher[row]
+                            : beta == 1 ? to.of_student[row]
+                                        : beta * to.of_teacher[row] + (1 - beta) * to.of_student[row];
+        set_element(to.loss, dtype, row, loss);
+      },
+      [&](int64_t row) {
+        to.lse[row] = to.teacher_lse[row] = to.of_student[row] = to.of_teacher[row] = 0;
+        set_element(to.loss, dtype, row, 0);
+      });
+}
+
+void backward_distillation(const DistillationInputs& inputs, const DistillationRows& found, const double* grad_loss,
+                           const LogitsView& grad_logits) {
+  const Pair pair(inputs);
+  const RowLists lists(pair.student);
+  const bool streams = streams_gradient(pair.student, grad_logits);
+  for_each_row(
+      lists,
+      [&](int64_t row) {
+        if (grad_loss[row] == 0) return zero_row(grad_logits, row, streams);
+        PairRow of_row = pair.row(row, found.lse[row], found.teacher_lse[row]);
+        of_row.divergence = found.of_student[row];
+        pair.student.kernels.write_divergence_grad(of_row, inputs.student.options, grad_loss[row], streams,
+                                                   row_data(grad_logits, row));
+      },
+      [&](int64_t row) { zero_row(grad_logits, row, streams); });
+}
+
+// visit(row) for every row.
+template <typename Visit>
+void for_all_rows(int64_t N, int64_t V, const Visit& visit) {
+  const int64_t rows_each = std::max(std::max(N * V / kTasks, kTaskElements) / V, int64_t{1});
+  run_tasks((N + rows_each - 1) / rows_each, N * V, no_local, [&](int64_t i, Nothing) {
+    for (int64_t row = i * rows_each; row < std::min((i + 1) * rows_each, N); ++row) visit(row);
+    finish_streaming();
+  });
+}
+
+void forward_targets(const TargetInputs& inputs, const TargetRows& to) {
+  const Rows rows(inputs.logits);
+  const LossOptions& options = inputs.logits.options;
+  const Dtype dtype = inputs.logits.logits.dtype;
+  LossOptions of_row = options;  // of lse and nll alone
+  of_row.label_smoothing = 0;
+  for_all_rows(rows.N, rows.V, [&](int64_t row) {
+    // What the loss is of a class that has nearly all of the target would be lost in lse - z of it
+    const void* const targets = row_data(inputs.targets, row);
+    const int64_t found = rows.kernels.first_not_below(targets, 0, rows.V, rows.kernels.max_logit(targets, rows.V));
+    const int64_t y = found < rows.V ? found : 0;
+    const double target_logit = rows.target_logit(row, y);
+    RowState<double> state;
+    rows.kernels.push(rows.segment(row, y, 0, rows.V, target_logit), of_row, &state, nullptr, nullptr);
+    const RowResult result = row_result(state, target_logit, 1.0, 0.0, rows.V, of_row);
+    const TargetRow at = {
+        row_data(inputs.logits.logits, row), targets, inputs.logits.weight, rows.V, y, result.lse, result.nll};
+    double surprise;
+    rows.kernels.push_targets(at, options, &surprise, &to.total[row], &to.of_label[row]);
+    double loss = surprise + (to.of_label[row] == 0 ? 0.0 : to.of_label[row] * result.nll);
+    if (options.z_loss > 0) loss += options.z_loss * result.lse * result.lse;
+    set_element(to.loss, dtype, row, result.nll != result.nll ? kNaN : loss);
+    set_element(to.nll, dtype, row, result.nll);
+    to.lse[row] = result.lse;
+    to.label[row] = y;
+  });
+}
+
+void backward_targets(const TargetInputs& inputs, const TargetRows& found, const double* grad_loss,
+                      const LogitsView& grad_logits) {
+  const Rows rows(inputs.logits);
+  const Dtype dtype = inputs.logits.logits.dtype;
+  const bool streams = streams_gradient(rows, grad_logits);
+  for_all_rows(rows.N, rows.V, [&](int64_t row) {
+    if (grad_loss[row] == 0) return zero_row(grad_logits, row, streams);
+    const TargetRow at = {row_data(inputs.logits.logits, row),
+                          row_data(inputs.targets, row),
+                          inputs.logits.weight,
+                          rows.V,
+                          found.label[row],
+                          found.lse[row],
+                          element(found.nll, dtype, row),
+                          found.total[row],
+                          found.of_label[row]};
+    rows.kernels.write_targets_grad(at, inputs.logits.options, grad_loss[row], streams, row_data(grad_logits, row));
+  });
+}
+
 void scale(const LogitsView& values, const void* factor) {
   const double f = element(factor, values.dtype, 0);
   if (f == 1.0) return;
@@ -604,9 +748,19 @@ const char* instruction_set_name() { return instruction_set().name; }
 }  // namespace cpu
 
 const Backend& cpu_backend() {
-  static constexpr Backend backend = {cpu::forward,        cpu::backward,       cpu::forward_with_grad,
-                                      cpu::forward_shard,  cpu::scale,          cpu::take_memory,
-                                      cpu::release_memory, cpu::forward_tokens, cpu::backward_tokens};
+  static constexpr Backend backend = {cpu::forward,
+                                      cpu::backward,
+                                      cpu::forward_with_grad,
+                                      cpu::forward_shard,
+                                      cpu::scale,
+                                      cpu::take_memory,
+                                      cpu::release_memory,
+                                      cpu::forward_tokens,
+                                      cpu::backward_tokens,
+                                      cpu::forward_distillation,
+                                      cpu::backward_distillation,
+                                      cpu::forward_targets,
+                                      cpu::backward_targets};
   return backend;
 }
 
