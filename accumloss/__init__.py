@@ -44,6 +44,7 @@ from .transformers import (
     verify,
     vocabulary_parallel_plan,
 )
+from .trl import register_with_trl, unregister_from_trl
 
 if TYPE_CHECKING:
     from .auditing import audit
@@ -82,6 +83,7 @@ __all__ = [
     "plan",
     "question_answering_loss",
     "register_with_transformers",
+    "register_with_trl",
     "registered",
     "registered_losses",
     "semantic_segmentation_loss",
@@ -91,6 +93,7 @@ __all__ = [
     "token_losses",
     "token_statistics",
     "unregister_from_transformers",
+    "unregister_from_trl",
     "verify",
     "vocabulary_parallel_plan",
 ]

@@ -37,7 +37,7 @@ LAYERS = [
     {"parallel", "weighting"},
     {"cuda", "linear"},
     {"losses", "per_token"},
-    {"accumulation", "transformers"},
+    {"accumulation", "transformers", "trl"},
     {"auditing", "demo"},
     {"__init__"},
     {"__main__"},
