@@ -1,6 +1,7 @@
 """What is told of each row: token_losses, token_log_probs, token_statistics, against float64 on every kind of input."""
 
 import functools
+from pathlib import Path
 
 import pytest
 import torch
@@ -15,6 +16,8 @@ import accumloss
 from accumloss import reference, token_log_probs, token_losses, token_statistics
 
 ops = torch.ops.accumloss
+PAGE = Path(__file__).resolve().parents[1] / "docs" / "per-token.md"
+BLOCKS = [part.split("```")[0] for part in PAGE.read_text().split("```python\n")[1:]]
 
 
 @functools.cache
@@ -351,3 +354,24 @@ def test_gradients_of_another_shape_are_refused():
         ops.token_statistics_backward(None, None, torch.ones(3).double(), None, X, Y, nll, lse, entropy)
     with pytest.raises(RuntimeError, match="expected entropy as cross_entropy returned it"):
         ops.token_statistics_backward(None, None, None, torch.ones(2, 3), X, Y, nll, lse, entropy[:0])
+
+
+@pytest.mark.parametrize("block", BLOCKS, ids=[block.split("\n")[0][:40] for block in BLOCKS])
+def test_the_blocks_of_the_page_run(block):
+    """Each as it stands, from logits that a head has made to a gradient of its weight."""
+    generator = torch.Generator().manual_seed(0)
+    head = torch.nn.Linear(8, 33, bias=False)
+    hidden = torch.randn(2, 5, 8, generator=generator)
+    tokens = torch.randint(0, 33, (2, 5), generator=generator)
+    advantages, weights = torch.randn(2, 5, generator=generator), torch.rand(2, 5, generator=generator)
+    logits, teacher_logits = head(hidden), torch.randn(2, 5, 33, generator=generator)
+    names = {
+        "torch": torch, "accumloss": accumloss, "head": head, "hidden": hidden, "tokens": tokens, "advantages": advantages,
+        "weights": weights, "logits": logits, "teacher_logits": teacher_logits, "mask": (tokens > 10).float(),
+        "probabilities": teacher_logits.softmax(-1), "old_log_probs": token_log_probs(logits.detach(), tokens, 0.7),
+    }  # fmt: skip
+    exec(compile(block, f"{PAGE.name}", "exec"), names)
+    if ".backward()" in block:
+        assert head.weight.grad.isfinite().all() and (head.weight.grad != 0).any()
+    else:
+        assert names["sums"].loss_sum > 0

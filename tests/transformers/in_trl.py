@@ -100,6 +100,7 @@ if __name__ == "__main__":
     result["after"] = bound()
     result["same"] = all(vars(utils)[name] is theirs for name, theirs in before.items())
     result["trained"] = trained()
+    result["after_training"] = bound()
     with accumloss.registered():
         result["registered_with_transformers"] = bound()
     assert orpo_trainer and cpo_trainer
