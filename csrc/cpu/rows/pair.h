@@ -22,22 +22,34 @@ struct LogProbs {
   ACCUMLOSS_INLINE Real operator()(Real z) const { return (z - high) + low; }
 };
 
-// exp(x), x unchanged
-template <typename Acc>
-ACCUMLOSS_INLINE typename Vectors<Acc>::Real exp_of(typename Vectors<Acc>::Real x) {
-  return exp_clamped<Acc>(x);
+// e = exp(x) of kCount vectors, side by side in each step.
+template <typename Acc, int kCount>
+ACCUMLOSS_INLINE void exps(const typename Vectors<Acc>::Real* x, typename Vectors<Acc>::Real* e) {
+  using T = typename std::conditional<sizeof(Acc) == 4, Float16, double>::type;  // of which nothing is recovered
+  typename Vectors<Acc>::Real d[kCount];
+  exps_of_differences<T, Acc, kCount>(x, typename Vectors<Acc>::Real{}, d, e);
 }
 
-// expm1(-v) for v >= 0; infinity is -1
+// 1 / n!
+struct InverseFactorials {
+  double of[18];
+  constexpr InverseFactorials() : of() {
+    of[0] = 1;
+    for (int n = 1; n < 18; ++n) of[n] = of[n - 1] / n;
+  }
+};
+
+// expm1(-v) for v >= 0, from w = exp(-v)
 template <typename Acc>
-ACCUMLOSS_INLINE typename Vectors<Acc>::Real expm1_of_minus(typename Vectors<Acc>::Real v) {
+ACCUMLOSS_INLINE typename Vectors<Acc>::Real expm1_of_minus(typename Vectors<Acc>::Real v,
+                                                            typename Vectors<Acc>::Real w) {
   using Real = typename Vectors<Acc>::Real;
-  constexpr int kTerms = sizeof(Acc) == 4 ? 9 : 16;  // of the series, for v < 0.5
-  const Real whole = exp_of<Acc>(-v) - Acc(1);
-  const Real r = v < Acc(0.5) ? -v : Real{};
-  Real series = broadcast(Acc(1));
-  for (int n = kTerms; n > 1; --n) series = series * r * (Acc(1) / Acc(n)) + Acc(1);
-  return v < Acc(0.5) ? series * r : whole;
+  constexpr int kTerms = sizeof(Acc) == 4 ? 8 : 16;  // of the series sum_n r^n / (n + 1)!, for v < 0.5
+  static constexpr InverseFactorials kCoefficients{};
+  const Real r = -v;
+  Real series = broadcast(static_cast<Acc>(kCoefficients.of[kTerms]));
+  for (int n = kTerms - 1; n > 0; --n) series = series * r + static_cast<Acc>(kCoefficients.of[n]);
+  return v < Acc(0.5) ? series * r : w - Acc(1);
 }
 
 // log1p(x) for x > -1
@@ -54,21 +66,22 @@ enum class Mixture {
   kBoth
 };  // beta 0: KL(t | s); beta 1: KL(s | t); else of both from their mixture
 
-// log s_j - log m_j and log t_j - log m_j for m = (1 - beta) s + beta t, from log s_j and log t_j; anything where both
-// probabilities are 0. The larger of the two is taken out of the mixture, so that no difference loses digits.
+// log s_j - log m_j and log t_j - log m_j for m = (1 - beta) s + beta t, from both and their logarithms; anything where
+// both are 0. The larger of the two is taken out of the mixture, so that no difference loses digits.
 template <typename Acc>
 struct FromMixture {
   using Real = typename Vectors<Acc>::Real;
   Real student, teacher;
 
-  ACCUMLOSS_INLINE FromMixture(Real log_s, Real log_t, Acc beta) {
+  ACCUMLOSS_INLINE FromMixture(Real log_s, Real log_t, Real s, Real t, Acc beta) {
     const Real u = log_t - log_s;
-    const auto student_leads = !(u > 0);
-    const Real v = student_leads ? -u : u;
-    const Real of_other = student_leads ? broadcast(beta) : broadcast(Acc(1) - beta);
-    const Real l = log1p_of(of_other * expm1_of_minus<Acc>(v));  // log m - the larger
-    student = student_leads ? -l : -(v + l);
-    teacher = student_leads ? -(v + l) : -l;
+    const auto teacher_leads = u > 0;
+    const Real v = teacher_leads ? u : -u, w = (teacher_leads ? s : t) / (teacher_leads ? t : s);
+    const Real of_other = teacher_leads ? broadcast(Acc(1) - beta) : broadcast(beta);
+    const Real l = log1p_of(of_other * expm1_of_minus<Acc>(v, w));  // log m - the larger
+    const Real rest = -(v + l);
+    student = teacher_leads ? rest : -l;
+    teacher = teacher_leads ? -l : rest;
   }
 };
 
@@ -91,19 +104,28 @@ ACCUMLOSS_NOINLINE void add_divergences(const Acc* zs, const Acc* zt, int64_t pa
   const LogProbs<Acc> log_s(row.lse), log_t(row.other_lse);
   const Acc beta = static_cast<Acc>(row.beta);
   Real students[kVectors] = {}, teachers[kVectors] = {};
+  constexpr int kStep = kVectors < 4 ? kVectors : 4;
   for (int64_t i = 0; i < padded; i += kLanes)
-    for (int k = 0; k < kVectors; ++k) {
-      const Real ls = log_s(load(zs + i + k * kWidth)), lt = log_t(load(zt + i + k * kWidth));
+    for (int part = 0; part < kVectors; part += kStep) {
+      Real ls[kStep], lt[kStep], s[kStep], t[kStep];
+      for (int k = 0; k < kStep; ++k) ls[k] = log_s(load(zs + i + (part + k) * kWidth));
+      for (int k = 0; k < kStep; ++k) lt[k] = log_t(load(zt + i + (part + k) * kWidth));
+      if (kMixture != Mixture::kTeacher) exps<Acc, kStep>(ls, s);
+      if (kMixture != Mixture::kStudent) exps<Acc, kStep>(lt, t);
       // a class of probability 0 adds nothing, whatever its logarithm
-      if constexpr (kMixture != Mixture::kStudent) {
-        const Real t = exp_of<Acc>(lt);
-        const Real term = kMixture == Mixture::kTeacher ? t * (lt - ls) : t * FromMixture<Acc>(ls, lt, beta).teacher;
-        teachers[k] += t == 0 ? Real{} : term;
-      }
-      if constexpr (kMixture != Mixture::kTeacher) {
-        const Real s = exp_of<Acc>(ls);
-        const Real term = kMixture == Mixture::kStudent ? s * (ls - lt) : s * FromMixture<Acc>(ls, lt, beta).student;
-        students[k] += s == 0 ? Real{} : term;
+      for (int k = 0; k < kStep; ++k) {
+        if constexpr (kMixture == Mixture::kTeacher) {
+          const Real term = t[k] * (lt[k] - ls[k]);
+          teachers[part + k] += t[k] == 0 ? Real{} : term;
+        } else if constexpr (kMixture == Mixture::kStudent) {
+          const Real term = s[k] * (ls[k] - lt[k]);
+          students[part + k] += s[k] == 0 ? Real{} : term;
+        } else {
+          const FromMixture<Acc> from_m(ls[k], lt[k], s[k], t[k], beta);
+          const Real of_s = s[k] * from_m.student, of_t = t[k] * from_m.teacher;
+          students[part + k] += s[k] == 0 ? Real{} : of_s;
+          teachers[part + k] += t[k] == 0 ? Real{} : of_t;
+        }
       }
     }
   if (kMixture != Mixture::kStudent) *of_teacher += sum_lanes<Acc>(teachers);
@@ -119,14 +141,24 @@ ACCUMLOSS_NOINLINE void divergence_grads(const Acc* zs, const Acc* zt, int64_t p
   const LogProbs<Acc> log_s(row.lse), log_t(row.other_lse);
   const Acc beta = static_cast<Acc>(row.beta), divergence = static_cast<Acc>(row.divergence);
   const Acc f = static_cast<Acc>(kMixture == Mixture::kBoth ? factor * (1 - row.beta) : factor);
-  for (int64_t i = 0; i < padded; i += kWidth) {
-    const Real ls = log_s(load(zs + i)), lt = log_t(load(zt + i));
-    const Real s = exp_of<Acc>(ls);
-    if constexpr (kMixture == Mixture::kTeacher) {
-      store((s - exp_of<Acc>(lt)) * f, g + i);
-    } else {
-      const Real from_m = kMixture == Mixture::kStudent ? ls - lt : FromMixture<Acc>(ls, lt, beta).student;
-      store((s == 0 ? Real{} : s * (from_m - divergence)) * f, g + i);
+  constexpr int kStep = kLanes / kWidth < 4 ? kLanes / kWidth : 4;
+  for (int64_t i = 0; i < padded; i += kStep * kWidth) {
+    Real ls[kStep], lt[kStep], s[kStep], t[kStep];
+    for (int k = 0; k < kStep; ++k) ls[k] = log_s(load(zs + i + k * kWidth));
+    for (int k = 0; k < kStep; ++k) lt[k] = log_t(load(zt + i + k * kWidth));
+    exps<Acc, kStep>(ls, s);
+    if (kMixture != Mixture::kStudent) exps<Acc, kStep>(lt, t);
+    for (int k = 0; k < kStep; ++k) {
+      Real value;
+      if constexpr (kMixture == Mixture::kTeacher) {
+        value = s[k] - t[k];
+      } else {
+        Real from_m = ls[k] - lt[k];
+        if constexpr (kMixture == Mixture::kBoth) from_m = FromMixture<Acc>(ls[k], lt[k], s[k], t[k], beta).student;
+        const Real term = s[k] * (from_m - divergence);
+        value = s[k] == 0 ? Real{} : term;
+      }
+      store(value * f, g + i + k * kWidth);
     }
   }
 }
@@ -236,9 +268,12 @@ void write_targets_grad(const TargetRow& row, const LossOptions& options, double
     const int64_t n = row.V - begin < kBlock ? row.V - begin : kBlock, padded = round_up(n, kLanes);
     load_transformed(static_cast<const T*>(row.x) + begin, n, transform, z);
     load_targets<T>(row, options, begin, n, q);
-    for (int64_t i = 0; i < padded; i += kWidth) {
-      const Real p = exp_of<Acc>(log_p(load(z + i)));
-      store((p * probability - load(q + i)) * f, g + i);
+    constexpr int kStep = kLanes / kWidth < 4 ? kLanes / kWidth : 4;
+    for (int64_t i = 0; i < padded; i += kStep * kWidth) {
+      Real l[kStep], p[kStep];
+      for (int k = 0; k < kStep; ++k) l[k] = log_p(load(z + i + k * kWidth));
+      exps<Acc, kStep>(l, p);
+      for (int k = 0; k < kStep; ++k) store((p[k] * probability - load(q + i + k * kWidth)) * f, g + i + k * kWidth);
     }
     if (row.label >= begin && row.label < begin + n) g[row.label - begin] = static_cast<Acc>(factor * of_label);
     if (!transform.is_identity()) {
