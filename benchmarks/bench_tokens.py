@@ -1,6 +1,6 @@
 """What is told of each token, and losses over it: accumloss against the PyTorch that people write for it.
 
-    python benchmarks/bench_tokens.py [--rows 256] [--vocab 32000 50257 128256] [--dtype bf16 fp32] [--rounds 5] [--out FOLDER]
+    python benchmarks/bench_tokens.py [--rows 1024] [--vocab 32000 50257 128256] [--dtype bf16 fp32] [--rounds 5] [--out FOLDER]
 
 Forward and backward together, from logits to their gradient, with a gradient of its own for each row; one thread. The ways of
 a task take turns within a round, in another order every round. A time is CPU time of the process, user and system, and so is
@@ -36,6 +36,9 @@ FIELDS = (
     "task", "rows", "vocab", "dtype", "way", "rounds", "cpu_ms_median", "ratio_to_plain", "peak_extra_bytes",
     "peak_extra_over_logits", "value_error", "gradient_error",
 )  # fmt: skip
+LOGITS = (
+    2**25
+)  # of bf16 64 MiB: beyond what malloc keeps, so that every buffer is mapped anew, as large ones are in a training
 BATCH = 4  # rows of logits (B, T, V): what TRL loops over
 
 
@@ -201,21 +204,24 @@ def markdown(lines: Sequence[dict[str, Any]]) -> str:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rows", type=int, default=256, help=f"a multiple of {BATCH}")
+    parser.add_argument(
+        "--rows", type=int, help=f"a multiple of {BATCH}; default: as many as make {LOGITS / 1e6:.0f} million logits"
+    )
     parser.add_argument("--vocab", type=int, nargs="+", default=list(VOCABULARIES))
     parser.add_argument("--dtype", nargs="+", choices=list(DTYPES), default=list(DTYPES))
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--note", help="said in the environment of the result: what else the machine did, say")
     parser.add_argument("--out", default=str(record.RESULTS))
     options = parser.parse_args(arguments)
-    if options.rows < 2 * BATCH or options.rows % BATCH:
+    if options.rows is not None and (options.rows < 2 * BATCH or options.rows % BATCH):
         parser.error(f"expected --rows as a multiple of {BATCH}, at least {2 * BATCH}, got {options.rows}")
     torch.set_num_threads(1)
     lines: list[dict[str, Any]] = []
     for vocab in options.vocab:
         for dtype in options.dtype:
+            rows = options.rows or LOGITS // vocab // BATCH * BATCH
             for task in TASKS:
-                lines += measure(task, options.rows, vocab, dtype, options.rounds)
+                lines += measure(task, rows, vocab, dtype, options.rounds)
                 print(markdown(lines[-2:]).splitlines()[-1], flush=True)
     facts = {
         **record.origin("bench_tokens.py", list(sys.argv[1:] if arguments is None else arguments)),
