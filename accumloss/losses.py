@@ -130,7 +130,10 @@ def cross_entropy(
     options = options_of(ignore_index, label_smoothing, z_loss, softcap, logit_scale)
     options.check("cross_entropy", ops.accumulation_dtype(logits))
     if labels.is_floating_point():
-        given = {"shift": shift, "metrics": metrics, "group": group, "vocab_size": vocab_size}
+        is_dtensor = parallel.is_dtensor(logits) or parallel.is_dtensor(labels)
+        given = {
+            "shift": shift, "metrics": metrics, "group": group, "vocab_size": vocab_size, "DTensor": is_dtensor,
+        }  # fmt: skip
         return soft_sums("cross_entropy", logits, labels, weight, token_weight, options, given)
     if _is_parallel(logits, labels, group):
         refuse_token_weight("cross_entropy", token_weight, "where processes share the vocabulary, or beside DTensors")

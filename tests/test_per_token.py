@@ -362,6 +362,12 @@ def test_dtensors_are_refused_by_name():
     ):
         with pytest.raises(ValueError, match=r"expected plain tensors, got a DTensor; pass logits.to_local\(\)"):
             call()
+    with pytest.raises(ValueError, match="cross_entropy: expected no DTensor with labels that are class probabilities"):
+        accumloss.cross_entropy(logits, X)
+    with pytest.raises(
+        ValueError, match="cross_entropy: expected no token_weight where processes share the vocabulary"
+    ):
+        accumloss.cross_entropy(logits, Y, token_weight=torch.ones(2, 3))
 
 
 def test_gradients_of_another_shape_are_refused():
