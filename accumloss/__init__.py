@@ -19,6 +19,17 @@ from .losses import (
 )
 from .ops import build_info, empty_cache
 from .options import LossOptions
+from .per_token import (
+    TokenStatistics,
+    distillation,
+    distillation_loss,
+    linear_distillation,
+    linear_distillation_loss,
+    linear_token_log_probs,
+    token_log_probs,
+    token_losses,
+    token_statistics,
+)
 from .sums import TokenSums
 from .transformers import (
     Explanation,
@@ -33,6 +44,7 @@ from .transformers import (
     verify,
     vocabulary_parallel_plan,
 )
+from .trl import register_with_trl, unregister_from_trl
 
 if TYPE_CHECKING:
     from .auditing import audit
@@ -47,6 +59,7 @@ __all__ = [
     "InexactWarning",
     "LinearPlan",
     "LossOptions",
+    "TokenStatistics",
     "TokenSums",
     "ValidCount",
     "Verification",
@@ -57,22 +70,32 @@ __all__ = [
     "compute_loss_func",
     "count_valid",
     "cross_entropy",
+    "distillation",
+    "distillation_loss",
     "empty_cache",
     "explain",
     "linear_causal_lm_loss",
     "linear_cross_entropy",
+    "linear_distillation",
+    "linear_distillation_loss",
     "linear_plan",
+    "linear_token_log_probs",
     "make_loss",
     "masked_lm_loss",
     "plan",
     "question_answering_loss",
     "register_with_transformers",
+    "register_with_trl",
     "registered",
     "registered_losses",
     "semantic_segmentation_loss",
     "sequence_classification_loss",
     "token_classification_loss",
+    "token_log_probs",
+    "token_losses",
+    "token_statistics",
     "unregister_from_transformers",
+    "unregister_from_trl",
     "verify",
     "vocabulary_parallel_plan",
 ]

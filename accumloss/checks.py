@@ -157,6 +157,55 @@ def check_saved(
     check_device(function, name, saved, logits)
 
 
+def check_token_grads(
+    function: str, grads: Sequence[torch.Tensor | None], labels: torch.Tensor, logits: torch.Tensor
+) -> None:
+    for name, grad in zip(("grad_loss", "grad_nll", "grad_lse", "grad_entropy"), grads, strict=True):
+        if grad is not None:
+            check_row_grad(function, name, grad, labels, logits)
+
+
+def check_row_grad(function: str, name: str, grad: torch.Tensor, labels: torch.Tensor, logits: torch.Tensor) -> None:
+    def message() -> str:
+        return f"{name} of shape {_shape(labels)} as labels, got {_shape(grad)}"
+
+    require(grad.dim() == labels.dim(), function, message)
+    for of_grad, of_label in zip(grad.shape, labels.shape, strict=False):
+        require(of_grad == of_label, function, message)
+    check_device(function, name, grad, logits)
+
+
+def check_like(function: str, name: str, other: torch.Tensor, logits: torch.Tensor, logits_name: str) -> None:
+    """Another tensor (..., V) beside the logits."""
+    require(
+        other.dtype == logits.dtype,
+        function,
+        lambda: f"{name} of the dtype of {logits_name}, {logits.dtype}, got {other.dtype}; convert one of them",
+    )
+
+    def message() -> str:
+        return f"{name} of shape {_shape(logits)} as {logits_name}, got {_shape(other)}"
+
+    require(other.dim() == logits.dim(), function, message)
+    for of_other, of_logits in zip(other.shape, logits.shape, strict=False):
+        require(of_other == of_logits, function, message)
+    check_device(function, name, other, logits, logits_name)
+
+
+def check_distillation(
+    function: str,
+    student_logits: torch.Tensor,  # (..., V)
+    teacher_logits: torch.Tensor,  # (..., V)
+    labels: torch.Tensor,  # (...)
+    beta: float = 0.5,
+    **options: Any,
+) -> None:
+    check_call(function, student_logits, labels, None, options)
+    check_like(function, "teacher_logits", teacher_logits, student_logits, "student_logits")
+    if not 0 <= beta <= 1:
+        raise ValueError(f"{function}: expected beta in [0, 1], got {beta}")
+
+
 def check_in_place(function: str, logits: torch.Tensor) -> None:
     if logits.dim() < 1 or not _is_known(logits):
         return

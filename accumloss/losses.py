@@ -15,11 +15,23 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 
-from . import checks, linear, ops, parallel, reference
-from ._compat import is_functorch_active
+from . import linear, ops, parallel, reference
+from .arguments import (
+    NumItems,
+    check_class_weight,
+    check_in_place,
+    check_shift,
+    check_tensors,
+    check_vocab_size,
+    divisor_of,
+    like_rows,
+    of_op,
+    refuse_functorch,
+)
 from .keywords import checked, checked_loss
 from .options import LossOptions, options_of
-from .sums import TokenSums
+from .sums import TokenSums, at_least_one
+from .weighting import check_token_weight, refuse_token_weight, shifted, soft_sums, sums_of, weighted_sums, z_loss_of
 
 
 class Known(NamedTuple):
@@ -51,14 +63,10 @@ class Divided(NamedTuple):
         return Divided(self.loss.full_tensor(), sums)
 
 
-NumItems = int | float | torch.Tensor | None
 InPlace = Literal[False, "backward", "forward"]
 
 # dtypes whose gradient may be written before the incoming gradient is known; see ops.GradInForward
 _GRAD_IN_FORWARD_DTYPES = (torch.bfloat16, torch.float32)
-
-# the least and the largest number > 0 of the dtypes of a sum
-_HELD = {dtype: (torch.finfo(dtype).tiny, torch.finfo(dtype).max) for dtype in (torch.float32, torch.float64)}
 
 
 @checked
@@ -67,6 +75,7 @@ def cross_entropy(
     labels: torch.Tensor,
     *,
     weight: torch.Tensor | None = None,
+    token_weight: torch.Tensor | None = None,
     shift: int = 0,
     metrics: bool = False,
     group: dist.ProcessGroup | None = None,
@@ -85,9 +94,12 @@ def cross_entropy(
 
     Args:
         logits: (..., V) bf16, fp16, fp32 or fp64, of any strides; copied only where V is not contiguous.
-        labels: (...) int64 or int32, class indices or ignore_index.
+        labels: (...) int64 or int32, class indices or ignore_index; or (..., V) of logits' dtype, the probabilities of the
+            classes, as in F.cross_entropy: every row then counts, and shift, metrics and group have no meaning.
         weight: (V,) class weights of any floating dtype, or None.
-        shift: row (..., t) reads label (..., t + shift); 1 for causal language models, whose labels are not shifted.
+        token_weight: (...) a weight for each label, of any floating dtype: loss_sum and total_weight are weighted by it, and
+            carry its gradient; counts and entropies are not. None: 1. Not with a group.
+        shift: row (..., t) reads label (..., t + shift), and its weight; 1 for causal language models, whose labels are not shifted.
         metrics: also count the correct top-1 predictions and sum the entropies, from the same pass.
         group: the processes that share the vocabulary. logits (..., V / processes) are then the classes of this one, cut
             as torch.chunk cuts; labels and weight are of the whole vocabulary, the same in all of them, and so is what is
@@ -112,20 +124,31 @@ def cross_entropy(
         >>> sums.num_items.item(), round(sums.loss_sum.item(), 4), sums.accuracy.item()
         (2, 0.4402, 1.0)
     """
-    _refuse_functorch("cross_entropy", logits, labels, weight)
-    _check_tensors("cross_entropy", ("logits (..., V)", logits), ("labels (...)", labels))
-    _check_shift("cross_entropy", shift)
+    refuse_functorch("cross_entropy", logits, labels, weight)
+    check_tensors("cross_entropy", ("logits (..., V)", logits), ("labels (...)", labels))
+    check_shift("cross_entropy", shift)
     options = options_of(ignore_index, label_smoothing, z_loss, softcap, logit_scale)
     options.check("cross_entropy", ops.accumulation_dtype(logits))
+    if labels.is_floating_point():
+        is_dtensor = parallel.is_dtensor(logits) or parallel.is_dtensor(labels)
+        given = {
+            "shift": shift, "metrics": metrics, "group": group, "vocab_size": vocab_size, "DTensor": is_dtensor,
+        }  # fmt: skip
+        return soft_sums("cross_entropy", logits, labels, weight, token_weight, options, given)
     if _is_parallel(logits, labels, group):
+        refuse_token_weight("cross_entropy", token_weight, "where processes share the vocabulary, or beside DTensors")
         return _parallel_sums("cross_entropy", logits, labels, weight, shift, options, metrics, group, vocab_size)
-    _check_vocab_size("cross_entropy", logits, vocab_size)
-    _check_class_weight("cross_entropy", "weight", weight, logits.shape[-1:])
-    outputs = ops.cross_entropy(logits, labels, weight, **_of_op(options, shift, metrics))
-    loss_sum, num_items, total_weight, _, num_correct, entropy_sum, _ = outputs
+    check_vocab_size("cross_entropy", logits, vocab_size)
+    check_class_weight("cross_entropy", "weight", weight, logits.shape[-1:])
+    if token_weight is not None:
+        check_token_weight("cross_entropy", token_weight, labels)
+        return weighted_sums("cross_entropy", logits, labels, token_weight, weight, shift, options, metrics)
+    outputs = ops.cross_entropy(logits, labels, weight, **of_op(options, shift, metrics))
+    loss_sum, num_items, total_weight, lse, num_correct, entropy_sum, _ = outputs
+    z_loss_sum = z_loss_of(lse, None, options, loss_sum.dtype)
     if not metrics:
-        return TokenSums(loss_sum, num_items, total_weight)
-    return TokenSums(loss_sum, num_items, total_weight, num_correct, entropy_sum)
+        return TokenSums(loss_sum, num_items, total_weight, z_loss_sum=z_loss_sum)
+    return TokenSums(loss_sum, num_items, total_weight, num_correct, entropy_sum, z_loss_sum)
 
 
 @checked_loss
@@ -138,6 +161,7 @@ def causal_lm_loss(
     shift_labels: torch.Tensor | None = None,
     *,
     weight: torch.Tensor | None = None,
+    token_weight: torch.Tensor | None = None,
     label_smoothing: float = 0.0,
     z_loss: float = 0.0,
     softcap: float = 0.0,
@@ -159,6 +183,8 @@ def causal_lm_loss(
         ignore_index: labels that count nothing.
         shift_labels: (B, T) labels that are shifted already, as sequence-parallel training passes them; they win.
         weight: (V,) class weights. Without num_items_in_batch the divisor is then the items' total weight.
+        token_weight: (B, T) a weight for each label, as in cross_entropy; shifted with them, or as shift_labels are. Without
+            num_items_in_batch the divisor is then the items' total weight, whose gradient it has too. Not with a group.
         label_smoothing, z_loss, softcap, logit_scale: see LossOptions.
         inplace: "backward" or "forward" writes the gradient over the logits, which saves a buffer of their size: in
             backward, or at once together with the loss (num_items_in_batch must then be given, and the logits are gone
@@ -174,7 +200,9 @@ def causal_lm_loss(
         ValueError, RuntimeError, IndexError: as cross_entropy, and where num_items_in_batch or inplace do not fit.
     """
     options = options_of(ignore_index, label_smoothing, z_loss, softcap, logit_scale)
-    return causal_lm(logits, labels, vocab_size, shift_labels, num_items_in_batch, options, weight, inplace, group).loss
+    return causal_lm(
+        logits, labels, vocab_size, shift_labels, num_items_in_batch, options, weight, inplace, group, token_weight
+    ).loss
 
 
 def causal_lm(
@@ -187,13 +215,16 @@ def causal_lm(
     weight: torch.Tensor | None = None,
     inplace: InPlace = False,
     group: dist.ProcessGroup | None = None,
+    token_weight: torch.Tensor | None = None,
 ) -> Divided:
     """causal_lm_loss, for a divisor of any kind."""
     targets, shift = (labels, 1) if shift_labels is None else (shift_labels, 0)
     if targets is None:
         raise ValueError("causal_lm_loss: expected labels (B, T) or shift_labels (B, T), got neither")
-    _check_tensors("causal_lm_loss", ("logits (B, T, V)", logits), ("labels (B, T)", targets))
-    return _mean_loss("causal_lm_loss", logits, targets, shift, given, options, weight, inplace, group, vocab_size)
+    check_tensors("causal_lm_loss", ("logits (B, T, V)", logits), ("labels (B, T)", targets))
+    return _mean_loss(
+        "causal_lm_loss", logits, targets, shift, given, options, weight, inplace, group, vocab_size, token_weight
+    )
 
 
 @checked
@@ -204,6 +235,7 @@ def linear_cross_entropy(
     *,
     bias: torch.Tensor | None = None,
     class_weight: torch.Tensor | None = None,
+    token_weight: torch.Tensor | None = None,
     shift: int = 0,
     metrics: bool = False,
     num_valid: int | linear.ValidCount | None = None,
@@ -229,6 +261,8 @@ def linear_cross_entropy(
         labels: (...) int64 or int32, class indices or ignore_index.
         bias: (V,) of hidden's dtype, or None.
         class_weight: (V,) class weights of any floating dtype, or None.
+        token_weight: (...) a weight for each label, as in cross_entropy. The gradients are then made in backward, by one
+            product more. Not with a group, num_valid or torch.compile.
         shift: row (..., t) reads label (..., t + shift).
         metrics: also count the correct top-1 predictions and sum the entropies.
         num_valid: how many labels count, after the shift, or more; or what count_valid returned for them. On CUDA, where
@@ -258,6 +292,11 @@ def linear_cross_entropy(
     """
     options = options_of(ignore_index, label_smoothing, z_loss, softcap, logit_scale)
     shared = _Shared(group, vocab_size, reduce_hidden_grad)
+    if token_weight is not None:
+        return _weighted_linear(
+            "linear_cross_entropy", hidden, weight, labels, bias, class_weight, token_weight, options, shift, metrics,
+            num_valid, max_scratch_bytes, shared,
+        )  # fmt: skip
     loss_sum, sums = _linear(
         "linear_cross_entropy", hidden, weight, labels, bias, class_weight, options, shift, metrics, None, num_valid,
         max_scratch_bytes, shared,
@@ -276,6 +315,7 @@ def linear_causal_lm_loss(
     *,
     bias: torch.Tensor | None = None,
     class_weight: torch.Tensor | None = None,
+    token_weight: torch.Tensor | None = None,
     label_smoothing: float = 0.0,
     z_loss: float = 0.0,
     softcap: float = 0.0,
@@ -296,6 +336,7 @@ def linear_causal_lm_loss(
         ignore_index, label_smoothing, z_loss, softcap, logit_scale: see LossOptions.
         shift_labels: (B, T) labels that are shifted already; they win.
         bias, class_weight: (V,) or None.
+        token_weight: (B, T) a weight for each label, as in linear_cross_entropy.
         num_valid, max_scratch_bytes, group, vocab_size, reduce_hidden_grad: see linear_cross_entropy.
 
     Returns:
@@ -304,7 +345,7 @@ def linear_causal_lm_loss(
     options = options_of(ignore_index, label_smoothing, z_loss, softcap, logit_scale)
     return linear_causal_lm(
         hidden, weight, labels, shift_labels, num_items_in_batch, options, bias, class_weight, num_valid,
-        max_scratch_bytes, _Shared(group, vocab_size, reduce_hidden_grad),
+        max_scratch_bytes, _Shared(group, vocab_size, reduce_hidden_grad), token_weight,
     ).loss  # fmt: skip
 
 
@@ -320,16 +361,25 @@ def linear_causal_lm(
     num_valid: int | linear.ValidCount | None = None,
     max_scratch_bytes: int | None = None,
     shared: _Shared | None = None,
+    token_weight: torch.Tensor | None = None,
 ) -> Divided:
     """linear_causal_lm_loss, for a divisor of any kind."""
     name = "linear_causal_lm_loss"
     if labels is None and shift_labels is None:
         raise ValueError(f"{name}: expected labels (B, T) or shift_labels (B, T), got neither")
     targets, shift = (shift_labels, 0) if shift_labels is not None else (labels, 1)
-    _check_tensors(name, ("labels (B, T)", targets))
+    check_tensors(name, ("labels (B, T)", targets))
     assert targets is not None
     metrics = isinstance(given, Known) and given.metrics
     is_mean = given is None
+    if token_weight is not None:
+        divisor, _, _ = _resolved(name, given, hidden)
+        sums = _weighted_linear(
+            name, hidden, weight, targets, bias, class_weight, token_weight, options, shift, metrics, num_valid,
+            max_scratch_bytes, shared,
+        )  # fmt: skip
+        divisor = at_least_one(sums.total_weight) if divisor is None else divisor
+        return Divided(sums.loss_sum / divisor, sums if metrics else None)
     if shared is not None and _is_shared(hidden, weight, shared):
         loss, sums = _linear(
             name, hidden, weight, targets, bias, class_weight, options, shift, metrics, given, num_valid,
@@ -356,6 +406,7 @@ def masked_lm_loss(
     ignore_index: int = -100,
     *,
     weight: torch.Tensor | None = None,
+    token_weight: torch.Tensor | None = None,
     label_smoothing: float = 0.0,
     z_loss: float = 0.0,
     softcap: float = 0.0,
@@ -370,14 +421,14 @@ def masked_lm_loss(
     Args:
         logits: (..., V).
         labels: (...) int64 or int32. Logits (N, V) or labels (N,) may be flattened.
-        vocab_size, num_items_in_batch, ignore_index, weight, label_smoothing, z_loss, softcap, logit_scale, inplace,
+        vocab_size, num_items_in_batch, ignore_index, weight, token_weight (...), label_smoothing, z_loss, softcap, logit_scale, inplace,
             group: as causal_lm_loss.
 
     Returns:
         0-dim loss, fp32 (fp64 for fp64 logits).
     """
     options = options_of(ignore_index, label_smoothing, z_loss, softcap, logit_scale)
-    return masked_lm(logits, labels, vocab_size, num_items_in_batch, options, weight, inplace, group).loss
+    return masked_lm(logits, labels, vocab_size, num_items_in_batch, options, weight, inplace, group, token_weight).loss
 
 
 def masked_lm(
@@ -389,10 +440,13 @@ def masked_lm(
     weight: torch.Tensor | None = None,
     inplace: InPlace = False,
     group: dist.ProcessGroup | None = None,
+    token_weight: torch.Tensor | None = None,
 ) -> Divided:
     """masked_lm_loss, for a divisor of any kind."""
-    _check_tensors("masked_lm_loss", ("logits (..., V)", logits), ("labels (...)", labels))
-    return _mean_loss("masked_lm_loss", logits, labels, 0, given, options, weight, inplace, group, vocab_size)
+    check_tensors("masked_lm_loss", ("logits (..., V)", logits), ("labels (...)", labels))
+    return _mean_loss(
+        "masked_lm_loss", logits, labels, 0, given, options, weight, inplace, group, vocab_size, token_weight
+    )
 
 
 @checked_loss
@@ -404,6 +458,7 @@ def token_classification_loss(
     ignore_index: int = -100,
     *,
     weight: torch.Tensor | None = None,
+    token_weight: torch.Tensor | None = None,
     label_smoothing: float = 0.0,
     z_loss: float = 0.0,
     softcap: float = 0.0,
@@ -416,14 +471,14 @@ def token_classification_loss(
         logits: (B, T, C).
         labels: (B, T) int64 or int32.
         config: with ``num_labels`` = C; an error where logits have another. None: not checked.
-        num_items_in_batch, ignore_index, weight, label_smoothing, z_loss, softcap, logit_scale, inplace: as
+        num_items_in_batch, ignore_index, weight, token_weight, label_smoothing, z_loss, softcap, logit_scale, inplace: as
             causal_lm_loss; items are tokens.
 
     Returns:
         0-dim loss, fp32 (fp64 for fp64 logits).
     """
     options = options_of(ignore_index, label_smoothing, z_loss, softcap, logit_scale)
-    return token_classification(logits, labels, config, num_items_in_batch, options, weight, inplace).loss
+    return token_classification(logits, labels, config, num_items_in_batch, options, weight, inplace, token_weight).loss
 
 
 def token_classification(
@@ -434,11 +489,14 @@ def token_classification(
     options: LossOptions,
     weight: torch.Tensor | None = None,
     inplace: InPlace = False,
+    token_weight: torch.Tensor | None = None,
 ) -> Divided:
     """token_classification_loss, for a divisor of any kind."""
-    _check_tensors("token_classification_loss", ("logits (B, T, C)", logits), ("labels (B, T)", labels))
-    _check_vocab_size("token_classification_loss", logits, getattr(config, "num_labels", None), "config.num_labels")
-    return _mean_loss("token_classification_loss", logits, labels, 0, given, options, weight, inplace)
+    check_tensors("token_classification_loss", ("logits (B, T, C)", logits), ("labels (B, T)", labels))
+    check_vocab_size("token_classification_loss", logits, getattr(config, "num_labels", None), "config.num_labels")
+    return _mean_loss(
+        "token_classification_loss", logits, labels, 0, given, options, weight, inplace, None, None, token_weight
+    )
 
 
 @checked_loss
@@ -497,14 +555,14 @@ def sequence_classification(
 ) -> Divided:
     """sequence_classification_loss, for a divisor of any kind; without sums where it is no cross-entropy."""
     name = "sequence_classification_loss"
-    _check_tensors(name, ("labels (B,)", labels), ("pooled_logits (B, C)", pooled_logits))
+    check_tensors(name, ("labels (B,)", labels), ("pooled_logits (B, C)", pooled_logits))
     num_labels = config.num_labels
     set_problem_type(config, labels)
     problem = config.problem_type
     labels = labels.to(pooled_logits.device)
 
     if problem == "single_label_classification":
-        _check_vocab_size(name, pooled_logits, num_labels, "config.num_labels")
+        check_vocab_size(name, pooled_logits, num_labels, "config.num_labels")
         return _mean_loss(name, pooled_logits, labels, 0, given, options, weight, inplace)
 
     acc = ops.accumulation_dtype(pooled_logits)
@@ -513,7 +571,7 @@ def sequence_classification(
         _refuse_options(name, problem, {**options.as_kwargs(), "weight": weight, "inplace": inplace})
         if num_labels == 1 and logits.shape != targets.shape:  # (B, 1) and (B,)
             columns = logits if logits.shape[-1:] == (1,) else logits.unsqueeze(-1)
-            logits, targets = columns.squeeze(-1), _like_rows(name, columns, targets)
+            logits, targets = columns.squeeze(-1), like_rows(name, columns, targets)
         _check_same_shape(name, logits, targets)
         loss_sum = F.mse_loss(logits, targets, reduction="sum")
     elif problem == "multi_label_classification":
@@ -521,7 +579,7 @@ def sequence_classification(
         _refuse_options(name, problem, {**unused, "inplace": inplace})
         options.check(name, acc)
         _check_same_shape(name, logits, targets)
-        _check_class_weight(name, "weight", weight, logits.shape[-1:])
+        check_class_weight(name, "weight", weight, logits.shape[-1:])
         if options.softcap != 0 or options.logit_scale != 1:
             logits = reference.transform(logits, options)
         weight = weight if weight is None else weight.to(logits.device, acc)
@@ -594,7 +652,7 @@ def question_answering(
 ) -> tuple[Divided, Divided]:
     """The two ends whose mean is question_answering_loss, for divisors of any kind."""
     name = "question_answering_loss"
-    _check_tensors(
+    check_tensors(
         name, ("start_logits (B, T)", start_logits), ("end_logits (B, T)", end_logits),
         ("start_positions (B,)", start_positions), ("end_positions (B,)", end_positions),
     )  # fmt: skip
@@ -681,7 +739,7 @@ def semantic_segmentation(
     name = "semantic_segmentation_loss"
 
     def one(what: str, head: torch.Tensor) -> Divided:
-        _check_tensors(name, (f"{what} (B, C, h, w)", head), ("labels (B, H, W)", labels))
+        check_tensors(name, (f"{what} (B, C, h, w)", head), ("labels (B, H, W)", labels))
         if head.dim() != 4 or labels.dim() != 3 or head.shape[0] != labels.shape[0]:
             raise RuntimeError(
                 f"{name}: expected {what} (B, C, h, w) and labels (B, H, W), got {tuple(head.shape)} and "
@@ -709,24 +767,33 @@ def _mean_loss(
     inplace: InPlace,
     group: dist.ProcessGroup | None = None,
     vocab_size: int | None = None,
+    token_weight: torch.Tensor | None = None,
 ) -> Divided:
     """The one way from logits to a loss: sum, divided once."""
     if inplace not in (False, "backward", "forward"):
         raise ValueError(f'{name}: expected False, "backward" or "forward" for inplace, got {inplace!r}')
-    _refuse_functorch(name, logits, labels, weight, given.divisor if isinstance(given, Known) else given)
+    refuse_functorch(name, logits, labels, weight, given.divisor if isinstance(given, Known) else given)
     options.check(name, ops.accumulation_dtype(logits))
-    labels = _like_rows(name, logits, labels, shift)
+    if token_weight is not None:
+        check_token_weight(name, token_weight, labels)
+        token_weight = like_rows(name, logits, token_weight, shift)
+    labels = like_rows(name, logits, labels, shift)
     if _is_parallel(logits, labels, group):
+        refuse_token_weight(name, token_weight, "where processes share the vocabulary, or beside DTensors")
         return _parallel_mean_loss(name, logits, labels, shift, given, options, weight, inplace, group, vocab_size)
-    _check_vocab_size(name, logits, vocab_size)
-    _check_class_weight(name, "weight", weight, logits.shape[-1:])
+    check_vocab_size(name, logits, vocab_size)
+    check_class_weight(name, "weight", weight, logits.shape[-1:])
     if labels.device != logits.device:
         labels = labels.to(logits.device, non_blocking=True)
     if weight is not None and weight.device != logits.device:
         weight = weight.to(logits.device, non_blocking=True)
 
     divisor, expected_grad, metrics = _resolved(name, given, logits)
-    kwargs = _of_op(options, shift, metrics)
+    if token_weight is not None:
+        sums = weighted_sums(name, logits, labels, token_weight, weight, shift, options, metrics, inplace)
+        divisor = at_least_one(sums.total_weight) if divisor is None else divisor
+        return Divided(sums.loss_sum / divisor, sums if metrics else None)
+    kwargs = of_op(options, shift, metrics)
     wants_grad = torch.is_grad_enabled() and logits.requires_grad
     # The compiler takes the op with its formula; so do second derivatives, which fp64 is for.
     in_forward = wants_grad and divisor is not None and logits.dtype in _GRAD_IN_FORWARD_DTYPES
@@ -761,12 +828,12 @@ def _part_of(
     """This process's part, its labels and weight where its logits are."""
     _check_group(name, group)
     if group is None:
-        _check_vocab_size(name, logits, vocab_size)
+        check_vocab_size(name, logits, vocab_size)
     if logits.dim() < 1:
         raise RuntimeError(f"{name}: expected logits of shape (..., V), got a 0-dim tensor")
     part = parallel.part_of(name, logits, labels, weight, shift, options.ignore_index, group, vocab_size)
     num_classes = part.logits.shape[-1] if part.shard is None else part.shard.vocab_size
-    _check_class_weight(name, "weight", part.weight, torch.Size([num_classes]))
+    check_class_weight(name, "weight", part.weight, torch.Size([num_classes]))
     device = part.logits.device
     weight = part.weight if part.weight is None else part.weight.to(device, non_blocking=True)
     return part._replace(labels=part.labels.to(device, non_blocking=True), weight=weight)
@@ -808,7 +875,7 @@ def _parallel_mean_loss(
     """_mean_loss where the vocabulary is shared, or the logits are a DTensor."""
     wants_grad = torch.is_grad_enabled() and logits.requires_grad
     if inplace and wants_grad:
-        _check_in_place(name, logits, inplace)
+        check_in_place(name, logits, inplace)
     part = _part_of(name, logits, labels, weight, shift, options, group, vocab_size)
     shard = part.shard
     if parallel.is_dtensor(given):
@@ -853,16 +920,6 @@ def _items_of(part: parallel.Part, options: LossOptions) -> torch.Tensor:
     return part.whole(weights.sum()).to(dtype)
 
 
-def _of_op(options: LossOptions, shift: int, metrics: bool) -> dict[str, Any]:
-    """The keyword arguments of an op, but for its defaults."""
-    kwargs = options.given()
-    if shift:
-        kwargs["shift"] = shift
-    if metrics:
-        kwargs["metrics"] = True
-    return kwargs
-
-
 def _linear(
     name: str,
     hidden: torch.Tensor,
@@ -884,9 +941,9 @@ def _linear(
     is_mean: where nothing is given it is divided by the items of all rows; of processes that share the vocabulary.
     """
     known = given.divisor if isinstance(given, Known) else given
-    _refuse_functorch(name, hidden, weight, labels, bias, class_weight, known)
-    _check_tensors(name, ("hidden (..., H)", hidden), ("weight (V, H)", weight), ("labels (...)", labels))
-    _check_shift(name, shift)
+    refuse_functorch(name, hidden, weight, labels, bias, class_weight, known)
+    check_tensors(name, ("hidden (..., H)", hidden), ("weight (V, H)", weight), ("labels (...)", labels))
+    check_shift(name, shift)
     part: parallel.Part | None = None
     shard: parallel.Shard | None = None
     is_summed = False
@@ -948,6 +1005,40 @@ def _linear(
     return loss, TokenSums(*sums) if metrics else TokenSums(*sums[:3])
 
 
+def _weighted_linear(
+    name: str,
+    hidden: torch.Tensor,
+    weight: torch.Tensor,
+    labels: torch.Tensor,
+    bias: torch.Tensor | None,
+    class_weight: torch.Tensor | None,
+    token_weight: torch.Tensor,
+    options: LossOptions,
+    shift: int,
+    metrics: bool,
+    num_valid: int | linear.ValidCount | None,
+    max_scratch_bytes: int | None,
+    shared: _Shared | None,
+) -> TokenSums:
+    """_linear where each label has a weight."""
+    refuse_functorch(name, hidden, weight, labels, bias, class_weight, token_weight)
+    check_tensors(name, ("hidden (..., H)", hidden), ("weight (V, H)", weight), ("labels (...)", labels))
+    check_shift(name, shift)
+    check_token_weight(name, token_weight, labels)
+    if shared is not None and (_is_shared(hidden, weight, shared) or shared.vocab_size is not None):
+        refuse_token_weight(name, token_weight, "where processes share the vocabulary, or beside DTensors")
+    if num_valid is not None:
+        refuse_token_weight(name, token_weight, "beside num_valid")
+    options.check(name, ops.accumulation_dtype(hidden))
+    labels = reference.shift_labels(labels, shift, options.ignore_index) if labels.dim() else labels
+    labels = labels.to(hidden.device, non_blocking=True)
+    class_weight = class_weight if class_weight is None else class_weight.to(hidden.device, non_blocking=True)
+    kwargs = {**options.as_kwargs(), "metrics": metrics}
+    rows = linear.token_rows(name, hidden, weight, labels, bias, class_weight, kwargs, max_scratch_bytes)
+    weights = shifted(token_weight, shift)
+    return sums_of(rows, labels, weights, class_weight, options, metrics)
+
+
 class _Shared(NamedTuple):
     """What is said of the processes that share the vocabulary of a head."""
 
@@ -975,21 +1066,11 @@ def _in_place(
     kwargs: dict[str, Any],
     inplace: InPlace,
 ) -> tuple[torch.Tensor, ...]:
-    _check_in_place(name, logits, inplace)
+    check_in_place(name, logits, inplace)
     if inplace == "backward":
         return ops.InPlaceBackward.apply(logits, labels, weight, divisor, kwargs)
     divisor = _check_in_forward(name, logits, divisor)
     return ops.InPlaceForward.apply(logits, labels, weight, divisor, expected_grad, kwargs)
-
-
-def _check_in_place(name: str, logits: torch.Tensor, inplace: InPlace) -> None:
-    if torch.compiler.is_compiling():
-        raise RuntimeError(f"{name}: expected inplace=False under torch.compile, got {inplace!r}")
-    if logits.is_leaf:
-        raise ValueError(
-            f"{name}: expected logits that a model computed where inplace={inplace!r}, got a leaf that requires grad; "
-            "its values would be lost"
-        )
 
 
 def _check_in_forward(name: str, logits: torch.Tensor, divisor: torch.Tensor | None) -> torch.Tensor:
@@ -1008,78 +1089,11 @@ def _check_in_forward(name: str, logits: torch.Tensor, divisor: torch.Tensor | N
 
 
 def _resolved(name: str, given: NumItems | Known, like: torch.Tensor) -> tuple[torch.Tensor | None, float, bool]:
-    """A divisor as in _divisor, the gradient that will come back to the loss, and whether metrics are wanted."""
+    """A divisor as in divisor_of, the gradient that will come back to the loss, and whether metrics are wanted."""
     if isinstance(given, Known):
         divisor = given.divisor.to(like.device, ops.accumulation_dtype(like), non_blocking=True)
         return divisor, given.expected_grad, given.metrics
-    return _divisor(name, given, like), 1.0, False
-
-
-def _divisor(name: str, num_items_in_batch: NumItems, like: torch.Tensor) -> torch.Tensor | None:
-    """num_items_in_batch as a 0-dim tensor > 0 on the device of ``like``, without a sync; 1 for 0, None for None."""
-    if num_items_in_batch is None:
-        return None
-    acc = ops.accumulation_dtype(like)
-    tiny, largest = _HELD[acc]
-    if isinstance(num_items_in_batch, torch.Tensor):
-        shape, dtype = tuple(num_items_in_batch.shape), num_items_in_batch.dtype
-        if num_items_in_batch.numel() == 0:
-            raise ValueError(f"{name}: expected num_items_in_batch of shape () or (n, 1), got an empty tensor")
-        if len(shape) > 2 or (len(shape) == 2 and shape[1] != 1):
-            raise ValueError(f"{name}: expected num_items_in_batch of shape (), (n,) or (n, 1), got {shape}")
-        if dtype == torch.bool or dtype.is_complex:
-            raise ValueError(f"{name}: expected num_items_in_batch of an integer or floating dtype, got {dtype}")
-        first = num_items_in_batch.detach()
-        first = first.flatten()[0] if shape else first
-        first = first.to(like.device, non_blocking=True)
-        value = first.to(acc)
-        # NaN for what is no number of items, or none that acc holds: what it is cannot be known here without a sync.
-        # Not clamp(min=1): what is passed may be the items of a step for each of its micro-batches, a fraction.
-        is_held = value.clamp(tiny, largest) == value
-        return torch.where(is_held, value, torch.where(first == 0, torch.ones_like(value), float("nan")))
-    is_number = isinstance(num_items_in_batch, (int, float)) and not isinstance(num_items_in_batch, bool)
-    if not is_number or not (num_items_in_batch == 0 or tiny <= num_items_in_batch <= largest):
-        raise ValueError(
-            f"{name}: expected num_items_in_batch >= 0, got {num_items_in_batch!r}; it is 0 or a number in "
-            f"[{tiny:.4g}, {largest:.4g}], which {acc} holds, or a tensor of one; None counts the items of the call"
-        )
-    return torch.full((), float(num_items_in_batch) if num_items_in_batch else 1.0, dtype=acc, device=like.device)
-
-
-def _refuse_functorch(name: str, *tensors: Any) -> None:
-    checks.refuse_forward_ad(name, *tensors)
-    if is_functorch_active():
-        raise RuntimeError(
-            f"{name}: expected no torch.func transform (grad, vjp, vmap, ...) around it, got one; "
-            "use torch.autograd.grad, which also gives second derivatives"
-        )
-
-
-def _check_vocab_size(name: str, logits: torch.Tensor, size: int | None, source: str = "vocab_size") -> None:
-    if size is not None and (logits.dim() < 1 or logits.shape[-1] != size):
-        raise ValueError(f"{name}: expected logits of shape (..., {source} = {size}), got {tuple(logits.shape)}")
-
-
-def _check_tensors(name: str, *given: tuple[str, Any]) -> None:
-    """given: what each is, with its shape; and the value."""
-    for what, value in given:
-        if not isinstance(value, torch.Tensor):
-            got = "None" if value is None else f"a {type(value).__name__}"
-            raise (ValueError if value is None else TypeError)(f"{name}: expected a tensor {what}, got {got}")
-
-
-def _check_shift(name: str, shift: Any) -> None:
-    if isinstance(shift, bool) or not isinstance(shift, int) or not 0 <= shift < 2**63:
-        raise ValueError(f"{name}: expected shift >= 0, an int, got {shift!r}")
-
-
-def _check_class_weight(name: str, what: str, weight: Any, shape: torch.Size) -> None:
-    if weight is None:
-        return
-    if not isinstance(weight, torch.Tensor):
-        raise TypeError(f"{name}: expected a tensor {what} (V,) or None, got a {type(weight).__name__}")
-    if weight.shape != shape:
-        raise RuntimeError(f"{name}: expected {what} of shape (V,) = {tuple(shape)}, got {tuple(weight.shape)}")
+    return divisor_of(name, given, like), 1.0, False
 
 
 def _refuse_options(name: str, problem: str, given: dict[str, Any]) -> None:
@@ -1090,23 +1104,6 @@ def _refuse_options(name: str, problem: str, given: dict[str, Any]) -> None:
         if value is not default and (isinstance(value, torch.Tensor) or value != default):
             got = f"a tensor {tuple(value.shape)}" if isinstance(value, torch.Tensor) else repr(value)
             raise ValueError(f"{name}: expected no {option} for {problem}, got {got}")
-
-
-def _like_rows(name: str, logits: torch.Tensor, labels: torch.Tensor, shift: int = 0) -> torch.Tensor:
-    """labels in the shape of the rows of logits (..., V): theirs, or one of the two flattened where nothing is shifted."""
-    if logits.dim() < 1:
-        raise RuntimeError(f"{name}: expected logits of shape (..., V), got a 0-dim tensor")
-    rows = logits.shape[:-1]
-    if labels.shape == rows:
-        return labels
-    is_flat = shift == 0 and (labels.dim() == 1 or logits.dim() == 2)
-    if not is_flat or labels.numel() * logits.shape[-1] != logits.numel():
-        flattened = ", or either of them flattened" if shift == 0 else ""
-        raise RuntimeError(
-            f"{name}: expected labels of shape {tuple(rows)}, as logits {tuple(logits.shape)} without the classes"
-            f"{flattened}, got {tuple(labels.shape)}"
-        )
-    return labels.reshape(rows)
 
 
 def _check_same_shape(name: str, logits: torch.Tensor, labels: torch.Tensor) -> None:

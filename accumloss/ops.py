@@ -113,6 +113,105 @@ def _(divisor, logits, labels, weight=None, expected_grad=1.0, **options):
     return logits.new_empty((), dtype=divisor.dtype), logits.new_empty(logits.shape)
 
 
+@torch.library.register_fake("accumloss::token_statistics")
+def _(logits, labels, weight=None, *, metrics=False, **options):
+    checks.check_call("token_statistics", logits, labels, weight, options)
+    acc = accumulation_dtype(logits)
+    sizes = labels.shape if metrics else (0,)
+    loss, nll = (logits.new_empty(labels.shape, dtype=acc) for _ in range(2))
+    lse = logits.new_empty(labels.shape, dtype=torch.float64)
+    return loss, nll, lse, logits.new_empty(sizes, dtype=acc), logits.new_empty(sizes, dtype=torch.int64)
+
+
+def _check_tokens_backward(function, grads, logits, labels, nll, lse, entropy, weight, options):
+    checks.check_call(function, logits, labels, weight, options)
+    checks.check_saved(function, "lse", lse, torch.float64, labels, logits)
+    checks.check_saved(function, "nll", nll, accumulation_dtype(logits), labels, logits)
+    if grads[3] is not None:
+        checks.check_saved(function, "entropy", entropy, accumulation_dtype(logits), labels, logits)
+    checks.check_token_grads(function, grads, labels, logits)
+
+
+@torch.library.register_fake("accumloss::token_statistics_backward")
+def _(grad_loss, grad_nll, grad_lse, grad_entropy, logits, labels, nll, lse, entropy, weight=None, **options):
+    grads = (grad_loss, grad_nll, grad_lse, grad_entropy)
+    _check_tokens_backward("token_statistics_backward", grads, logits, labels, nll, lse, entropy, weight, options)
+    return logits.new_empty(logits.shape)
+
+
+@torch.library.register_fake("accumloss::token_statistics_backward_")
+def _(grad_loss, grad_nll, grad_lse, grad_entropy, logits, labels, nll, lse, entropy, weight=None, **options):
+    name = "token_statistics_backward_"
+    checks.check_in_place(name, logits)
+    grads = (grad_loss, grad_nll, grad_lse, grad_entropy)
+    _check_tokens_backward(name, grads, logits, labels, nll, lse, entropy, weight, options)
+
+
+# Of rows of two tensors.
+
+
+def _check_saved_rows(function, saved, labels, logits):
+    for name, tensor in saved.items():
+        checks.check_saved(function, name, tensor, torch.float64, labels, logits)
+
+
+@torch.library.register_fake("accumloss::distillation")
+def _(student_logits, teacher_logits, labels, **options):
+    checks.check_distillation("distillation", student_logits, teacher_logits, labels, **options)
+    loss = student_logits.new_empty(labels.shape, dtype=accumulation_dtype(student_logits))
+    return loss, *(student_logits.new_empty(labels.shape, dtype=torch.float64) for _ in range(4))
+
+
+def _check_distillation_backward(
+    function, grad_loss, student, teacher, labels, lse, teacher_lse, of_student, of_teacher, options
+):
+    checks.check_distillation(function, student, teacher, labels, **options)
+    checks.check_row_grad(function, "grad_loss", grad_loss, labels, student)
+    saved = {"lse": lse, "teacher_lse": teacher_lse, "of_student": of_student, "of_teacher": of_teacher}
+    _check_saved_rows(function, saved, labels, student)
+
+
+@torch.library.register_fake("accumloss::distillation_backward")
+def _(grad_loss, student_logits, teacher_logits, labels, loss, lse, teacher_lse, of_student, of_teacher, **options):
+    given = (grad_loss, student_logits, teacher_logits, labels, lse, teacher_lse, of_student, of_teacher)
+    _check_distillation_backward("distillation_backward", *given, options)
+    return student_logits.new_empty(student_logits.shape)
+
+
+@torch.library.register_fake("accumloss::distillation_backward_")
+def _(grad_loss, student_logits, teacher_logits, labels, loss, lse, teacher_lse, of_student, of_teacher, **options):
+    checks.check_in_place("distillation_backward_", student_logits)
+    given = (grad_loss, student_logits, teacher_logits, labels, lse, teacher_lse, of_student, of_teacher)
+    _check_distillation_backward("distillation_backward_", *given, options)
+
+
+def _check_soft(function, logits, targets, weight, options):
+    checks.require(logits.dim() >= 1, function, lambda: "logits of shape (..., V), got a 0-dim tensor")
+    label = logits.new_empty(logits.shape[:-1], dtype=torch.int64)
+    checks.check_call(function, logits, label, weight, options)
+    checks.check_like(function, "targets", targets, logits, "logits")
+    return label
+
+
+@torch.library.register_fake("accumloss::soft_cross_entropy")
+def _(logits, targets, weight=None, **options):
+    label = _check_soft("soft_cross_entropy", logits, targets, weight, options)
+    loss, nll = (logits.new_empty(label.shape, dtype=accumulation_dtype(logits)) for _ in range(2))
+    lse, total, of_label = (logits.new_empty(label.shape, dtype=torch.float64) for _ in range(3))
+    return loss, nll, lse, total, of_label, label
+
+
+@torch.library.register_fake("accumloss::soft_cross_entropy_backward")
+def _(grad_loss, logits, targets, loss, nll, lse, total, of_label, label, weight=None, **options):
+    name = "soft_cross_entropy_backward"
+    labels = _check_soft(name, logits, targets, weight, options)
+    checks.check_row_grad(name, "grad_loss", grad_loss, labels, logits)
+    checks.check_saved(name, "nll", nll, accumulation_dtype(logits), labels, logits)
+    _check_saved_rows(name, {"lse": lse, "total": total, "of_label": of_label}, labels, logits)
+    checks.check_saved(name, "label", label, torch.int64, labels, logits)
+    return logits.new_empty(logits.shape)
+
+
 # Of logits that are a shard of the vocabulary: class_offset and vocab_size say which.
 
 
@@ -183,12 +282,13 @@ def _pass_on(op: Any) -> Any:
 
 for _name in (
     "cross_entropy_backward_", "cross_entropy_with_grad_", "add_cross_entropy_", "cross_entropy_shard_backward_", "scale_",
+    "token_statistics_backward_", "distillation_backward_",
 ):  # fmt: skip
     _library.impl(_name, _pass_on(getattr(_ops, _name).default), "ADInplaceOrView", with_keyset=True)
 
 
 class CrossEntropy(torch.autograd.Function):
-    """cross_entropy, whose gradient is a second visit of the logits. Only loss_sum has one."""
+    """cross_entropy, whose gradient is a second visit of the logits. loss_sum has one; with a z-loss lse has too."""
 
     apply = direct_apply
 
@@ -198,15 +298,24 @@ class CrossEntropy(torch.autograd.Function):
         outputs = _below_autograd(keyset, logits, labels, weight, ctx.options)
         ctx.save_for_backward(logits, labels, outputs[3], outputs[6], weight)
         outputs = outputs[:num_outputs]
-        ctx.mark_non_differentiable(*outputs[1:])
+        has_z_loss = ctx.options.get("z_loss", 0.0) > 0
+        ctx.mark_non_differentiable(*(out for i, out in enumerate(outputs) if i > 0 and not (i == 3 and has_z_loss)))
         ctx.set_materialize_grads(False)
         return outputs
 
     @staticmethod
-    def backward(ctx, grad_loss_sum, *_):
-        if grad_loss_sum is None:
+    def backward(ctx, grad_loss_sum, *others):
+        grad_lse = others[2] if len(others) > 2 else None
+        if grad_loss_sum is None and grad_lse is None:
             return None, None, None
         logits, labels, lse, nll, weight = ctx.saved_tensors
+        if grad_lse is not None:
+            of_rows = None if grad_loss_sum is None else grad_loss_sum.expand(labels.shape)
+            saved = (nll, lse.detach(), nll.new_empty(0))
+            grad = _ops.token_statistics_backward(
+                of_rows, None, grad_lse, None, logits, labels, *saved, weight, **{**ctx.options, "metrics": False}
+            )
+            return grad, None, None
         return _gradient(grad_loss_sum, logits, labels, lse, nll, weight, ctx.options), None, None
 
 
@@ -309,6 +418,201 @@ for _name in (
     torch.library.register_autograd(
         f"accumloss::{_name}", _refuse_backward_of(_name), setup_context=_setup_refused, lib=_library
     )
+
+
+# Row by row ----------------------------------------------------------------------------------------------------------
+
+
+def _setup_tokens(ctx: Any, inputs: tuple, keyword_only_inputs: dict, output: tuple) -> None:
+    logits, labels, weight = inputs
+    _, nll, lse, entropy, _ = output
+    ctx.options = keyword_only_inputs
+    ctx.save_for_backward(logits, labels, nll, lse, entropy, weight)
+    ctx.set_materialize_grads(False)
+
+
+def _tokens_backward(ctx: Any, *grads: torch.Tensor | None) -> tuple:
+    grads = grads[:4]
+    if all(grad is None for grad in grads):
+        return None, None, None
+    if not ctx.options["metrics"]:
+        grads = (*grads[:3], None)
+    logits, labels, nll, lse, entropy, weight = ctx.saved_tensors
+    # nll, lse and entropy are outputs: what a second derivative needs of them is in the formula of the op below
+    saved = (nll.detach(), lse.detach(), entropy.detach())
+    return _ops.token_statistics_backward(*grads, logits, labels, *saved, weight, **ctx.options), None, None
+
+
+torch.library.register_autograd(
+    "accumloss::token_statistics", _tokens_backward, setup_context=_setup_tokens, lib=_library
+)
+
+
+def _setup_tokens_backward(ctx: Any, inputs: tuple, keyword_only_inputs: dict, output: torch.Tensor) -> None:
+    *grads, logits, labels, _, _, _, weight = inputs
+    ctx.options = keyword_only_inputs
+    ctx.save_for_backward(*grads, logits, labels, weight)
+
+
+def _tokens_double_backward(ctx: Any, grad_grad: torch.Tensor) -> tuple:
+    """By the reference in plain PyTorch, as that of cross_entropy_backward."""
+    *grads, logits, labels, weight = ctx.saved_tensors
+    options = dict(ctx.options)
+    shift, _ = options.pop("shift"), options.pop("metrics")
+    acc = accumulation_dtype(logits)
+    with torch.enable_grad():
+        x = logits.detach().to(acc).requires_grad_()
+        given = {i: grad.detach().to(acc).requires_grad_() for i, grad in enumerate(grads) if grad is not None}
+        outputs = reference.token_statistics(x, labels, weight, LossOptions(**options), shift=shift, dtype=acc)
+        (grad,) = torch.autograd.grad([outputs[i] for i in given], x, list(given.values()), create_graph=True)
+        grad_x, *of_grads = torch.autograd.grad(
+            grad, (x, *given.values()), grad_grad.to(acc), allow_unused=True, materialize_grads=True
+        )
+    found = dict(zip(given, of_grads, strict=True))
+    returned = [None if grad is None else found[i].to(grad.dtype) for i, grad in enumerate(grads)]
+    return *returned, grad_x.to(logits.dtype), None, None, None, None, None
+
+
+torch.library.register_autograd(
+    "accumloss::token_statistics_backward", _tokens_double_backward, setup_context=_setup_tokens_backward, lib=_library
+)
+
+
+class TokenStatisticsInPlace(torch.autograd.Function):
+    """token_statistics, whose gradient overwrites the logits in backward."""
+
+    @staticmethod
+    def forward(ctx, logits, labels, weight, options):
+        outputs = _ops.token_statistics(logits, labels, weight, **options)
+        _, nll, lse, entropy, argmax = outputs
+        ctx.save_for_backward(logits, labels, nll, lse, entropy, weight)
+        ctx.options = options
+        ctx.mark_non_differentiable(argmax)
+        ctx.set_materialize_grads(False)
+        return outputs
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, *grads):
+        checks.refuse_forward_ad("accumloss", *grads)
+        if all(grad is None for grad in grads[:4]):
+            return None, None, None, None
+        logits, labels, nll, lse, entropy, weight = ctx.saved_tensors  # raises where the logits changed since
+        data = logits.detach()
+        _ops.token_statistics_backward_(*grads[:4], data, labels, nll, lse, entropy, weight, **ctx.options)
+        torch.autograd.graph.increment_version(logits)
+        return data, None, None, None
+
+
+# Rows of two tensors -------------------------------------------------------------------------------------------------
+
+
+def _setup_distillation(ctx: Any, inputs: tuple, keyword_only_inputs: dict, output: tuple) -> None:
+    ctx.options = keyword_only_inputs
+    ctx.save_for_backward(*inputs, *output)
+    ctx.mark_non_differentiable(*output[1:])
+    ctx.set_materialize_grads(False)
+
+
+def _distillation_backward(ctx: Any, grad_loss: torch.Tensor | None, *_: Any) -> tuple:
+    if grad_loss is None:
+        return None, None, None
+    student, teacher, labels, *found = ctx.saved_tensors
+    loss, lse, teacher_lse, of_student, of_teacher = (value.detach() for value in found)
+    options = ctx.options
+    of_student_logits = of_teacher_logits = None
+    if ctx.needs_input_grad[0]:
+        of_student_logits = _ops.distillation_backward(
+            grad_loss, student, teacher, labels, loss, lse, teacher_lse, of_student, of_teacher, **options
+        )
+    if ctx.needs_input_grad[1]:  # the divergence is its own mirror image
+        mirrored = {**options, "beta": 1 - options["beta"]}
+        of_teacher_logits = _ops.distillation_backward(
+            grad_loss, teacher, student, labels, loss, teacher_lse, lse, of_teacher, of_student, **mirrored
+        )
+    return of_student_logits, of_teacher_logits, None
+
+
+torch.library.register_autograd(
+    "accumloss::distillation", _distillation_backward, setup_context=_setup_distillation, lib=_library
+)
+
+
+def _setup_distillation_backward(ctx: Any, inputs: tuple, keyword_only_inputs: dict, output: torch.Tensor) -> None:
+    ctx.options = keyword_only_inputs
+    ctx.save_for_backward(*inputs[:4])
+
+
+def _second_derivatives(grad_grad: torch.Tensor, loss_of: Any, grad_loss: torch.Tensor, *inputs: torch.Tensor) -> Any:
+    """Of grad_loss and inputs, through d loss_of(inputs) / d inputs[0], by plain PyTorch."""
+    acc = accumulation_dtype(inputs[0])
+    with torch.enable_grad():
+        leaves = [tensor.detach().to(acc).requires_grad_() for tensor in (grad_loss, *inputs)]
+        (grad,) = torch.autograd.grad(loss_of(*leaves[1:], acc), leaves[1], leaves[0], create_graph=True)
+        found = torch.autograd.grad(grad, leaves, grad_grad.to(acc), allow_unused=True, materialize_grads=True)
+    return [value.to(tensor.dtype) for value, tensor in zip(found, (grad_loss, *inputs), strict=True)]
+
+
+def _distillation_double_backward(ctx: Any, grad_grad: torch.Tensor) -> tuple:
+    grad_loss, student, teacher, labels = ctx.saved_tensors
+
+    def loss_of(s: torch.Tensor, t: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+        return reference.distillation(s, t, labels, **ctx.options, dtype=dtype)
+
+    return *_second_derivatives(grad_grad, loss_of, grad_loss, student, teacher), *(None,) * 6
+
+
+torch.library.register_autograd(
+    "accumloss::distillation_backward",
+    _distillation_double_backward,
+    setup_context=_setup_distillation_backward,
+    lib=_library,
+)
+
+
+def _setup_soft(ctx: Any, inputs: tuple, keyword_only_inputs: dict, output: tuple) -> None:
+    logits, targets, weight = inputs
+    ctx.options = keyword_only_inputs
+    ctx.save_for_backward(logits, targets, weight, *output)
+    ctx.mark_non_differentiable(*output[1:])
+    ctx.set_materialize_grads(False)
+
+
+def _soft_backward(ctx: Any, grad_loss: torch.Tensor | None, *_: Any) -> tuple:
+    if grad_loss is None:
+        return None, None, None
+    if ctx.needs_input_grad[1]:
+        raise RuntimeError(
+            "torch.ops.accumloss.soft_cross_entropy: expected targets that need no gradient, got some that do; detach them, "
+            "or use distillation_loss, which has a gradient for both"
+        )
+    logits, targets, weight, *found = ctx.saved_tensors
+    saved = [value.detach() for value in found]
+    return _ops.soft_cross_entropy_backward(grad_loss, logits, targets, *saved, weight, **ctx.options), None, None
+
+
+torch.library.register_autograd(
+    "accumloss::soft_cross_entropy", _soft_backward, setup_context=_setup_soft, lib=_library
+)
+
+
+def _setup_soft_backward(ctx: Any, inputs: tuple, keyword_only_inputs: dict, output: torch.Tensor) -> None:
+    ctx.options = keyword_only_inputs
+    ctx.save_for_backward(*inputs[:3], inputs[9])
+
+
+def _soft_double_backward(ctx: Any, grad_grad: torch.Tensor) -> tuple:
+    grad_loss, logits, targets, weight = ctx.saved_tensors
+
+    def loss_of(x: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+        return reference.soft_cross_entropy(x, targets, weight, LossOptions(**ctx.options), dtype=dtype)
+
+    return *_second_derivatives(grad_grad, loss_of, grad_loss, logits), *(None,) * 8
+
+
+torch.library.register_autograd(
+    "accumloss::soft_cross_entropy_backward", _soft_double_backward, setup_context=_setup_soft_backward, lib=_library
+)
 
 
 # The gradient in forward, and in place -------------------------------------------------------------------------------
@@ -454,6 +758,12 @@ add_cross_entropy_ = _ops.add_cross_entropy_
 cross_entropy_shard = _ops.cross_entropy_shard
 cross_entropy_shard_backward = _ops.cross_entropy_shard_backward
 cross_entropy_shard_backward_ = _ops.cross_entropy_shard_backward_
+token_statistics = _ops.token_statistics
+token_statistics_backward = _ops.token_statistics_backward
+token_statistics_backward_ = _ops.token_statistics_backward_
+distillation = _ops.distillation
+distillation_backward_ = _ops.distillation_backward_
+soft_cross_entropy = _ops.soft_cross_entropy
 scale_ = _ops.scale_
 scratch = _ops.scratch
 

@@ -6,9 +6,11 @@ in float64 loses the digits that the kernels keep.
 
 from __future__ import annotations
 
+import math
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 
 from .options import LossOptions
 
@@ -91,7 +93,7 @@ def rows(
     if options.z_loss > 0:
         loss = loss + options.z_loss * lse**2
     p = torch.exp(-surprise)
-    entropy = torch.where(p == 0, torch.zeros_like(p), p * surprise).sum(-1)
+    entropy = (p * torch.where(p == 0, torch.zeros_like(p), surprise)).sum(-1)  # whose gradient is no NaN either
     correct = (logits.argmax(-1, keepdim=True) == y).squeeze(-1) & ~torch.isnan(nll)
 
     def items(value: torch.Tensor) -> torch.Tensor:
@@ -99,6 +101,83 @@ def rows(
 
     weights = items(w.take(y.squeeze(-1)))
     return Rows(items(loss), items(lse), items(nll), weights, items(correct), items(entropy), is_item)
+
+
+def token_statistics(
+    logits: torch.Tensor,
+    labels: torch.Tensor,
+    weight: torch.Tensor | None = None,
+    options: LossOptions | None = None,
+    *,
+    shift: int = 0,
+    dtype: torch.dtype = torch.float64,
+) -> tuple[torch.Tensor, ...]:
+    """The outputs of ``torch.ops.accumloss.token_statistics(..., metrics=True)``; arguments as in rows()."""
+    r = rows(logits, labels, weight, options, shift=shift, dtype=dtype)
+    return r.loss, r.nll, r.lse, r.entropy, torch.where(r.is_item, logits.argmax(-1), -1)
+
+
+def distillation(
+    student_logits: torch.Tensor,
+    teacher_logits: torch.Tensor,
+    labels: torch.Tensor,
+    *,
+    beta: float = 0.5,
+    logit_scale: float = 1.0,
+    ignore_index: int = -100,
+    dtype: torch.dtype = torch.float64,
+) -> torch.Tensor:
+    """The loss of each row, of ``torch.ops.accumloss.distillation``: a generalized Jensen-Shannon divergence.
+
+    With probabilities s of the student, t of the teacher and m = (1 - beta) s + beta t it is beta KL(t | m) + (1 - beta)
+    KL(s | m); for beta 0 its limit over beta, KL(t | s), for beta 1 KL(s | t). A class of probability 0 adds nothing.
+    """
+    log_s = (student_logits.to(dtype) * logit_scale).log_softmax(-1)
+    log_t = (teacher_logits.to(dtype) * logit_scale).log_softmax(-1)
+
+    def divergence(log_p: torch.Tensor, log_q: torch.Tensor) -> torch.Tensor:
+        p = log_p.exp()
+        return (p * torch.where(p == 0, 0.0, log_p - log_q)).sum(-1)
+
+    if beta == 0:
+        loss = divergence(log_t, log_s)
+    elif beta == 1:
+        loss = divergence(log_s, log_t)
+    else:
+        is_none = torch.isneginf(log_s) & torch.isneginf(log_t)  # whose logarithm would have no gradient
+        of_s, of_t = (torch.where(is_none, 0.0, log_p) for log_p in (log_s, log_t))
+        log_m = torch.logaddexp(of_s + math.log1p(-beta), of_t + math.log(beta))
+        loss = beta * divergence(log_t, log_m) + (1 - beta) * divergence(log_s, log_m)
+    return torch.where(labels != ignore_index, loss, 0.0)
+
+
+def soft_cross_entropy(
+    logits: torch.Tensor,
+    targets: torch.Tensor,
+    weight: torch.Tensor | None = None,
+    options: LossOptions | None = None,
+    *,
+    dtype: torch.dtype = torch.float64,
+) -> torch.Tensor:
+    """The loss of each row against class probabilities targets (..., V), of ``torch.ops.accumloss.soft_cross_entropy``."""
+    options = options or LossOptions()
+    e, num_classes = options.label_smoothing, logits.shape[-1]
+    z = transform(logits.to(dtype), options)
+    q = targets.to(dtype) * (1 - e) + e / num_classes
+    if weight is not None:
+        q = q * weight.to(dtype)
+    y = targets.argmax(-1, keepdim=True)
+    is_label = torch.zeros_like(z, dtype=torch.bool).scatter_(-1, y, True)
+    target = z.gather(-1, y).squeeze(-1)
+    nll = (
+        F.softplus(torch.logsumexp(z.masked_fill(is_label, -torch.inf), dim=-1) - target)
+        if num_classes > 1
+        else 0 * target
+    )
+    lse = torch.logsumexp(z, dim=-1)
+    surprise = torch.where(is_label, nll.unsqueeze(-1), lse.unsqueeze(-1) - z)
+    loss = (q * torch.where(q == 0, 0.0, surprise)).sum(-1)
+    return loss + options.z_loss * lse**2 if options.z_loss > 0 else loss
 
 
 def cross_entropy(

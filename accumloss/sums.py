@@ -12,15 +12,18 @@ import torch.distributed as dist
 class TokenSums:
     """Sums over the items (non-ignored labels) of one or more calls. Add them with ``+``; take a mean once, at the end.
 
-    Every field is a 0-dim tensor on the logits' device; only ``loss_sum`` carries a gradient.
+    Every field is a 0-dim tensor on the logits' device. ``loss_sum`` carries a gradient, and ``total_weight`` that of the
+    tokens' weights where those want one.
 
     Attributes:
         loss_sum: sum of the row losses; fp32, or fp64 for fp64 logits.
         num_items: number of items, int64.
-        total_weight: sum of the items' class weights (ATen's name for the divisor of a weighted mean); equals
-            ``num_items`` where there are no weights.
+        total_weight: sum of the items' weights, of their class times of their token (ATen's name for the divisor of a
+            weighted mean); equals ``num_items`` where there are no weights.
         num_correct: items whose label is the argmax of the logits, int64; None without ``metrics=True``.
         entropy_sum: sum of the rows' entropies in nats; None without ``metrics=True``.
+        z_loss_sum: what of ``loss_sum`` is the z-loss, with a gradient of its own; None without ``z_loss``, and from hidden
+            states or a vocabulary that processes share.
     """
 
     loss_sum: torch.Tensor
@@ -28,6 +31,7 @@ class TokenSums:
     total_weight: torch.Tensor
     num_correct: torch.Tensor | None = None
     entropy_sum: torch.Tensor | None = None
+    z_loss_sum: torch.Tensor | None = None
 
     def __add__(self, other: TokenSums) -> TokenSums:
         if not isinstance(other, TokenSums):
@@ -38,6 +42,7 @@ class TokenSums:
             self.total_weight + other.total_weight,
             _add(self.num_correct, other.num_correct),
             _add(self.entropy_sum, other.entropy_sum),
+            _add(self.z_loss_sum, other.z_loss_sum),
         )
 
     def __radd__(self, other: int) -> TokenSums:
@@ -45,7 +50,9 @@ class TokenSums:
 
     def detach(self) -> TokenSums:
         """The same sums without the graph of the loss."""
-        return replace(self, loss_sum=self.loss_sum.detach())
+        z_loss_sum = None if self.z_loss_sum is None else self.z_loss_sum.detach()
+        loss_sum, total_weight = self.loss_sum.detach(), self.total_weight.detach()
+        return replace(self, loss_sum=loss_sum, total_weight=total_weight, z_loss_sum=z_loss_sum)
 
     def all_reduce(self, group: dist.ProcessGroup | None = None) -> TokenSums:
         """The sums over all ranks of a process group, by one all_reduce in fp64; the result carries no gradient.

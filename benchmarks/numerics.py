@@ -17,8 +17,10 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests"))
 
 from cases import Case
-from oracle import expected
+from oracle import expected, token_expected
 from tolerances import UNIT, UNIT64, ulp
+
+from accumloss import reference
 
 ops = torch.ops.accumloss
 
@@ -87,12 +89,52 @@ def worst(dtype: torch.dtype, device: str) -> dict[str, float]:
     return found
 
 
+def worst_of_tokens(dtype: torch.dtype) -> dict[str, float]:
+    """The same of what is told of each token, over rows(dtype); entropies and divergences against 1 and their own size."""
+    found: dict[str, float] = {}
+
+    def note(what: str, error: torch.Tensor, size: torch.Tensor) -> None:
+        counts = size >= torch.finfo(torch.float32).tiny
+        found[what] = max(found.get(what, 0.0), (error.abs() / size)[counts].max().item())
+
+    for case in rows(dtype):
+        wanted = token_expected(case)
+        leaf = case.logits.detach().requires_grad_()
+        _, nll, lse, entropy, _ = ops.token_statistics(leaf, case.labels, metrics=True)
+        leads = wanted.nll < 0.5
+        note("log-probability", nll.double() - wanted.nll, wanted.nll)
+        note("lse, of 1 + itself", lse - wanted.lse, 1 + wanted.lse.abs())
+        note("entropy where the label leads", (entropy.double() - wanted.entropy)[leads], wanted.entropy[leads])
+        note(
+            "entropy elsewhere, of 1 + itself", (entropy.double() - wanted.entropy)[~leads], 1 + wanted.entropy[~leads]
+        )
+        teacher = case.logits.roll(1, 0)
+        mask = torch.zeros_like(case.labels)
+        for beta in (0.0, 0.5, 1.0):
+            exact = reference.distillation(case.logits, teacher, mask, beta=beta)
+            loss = ops.distillation(case.logits, teacher, mask, beta=beta)[0].double()
+            note(f"divergence, beta {beta:g}, of 1 + itself", loss - exact, 1 + exact)
+        soft = (
+            torch.nn.functional.one_hot(case.labels, case.logits.shape[-1]).to(dtype) * 0.875
+            + 0.125 / case.logits.shape[-1]
+        )
+        exact = reference.soft_cross_entropy(case.logits, soft)
+        note("loss of class probabilities", ops.soft_cross_entropy(case.logits, soft)[0].double() - exact, exact)
+    return found
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", default="cpu")
     device = parser.parse_args().device
     names = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32, "fp64": torch.float64}
-    found = {name: worst(dtype, device) for name, dtype in names.items()}
+    show({name: worst(dtype, device) for name, dtype in names.items()})
+    if device == "cpu":
+        print()
+        show({name: worst_of_tokens(dtype) for name, dtype in names.items()})
+
+
+def show(found: dict[str, dict[str, float]]) -> None:
     print("| worst error against float64 | " + " | ".join(found) + " |")
     print("|---|" + "---:|" * len(found))
     for what in dict.fromkeys(what for errors in found.values() for what in errors):

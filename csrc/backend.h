@@ -47,6 +47,47 @@ struct CrossEntropySums {
   double* totals;        // (5,) in this order: those of the call are added to it, and the others are null; or null
 };
 
+// What is told of each row, 0 where it is ignored (argmax: -1). Null where nobody asks.
+struct TokenRows {
+  void* loss;       // (B, T) Acc
+  double* lse;      // (B, T)
+  void* nll;        // (B, T) Acc
+  void* entropy;    // (B, T) Acc
+  int64_t* argmax;  // (B, T) first of the largest logits
+};
+// What comes back to them, each (B, T); null where nothing does.
+struct TokenGrads {
+  const double *loss, *lse, *nll, *entropy;
+};
+
+// A student's logits beside a teacher's of the same shape. labels say which rows count.
+struct DistillationInputs {
+  CrossEntropyInputs student;  // of its options ignore_index, shift and logit_scale
+  LogitsView teacher;
+  double beta;  // share of the teacher in the mixture, in [0, 1]
+};
+// Each (B, T), 0 where a row is ignored.
+struct DistillationRows {
+  void* loss;                       // Acc: beta KL(t | m) + (1 - beta) KL(s | m); beta 0: KL(t | s), beta 1: KL(s | t)
+  double *lse, *teacher_lse;        // of z
+  double *of_student, *of_teacher;  // KL(s | m), KL(t | m)
+};
+
+// logits beside class probabilities of the same shape and dtype; labels are not looked at.
+struct TargetInputs {
+  CrossEntropyInputs logits;
+  LogitsView targets;
+};
+// Each (B, T).
+struct TargetRows {
+  void* loss;  // Acc: sum_j w_j q_j (lse - z_j) + z_loss lse^2, q smoothed
+  void* nll;   // Acc: lse - z_y of the class y of the largest target
+  double* lse;
+  double* total;     // sum_j w_j q_j
+  double* of_label;  // w_y q_y
+  int64_t* label;    // y
+};
+
 // The kernels of one device; cpu/launch.cpp and cuda/cross_entropy.cu each fill one in.
 struct Backend {
   // sums, lse (B, T) double, nll (B, T) Acc; both are 0 in ignored rows. One read of the logits of the other rows.
@@ -67,6 +108,23 @@ struct Backend {
   // Memory for a gradient, or null where torch's allocator is to serve. release(data, handle) takes it back.
   void* (*take_memory)(size_t bytes, void** handle);
   void (*release_memory)(void* data, void* handle);
+
+  // What follows is null where the device has no kernel for it.
+
+  // Row by row; entropy and argmax where options.metrics. One read of the logits of the rows that count.
+  void (*forward_tokens)(const CrossEntropyInputs&, const TokenRows&) = nullptr;
+  // The gradient of them all, zeros in rows that are ignored or to which nothing comes back. entropy (B, T) Acc is read
+  // where grads.entropy is there. grad_logits may be inputs.logits (in place).
+  void (*backward_tokens)(const CrossEntropyInputs&, const double* lse, const void* nll, const void* entropy,
+                          const TokenGrads& grads, const LogitsView& grad_logits) = nullptr;
+
+  void (*forward_distillation)(const DistillationInputs&, const DistillationRows&) = nullptr;
+  // Of the student's logits, for what comes back to loss (B, T). grad_logits may be the student's logits.
+  void (*backward_distillation)(const DistillationInputs&, const DistillationRows&, const double* grad_loss,
+                                const LogitsView& grad_logits) = nullptr;
+  void (*forward_targets)(const TargetInputs&, const TargetRows&) = nullptr;
+  void (*backward_targets)(const TargetInputs&, const TargetRows&, const double* grad_loss,
+                           const LogitsView& grad_logits) = nullptr;
 };
 
 const Backend& cpu_backend();

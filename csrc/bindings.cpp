@@ -16,6 +16,14 @@ namespace {
 #define AS_TYPE(type, schema_type, name, value) , type
 #define LM_OPTIONS ACCUMLOSS_LOSS_OPTIONS(AS_SCHEMA)
 #define SHARD ", int class_offset, int vocab_size" LM_OPTIONS
+#define TOKEN_GRADS "Tensor? grad_loss, Tensor? grad_nll, Tensor? grad_lse, Tensor? grad_entropy"
+#define TOKEN_ROWS ", Tensor labels, Tensor nll, Tensor lse, Tensor entropy, Tensor? weight=None, *"
+#define PAIR "Tensor teacher_logits, Tensor labels"
+#define PAIR_ROWS ", Tensor loss, Tensor lse, Tensor teacher_lse, Tensor of_student, Tensor of_teacher"
+#define PAIR_OPTIONS ", *, float beta=0.5, float logit_scale=1.0, int ignore_index=-100"
+#define TARGET_ROWS "Tensor loss, Tensor nll, Tensor lse, Tensor total, Tensor of_label, Tensor label"
+#define TARGET_OPTIONS \
+  ", Tensor? weight=None, *, float label_smoothing=0.0, float z_loss=0.0, float softcap=0.0, float logit_scale=1.0"
 #define ALL_OPTIONS ", int shift=0" LM_OPTIONS ", bool metrics=False"
 
 STABLE_TORCH_LIBRARY(accumloss, m) {
@@ -43,6 +51,17 @@ STABLE_TORCH_LIBRARY(accumloss, m) {
   m.def(
       "mean_with_grad(Tensor divisor, Tensor logits, Tensor labels, Tensor? weight=None, float expected_grad=1.0, *"
       ", int shift=0" LM_OPTIONS ") -> (Tensor loss, Tensor grad_logits)");
+  m.def("token_statistics(Tensor logits, Tensor labels, Tensor? weight=None, *" ALL_OPTIONS
+        ") -> (Tensor loss, Tensor nll, Tensor lse, Tensor entropy, Tensor argmax)");
+  m.def("token_statistics_backward(" TOKEN_GRADS ", Tensor logits" TOKEN_ROWS ALL_OPTIONS ") -> Tensor");
+  m.def("token_statistics_backward_(" TOKEN_GRADS ", Tensor(a!) logits" TOKEN_ROWS ALL_OPTIONS ") -> ()");
+  m.def("distillation(Tensor student_logits, " PAIR PAIR_OPTIONS
+        ") -> (Tensor loss, Tensor lse, Tensor teacher_lse, Tensor of_student, Tensor of_teacher)");
+  m.def("distillation_backward(Tensor grad_loss, Tensor student_logits, " PAIR PAIR_ROWS PAIR_OPTIONS ") -> Tensor");
+  m.def("distillation_backward_(Tensor grad_loss, Tensor(a!) student_logits, " PAIR PAIR_ROWS PAIR_OPTIONS ") -> ()");
+  m.def("soft_cross_entropy(Tensor logits, Tensor targets" TARGET_OPTIONS ") -> (" TARGET_ROWS ")");
+  m.def("soft_cross_entropy_backward(Tensor grad_loss, Tensor logits, Tensor targets, " TARGET_ROWS TARGET_OPTIONS
+        ") -> Tensor");
   m.def("cross_entropy_shard(Tensor logits, Tensor labels, Tensor? weight=None, *" SHARD
         ", bool metrics=False) -> Tensor");
   m.def(
@@ -101,6 +120,21 @@ struct Ops {
                                                    double expected_grad, Option... option) {
     return accumloss::mean_with_grad(backend(), divisor, logits, labels, weight, expected_grad, LossOptions{option...});
   }
+  static TokenOutputs tokens(Tensor logits, Tensor labels, OptionalTensor weight, Option... option) {
+    return token_statistics(backend(), logits, labels, weight, LossOptions{option...});
+  }
+  static Tensor tokens_backward(OptionalTensor grad_loss, OptionalTensor grad_nll, OptionalTensor grad_lse,
+                                OptionalTensor grad_entropy, Tensor logits, Tensor labels, Tensor nll, Tensor lse,
+                                Tensor entropy, OptionalTensor weight, Option... option) {
+    return token_statistics_backward(backend(), {grad_loss, grad_nll, grad_lse, grad_entropy}, logits, labels, nll, lse,
+                                     entropy, weight, LossOptions{option...});
+  }
+  static void tokens_backward_(OptionalTensor grad_loss, OptionalTensor grad_nll, OptionalTensor grad_lse,
+                               OptionalTensor grad_entropy, Tensor logits, Tensor labels, Tensor nll, Tensor lse,
+                               Tensor entropy, OptionalTensor weight, Option... option) {
+    token_statistics_backward_(backend(), {grad_loss, grad_nll, grad_lse, grad_entropy}, logits, labels, nll, lse,
+                               entropy, weight, LossOptions{option...});
+  }
   static void scale(Tensor values, Tensor factor) { scale_(backend(), values, factor); }
   static Tensor scratch(Tensor like, int64_t rows, int64_t columns) {
     return accumloss::scratch(backend(), like, rows, columns);
@@ -134,6 +168,53 @@ struct ShardOps {
   }
 };
 
+// Those of rows of two tensors.
+template <BackendOf backend>
+struct PairOps {
+  static LossOptions options(double logit_scale, int64_t ignore_index) {
+    LossOptions options;
+    options.logit_scale = logit_scale;
+    options.ignore_index = ignore_index;
+    return options;
+  }
+  static DistillationOutputs forward(Tensor student, Tensor teacher, Tensor labels, double beta, double logit_scale,
+                                     int64_t ignore_index) {
+    return distillation(backend(), student, teacher, labels, beta, options(logit_scale, ignore_index));
+  }
+  static Tensor backward(Tensor grad_loss, Tensor student, Tensor teacher, Tensor labels, Tensor loss, Tensor lse,
+                         Tensor teacher_lse, Tensor of_student, Tensor of_teacher, double beta, double logit_scale,
+                         int64_t ignore_index) {
+    return distillation_backward(backend(), grad_loss, student, teacher, labels,
+                                 {loss, lse, teacher_lse, of_student, of_teacher}, beta,
+                                 options(logit_scale, ignore_index));
+  }
+  static void backward_(Tensor grad_loss, Tensor student, Tensor teacher, Tensor labels, Tensor loss, Tensor lse,
+                        Tensor teacher_lse, Tensor of_student, Tensor of_teacher, double beta, double logit_scale,
+                        int64_t ignore_index) {
+    distillation_backward_(backend(), grad_loss, student, teacher, labels,
+                           {loss, lse, teacher_lse, of_student, of_teacher}, beta, options(logit_scale, ignore_index));
+  }
+  static LossOptions of_targets(double label_smoothing, double z_loss, double softcap, double logit_scale) {
+    LossOptions options;
+    options.label_smoothing = label_smoothing;
+    options.z_loss = z_loss;
+    options.softcap = softcap;
+    options.logit_scale = logit_scale;
+    return options;
+  }
+  static TargetOutputs soft(Tensor logits, Tensor targets, OptionalTensor weight, double label_smoothing, double z_loss,
+                            double softcap, double logit_scale) {
+    return soft_cross_entropy(backend(), logits, targets, weight,
+                              of_targets(label_smoothing, z_loss, softcap, logit_scale));
+  }
+  static Tensor soft_backward(Tensor grad_loss, Tensor logits, Tensor targets, Tensor loss, Tensor nll, Tensor lse,
+                              Tensor total, Tensor of_label, Tensor label, OptionalTensor weight,
+                              double label_smoothing, double z_loss, double softcap, double logit_scale) {
+    return soft_cross_entropy_backward(backend(), grad_loss, logits, targets, {loss, nll, lse, total, of_label, label},
+                                       weight, of_targets(label_smoothing, z_loss, softcap, logit_scale));
+  }
+};
+
 template <BackendOf backend>
 void register_ops(torch::stable::detail::StableLibrary& m) {
   using OpsOfBackend = Ops<backend, int64_t ACCUMLOSS_LOSS_OPTIONS(AS_TYPE), bool>;
@@ -143,6 +224,14 @@ void register_ops(torch::stable::detail::StableLibrary& m) {
   m.impl("cross_entropy_with_grad", TORCH_BOX(&OpsOfBackend::with_grad));
   m.impl("cross_entropy_with_grad_", TORCH_BOX(&OpsOfBackend::with_grad_));
   m.impl("add_cross_entropy_", TORCH_BOX(&OpsOfBackend::add_));
+  m.impl("token_statistics", TORCH_BOX(&OpsOfBackend::tokens));
+  m.impl("token_statistics_backward", TORCH_BOX(&OpsOfBackend::tokens_backward));
+  m.impl("token_statistics_backward_", TORCH_BOX(&OpsOfBackend::tokens_backward_));
+  m.impl("distillation", TORCH_BOX(&PairOps<backend>::forward));
+  m.impl("distillation_backward", TORCH_BOX(&PairOps<backend>::backward));
+  m.impl("distillation_backward_", TORCH_BOX(&PairOps<backend>::backward_));
+  m.impl("soft_cross_entropy", TORCH_BOX(&PairOps<backend>::soft));
+  m.impl("soft_cross_entropy_backward", TORCH_BOX(&PairOps<backend>::soft_backward));
   using OpsOfShard = ShardOps<backend ACCUMLOSS_LOSS_OPTIONS(AS_TYPE)>;
   m.impl("cross_entropy_shard", TORCH_BOX(&OpsOfShard::forward));
   m.impl("cross_entropy_shard_backward", TORCH_BOX(&OpsOfShard::backward));

@@ -38,6 +38,10 @@ template <typename... Parts>
   throw std::runtime_error(message.str());
 }
 
+[[noreturn]] void fail_without_kernel(const char* function) {
+  fail(function, "logits on a device that has a kernel for it, which is the CPU, got others; move them with .cpu()");
+}
+
 std::string shape_string(const Tensor& tensor) {
   std::ostringstream out;
   out << "(";
@@ -425,6 +429,195 @@ void cross_entropy_backward_(const Backend& backend, const Tensor& grad_loss_sum
   check_in_place("cross_entropy_backward_", logits);
   const Call call("cross_entropy_backward_", logits, labels, weight, options);
   backward_into(backend, "cross_entropy_backward_", grad_loss_sum, call, lse, nll, logits);
+}
+
+TokenOutputs token_statistics(const Backend& backend, const Tensor& logits, const Tensor& labels,
+                              const optional<Tensor>& weight, const LossOptions& options) {
+  const Call call("token_statistics", logits, labels, weight, options);
+  if (backend.forward_tokens == nullptr) fail_without_kernel("token_statistics");
+  const Tensor loss = call.empty(labels.sizes(), call.acc), nll = call.empty(labels.sizes(), call.acc);
+  const Tensor lse = call.empty(labels.sizes(), ScalarType::Double);
+  const std::vector<int64_t> none = {0};
+  const IntHeaderOnlyArrayRef sizes = options.metrics ? labels.sizes() : IntHeaderOnlyArrayRef(none);
+  const Tensor entropy = call.empty(sizes, call.acc), argmax = call.empty(sizes, ScalarType::Long);
+  backend.forward_tokens(call.inputs, {loss.data_ptr(), static_cast<double*>(lse.data_ptr()), nll.data_ptr(),
+                                       entropy.data_ptr(), static_cast<int64_t*>(argmax.data_ptr())});
+  return {loss, nll, lse, entropy, argmax};
+}
+
+// The gradient of each row, (...) double.
+static Tensor checked_row_grad(const char* function, const char* name, const Tensor& grad, const Call& call) {
+  if (grad.dim() != call.labels.dim() ||
+      !std::equal(grad.sizes().begin(), grad.sizes().end(), call.labels.sizes().begin(), call.labels.sizes().end()))
+    fail(function, name, " of shape ", shape_string(call.labels), " as labels, got ", shape_string(grad));
+  check_device(function, name, grad, call.logits);
+  return torch::stable::contiguous(torch::stable::to(grad, ScalarType::Double));
+}
+
+static void tokens_backward_into(const Backend& backend, const char* function, const TokenGradTensors& grads,
+                                 const Call& call, const Tensor& nll, const Tensor& lse, const Tensor& entropy,
+                                 const Tensor& grad_logits) {
+  if (backend.backward_tokens == nullptr) fail_without_kernel(function);
+  check_saved(function, "lse", lse, ScalarType::Double, call);
+  check_saved(function, "nll", nll, call.acc, call);
+  if (grads.entropy.has_value()) check_saved(function, "entropy", entropy, call.acc, call);
+  std::vector<Tensor> kept;  // as long as the kernel runs
+  const auto of = [&](const char* name, const optional<Tensor>& grad) -> const double* {
+    if (!grad.has_value()) return nullptr;
+    kept.push_back(checked_row_grad(function, name, *grad, call));
+    return static_cast<const double*>(kept.back().data_ptr());
+  };
+  const TokenGrads views = {of("grad_loss", grads.loss), of("grad_lse", grads.lse), of("grad_nll", grads.nll),
+                            of("grad_entropy", grads.entropy)};
+  backend.backward_tokens(call.inputs, static_cast<const double*>(lse.data_ptr()), nll.data_ptr(), entropy.data_ptr(),
+                          views, logits_view(function, grad_logits));
+}
+
+Tensor token_statistics_backward(const Backend& backend, const TokenGradTensors& grads, const Tensor& logits,
+                                 const Tensor& labels, const Tensor& nll, const Tensor& lse, const Tensor& entropy,
+                                 const optional<Tensor>& weight, const LossOptions& options) {
+  const Call call("token_statistics_backward", logits, labels, weight, options);
+  const Tensor grad_logits = call.grad_logits(backend);
+  tokens_backward_into(backend, "token_statistics_backward", grads, call, nll, lse, entropy, grad_logits);
+  return grad_logits;
+}
+
+void token_statistics_backward_(const Backend& backend, const TokenGradTensors& grads, const Tensor& logits,
+                                const Tensor& labels, const Tensor& nll, const Tensor& lse, const Tensor& entropy,
+                                const optional<Tensor>& weight, const LossOptions& options) {
+  check_in_place("token_statistics_backward_", logits);
+  const Call call("token_statistics_backward_", logits, labels, weight, options);
+  tokens_backward_into(backend, "token_statistics_backward_", grads, call, nll, lse, entropy, logits);
+}
+
+// Another tensor (..., V) of the logits' shape, dtype and device, as the kernels read it.
+static Tensor readable_like(const char* function, const char* name, const Tensor& other, const Tensor& logits,
+                            const char* logits_name) {
+  if (other.scalar_type() != logits.scalar_type())
+    fail(function, name, " of the dtype of ", logits_name, ", ", dtype_string(logits.scalar_type()), ", got ",
+         dtype_string(other.scalar_type()), "; convert one of them");
+  if (other.dim() != logits.dim() ||
+      !std::equal(other.sizes().begin(), other.sizes().end(), logits.sizes().begin(), logits.sizes().end()))
+    fail(function, name, " of shape ", shape_string(logits), " as ", logits_name, ", got ", shape_string(other));
+  check_device(function, name, other, logits, logits_name);
+  return readable_logits(other);
+}
+
+// A call's student, checked, beside its teacher.
+struct DistillationCall {
+  Call student;
+  Tensor teacher;
+  DistillationInputs inputs;
+
+  DistillationCall(const char* function, const Tensor& student_logits, const Tensor& teacher_logits,
+                   const Tensor& labels, double beta, const LossOptions& options)
+      : student(function, student_logits, labels, {}, options),
+        teacher(readable_like(function, "teacher_logits", teacher_logits, student_logits, "student_logits")) {
+    if (!(beta >= 0 && beta <= 1)) fail_option(function, "beta in [0, 1]", beta);
+    inputs = {student.inputs, logits_view(function, teacher), beta};
+  }
+};
+
+static DistillationRows distillation_rows(const DistillationOutputs& found) {
+  const auto& [loss, lse, teacher_lse, of_student, of_teacher] = found;
+  const auto numbers = [](const Tensor& tensor) { return static_cast<double*>(tensor.data_ptr()); };
+  return {loss.data_ptr(), numbers(lse), numbers(teacher_lse), numbers(of_student), numbers(of_teacher)};
+}
+
+DistillationOutputs distillation(const Backend& backend, const Tensor& student_logits, const Tensor& teacher_logits,
+                                 const Tensor& labels, double beta, const LossOptions& options) {
+  const DistillationCall call("distillation", student_logits, teacher_logits, labels, beta, options);
+  if (backend.forward_distillation == nullptr) fail_without_kernel("distillation");
+  const auto numbers = [&] { return call.student.empty(labels.sizes(), ScalarType::Double); };
+  const DistillationOutputs found = {call.student.empty(labels.sizes(), call.student.acc), numbers(), numbers(),
+                                     numbers(), numbers()};
+  backend.forward_distillation(call.inputs, distillation_rows(found));
+  return found;
+}
+
+static void distillation_backward_into(const Backend& backend, const char* function, const DistillationCall& call,
+                                       const Tensor& grad_loss, const DistillationOutputs& found,
+                                       const Tensor& grad_logits) {
+  if (backend.backward_distillation == nullptr) fail_without_kernel(function);
+  const Tensor grad = checked_row_grad(function, "grad_loss", grad_loss, call.student);
+  check_saved(function, "lse", std::get<1>(found), ScalarType::Double, call.student);
+  check_saved(function, "teacher_lse", std::get<2>(found), ScalarType::Double, call.student);
+  check_saved(function, "of_student", std::get<3>(found), ScalarType::Double, call.student);
+  check_saved(function, "of_teacher", std::get<4>(found), ScalarType::Double, call.student);
+  backend.backward_distillation(call.inputs, distillation_rows(found), static_cast<const double*>(grad.data_ptr()),
+                                logits_view(function, grad_logits));
+}
+
+Tensor distillation_backward(const Backend& backend, const Tensor& grad_loss, const Tensor& student_logits,
+                             const Tensor& teacher_logits, const Tensor& labels, const DistillationOutputs& found,
+                             double beta, const LossOptions& options) {
+  const char* const function = "distillation_backward";
+  const DistillationCall call(function, student_logits, teacher_logits, labels, beta, options);
+  const Tensor grad_logits = call.student.grad_logits(backend);
+  distillation_backward_into(backend, function, call, grad_loss, found, grad_logits);
+  return grad_logits;
+}
+
+void distillation_backward_(const Backend& backend, const Tensor& grad_loss, const Tensor& student_logits,
+                            const Tensor& teacher_logits, const Tensor& labels, const DistillationOutputs& found,
+                            double beta, const LossOptions& options) {
+  const char* const function = "distillation_backward_";
+  check_in_place(function, student_logits);
+  const DistillationCall call(function, student_logits, teacher_logits, labels, beta, options);
+  distillation_backward_into(backend, function, call, grad_loss, found, student_logits);
+}
+
+// A call against class probabilities. label: (...) int64, in the place of labels, which nothing reads.
+struct TargetCall {
+  Call logits;
+  Tensor targets;
+  TargetInputs inputs;
+
+  TargetCall(const char* function, const Tensor& given_logits, const Tensor& given_targets, const Tensor& label,
+             const optional<Tensor>& weight, const LossOptions& options)
+      : logits(function, given_logits, label, weight, options),
+        targets(readable_like(function, "targets", given_targets, given_logits, "logits")),
+        inputs{logits.inputs, logits_view(function, targets)} {}
+};
+
+static TargetRows target_rows(const TargetOutputs& found) {
+  const auto& [loss, nll, lse, total, of_label, label] = found;
+  const auto numbers = [](const Tensor& tensor) { return static_cast<double*>(tensor.data_ptr()); };
+  return {loss.data_ptr(), nll.data_ptr(),    numbers(lse),
+          numbers(total),  numbers(of_label), static_cast<int64_t*>(label.data_ptr())};
+}
+
+TargetOutputs soft_cross_entropy(const Backend& backend, const Tensor& logits, const Tensor& targets,
+                                 const optional<Tensor>& weight, const LossOptions& options) {
+  const char* const function = "soft_cross_entropy";
+  if (logits.dim() < 1) fail(function, "logits of shape (..., V), got a 0-dim tensor");
+  const std::vector<int64_t> sizes(logits.sizes().begin(), logits.sizes().end() - 1);
+  const Tensor label = empty(logits, sizes, ScalarType::Long);
+  const TargetCall call(function, logits, targets, label, weight, options);
+  if (backend.forward_targets == nullptr) fail_without_kernel(function);
+  const auto of = [&](ScalarType dtype) { return call.logits.empty(sizes, dtype); };
+  const TargetOutputs found = {of(call.logits.acc),    of(call.logits.acc),    of(ScalarType::Double),
+                               of(ScalarType::Double), of(ScalarType::Double), label};
+  backend.forward_targets(call.inputs, target_rows(found));
+  return found;
+}
+
+Tensor soft_cross_entropy_backward(const Backend& backend, const Tensor& grad_loss, const Tensor& logits,
+                                   const Tensor& targets, const TargetOutputs& found, const optional<Tensor>& weight,
+                                   const LossOptions& options) {
+  const char* const function = "soft_cross_entropy_backward";
+  const TargetCall call(function, logits, targets, std::get<5>(found), weight, options);
+  if (backend.backward_targets == nullptr) fail_without_kernel(function);
+  const Tensor grad = checked_row_grad(function, "grad_loss", grad_loss, call.logits);
+  check_saved(function, "nll", std::get<1>(found), call.logits.acc, call.logits);
+  check_saved(function, "lse", std::get<2>(found), ScalarType::Double, call.logits);
+  check_saved(function, "total", std::get<3>(found), ScalarType::Double, call.logits);
+  check_saved(function, "of_label", std::get<4>(found), ScalarType::Double, call.logits);
+  check_saved(function, "label", std::get<5>(found), ScalarType::Long, call.logits);
+  const Tensor grad_logits = call.logits.grad_logits(backend);
+  backend.backward_targets(call.inputs, target_rows(found), static_cast<const double*>(grad.data_ptr()),
+                           logits_view(function, grad_logits));
+  return grad_logits;
 }
 
 Tensor cross_entropy_shard(const Backend& backend, const Tensor& logits, const Tensor& labels,

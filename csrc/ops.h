@@ -39,6 +39,69 @@ void cross_entropy_backward_(const Backend& backend, const Tensor& grad_loss_sum
                              const Tensor& labels, const Tensor& lse, const Tensor& nll,
                              const std::optional<Tensor>& weight, const LossOptions& options);
 
+// loss (...), nll (...), lse (...), and where options.metrics entropy (...) and argmax (...), else both empty
+using TokenOutputs = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor>;
+TokenOutputs token_statistics(const Backend& backend,
+                              const Tensor& logits,                 // (..., V)
+                              const Tensor& labels,                 // (...)
+                              const std::optional<Tensor>& weight,  // (V,)
+                              const LossOptions& options);
+
+// What comes back to the outputs, each (...).
+struct TokenGradTensors {
+  std::optional<Tensor> loss, nll, lse, entropy;
+};
+Tensor token_statistics_backward(const Backend& backend, const TokenGradTensors& grads,
+                                 const Tensor& logits,                 // (..., V)
+                                 const Tensor& labels,                 // (...)
+                                 const Tensor& nll,                    // (...)
+                                 const Tensor& lse,                    // (...)
+                                 const Tensor& entropy,                // (...), or empty
+                                 const std::optional<Tensor>& weight,  // (V,)
+                                 const LossOptions& options);          // -> grad_logits (..., V)
+
+// The same, written over logits.
+void token_statistics_backward_(const Backend& backend, const TokenGradTensors& grads, const Tensor& logits,
+                                const Tensor& labels, const Tensor& nll, const Tensor& lse, const Tensor& entropy,
+                                const std::optional<Tensor>& weight, const LossOptions& options);
+
+// loss (...), lse (...), teacher_lse (...), of_student (...), of_teacher (...): DistillationRows
+using DistillationOutputs = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor>;
+DistillationOutputs distillation(const Backend& backend,
+                                 const Tensor& student_logits,  // (..., V)
+                                 const Tensor& teacher_logits,  // (..., V)
+                                 const Tensor& labels,          // (...), which say what counts
+                                 double beta, const LossOptions& options);
+
+Tensor distillation_backward(const Backend& backend,
+                             const Tensor& grad_loss,                   // (...)
+                             const Tensor& student_logits,              // (..., V)
+                             const Tensor& teacher_logits,              // (..., V)
+                             const Tensor& labels,                      // (...)
+                             const DistillationOutputs& found,          // the loss is not looked at
+                             double beta, const LossOptions& options);  // -> grad_logits (..., V)
+
+// The same, written over student_logits.
+void distillation_backward_(const Backend& backend, const Tensor& grad_loss, const Tensor& student_logits,
+                            const Tensor& teacher_logits, const Tensor& labels, const DistillationOutputs& found,
+                            double beta, const LossOptions& options);
+
+// loss (...), nll (...), lse (...), total (...), of_label (...), label (...): TargetRows
+using TargetOutputs = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
+TargetOutputs soft_cross_entropy(const Backend& backend,
+                                 const Tensor& logits,                 // (..., V)
+                                 const Tensor& targets,                // (..., V)
+                                 const std::optional<Tensor>& weight,  // (V,)
+                                 const LossOptions& options);
+
+Tensor soft_cross_entropy_backward(const Backend& backend,
+                                   const Tensor& grad_loss,              // (...)
+                                   const Tensor& logits,                 // (..., V)
+                                   const Tensor& targets,                // (..., V)
+                                   const TargetOutputs& found,           // the loss is not looked at
+                                   const std::optional<Tensor>& weight,  // (V,)
+                                   const LossOptions& options);          // -> grad_logits (..., V)
+
 // For logits that are a shard of the vocabulary: class_offset and vocab_size of the options. What that shard adds to
 // each row, ShardColumns (count, ...) double.
 Tensor cross_entropy_shard(const Backend& backend,

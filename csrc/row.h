@@ -149,10 +149,19 @@ ACCUMLOSS_HD RowResult row_result(const RowState<Acc>& others, double target, do
     row.loss += options.label_smoothing / static_cast<double>(V) * (weight_sum * (row.lse - reference) - linear);
   }
   if (options.z_loss > 0) row.loss += options.z_loss * row.lse * row.lse;
-  // H = lse - sum_j p_j z_j; the label's own term is zero by the choice of the reference
-  const double share = others.sum == 0 ? 0.0 : exp(others_max - row.lse);
-  const double weighted = share == 0 ? 0.0 : static_cast<double>(others.weighted) * share;
-  row.entropy = options.metrics ? (row.lse - entropy_reference(target, others_max)) - weighted : 0.0;
+  // H = log Z - sum_j p_j (z_j - max), Z in units of exp(max): a sum of terms that are not negative, whichever class
+  // the label is
+  row.entropy = 0;
+  if (options.metrics) {
+    const double e_y = exp(target - max), scale = others.sum == 0 ? 0.0 : exp(others_max - max);
+    const double below =  // sum_j exp(z_j - max) (z_j - max) of the others
+        scale == 0 ? 0.0
+                   : (static_cast<double>(others.weighted) +
+                      static_cast<double>(others.sum) * (entropy_reference(target, others_max) - max)) *
+                         scale;
+    const double log_total = target == max ? row.nll : log(sum + e_y);
+    row.entropy = log_total - (below + (e_y == 0 ? 0.0 : e_y * (target - max))) / (sum + e_y);
+  }
   return row;
 }
 
@@ -219,6 +228,7 @@ struct RowGrad {
   Acc probability;        // grad * C
   Acc smoothing;          // grad * e / V
   Acc target;             // grad * dL/dz_y
+  Acc entropy = 0;        // p_j times it times (lse - z_j) comes to the gradient of each class but the label
 
   ACCUMLOSS_HD RowGrad(double lse, double nll, double target_weight, double weight_sum, int64_t V, double grad,
                        const LossOptions& options) {
@@ -232,6 +242,17 @@ struct RowGrad {
     probability = static_cast<Acc>(grad * (hard + soft));
     smoothing = static_cast<Acc>(grad * share);
     target = static_cast<Acc>(grad * (soft * exp(-nll) + hard * expm1(-nll) - share * target_weight));
+  }
+
+  // Adds what comes back to nll, lse and the entropy H of the row by themselves:
+  //   d nll/dz_j = p_j - [j = y],   d lse/dz_j = p_j,   dH/dz_j = -p_j (z_j - lse + H),   and z_y - lse = -nll
+  ACCUMLOSS_HD void add(double nll, double H, double grad_nll, double grad_lse, double grad_entropy) {
+    using std::exp;
+    using std::expm1;
+    const double p_y = exp(-nll);
+    probability += static_cast<Acc>(grad_nll + grad_lse - grad_entropy * H);
+    target += static_cast<Acc>(grad_nll * expm1(-nll) + (p_y == 0 ? 0.0 : p_y * (grad_lse + grad_entropy * (nll - H))));
+    entropy = static_cast<Acc>(grad_entropy);
   }
 };
 

@@ -55,6 +55,7 @@ DEAR = {
     **dict.fromkeys(("two_ranks", "ranks", "of_two", "more_of_two", "of_four"), "torchrun"),
     "by_capability": "instruction sets",
     "demo_result": "demo",
+    "in_trl": "TRL",
 }
 
 

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import math
 import weakref
 from typing import NamedTuple
 
 import torch
 from cases import Case
-from tolerances import SUM, assert_close, assert_within, gradient_bound, row_loss_bound
+from tolerances import SUM, UNIT64, assert_close, assert_within, gradient_bound, row_loss_bound
 
 from accumloss import reference
 
@@ -100,3 +101,60 @@ def check_sums(outputs: tuple[torch.Tensor, ...], case: Case, wanted: Expected, 
     assert_within(entropy_sum, e[5], (SUM + bound) * magnitude, f"{case.name}: entropy_sum")
     assert_close(nll, e[6], bound, f"{case.name}: nll")
     assert_within(lse, e[3], bound * (e[3].abs() + e[6]).detach(), f"{case.name}: lse")
+
+
+class TokenExpected(NamedTuple):
+    """What torch.ops.accumloss.token_statistics must give, row by row, in float64."""
+
+    case: Case
+    loss: torch.Tensor
+    nll: torch.Tensor
+    lse: torch.Tensor
+    entropy: torch.Tensor
+    argmax: torch.Tensor
+
+    def gradient(self, grads: dict[str, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
+        """(..., V) for gradients (...) that come back to loss, nll, lse and entropy; and its bound."""
+        case = self.case
+        options = case.options
+        logits = case.logits.double().detach().requires_grad_()
+        outputs = reference.token_statistics(logits, case.labels, case.weight, options, shift=case.shift)
+        by_name = dict(zip(("loss", "nll", "lse", "entropy"), outputs, strict=False))
+        if not logits.numel():
+            return torch.zeros_like(logits), torch.zeros_like(logits)
+        total = sum((by_name[name] * grad).sum() for name, grad in grads.items())
+        (grad,) = torch.autograd.grad(total, logits)
+        is_item = reference.rows(case.logits, case.labels, case.weight, options, shift=case.shift).is_item
+        grad = torch.where(is_item.unsqueeze(-1), grad, torch.zeros_like(grad))
+        # the magnitudes of which an entry is a sum: those of each of its gradients
+        zero = torch.zeros(case.labels.shape, dtype=torch.float64)
+        of = {name: grads[name].abs() if name in grads else zero for name in by_name}
+        terms = _exact(case).terms * of["loss"].unsqueeze(-1)
+        z = reference.transform(case.logits.double(), options)
+        labels = reference.shift_labels(case.labels.long(), case.shift, options.ignore_index)
+        y = torch.where(is_item, labels, torch.zeros_like(labels)).unsqueeze(-1)
+        surprise = (self.lse.unsqueeze(-1) - z).scatter(-1, y, self.nll.unsqueeze(-1)).abs()
+        p = torch.exp(z - self.lse.unsqueeze(-1)).scatter(-1, y, torch.exp(-self.nll).unsqueeze(-1))
+        slope = torch.full_like(z, options.logit_scale)
+        if options.softcap > 0:
+            slope = slope / torch.cosh(options.logit_scale * case.logits.double() / options.softcap) ** 2
+        of_nll = p.scatter(-1, y, -torch.expm1(-self.nll).unsqueeze(-1)) * of["nll"].unsqueeze(-1)
+        of_lse = p * of["lse"].unsqueeze(-1)
+        # the entropy that the backward reads has the error of entropy_bound
+        inherited = self.entropy + torch.where(self.nll < math.log(2), 0.0, 1.0)
+        of_entropy = torch.where(p == 0, p, p * (surprise + inherited.unsqueeze(-1))) * of["entropy"].unsqueeze(-1)
+        terms = terms + (of_nll + of_lse + of_entropy) * slope
+        terms = torch.where(is_item.unsqueeze(-1), terms, torch.zeros_like(terms))
+        is_transformed = options.softcap > 0 or options.logit_scale != 1
+        bound = gradient_bound(grad, z, self.lse, terms, case.logits.dtype, "cpu", is_transformed)
+        # the oracle's own rounding: of an entry it takes differences of what is not as small
+        of_p = torch.where(p == 0, p, p * (1 + surprise + self.entropy.unsqueeze(-1))).scatter(
+            -1, y, 1 + self.nll.unsqueeze(-1)
+        )
+        own = of_p * (of["lse"] + of["entropy"] * (1 + self.entropy)).unsqueeze(-1)
+        return grad, bound + 8 * UNIT64 * torch.nan_to_num(own) * slope
+
+
+def token_expected(case: Case) -> TokenExpected:
+    outputs = reference.token_statistics(case.logits, case.labels, case.weight, case.options, shift=case.shift)
+    return TokenExpected(case, *(output.detach() for output in outputs))

@@ -626,3 +626,21 @@ def test_the_smallest_call_takes_little_more_than_pytorch():
     found = overhead.smallest_calls(turns=150)
     assert found[overhead.OURS][1] <= 1.6, found
     assert found[overhead.OUR_OP][1] <= 2.0, found
+
+
+def test_tokens_are_measured_and_a_wrong_answer_is_not_timed(tmp_path, monkeypatch, capsys, threads):
+    import bench_tokens
+    import record
+
+    threads(1)
+    arguments = ["--rows", "8", "--vocab", "700", "--rounds", "1", "--note", "a test", "--out", str(tmp_path)]
+    assert bench_tokens.main(arguments) == 0
+    lines = record.read_csv(tmp_path / "tokens_cpu.csv")
+    assert len(lines) == 2 * 2 * len(bench_tokens.TASKS)
+    assert all(line["ratio_to_plain"] == 1 for line in lines if line["way"] == "plain")
+    assert '"note": "a test"' in (tmp_path / "tokens_cpu.json").read_text()
+    plain, ours = bench_tokens.TASKS["row losses"]
+    wrong = {"row losses": (plain, lambda x, data: 1.001 * ours(x, data))}
+    monkeypatch.setattr(bench_tokens, "TASKS", wrong)
+    with pytest.raises(RuntimeError, match="bench_tokens: expected errors of at most 1e-6"):
+        bench_tokens.main(arguments)

@@ -443,8 +443,49 @@ def test_check_finds_nothing_on_cpu():
 
 
 @pytest.mark.parametrize(
-    "module,least", [(accumloss.losses, 3), (linear.plan, 4), (cuda, 2)], ids=["losses", "linear.plan", "cuda"]
+    "module,least",
+    [(accumloss.losses, 3), (accumloss.per_token, 10), (linear.plan, 4), (cuda, 2)],
+    ids=["losses", "per_token", "linear.plan", "cuda"],
 )
 def test_docstring_examples(module, least):
     results = doctest.testmod(module)
     assert results.attempted >= least and results.failed == 0
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64])
+@pytest.mark.parametrize("weighted", [False, True])
+def test_the_z_loss_is_told_by_itself(dtype, weighted):
+    """What of loss_sum it is, with a gradient that may be taken alone, or with that of the rest; added up over a step."""
+    generator = torch.Generator().manual_seed(0)
+    logits = (torch.randn(2, 7, 700, generator=generator) * 3).to(dtype)
+    labels = torch.randint(0, 700, (2, 7), generator=generator)
+    labels[0, 2] = -100
+    token_weight = torch.rand(2, 7, generator=generator) if weighted else None
+    leaf = logits.clone().requires_grad_()
+    given = {"token_weight": token_weight, "shift": 1}
+    sums = accumloss.cross_entropy(leaf, labels, z_loss=1e-2, **given)
+    plain = accumloss.cross_entropy(leaf, labels, **given)
+    assert plain.z_loss_sum is None and sums.z_loss_sum.dtype == sums.loss_sum.dtype
+    x = logits.double().requires_grad_()
+    rows = torch.where(labels[:, 1:] != -100, 1e-2 * x.logsumexp(-1)[:, :-1] ** 2, 0.0)
+    wanted = (rows if token_weight is None else rows * token_weight[:, 1:]).sum()
+    assert_close(sums.z_loss_sum, wanted, SUM, "z_loss_sum")
+    assert_close(sums.loss_sum - sums.z_loss_sum, plain.loss_sum, 4 * SUM, "the rest")
+    (of_z,) = torch.autograd.grad(sums.z_loss_sum, leaf, retain_graph=True)
+    (of_x,) = torch.autograd.grad(wanted, x)
+    (of_both,) = torch.autograd.grad(sums.loss_sum + 2 * sums.z_loss_sum, leaf)
+    (of_plain,) = torch.autograd.grad(plain.loss_sum, leaf)
+    eps = torch.finfo(dtype).eps if dtype != torch.float64 else SUM
+    assert (of_z - of_x).norm() <= 4 * eps * of_x.norm()
+    assert (of_both - (of_plain.double() + 3 * of_x)).norm() <= 4 * eps * of_both.norm()
+    twice = sums + sums
+    assert twice.z_loss_sum == 2 * sums.z_loss_sum and not sums.detach().z_loss_sum.requires_grad
+
+
+def test_a_window_adds_up_the_z_loss():
+    head = torch.nn.Linear(4, 9)
+    accumulator = accumloss.Accumulator(head)
+    parts = [accumloss.cross_entropy(head(torch.randn(3, 4)), torch.tensor([0, 8, 2]), z_loss=0.1) for _ in range(2)]
+    for sums in parts:
+        accumulator.backward(sums)
+    assert_close(accumulator.finish().z_loss_sum, sum(sums.z_loss_sum.double() for sums in parts), SUM, "z_loss_sum")

@@ -7,6 +7,7 @@ probabilities are around 1e-5, and a floor of 5e-5 would accept a gradient that 
 from __future__ import annotations
 
 import math
+from typing import Any, NamedTuple
 
 import torch
 
@@ -40,6 +41,44 @@ def row_loss_bound(dtype: torch.dtype, device: str, z_scale: float = 0.0) -> flo
     """
     bound = ROW_LOSS_FLOAT64 if dtype == torch.float64 else ROW_LOSS[device]
     return bound + 4 * unit_of(dtype) * z_scale
+
+
+def entropy_bound(rows: Any, dtype: torch.dtype, row_loss: float) -> torch.Tensor:
+    """Absolute error of a row's entropy: relative where the label is the largest logit, else also that of 1 in a float sum.
+
+    rows: with nll and entropy (...) in float64. row_loss: row_loss_bound() of them.
+    """
+    leads = rows.nll < math.log(2)  # the label has more than half
+    return 2 * row_loss * (rows.entropy + torch.where(leads, 0.0, 1.0))
+
+
+class DivergenceBounds(NamedTuple):
+    loss: torch.Tensor  # (...)
+    student: torch.Tensor  # (..., V) of the gradient for an incoming one of 1
+    teacher: torch.Tensor  # (..., V)
+
+
+def divergence_bound(s: torch.Tensor, t: torch.Tensor, beta: float, dtype: torch.dtype) -> DivergenceBounds:
+    """Absolute errors of a divergence of z (..., V) and of its gradients, in float64: units of the terms that they are sums of.
+
+    A log-probability is the difference of z and lse, off by a unit of each; it is a factor of a term, and the exponent of one.
+    """
+    log_s, log_t = s.log_softmax(-1), t.log_softmax(-1)
+    of_z = [torch.where(x.isfinite(), x, 0.0).abs().amax(-1, keepdim=True) for x in (s, t)]
+
+    def magnitude(log_p: torch.Tensor) -> torch.Tensor:
+        return torch.where(log_p.isfinite(), log_p, 0.0).abs()
+
+    units = 8 + magnitude(log_s) + magnitude(log_t) + of_z[0] + of_z[1]
+    gap = magnitude(log_t) + magnitude(log_s)
+    shares = (log_s.exp(), log_t.exp())
+    terms = {0.0: shares[1] * (1 + gap), 1.0: shares[0] * (1 + gap)}.get(beta, (shares[0] + shares[1]) * (1 + gap))
+    unit = unit_of(dtype) * (4 if dtype == torch.float64 else 1)
+    loss = unit * (units * terms).sum(-1)
+    size = terms.sum(-1, keepdim=True)
+    own = [unit * units * (p * (1 + gap + size)) for p in shares]
+    both = [x + unit * units * (shares[0] + shares[1]) * (beta in (0.0, 1.0)) for x in own]
+    return DivergenceBounds(loss, *both)
 
 
 def ulp(value: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:

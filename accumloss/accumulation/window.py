@@ -14,7 +14,7 @@ from ..sums import TokenSums
 from .gradients import Marks, is_unchanged, marks, version_of
 
 # what is packed into the one all_reduce: the fields of TokenSums, and how many micro-batches were divided by known_total
-LOSS_SUM, NUM_ITEMS, TOTAL_WEIGHT, NUM_CORRECT, ENTROPY_SUM, MICRO_BATCHES, KNOWN = range(7)
+LOSS_SUM, NUM_ITEMS, TOTAL_WEIGHT, NUM_CORRECT, ENTROPY_SUM, Z_LOSS_SUM, MICRO_BATCHES, KNOWN = range(8)
 
 
 @dataclass
@@ -113,14 +113,14 @@ class Window:
             )
 
     def pack(self, device: torch.device) -> torch.Tensor:
-        """(7,) float64, on the device of the losses; on ``device`` where there is none. The same layout on all ranks."""
+        """(8,) float64, on the device of the losses; on ``device`` where there is none. The same layout on all ranks."""
         if self.sums:
             device = self.sums[0].loss_sum.device
         micro_batches = len(self.sums)
         known = 0 if self.known_total is None else micro_batches
         rows = [
             _add_up([getattr(sums, name) for sums in self.sums], device)
-            for name in ("loss_sum", "num_items", "total_weight", "num_correct", "entropy_sum")
+            for name in ("loss_sum", "num_items", "total_weight", "num_correct", "entropy_sum", "z_loss_sum")
         ]
         counts = (torch.full((), n, dtype=torch.float64, device=device) for n in (micro_batches, known))
         return torch.stack([*rows, *counts])
@@ -132,12 +132,17 @@ class Window:
         else:  # this rank cannot know; it has had nothing to do, and may wait for the answer
             dtype = torch.float32
             has_metrics = packed[MICRO_BATCHES].item() > 0 and not packed[NUM_CORRECT].isnan().item()
+        if self.sums:
+            has_z_loss = all(s.z_loss_sum is not None for s in self.sums)
+        else:
+            has_z_loss = packed[MICRO_BATCHES].item() > 0 and not packed[Z_LOSS_SUM].isnan().item()
         return TokenSums(
             packed[LOSS_SUM].to(dtype),
             packed[NUM_ITEMS].to(torch.int64),
             packed[TOTAL_WEIGHT].to(dtype),
             packed[NUM_CORRECT].to(torch.int64) if has_metrics else None,
             packed[ENTROPY_SUM].to(dtype) if has_metrics else None,
+            packed[Z_LOSS_SUM].to(dtype) if has_z_loss else None,
         )
 
 

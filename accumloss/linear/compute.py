@@ -7,7 +7,7 @@ hidden states and to the weight. So nothing is computed twice, and of the logits
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import torch
@@ -41,6 +41,11 @@ class Outputs(NamedTuple):
     bias: torch.Tensor | None  # fp32 or fp64
 
 
+Place = slice | torch.Tensor  # of a chunk's rows among all
+# turns the logits (n, V) of rows with labels (n,) into their gradient, where one is wanted
+Turn = Callable[[torch.Tensor, torch.Tensor, Place], None]
+
+
 def run(
     factor: torch.Tensor,  # () what the gradients are multiplied by
     hidden: torch.Tensor,  # (N, H)
@@ -53,9 +58,10 @@ def run(
     num_valid: int | None,
     max_scratch_bytes: int | None,
     shard: parallel.Shard | None = None,
+    turn: Turn | None = None,
 ) -> Outputs:
     """Everything, below autograd. Of a shard: weight, bias and their gradients of its classes, labels and class_weight of all;
-    the gradient of hidden is its part of a sum over the processes."""
+    the gradient of hidden is its part of a sum over the processes. turn: what stands in for the loss; the sums are 0 then."""
     H, V = hidden.shape[1], weight.shape[0]
     acc = ops.accumulation_dtype(hidden)
     vocab_size, most_classes = (V, V) if shard is None else (shard.vocab_size, shard.chunk)
@@ -91,9 +97,11 @@ def run(
         h = hidden.index_select(0, index) if index is not None and not gathers_all else all_hidden[part]
         targets = labels[part] if index is None else labels.index_select(0, index)
         logits = buffer[: part.stop - begin, :V]
-        _product_of_logits(logits, h, weight, bias)
+        product_of_logits(logits, h, weight, bias)
         wanted = factor if wants_grad else None
-        if shard is not None:
+        if turn is not None:
+            turn(logits, targets, part if index is None else index)
+        elif shard is not None:
             totals += _of_shard(wanted, logits, targets, class_weight, shard, options)
         else:
             ops.add_cross_entropy_(totals, wanted, logits, targets, class_weight, **options)
@@ -144,7 +152,7 @@ def _of_shard(
     return torch.stack([value.double() for value in rows.sums])
 
 
-def _product_of_logits(
+def product_of_logits(
     logits: torch.Tensor, hidden: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None
 ) -> None:
     """logits (n, V) = hidden (n, H) weightᵀ (H, V) + bias (V,)"""

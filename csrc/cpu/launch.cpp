@@ -5,10 +5,12 @@
 #endif
 
 #include <algorithm>
+#include <cmath>
 #include <cstdlib>
 #include <cstring>
 #include <memory>
 #include <new>
+#include <optional>
 #include <stdexcept>
 #include <string>
 #include <vector>
@@ -141,6 +143,22 @@ struct Rows {
   bool is_correct(double others_max, double nll, int64_t row, int64_t y, double target_logit) const {
     if (nll != nll || target_logit < others_max) return false;
     return target_logit > others_max || kernels.label_is_argmax(row_data(inputs.logits, row), V, y);
+  }
+  // torch.argmax of the row, others_max the largest z but the label's: a search, and only where the label does not
+  // lead.
+  int64_t argmax(double others_max, double nll, int64_t row, int64_t y, double target_logit) const {
+    if (target_logit > others_max) return y;
+    const char* const x = row_data(inputs.logits, row);
+    const bool is_identity = inputs.options.softcap == 0 && inputs.options.logit_scale == 1;
+    const bool is_nan = nll != nll;
+    // z is as large in several classes as a cap makes it; of NaN and +inf the former is torch's largest
+    const double largest = is_nan ? kInfinity : is_identity ? others_max : kernels.max_logit(x, V);
+    const int64_t first = kernels.first_not_below(x, 0, V, largest);
+    if (!is_nan) return first;
+    int64_t j = first;
+    while (j < V && kernels.transform_one(x + j * element_size(inputs.logits.dtype), LossOptions()) == kInfinity)
+      j = kernels.first_not_below(x, j + 1, V, largest);
+    return j < V ? j : first < V ? first : kernels.first_not_below(x, 0, V, -kInfinity);
   }
   RowGrad<double> gradient(double lse, double nll, int64_t y, double grad) const {
     return RowGrad<double>(lse, nll, weight(y), weight_sum, vocab_size(), grad, inputs.options);
@@ -463,6 +481,56 @@ void forward_shard(const CrossEntropyInputs& inputs, double* columns) {
   });
 }
 
+void forward_tokens(const CrossEntropyInputs& inputs, const TokenRows& to) {
+  const Rows rows(inputs);
+  const Dtype dtype = inputs.logits.dtype;
+  const bool metrics = inputs.options.metrics;
+  const RowLists lists(rows);
+  const auto write = [&](int64_t row, const RowResult& result, int64_t argmax) {
+    set_element(to.loss, dtype, row, result.loss);
+    set_element(to.nll, dtype, row, result.nll);
+    to.lse[row] = result.lse;
+    if (!metrics) return;
+    set_element(to.entropy, dtype, row, result.entropy);
+    to.argmax[row] = argmax;
+  };
+  for (const int64_t row : lists.ignored()) write(row, RowResult{}, -1);
+  lists.for_each_task(no_local, [&](int64_t begin, int64_t end, int64_t, Nothing) {
+    for (int64_t i = begin; i < end; ++i) {
+      const int64_t row = lists.counted(i).row, y = lists.counted(i).label;
+      const double target_logit = lists.target_logit(i);
+      const RowState<double> state = lists.push(i, target_logit, nullptr, nullptr);
+      const RowResult result = rows.result(state, row, y, target_logit);
+      write(row, result, metrics ? rows.argmax(state.max, result.nll, row, y, target_logit) : 0);
+    }
+  });
+}
+
+// gradient_of(row, y): the RowGrad of a row that counts, or null where it is zero whatever the logits are.
+template <typename GradientOf>
+void write_gradients(const Rows& rows, const LogitsView& grad_logits, const GradientOf& gradient_of) {
+  const RowLists lists(rows);
+  const bool streams = streams_gradient(rows, grad_logits);
+  lists.for_each_task(
+      no_local,
+      [&](int64_t begin, int64_t end, int64_t, Nothing) {
+        for (int64_t i = begin; i < end; ++i) {
+          const int64_t row = lists.counted(i).row;
+          const std::optional<RowGrad<double>> gradient = gradient_of(row, lists.counted(i).label);
+          if (!gradient.has_value()) {
+            zero_row(grad_logits, row, streams);
+            continue;
+          }
+          lists.for_each_segment(i, 0, [&](const RowSegment& segment, int64_t) {
+            rows.kernels.write_grad(segment, rows.inputs.options, *gradient, streams, row_data(grad_logits, row));
+            if (streams && lists.is_split()) finish_streaming();
+          });
+        }
+        if (streams) finish_streaming();
+      },
+      [&](int64_t begin, int64_t end) { zero_rows(lists, begin, end, grad_logits); });
+}
+
 void backward(const CrossEntropyInputs& inputs, const double* lse, const void* nll, const void* grad_loss_sum,
               const LogitsView& grad_logits) {
   const Rows rows(inputs);
@@ -470,22 +538,25 @@ void backward(const CrossEntropyInputs& inputs, const double* lse, const void* n
   const double grad = element(grad_loss_sum, dtype, 0);
   if (rows.is_short() && grad_logits.stride_t == rows.V)
     return run_short(rows, nullptr, nullptr, nullptr, grad, &grad_logits);
-  const RowLists lists(rows);
-  const bool streams = streams_gradient(rows, grad_logits);
-  lists.for_each_task(
-      no_local,
-      [&](int64_t begin, int64_t end, int64_t, Nothing) {
-        for (int64_t i = begin; i < end; ++i) {
-          const int64_t row = lists.counted(i).row, y = lists.counted(i).label;
-          const RowGrad<double> gradient = rows.gradient(lse[row], element(nll, dtype, row), y, grad);
-          lists.for_each_segment(i, 0, [&](const RowSegment& segment, int64_t) {
-            rows.kernels.write_grad(segment, inputs.options, gradient, streams, row_data(grad_logits, row));
-            if (streams && lists.is_split()) finish_streaming();
-          });
-        }
-        if (streams) finish_streaming();
-      },
-      [&](int64_t begin, int64_t end) { zero_rows(lists, begin, end, grad_logits); });
+  write_gradients(rows, grad_logits, [&](int64_t row, int64_t y) {
+    return std::make_optional(rows.gradient(lse[row], element(nll, dtype, row), y, grad));
+  });
+}
+
+void backward_tokens(const CrossEntropyInputs& inputs, const double* lse, const void* nll, const void* entropy,
+                     const TokenGrads& grads, const LogitsView& grad_logits) {
+  const Rows rows(inputs);
+  const Dtype dtype = inputs.logits.dtype;
+  const auto of = [](const double* grad, int64_t row) { return grad != nullptr ? grad[row] : 0.0; };
+  write_gradients(rows, grad_logits, [&](int64_t row, int64_t y) -> std::optional<RowGrad<double>> {
+    const double loss = of(grads.loss, row), of_nll = of(grads.nll, row), of_lse = of(grads.lse, row),
+                 of_entropy = of(grads.entropy, row);
+    if (loss == 0 && of_nll == 0 && of_lse == 0 && of_entropy == 0) return std::nullopt;
+    RowGrad<double> gradient = rows.gradient(lse[row], element(nll, dtype, row), y, loss);
+    gradient.add(element(nll, dtype, row), of_entropy != 0 ? element(entropy, dtype, row) : 0.0, of_nll, of_lse,
+                 of_entropy);
+    return gradient;
+  });
 }
 
 void forward_with_grad(const CrossEntropyInputs& inputs, const CrossEntropySums& sums, const void* grad_loss_sum,
@@ -520,6 +591,149 @@ void forward_with_grad(const CrossEntropyInputs& inputs, const CrossEntropySums&
   ordered_sum(parts).write(sums, dtype);
 }
 
+// Rows of two tensors ------------------------------------------------------------------------------------------------
+
+// lse of a row, NaN where it is no distribution.
+double lse_of(const Rows& rows, int64_t row) {
+  RowState<double> state;
+  rows.kernels.push(rows.segment(row, -1, 0, rows.V, 0.0), rows.inputs.options, &state, nullptr, nullptr);
+  return state.max - state.max == 0 ? state.max + std::log(state.sum) : kNaN;
+}
+
+// write(row) for each row that counts, ignore(row) for each other.
+template <typename Write, typename Ignore>
+void for_each_row(const RowLists& lists, const Write& write, const Ignore& ignore) {
+  lists.for_each_task(
+      no_local,
+      [&](int64_t begin, int64_t end, int64_t, Nothing) {
+        for (int64_t i = begin; i < end; ++i) write(lists.counted(i).row);
+        finish_streaming();
+      },
+      [&](int64_t begin, int64_t end) {
+        for (int64_t i = begin; i < end; ++i) ignore(lists.ignored()[i]);
+        finish_streaming();
+      });
+}
+
+// A call's teacher beside its student.
+struct Pair {
+  const DistillationInputs& inputs;
+  CrossEntropyInputs of_teacher;
+  Rows student, teacher;
+
+  explicit Pair(const DistillationInputs& inputs)
+      : inputs(inputs), of_teacher(teacher_of(inputs)), student(inputs.student), teacher(of_teacher) {}
+  PairRow row(int64_t row, double lse, double teacher_lse) const {
+    return {
+        row_data(inputs.student.logits, row), row_data(inputs.teacher, row), student.V, lse, teacher_lse, inputs.beta};
+  }
+
+ private:
+  static CrossEntropyInputs teacher_of(const DistillationInputs& inputs) {
+    CrossEntropyInputs of_teacher = inputs.student;
+    of_teacher.logits = inputs.teacher;
+    return of_teacher;
+  }
+};
+
+void forward_distillation(const DistillationInputs& inputs, const DistillationRows& to) {
+  const Pair pair(inputs);
+  const RowLists lists(pair.student);
+  const Dtype dtype = inputs.student.logits.dtype;
+  const double beta = inputs.beta;
+  for_each_row(
+      lists,
+      [&](int64_t row) {
+        to.lse[row] = lse_of(pair.student, row);
+        to.teacher_lse[row] = lse_of(pair.teacher, row);
+        pair.student.kernels.push_divergence(pair.row(row, to.lse[row], to.teacher_lse[row]), inputs.student.options,
+                                             &to.of_student[row], &to.of_teacher[row]);
+        const double loss = beta == 0   ? to.of_teacher[row]
+                            : beta == 1 ? to.of_student[row]
+                                        : beta * to.of_teacher[row] + (1 - beta) * to.of_student[row];
+        set_element(to.loss, dtype, row, loss);
+      },
+      [&](int64_t row) {
+        to.lse[row] = to.teacher_lse[row] = to.of_student[row] = to.of_teacher[row] = 0;
+        set_element(to.loss, dtype, row, 0);
+      });
+}
+
+void backward_distillation(const DistillationInputs& inputs, const DistillationRows& found, const double* grad_loss,
+                           const LogitsView& grad_logits) {
+  const Pair pair(inputs);
+  const RowLists lists(pair.student);
+  const bool streams = streams_gradient(pair.student, grad_logits);
+  for_each_row(
+      lists,
+      [&](int64_t row) {
+        if (grad_loss[row] == 0) return zero_row(grad_logits, row, streams);
+        PairRow of_row = pair.row(row, found.lse[row], found.teacher_lse[row]);
+        of_row.divergence = found.of_student[row];
+        pair.student.kernels.write_divergence_grad(of_row, inputs.student.options, grad_loss[row], streams,
+                                                   row_data(grad_logits, row));
+      },
+      [&](int64_t row) { zero_row(grad_logits, row, streams); });
+}
+
+// visit(row) for every row.
+template <typename Visit>
+void for_all_rows(int64_t N, int64_t V, const Visit& visit) {
+  const int64_t rows_each = std::max(std::max(N * V / kTasks, kTaskElements) / V, int64_t{1});
+  run_tasks((N + rows_each - 1) / rows_each, N * V, no_local, [&](int64_t i, Nothing) {
+    for (int64_t row = i * rows_each; row < std::min((i + 1) * rows_each, N); ++row) visit(row);
+    finish_streaming();
+  });
+}
+
+void forward_targets(const TargetInputs& inputs, const TargetRows& to) {
+  const Rows rows(inputs.logits);
+  const LossOptions& options = inputs.logits.options;
+  const Dtype dtype = inputs.logits.logits.dtype;
+  LossOptions of_row = options;  // of lse and nll alone
+  of_row.label_smoothing = 0;
+  for_all_rows(rows.N, rows.V, [&](int64_t row) {
+    // What the loss is of a class that has nearly all of the target would be lost in lse - z of it
+    const void* const targets = row_data(inputs.targets, row);
+    const int64_t found = rows.kernels.first_not_below(targets, 0, rows.V, rows.kernels.max_logit(targets, rows.V));
+    const int64_t y = found < rows.V ? found : 0;
+    const double target_logit = rows.target_logit(row, y);
+    RowState<double> state;
+    rows.kernels.push(rows.segment(row, y, 0, rows.V, target_logit), of_row, &state, nullptr, nullptr);
+    const RowResult result = row_result(state, target_logit, 1.0, 0.0, rows.V, of_row);
+    const TargetRow at = {
+        row_data(inputs.logits.logits, row), targets, inputs.logits.weight, rows.V, y, result.lse, result.nll};
+    double surprise;
+    rows.kernels.push_targets(at, options, &surprise, &to.total[row], &to.of_label[row]);
+    double loss = surprise + (to.of_label[row] == 0 ? 0.0 : to.of_label[row] * result.nll);
+    if (options.z_loss > 0) loss += options.z_loss * result.lse * result.lse;
+    set_element(to.loss, dtype, row, result.nll != result.nll ? kNaN : loss);
+    set_element(to.nll, dtype, row, result.nll);
+    to.lse[row] = result.lse;
+    to.label[row] = y;
+  });
+}
+
+void backward_targets(const TargetInputs& inputs, const TargetRows& found, const double* grad_loss,
+                      const LogitsView& grad_logits) {
+  const Rows rows(inputs.logits);
+  const Dtype dtype = inputs.logits.logits.dtype;
+  const bool streams = streams_gradient(rows, grad_logits);
+  for_all_rows(rows.N, rows.V, [&](int64_t row) {
+    if (grad_loss[row] == 0) return zero_row(grad_logits, row, streams);
+    const TargetRow at = {row_data(inputs.logits.logits, row),
+                          row_data(inputs.targets, row),
+                          inputs.logits.weight,
+                          rows.V,
+                          found.label[row],
+                          found.lse[row],
+                          element(found.nll, dtype, row),
+                          found.total[row],
+                          found.of_label[row]};
+    rows.kernels.write_targets_grad(at, inputs.logits.options, grad_loss[row], streams, row_data(grad_logits, row));
+  });
+}
+
 void scale(const LogitsView& values, const void* factor) {
   const double f = element(factor, values.dtype, 0);
   if (f == 1.0) return;
@@ -539,8 +753,19 @@ const char* instruction_set_name() { return instruction_set().name; }
 }  // namespace cpu
 
 const Backend& cpu_backend() {
-  static constexpr Backend backend = {cpu::forward, cpu::backward,    cpu::forward_with_grad, cpu::forward_shard,
-                                      cpu::scale,   cpu::take_memory, cpu::release_memory};
+  static constexpr Backend backend = {cpu::forward,
+                                      cpu::backward,
+                                      cpu::forward_with_grad,
+                                      cpu::forward_shard,
+                                      cpu::scale,
+                                      cpu::take_memory,
+                                      cpu::release_memory,
+                                      cpu::forward_tokens,
+                                      cpu::backward_tokens,
+                                      cpu::forward_distillation,
+                                      cpu::backward_distillation,
+                                      cpu::forward_targets,
+                                      cpu::backward_targets};
   return backend;
 }
 

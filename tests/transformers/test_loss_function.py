@@ -50,8 +50,8 @@ def test_a_model_takes_our_loss_for_its_own(head, monkeypatch):
     name, config, targets = HEADS[head]
     model, inputs = build(name, **config), batch_of(rows(targets))
     wanted = loss_and_gradients(model, **inputs)
-    seen, divisor = [], losses._divisor
-    monkeypatch.setattr(losses, "_divisor", lambda *given: seen.append(given) or divisor(*given))
+    seen, divisor = [], losses.divisor_of
+    monkeypatch.setattr(losses, "divisor_of", lambda *given: seen.append(given) or divisor(*given))
     model.loss_function = getattr(accumloss, ASSIGNED[head])
     same(loss_and_gradients(model, **inputs), wanted)
     assert seen or not IS_CURRENT, "the model did not call it"

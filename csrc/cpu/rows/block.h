@@ -188,14 +188,35 @@ ACCUMLOSS_NOINLINE double max_logit(const void* x, int64_t V) {
   return max;
 }
 
-// exp(z - lse) with lse rounded; what the rounding took away goes into the factor.
+template <typename T>
+ACCUMLOSS_NOINLINE int64_t first_not_below(const void* x, int64_t begin, int64_t V, double value) {
+  using Acc = typename AccOf<T>::type;
+  constexpr int kWidth = Vectors<Acc>::kWidth;
+  const Acc limit = static_cast<Acc>(value);
+  alignas(64) Acc z[kBlock];
+  for (; begin < V; begin += kBlock) {
+    const int64_t n = V - begin < kBlock ? V - begin : kBlock;
+    load_block(static_cast<const T*>(x) + begin, n, z);
+    typename Vectors<Acc>::Int below = broadcast(Acc(0)) == broadcast(Acc(0));
+    for (int64_t i = 0; i < n; i += kWidth) below &= load(z + i) < limit;
+    bool all_below = true;
+    for (int k = 0; k < kWidth; ++k) all_below &= below[k] != 0;
+    for (int64_t i = 0; !all_below && i < n; ++i)
+      if (!(z[i] < limit)) return begin + i;
+  }
+  return V;
+}
+
+// exp(z - lse) with lse rounded; what the rounding took away goes into the factors.
 template <typename Acc>
 struct RoundedLse {
-  Acc lse, probability;
+  Acc lse, probability, entropy;
 
-  ACCUMLOSS_INLINE explicit RoundedLse(const RowGrad<double>& gradient)
-      : lse(static_cast<Acc>(gradient.lse_high)),
-        probability(static_cast<Acc>(gradient.probability * std::exp(static_cast<double>(lse) - gradient.lse_high))) {}
+  ACCUMLOSS_INLINE explicit RoundedLse(const RowGrad<double>& gradient) : lse(static_cast<Acc>(gradient.lse_high)) {
+    const double lost = static_cast<double>(lse) - gradient.lse_high, factor = std::exp(lost);
+    probability = static_cast<Acc>((gradient.probability - gradient.entropy * lost) * factor);
+    entropy = static_cast<Acc>(gradient.entropy * factor);
+  }
 };
 
 // In what follows grad points at the class row.begin.

@@ -85,7 +85,7 @@ void write_grad_general(const RowSegment& row, const LossOptions& options, const
   const T* x = static_cast<const T*>(row.x);
   const Transform<Acc> transform(options);
   const RoundedLse<Acc> rounded(gradient);
-  const Acc lse = rounded.lse, probability = rounded.probability;
+  const Acc lse = rounded.lse, probability = rounded.probability, entropy = rounded.entropy;
   alignas(64) Acc z[kBlock];
   alignas(64) Acc g[kBlock];
   for (int64_t begin = row.begin; begin < row.end; begin += kBlock) {
@@ -93,9 +93,17 @@ void write_grad_general(const RowSegment& row, const LossOptions& options, const
     const int64_t padded = round_up(n, kLanes);
     load_block(x + begin, n, z, row.ahead(begin));
     if (!transform.is_identity()) transform_block(z, padded, transform);
-    for (int64_t i = 0; i < padded; i += kWidth) {
-      Real d = load(z + i) - lse;
-      store(exp_clamped<Acc>(d) * probability, g + i);
+    if (entropy == 0) {
+      for (int64_t i = 0; i < padded; i += kWidth) {
+        Real d = load(z + i) - lse;
+        store(exp_clamped<Acc>(d) * probability, g + i);
+      }
+    } else {
+      for (int64_t i = 0; i < padded; i += kWidth) {
+        Real d = load(z + i) - lse;
+        const Real e = exp_clamped<Acc>(d);  // d is finite then
+        store(e * (probability - d * entropy), g + i);
+      }
     }
     finish_grad_block(row, begin, n, transform, static_cast<Acc>(gradient.smoothing), static_cast<Acc>(gradient.target),
                       z, grad, g);

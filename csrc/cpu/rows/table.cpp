@@ -3,6 +3,7 @@
 #include "table.h"
 
 #include "general.h"
+#include "pair.h"
 #include "plain.h"
 #include "short.h"
 
@@ -45,7 +46,7 @@ template <typename T>
 void write_grad(const RowSegment& row, const LossOptions& options, const RowGrad<double>& gradient, bool streams,
                 void* grad) {
   write_or_stream(row, streams, static_cast<T*>(grad), [&](const RowSegment& part, T* to) {
-    if (is_plain(options)) return write_grad_plain<T>(part, gradient, to);
+    if (is_plain(options) && gradient.entropy == 0) return write_grad_plain<T>(part, gradient, to);
     write_grad_general<T>(part, options, gradient, to);
   });
 }
@@ -79,14 +80,21 @@ void scale(void* values, int64_t n, double factor) {
 
 template <typename T>
 constexpr RowKernels kernels_of() {
-  return {transform_one<T>,   push<T>,      write_grad<T>, write_grad_from_exps<T>,
-          label_is_argmax<T>, max_logit<T>, short_rows<T>, scale<T>};
-}
-template <>
-constexpr RowKernels kernels_of<double>() {
-  using T = double;
-  return {transform_one<T>,   push<T>,      write_grad<T>, write_grad_from_exps<T>,
-          label_is_argmax<T>, max_logit<T>, nullptr,       scale<T>};
+  RowKernels kernels = {};
+  kernels.transform_one = transform_one<T>;
+  kernels.push = push<T>;
+  kernels.write_grad = write_grad<T>;
+  kernels.write_grad_from_exps = write_grad_from_exps<T>;
+  kernels.label_is_argmax = label_is_argmax<T>;
+  kernels.max_logit = max_logit<T>;
+  kernels.first_not_below = first_not_below<T>;
+  kernels.push_divergence = push_divergence<T>;
+  kernels.write_divergence_grad = write_divergence_grad<T>;
+  kernels.push_targets = push_targets<T>;
+  kernels.write_targets_grad = write_targets_grad<T>;
+  if constexpr (!std::is_same<T, double>::value) kernels.short_rows = short_rows<T>;
+  kernels.scale = scale<T>;
+  return kernels;
 }
 
 }  // namespace

@@ -56,6 +56,26 @@ struct ShortRows {
   int64_t num_items, num_correct;
 };
 
+// A row of a student's logits beside the teacher's. log p_j = z_j - lse.
+struct PairRow {
+  const void* x;      // (V,) student's logits
+  const void* other;  // (V,) teacher's
+  int64_t V;
+  double lse, other_lse;
+  double beta;            // share of the teacher in the mixture
+  double divergence = 0;  // KL(student | mixture), of the gradient
+};
+
+// A row of logits beside class probabilities. label: the class whose entry is finished from nll = lse - z_label.
+struct TargetRow {
+  const void* x;        // (V,) logits
+  const void* targets;  // (V,)
+  const void* weight;   // (V,) Acc class weights, or null
+  int64_t V, label;
+  double lse, nll;
+  double total = 0, of_label = 0;  // what push_targets found, of the gradient
+};
+
 struct RowKernels {
   // z(x[0]), by the very code that transforms a whole row
   double (*transform_one)(const void* x, const LossOptions& options);
@@ -67,13 +87,25 @@ struct RowKernels {
   // Writes dL/dx of the segment to grad, which may be x. Where streams, past the caches, and grad is not x.
   void (*write_grad)(const RowSegment& row, const LossOptions& options, const RowGrad<double>& gradient, bool streams,
                      void* grad);
-  // The same from the exponentials that push left behind, which may lie where the gradient goes.
+  // The same from the exponentials that push left behind, which may lie where the gradient goes. Not for the entropy's.
   void (*write_grad_from_exps)(const RowSegment& row, const LossOptions& options, const RowGrad<double>& gradient,
                                const void* exps, const void* references, bool streams, void* grad);
   // whether x[target] is the first of the largest logits (torch.argmax); asked only where the label ties
   bool (*label_is_argmax)(const void* x, int64_t V, int64_t target);
-  // max_j x[j]; asked only of shards
+  // max_j x[j]
   double (*max_logit)(const void* x, int64_t V);
+  // The first j >= begin where x[j] < value does not hold, so that NaN is found; V where there is none.
+  int64_t (*first_not_below)(const void* x, int64_t begin, int64_t V, double value);
+  // sum_j s_j (log s_j - log m_j) and sum_j t_j (log t_j - log m_j), m = (1 - beta) s + beta t; of beta 0 only the
+  // latter, of beta 1 only the former
+  void (*push_divergence)(const PairRow& row, const LossOptions& options, double* of_student, double* of_teacher);
+  // Writes factor * d/dx of beta times the one and 1 - beta times the other, student's logits x; grad may be x.
+  void (*write_divergence_grad)(const PairRow& row, const LossOptions& options, double factor, bool streams,
+                                void* grad);
+  // sum_j w_j q_j (lse - z_j) without the label's, the sum of all w_j q_j, and the label's
+  void (*push_targets)(const TargetRow& row, const LossOptions& options, double* surprise, double* total,
+                       double* of_label);
+  void (*write_targets_grad)(const TargetRow& row, const LossOptions& options, double factor, bool streams, void* grad);
   // The results of a group, and where grad (count, V) is not null its gradient; grad may be x. Null for double.
   void (*short_rows)(ShortRows& rows, bool metrics, void* grad);
   // values *= factor
