@@ -157,6 +157,8 @@ T atomic_max(T* address, T value) {
 #define __int_as_float(x) ::emulator::same_bits<float>(static_cast<int>(x))
 #define __uint_as_float(x) ::emulator::same_bits<float>(static_cast<unsigned>(x))
 #define __expf(x) ::emulator::fast_exp(x)
+#define __ldcg(address) (*(address))
+#define __threadfence() ((void)0)
 #define __stcs(address, value) ((void)(*(address) = (value)))
 #define atomicAdd(address, value) ::emulator::atomic_add(address, value)
 #define atomicMax(address, value) ::emulator::atomic_max(address, value)
