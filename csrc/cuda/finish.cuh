@@ -32,6 +32,7 @@ struct Partial {
 template <typename Acc>
 struct FinishArgs {
   CrossEntropyInputs inputs;
+  bool general;         // which RowRecord
   const void* records;  // (B, T) RowRecord
   Partial* partials;    // (blocks,)
   unsigned* ended;
@@ -58,7 +59,7 @@ __device__ __forceinline__ RowState<double> exact_state(const RowState<Acc>& sta
 }
 
 // The one place where a row is finished: what it adds, and what is told of it.
-template <typename Acc, bool kGeneral>
+template <typename Acc>
 __device__ __forceinline__ Partial finish_row(const FinishArgs<Acc>& args, int64_t row) {
   const CrossEntropyInputs& inputs = args.inputs;
   const LossOptions& options = inputs.options;
@@ -66,20 +67,24 @@ __device__ __forceinline__ Partial finish_row(const FinishArgs<Acc>& args, int64
   Partial found = {};
   RowResult result = {};
   if (is_item(inputs, label)) {
-    const RowRecord<Acc, kGeneral> record = static_cast<const RowRecord<Acc, kGeneral>*>(args.records)[row];
+    RowRecord<Acc, true> record = {};
+    if (args.general) {
+      record = static_cast<const RowRecord<Acc, true>*>(args.records)[row];
+    } else {
+      const RowRecord<Acc, false> plain = static_cast<const RowRecord<Acc, false>*>(args.records)[row];
+      record.max = plain.max;
+      record.sum = plain.sum;
+      record.target = plain.target;
+    }
     RowState<Acc> state;
     state.max = record.max;
     state.sum = record.sum;
-    bool wins = false;
-    if constexpr (kGeneral) {
-      state.weighted = record.weighted;
-      state.linear = record.linear;
-      wins = record.wins != 0;
-    }
+    state.weighted = record.weighted;
+    state.linear = record.linear;
     const double target = record.target, weight = class_weight<Acc>(inputs, label);
     const double weight_sum = inputs.weight_sum ? *inputs.weight_sum : static_cast<double>(options.vocab_size);
     result = row_result(exact_state(state, target), target, weight, weight_sum, options.vocab_size, options);
-    found = {result.loss, weight, result.entropy, 1, options.metrics && wins && result.loss == result.loss};
+    found = {result.loss, weight, result.entropy, 1, options.metrics && record.wins && result.loss == result.loss};
   } else if (label != options.ignore_index) {
     result.lse = result.nll = kNaN;
     found = {kNaN, 0, options.metrics ? kNaN : 0.0, 1, 0};
@@ -112,12 +117,12 @@ __device__ __forceinline__ Partial block_sum(Partial total, Partial* shared) {
   return total;
 }
 
-template <typename Acc, bool kGeneral>
+template <typename Acc>
 __global__ void __launch_bounds__(256) finish_kernel(const __grid_constant__ FinishArgs<Acc> args) {
   Partial* const shared = reinterpret_cast<Partial*>(dynamic_shared());  // (kWarp,)
   const int64_t row = blockIdx.x * static_cast<int64_t>(blockDim.x) + threadIdx.x;
   Partial total = {};
-  if (row < row_count(args.inputs.logits)) total = finish_row<Acc, kGeneral>(args, row);
+  if (row < row_count(args.inputs.logits)) total = finish_row(args, row);
   total = block_sum(total, shared);
   if (gridDim.x > 1) {
     bool is_last = false;

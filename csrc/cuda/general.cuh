@@ -178,7 +178,7 @@ __device__ __forceinline__ void write_zeros(const Group& group, T* out, int64_t 
 
 template <typename T, typename Group>
 __device__ __forceinline__ void general_row(Group& group, const RowArgs<typename Element<T>::Acc>& args, int64_t row,
-                                            T* held = nullptr) {
+                                            T* held) {
   using Acc = typename Element<T>::Acc;
   const CrossEntropyInputs& inputs = args.inputs;
   const int64_t V = inputs.logits.V;
@@ -208,24 +208,23 @@ __device__ __forceinline__ void general_row(Group& group, const RowArgs<typename
   write_gradient(group, x, out, label, factor, args, held);
 }
 
-// holds: the row waits in shared memory for its gradient.
-template <typename T>
-__global__ void __launch_bounds__(kMaxThreads, 1)
-    general_block_kernel(const __grid_constant__ RowArgs<typename Element<T>::Acc> args, bool holds) {
-  begin_rows(args);
-  BlockGroup group;
-  general_row<T>(group, args, blockIdx.x, holds ? reinterpret_cast<T*>(dynamic_shared() + kHeldHeader) : nullptr);
-}
+struct GeneralShape {
+  int lanes;   // that share a row; of a block, all threads
+  int rows;    // of a group, one after the other
+  bool holds;  // the row waits in shared memory for its gradient; of a block
+};
 
 template <typename T>
-__global__ void __launch_bounds__(kTileThreads, 1)
-    general_tile_kernel(const __grid_constant__ RowArgs<typename Element<T>::Acc> args, int groups) {
+__global__ void __launch_bounds__(kMaxThreads, sizeof(typename Element<T>::Acc) == 8 ? 1 : 2)
+    general_kernel(const __grid_constant__ RowArgs<typename Element<T>::Acc> args, const GeneralShape shape) {
   begin_rows(args);
-  Lanes group(groups);
-  const int64_t first = (blockIdx.x * static_cast<int64_t>(groups) + group.index()) * kTileRows;
+  AnyGroup group = {shape.lanes, {}};
+  T* const held = shape.holds ? reinterpret_cast<T*>(dynamic_shared() + kHeldHeader) : nullptr;
+  const int groups = static_cast<int>(blockDim.x) / shape.lanes;
+  const int64_t first = (blockIdx.x * static_cast<int64_t>(groups) + group.index()) * shape.rows;
 #pragma unroll 1
-  for (int64_t row = first; row < first + kTileRows && row < row_count(args.inputs.logits); ++row) {
-    general_row<T>(group, args, row);
+  for (int64_t row = first; row < first + shape.rows && row < row_count(args.inputs.logits); ++row) {
+    general_row<T>(group, args, row, held);
   }
 }
 

@@ -70,13 +70,6 @@ struct Lanes {
   __device__ __forceinline__ int first() const {
     return static_cast<int>(threadIdx.x) % kWarp - rank();
   }  // of the warp
-  // The other groups of the warp may be elsewhere: their rows are ignored, or at their end.
-  __device__ __forceinline__ unsigned mask() const { return kAllLanes >> (kWarp - size()) << first(); }
-  template <bool kGeneral, typename Acc>
-  __device__ __forceinline__ RowState<Acc> merge(const RowState<Acc>& state) {
-    return warp_merge<kGeneral>(state, mask(), size());
-  }
-  __device__ __forceinline__ bool any(bool flag) const { return __any_sync(mask(), flag); }
   // What the rank-th of them has. All lanes of the warp.
   template <typename Value>
   __device__ __forceinline__ Value of(Value value, int rank) const {
@@ -123,6 +116,27 @@ struct BlockGroup {
   }
 
   __device__ __forceinline__ bool any(bool flag) const { return __syncthreads_or(flag); }
+};
+
+// Either, told at run time: `lanes` neighbours, or where they are more than a warp the block.
+struct AnyGroup {
+  int lanes;
+  BlockGroup block;
+
+  __device__ __forceinline__ int size() const { return lanes; }
+  __device__ __forceinline__ int index() const { return static_cast<int>(threadIdx.x) / lanes; }
+  __device__ __forceinline__ int rank() const { return static_cast<int>(threadIdx.x) & (lanes - 1); }
+  // The other groups of the warp may be elsewhere: their rows are ignored, or at their end.
+  __device__ __forceinline__ unsigned mask() const {
+    return kAllLanes >> (kWarp - lanes) << (static_cast<int>(threadIdx.x) % kWarp - rank());
+  }
+  template <bool kGeneral, typename Acc>
+  __device__ __forceinline__ RowState<Acc> merge(const RowState<Acc>& state) {
+    return lanes > kWarp ? block.merge<kGeneral>(state) : warp_merge<kGeneral>(state, mask(), lanes);
+  }
+  __device__ __forceinline__ bool any(bool flag) const {
+    return lanes > kWarp ? block.any(flag) : static_cast<bool>(__any_sync(mask(), flag));
+  }
 };
 
 }  // namespace cuda

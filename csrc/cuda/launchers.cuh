@@ -81,9 +81,9 @@ struct Launchers {
     auto [plan, general] = choose("plan", context, pass, options, V, aligned);
     if (plan.resident > 0) return plan;
     const Grid grid = {1, plan.threads, plan.shared_bytes};
-    const void* const kernel = is_tile(plan) ? reinterpret_cast<const void*>(tile(pass, general))
-                               : general     ? reinterpret_cast<const void*>(general_block_kernel<T>)
-                                             : reinterpret_cast<const void*>(block(plan, pass));
+    const void* const kernel = general         ? reinterpret_cast<const void*>(general_kernel<T>)
+                               : is_tile(plan) ? reinterpret_cast<const void*>(tile(pass))
+                                               : reinterpret_cast<const void*>(block(plan, pass));
     plan.resident = resident_clusters("plan", kernel, grid, context.stream());
     return plan;
   }
@@ -92,20 +92,18 @@ struct Launchers {
 
   using TileKernel = void (*)(RowArgs<Acc>, int);
   using BlockKernel = void (*)(RowArgs<Acc>);
-  using GeneralKernel = void (*)(RowArgs<Acc>, bool);
 
-  static TileKernel tile(Pass pass, bool general) {
+  // Without options, as what follows.
+  static TileKernel tile(Pass pass) {
     if constexpr (!kIsDouble) {
-      if (!general) {
-        return pass == Pass::kForward    ? tile_kernel<T, true, false>
-               : pass == Pass::kBackward ? tile_kernel<T, false, true>
-                                         : tile_kernel<T, true, true>;
-      }
+      return pass == Pass::kForward    ? tile_kernel<T, true, false>
+             : pass == Pass::kBackward ? tile_kernel<T, false, true>
+                                       : tile_kernel<T, true, true>;
     }
-    return general_tile_kernel<T>;
+    return nullptr;
   }
 
-  // Of held and block, without options.
+  // Of held and block.
   static BlockKernel block(const Plan& plan, Pass pass) {
     if constexpr (!kIsDouble) {
       if (plan.kernel == Kernel::kHeld) return held_kernel<T>;
@@ -120,17 +118,14 @@ struct Launchers {
   static void launch_rows(const char* what, const Context& context, const Choice& choice, const RowArgs<Acc>& args) {
     const auto& [plan, general] = choice;
     const int64_t rows = args.inputs.logits.B * args.inputs.logits.T;
-    if (is_tile(plan)) {
-      const int64_t each = static_cast<int64_t>(plan.groups) * kTileRows;
-      launch(what, tile(args.pass, general), Grid{(rows + each - 1) / each, plan.threads, plan.shared_bytes},
-             context.stream(), args, plan.groups);
-      return;
-    }
     const bool held = plan.kernel == Kernel::kHeld;
+    const int64_t each = is_tile(plan) ? static_cast<int64_t>(plan.groups) * kTileRows : 1;  // rows of a block
+    const Grid grid = {(rows + each - 1) / each, plan.threads, plan.shared_bytes};
     if (general) {
-      const Grid grid = {rows, plan.threads, plan.shared_bytes};
-      return launch(what, general_block_kernel<T>, grid, context.stream(), args, held);
+      const GeneralShape shape = {plan.threads / plan.groups, is_tile(plan) ? kTileRows : 1, held};
+      return launch(what, general_kernel<T>, grid, context.stream(), args, shape);
     }
+    if (is_tile(plan)) return launch(what, tile(args.pass), grid, context.stream(), args, plan.groups);
     const int64_t blocks = held ? std::min(rows, std::max<int64_t>(plan.resident, 1)) : rows;
     launch(what, block(plan, args.pass), Grid{blocks, plan.threads, plan.shared_bytes}, context.stream(), args);
   }
@@ -156,10 +151,10 @@ struct Launchers {
     } else if (rows > 0) {
       launch_rows(what, context, choice, args);
     }
-    const FinishArgs<Acc> finish = {args.inputs, args.records, partials, args.ended,
-                                    sums,        lse,          nll,      bad_label_record()};
-    const auto kernel = general ? finish_kernel<Acc, true> : finish_kernel<Acc, kIsDouble>;
-    launch(what, kernel, Grid{blocks, static_cast<int>(threads), kWarp * sizeof(Partial)}, context.stream(), finish);
+    const FinishArgs<Acc> finish = {args.inputs, general, args.records, partials,          args.ended,
+                                    sums,        lse,     nll,          bad_label_record()};
+    launch(what, finish_kernel<Acc>, Grid{blocks, static_cast<int>(threads), kWarp * sizeof(Partial)}, context.stream(),
+           finish);
   }
 
   static void forward(const CrossEntropyInputs& inputs, const CrossEntropySums& sums, double* lse, void* nll) {

@@ -160,7 +160,8 @@ def work(kernel: sass.Kernel, writes: bool, element_bytes: int = 2, cluster: boo
     reached = {block: body.reached(block, None) for block in range(len(body.blocks))}
     # The loop over the rows: all from which and to which a way leads. It is entered at one block.
     rows = {b for b in reached if all(b in reached[head] and head in reached[b] for head in heads)}
-    around = not rows <= inside
+    loops = body.loops()
+    around = not rows <= set().union(*(loops[head] for head in heads))
     start = min(b for b in rows if any(b in body.after[o] for o in reached.keys() - rows)) if around else 0
     end = start if around else None
     outside = (rows if around else reached.keys()) - inside

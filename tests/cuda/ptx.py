@@ -241,9 +241,7 @@ def faults(name: str, kernel: Kernel) -> list[str]:
     flags = re.findall(r"true|false", rest)
     is_staged, is_held = family == "staged", family == "held"
     # staged: general, with gradient; tile, block: sums, gradient. The general ones are told at run time.
-    has_grad = family in ("scale", "held", "general_tile", "general_block") or (
-        family in ("staged", "tile", "block") and flags[1] == "true"
-    )
+    has_grad = family in ("scale", "held", "general") or (family in ("staged", "tile", "block") and flags[1] == "true")
     if family == "finish":
         return [] if any(FENCE.search(line) for line in kernel.lines) else ["no fence between the blocks' sums"]
     found = split_vectors(kernel, loads=is_staged or is_held)  # others have sums there, one after the other

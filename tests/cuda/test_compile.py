@@ -111,13 +111,13 @@ FENCE = "membar.gl;"
     "name, loop",
     [
         (BACKWARD, [LOAD, STORE]),
-        ("general_block_kernel<double>", ["ld.global.v2.f64 {%fd1, %fd2}, [%rd1];", "st.global.cs.v2.f64 [%rd2+16], {%fd1, %fd2};"]),
+        ("general_kernel<double>", ["ld.global.v2.f64 {%fd1, %fd2}, [%rd1];", "st.global.cs.v2.f64 [%rd2+16], {%fd1, %fd2};"]),
         (HELD, ["cp.async.cg.shared.global [%r9], [%rd1], 16, 16;", SHARED, STORE]),
         (FORWARD, [LOAD]),
         (STAGED, [COPY, SHARED, STORE]),
         (STAGED.replace("true", "false"), [COPY, SHARED]),
         ("scale_kernel<float>", [LOAD, STORE]),
-        ("finish_kernel<float, false>", ["ld.global.f64 %fd1, [%rd1];", FENCE]),
+        ("finish_kernel<float>", ["ld.global.f64 %fd1, [%rd1];", FENCE]),
     ],
 )  # fmt: skip
 def test_ptx_reader_accepts_whole_vectors_and_misses_each(name, loop):

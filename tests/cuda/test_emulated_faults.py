@@ -303,7 +303,9 @@ HELD_FAULTS = {
     "held_ends_not_written": [(BLOCK, "      } else if (v < slice.count) {", "      } else if (false) {")],
     "held_ends_written_around_the_row": [(BLOCK, "if (j + i < 0 || j + i >= V) continue;", "")],
     "held_rows_of_one_block": [(BLOCK, "number += gridDim.x) {", "number += gridDim.x + 1) {")],
-    "packed_mask_of_the_first_group": [("cuda/group.cuh", "(kWarp - size()) << first()", "(kWarp - size())")],
+    "packed_mask_of_the_first_group": [
+        ("cuda/group.cuh", "(kWarp - lanes) << (static_cast<int>(threadIdx.x) % kWarp - rank())", "(kWarp - lanes)")
+    ],
     "packed_merges_the_whole_warp": [
         (TILE, "warp_sum(state.sum, kAllLanes, size)", "warp_sum(state.sum, kAllLanes, kWarp)")
     ],
