@@ -130,9 +130,9 @@ __global__ void __launch_bounds__(256) finish_kernel(const __grid_constant__ Fin
       args.partials[blockIdx.x] = total;
       __threadfence();  // before the others learn of it
       is_last = atomicAdd(args.ended, 1u) == gridDim.x - 1;
+      __threadfence();  // and of them, before this block reads
     }
     if (!__syncthreads_or(is_last)) return;
-    __threadfence();
     total = Partial{};
     for (unsigned i = threadIdx.x; i < gridDim.x; i += blockDim.x) {
       const Partial* const partial = args.partials + i;  // past the first-level cache, which may not know of them

@@ -245,9 +245,10 @@ inline Plan table(const PlanRequest& request) {
 }
 
 // Clusters of a plan that such a GPU runs at once, at most.
-inline int64_t resident_on(const Gpu& gpu, const Plan& plan) {
+inline int64_t resident_on(const Gpu& gpu, const Plan& plan, Pass pass) {
   // What __launch_bounds__ allows, or what ptxas takes where that is more than it takes: docs/performance.md.
-  const int registers = plan.kernel == Kernel::kBlock ? 64 : 96;
+  const bool is_tile = plan.kernel == Kernel::kPacked || plan.kernel == Kernel::kWarp;
+  const int registers = plan.kernel == Kernel::kBlock || (is_tile && pass == Pass::kForward) ? 64 : 96;
   const int64_t kept = shared_bytes_kept(gpu.capability);
   int64_t blocks = (max_shared_bytes(gpu.capability) + kept) / std::max<int64_t>(plan.shared_bytes + kept, 1);
   blocks = std::min<int64_t>(blocks, max_threads(gpu.capability) / plan.threads);

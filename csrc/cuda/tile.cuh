@@ -58,6 +58,8 @@ __global__ void __launch_bounds__(kTileThreads, 2)
     }
   }
 
+  __syncwarp(kAllLanes);  // the labels' logits have been read before another lane writes over them
+
   // All lanes of a warp go through this together: of a row that is no item nothing is read, and zeros are written.
 #pragma unroll 1
   for (int i = 0; i < kTileRows; ++i) {

@@ -273,7 +273,10 @@ def _loop(body: Function, head: int, blocks: set[int], element_bytes: int) -> Lo
     wide = [b for b in sorted(blocks) if any((memory(i) or ("", 0))[1] == 16 for i in body.blocks[b])]
     # Where no way passes them all, as some stand for others at the end of a row, the one with most elements.
     found = [loop for way in [wide, *([b] for b in wide)] if (loop := _loop_through(body, head, way, element_bytes))]
-    return max(found, key=lambda loop: (loop.elements, -loop.instructions), default=None)
+    # Loads of both are more than there are exponentials for.
+    return max(
+        found, key=lambda loop: (loop.kinds["exp"] >= loop.elements, loop.elements, -loop.instructions), default=None
+    )
 
 
 def _loop_through(body: Function, head: int, through: list[int], element_bytes: int) -> Loop | None:

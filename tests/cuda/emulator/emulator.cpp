@@ -46,7 +46,9 @@ struct Fiber {
   int bytes;
   unsigned char value[8];
   std::vector<VectorCopy> copies;
-  int batch;  // of the copies that are started next
+  int batch;     // of the copies that are started next
+  bool fenced;   // since its beginning
+  void* atomic;  // the address of its last atomic
 };
 
 // A copy, or a message to a block, that is on its way.
@@ -163,7 +165,8 @@ void entry() {
   tsan::acquire(&start_token);
   (*body)();
   tsan::release(&end_token);
-  if (!running->copies.empty()) fail(describe(running->copies[0].site) + ": a thread leaves before its copy has landed");
+  if (!running->copies.empty())
+    fail(describe(running->copies[0].site) + ": a thread leaves before its copy has landed");
   running->state = State::kDone;
   ++running->block->done;
   leave();
@@ -340,6 +343,8 @@ void start_block(Block& block, unsigned number, int rank) {
     fiber.site = {"", 0, "start"};
     fiber.barriers = fiber.batch = 0;
     fiber.copies.clear();
+    fiber.fenced = false;
+    fiber.atomic = nullptr;
     fiber.tsan = tsan::create();
     if (tsan::enabled()) {
       retired_stacks.push_back(std::move(fiber.memory));
@@ -654,6 +659,16 @@ void bulk_load_fence() {
   for (Landed& landed : running->block->landed) {
     std::memcpy(landed.contents.data(), landed.shared, landed.contents.size());
   }
+}
+
+void thread_fence() {
+  if (running->atomic != nullptr) tsan::acquire(running->atomic);
+  running->fenced = true;
+}
+
+void before_atomic(void* address) {
+  if (running->fenced) tsan::release(address);
+  running->atomic = address;
 }
 
 // As the thread's own writes, at a drawn moment before it waits for them, or only then.
