@@ -201,6 +201,7 @@ __device__ __forceinline__ void general_row(Group& group, const RowArgs<typename
     if (inputs.options.metrics && z_label == state.max) wins = wins_tie(group, x, V, label);
     if (group.rank() == 0) record_row<true>(args, row, state, z_label, wins);
     if (!args.writes()) return;
+    group.order();
     factor = factors.of(state, z_label, weight);
   } else {
     factor = factors.template of_lse<Element<T>::kExactExponent>(args.lse[row], args.nll[row], weight);

@@ -137,6 +137,10 @@ struct AnyGroup {
   __device__ __forceinline__ bool any(bool flag) const {
     return lanes > kWarp ? block.any(flag) : static_cast<bool>(__any_sync(mask(), flag));
   }
+  // What all have read lies before what any writes. Of a block, a merge has seen to that.
+  __device__ __forceinline__ void order() const {
+    if (lanes <= kWarp) __syncwarp(mask());
+  }
 };
 
 }  // namespace cuda

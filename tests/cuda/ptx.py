@@ -147,9 +147,9 @@ def split_vectors(kernel: Kernel, loads: bool) -> list[str]:
     return found
 
 
-def whole_vectors(kernel: Kernel, kind: str, space: str) -> int:
-    """16-byte loads or stores of a space in the loops that have no other in them."""
-    loops = kernel.inner_loops()
+def whole_vectors(kernel: Kernel, kind: str, space: str, inner: bool = True) -> int:
+    """16-byte loads or stores of a space in the loops that have no other in them, or in any loop."""
+    loops = kernel.inner_loops() if inner else [kernel.repeated()]
     return sum(
         access.vector and access.bytes == VECTOR and (access.kind, access.space) == (kind, space)
         for access in kernel.accesses()
@@ -200,7 +200,7 @@ def has_vector_copy(kernel: Kernel) -> bool:
     ]
     if any(number in loop for number in copies for loop in loops):
         return True
-    return bool(whole_vectors(kernel, "ld", "global") and whole_vectors(kernel, "st", "shared"))
+    return bool(whole_vectors(kernel, "ld", "global", False) and whole_vectors(kernel, "st", "shared", False))
 
 
 FENCE = re.compile(r"\bmembar\.gl|\bfence\.(acq_rel|sc)\.gpu")
@@ -245,11 +245,12 @@ def faults(name: str, kernel: Kernel) -> list[str]:
     if family == "finish":
         return [] if any(FENCE.search(line) for line in kernel.lines) else ["no fence between the blocks' sums"]
     found = split_vectors(kernel, loads=is_staged or is_held)  # others have sums there, one after the other
-    if has_grad and not whole_vectors(kernel, "st", "global"):
+    inner = family != "tile"  # whose loop is that over rows
+    if has_grad and not whole_vectors(kernel, "st", "global", inner):
         found.append("no 16-byte store to global memory in a loop")
     if family == "held" and not has_vector_copy(kernel):
         found.append("no 16-byte copy from global to shared memory in a loop")
-    if not is_staged and family != "held" and not whole_vectors(kernel, "ld", "global"):
+    if not is_staged and family != "held" and not whole_vectors(kernel, "ld", "global", inner):
         found.append("no 16-byte load from global memory in a loop")
     if (is_staged or is_held) and not whole_vectors(kernel, "ld", "shared"):
         found.append("no 16-byte load from shared memory in a loop")

@@ -54,6 +54,7 @@ FAULTS = {
             "    if (inputs.options.metrics && z_label == state.max) wins = wins_tie(group, x, V, label);\n"
             "    if (group.rank() == 0) record_row<true>(args, row, state, z_label, wins);\n"
             "    if (!args.writes()) return;\n"
+            "    group.order();\n"
             "    factor = factors.of(state, z_label, weight);\n",
             "    factor = factors.of(state, z_label, weight);\n"
             "    if (args.writes()) write_gradient(group, x, out, label, factor, args, held);\n"
