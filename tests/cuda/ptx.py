@@ -200,7 +200,8 @@ def has_vector_copy(kernel: Kernel) -> bool:
     ]
     if any(number in loop for number in copies for loop in loops):
         return True
-    return bool(whole_vectors(kernel, "ld", "global", False) and whole_vectors(kernel, "st", "shared", False))
+    loads = whole_vectors(kernel, "ld", "global", False) + whole_vectors(kernel, "ld", "", False)
+    return bool(loads and whole_vectors(kernel, "st", "shared", False))
 
 
 FENCE = re.compile(r"\bmembar\.gl|\bfence\.(acq_rel|sc)\.gpu")
