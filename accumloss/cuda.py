@@ -21,7 +21,7 @@ class CudaPlan(NamedTuple):
     shared_bytes: int  # of a block
     bytes_per_element: float  # of device memory, read and written, where nothing is ignored
     resident: int | None = None  # clusters (of one block: blocks) that the GPU runs at once; staged launches no more
-    groups: int = 1  # of the threads of a block, each with a row of its own; staged only
+    groups: int = 1  # of the threads of a block, each with a row of its own: packed, warp, staged
 
 
 _CALLS = ("forward", "backward", "with_grad")

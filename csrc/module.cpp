@@ -30,7 +30,7 @@ pybind11::tuple plan(int64_t V, int dtype, int pass, int capability, bool aligne
   cuda::Plan plan = cuda::choose_plan(
       {V, static_cast<Dtype>(dtype), static_cast<cuda::Pass>(pass), capability, aligned, /*staged=*/true});
   for (const cuda::Gpu& known : cuda::kGpus) {
-    if (gpu == known.name) plan.resident = cuda::resident_on(known, plan);
+    if (gpu == known.name) plan.resident = cuda::resident_on(known, plan, static_cast<cuda::Pass>(pass));
   }
   return fields(plan);
 }

@@ -139,6 +139,16 @@ __device__ __forceinline__ double exp_difference(double z, double high, double l
   return exp((z - high) - low);
 }
 
+// kCount a power of two. A recursion of templates: the compiler unrolls the equivalent loops only in part.
+template <int kCount, typename Acc>
+__device__ __forceinline__ Acc pairwise_sum(const Acc* values) {
+  if constexpr (kCount == 1) {
+    return values[0];
+  } else {
+    return pairwise_sum<kCount / 2>(values) + pairwise_sum<kCount / 2>(values + kCount / 2);
+  }
+}
+
 // How the threads of a group share a row: 16-byte vectors in the middle, single elements at both ends.
 template <typename T>
 struct RowSpan {

@@ -1,5 +1,5 @@
-// The threads that share a row: a warp or a block. Both merge to the same bits in every thread, whatever the order in
-// which the threads arrive: the maximum first, then sums along a fixed butterfly.
+// The threads that share a row: lanes of a warp, or a block. Both merge to the same bits in every thread, whatever the
+// order in which the threads arrive: the maximum first, then sums along a fixed butterfly.
 #pragma once
 
 #include <cstdint>
@@ -23,76 +23,74 @@ namespace cuda {
 constexpr int kWarp = 32;
 constexpr unsigned kAllLanes = 0xffffffffu;
 
-// Over kLanes neighbours; mask names those of the calling lane.
-template <int kLanes = kWarp, typename Value>
-__device__ __forceinline__ Value warp_sum(Value value, unsigned mask = kAllLanes) {
+// Over `lanes` neighbours; mask names those of the calling lane. Without a branch: a step that is too wide brings the
+// lane's own value.
+template <typename Value>
+__device__ __forceinline__ Value warp_sum(Value value, unsigned mask = kAllLanes, int lanes = kWarp) {
 #pragma unroll
-  for (int lane = kLanes / 2; lane > 0; lane /= 2) value += __shfl_xor_sync(mask, value, lane);
+  for (int lane = kWarp / 2; lane > 0; lane /= 2) {
+    const Value other = __shfl_xor_sync(mask, value, lane < lanes ? lane : 0);
+    value += lane < lanes ? other : Value(0);
+  }
+  return value;
+}
+template <typename Value>
+__device__ __forceinline__ Value warp_max(Value value, unsigned mask = kAllLanes, int lanes = kWarp) {
+#pragma unroll
+  for (int lane = kWarp / 2; lane > 0; lane /= 2) {
+    const Value other = __shfl_xor_sync(mask, value, lane < lanes ? lane : 0);
+    value = other > value ? other : value;
+  }
   return value;
 }
 
 // kGeneral: the state's linear sums are in use.
-template <bool kGeneral, int kLanes = kWarp, typename Acc>
-__device__ __forceinline__ RowState<Acc> warp_merge(RowState<Acc> state, unsigned mask = kAllLanes) {
-  Acc merged = state.max;
-#pragma unroll
-  for (int lane = kLanes / 2; lane > 0; lane /= 2) {
-    const Acc other = __shfl_xor_sync(mask, merged, lane);
-    merged = other > merged ? other : merged;
-  }
+template <bool kGeneral, typename Acc>
+__device__ __forceinline__ RowState<Acc> warp_merge(RowState<Acc> state, unsigned mask = kAllLanes, int lanes = kWarp) {
+  const Acc merged = warp_max(state.max, mask, lanes);
   const Acc scale = RowState<Acc>::rescale(state.max, merged);
   if (kGeneral) state.weighted = state.weighted_about(merged, scale);
   state.max = merged;
-  state.sum = warp_sum<kLanes>(state.sum * scale, mask);
+  state.sum = warp_sum(state.sum * scale, mask, lanes);
   if (kGeneral) {
-    state.weighted = warp_sum<kLanes>(state.weighted, mask);
-    state.linear = warp_sum<kLanes>(state.linear, mask);
+    state.weighted = warp_sum(state.weighted, mask, lanes);
+    state.linear = warp_sum(state.linear, mask, lanes);
   }
   return state;
 }
 
-// kLanes neighbours of a warp.
-template <int kLanes>
-struct Tile {
-  static constexpr int kGroups = kTileThreads / kLanes;  // of a block
-  static constexpr int kRows = 4;                        // of a group, one after the other
-  static constexpr int kRowsPerBlock = kGroups * kRows;
+// Neighbours of a warp, a power of two, that share a row: a block of kTileThreads is that many groups.
+struct Lanes {
+  int lanes;
 
-  __device__ __forceinline__ int index() const { return static_cast<int>(threadIdx.x) / kLanes; }
-  __device__ __forceinline__ int rank() const { return static_cast<int>(threadIdx.x) % kLanes; }
-  __device__ __forceinline__ int size() const { return kLanes; }
-  // The other groups of the warp may be elsewhere: their rows are ignored, or at their end.
-  __device__ __forceinline__ unsigned mask() const {
-    return kAllLanes >> (kWarp - kLanes) << (index() % (kWarp / kLanes) * kLanes);
-  }
-  template <bool kGeneral, typename Acc>
-  __device__ __forceinline__ RowState<Acc> merge(const RowState<Acc>& state) const {
-    return warp_merge<kGeneral, kLanes>(state, mask());
-  }
-  __device__ __forceinline__ bool any(bool flag) const { return __any_sync(mask(), flag); }
-  // compute() once for all, then a barrier. A warp takes as long for one lane as for all of them.
-  template <typename Value, typename Compute>
-  __device__ __forceinline__ Value once(const Compute& compute) const {
-    const Value value = compute();
-    __syncwarp(mask());
-    return value;
+  __device__ __forceinline__ explicit Lanes(int groups) : lanes(kTileThreads / groups) {}
+  __device__ __forceinline__ int size() const { return lanes; }
+  __device__ __forceinline__ int index() const { return static_cast<int>(threadIdx.x) / lanes; }
+  __device__ __forceinline__ int rank() const { return static_cast<int>(threadIdx.x) & (lanes - 1); }
+  __device__ __forceinline__ int first() const {
+    return static_cast<int>(threadIdx.x) % kWarp - rank();
+  }  // of the warp
+  // What the rank-th of them has. All lanes of the warp.
+  template <typename Value>
+  __device__ __forceinline__ Value of(Value value, int rank) const {
+    return __shfl_sync(kAllLanes, value, first() + rank);
   }
 };
-using Packed = Tile<8>;
-using Warp = Tile<kWarp>;
 
-// Each member may be called once in a kernel: nothing is synchronised before shared memory is written again.
+// merge() takes two places in turn: who writes one for the merge after the next has passed the barrier of the next, so
+// all have read it.
 struct BlockGroup {
-  static constexpr size_t kOnceOffset = 4 * kWarp * sizeof(double);
-  static constexpr size_t kSharedBytes = kOnceOffset + 128;
-  static_assert(kSharedBytes == kHeldHeader, "plan.h knows another size");
+  static constexpr size_t kSharedBytes = 2 * 4 * kWarp * sizeof(double);
+  static_assert(kSharedBytes == kBlockHeader && kSharedBytes / 2 == kHeldHeader, "plan.h knows another size");
+  int merges = 0;
 
   __device__ __forceinline__ int rank() const { return static_cast<int>(threadIdx.x); }
   __device__ __forceinline__ int size() const { return static_cast<int>(blockDim.x); }
 
   template <bool kGeneral, typename Acc>
-  __device__ __forceinline__ RowState<Acc> merge(RowState<Acc> state) const {
-    Acc* const shared = reinterpret_cast<Acc*>(dynamic_shared());  // (4, kWarp)
+  __device__ __forceinline__ RowState<Acc> merge(RowState<Acc> state) {
+    Acc* const shared = reinterpret_cast<Acc*>(dynamic_shared()) + merges % 2 * (4 * kWarp);  // (4, kWarp)
+    ++merges;
     const int lane = rank() % kWarp;
     const int warp = rank() / kWarp;
     state = warp_merge<kGeneral>(state);
@@ -118,15 +116,30 @@ struct BlockGroup {
   }
 
   __device__ __forceinline__ bool any(bool flag) const { return __syncthreads_or(flag); }
+};
 
-  // compute() in the first thread, then a barrier: the logarithms in double are slow on most devices.
-  template <typename Value, typename Compute>
-  __device__ __forceinline__ Value once(const Compute& compute) const {
-    static_assert(sizeof(Value) <= kSharedBytes - kOnceOffset, "does not fit");
-    Value* const shared = reinterpret_cast<Value*>(dynamic_shared() + kOnceOffset);
-    if (rank() == 0) *shared = compute();
-    __syncthreads();
-    return *shared;
+// Either, told at run time: `lanes` neighbours, or where they are more than a warp the block.
+struct AnyGroup {
+  int lanes;
+  BlockGroup block;
+
+  __device__ __forceinline__ int size() const { return lanes; }
+  __device__ __forceinline__ int index() const { return static_cast<int>(threadIdx.x) / lanes; }
+  __device__ __forceinline__ int rank() const { return static_cast<int>(threadIdx.x) & (lanes - 1); }
+  // The other groups of the warp may be elsewhere: their rows are ignored, or at their end.
+  __device__ __forceinline__ unsigned mask() const {
+    return kAllLanes >> (kWarp - lanes) << (static_cast<int>(threadIdx.x) % kWarp - rank());
+  }
+  template <bool kGeneral, typename Acc>
+  __device__ __forceinline__ RowState<Acc> merge(const RowState<Acc>& state) {
+    return lanes > kWarp ? block.merge<kGeneral>(state) : warp_merge<kGeneral>(state, mask(), lanes);
+  }
+  __device__ __forceinline__ bool any(bool flag) const {
+    return lanes > kWarp ? block.any(flag) : static_cast<bool>(__any_sync(mask(), flag));
+  }
+  // What all have read lies before what any writes. Of a block, a merge has seen to that.
+  __device__ __forceinline__ void order() const {
+    if (lanes <= kWarp) __syncwarp(mask());
   }
 };
 

@@ -2,12 +2,16 @@
 #pragma once
 
 #include "bad_labels.h"
+#include "block.cuh"
 #include "context.h"
-#include "cross_entropy.cuh"
+#include "finish.cuh"
+#include "general.cuh"
 #include "launch.cuh"
 #include "plan.h"
+#include "scale.cuh"
 #include "shard.cuh"
 #include "staged.h"
+#include "tile.cuh"
 
 namespace accumloss::cuda {
 
@@ -16,10 +20,13 @@ struct Launchers {
   using Acc = typename Element<T>::Acc;
   static constexpr Dtype kDtype = Element<T>::kDtype;
   static constexpr bool kIsDouble = kDtype == Dtype::kFloat64;
+  static constexpr int64_t kMostClasses = int64_t{1} << 30;
 
-  // The kernels without transform, smoothing and metrics are worth their compile time for the common types only.
-  static bool is_general(const LossOptions& options) {
-    return kIsDouble || !Transform<Acc>(options).is_identity() || options.label_smoothing > 0 || options.metrics;
+  // The kernels without transform, smoothing and metrics are worth their compile time for the common types only. Their
+  // classes are counted by int.
+  static bool is_general(const LossOptions& options, int64_t V) {
+    return kIsDouble || !Transform<Acc>(options).is_identity() || options.label_smoothing > 0 || options.metrics ||
+           V > kMostClasses || options.vocab_size > kMostClasses;
   }
 
   // Whether each row of two views of one shape starts at the same place against 16 bytes.
@@ -32,103 +39,130 @@ struct Launchers {
            (a.T == 1 || !differ(a.stride_t, b.stride_t));
   }
 
-  // The plan of a call on the current device; resident is known of staged.
-  static Plan plan(const char* what, const Context& context, Pass pass, const LossOptions& options, int64_t V,
-                   bool aligned) {
+  // A plan, and whether its general kernel serves.
+  struct Choice {
+    Plan plan;
+    bool general;
+  };
+
+  // Of a call on the current device; resident is known of staged and held. A gradient that lies otherwise against 16
+  // bytes than its logits takes the general kernels.
+  static Choice choose(const char* what, const Context& context, Pass pass, const LossOptions& options, int64_t V,
+                       bool aligned) {
     const int capability = context.capability();
-    const bool general = is_general(options);
+    const bool general = is_general(options, V) || !aligned;
     PlanRequest request = {V, kDtype, pass, capability, aligned, is_staged_available(capability), general};
     Plan plan = choose_plan(request);
     if constexpr (!kIsDouble) {
-      if (plan.kernel != Kernel::kStaged) return plan;
-      plan.resident = staged_clusters<T>(what, general, pass == Pass::kForwardWithGrad, plan, context.stream());
-      if (plan.resident > 0) return plan;
-      request.staged = false;  // part of a device (MIG, a green context) may have no room for a cluster
-      plan = choose_plan(request);
+      if (plan.kernel == Kernel::kStaged) {
+        plan.resident = staged_clusters<T>(what, general, pass == Pass::kForwardWithGrad, plan, context.stream());
+        if (plan.resident > 0) return {plan, general};
+        request.staged = false;  // part of a device (MIG, a green context) may have no room for a cluster
+        plan = choose_plan(request);
+      }
+      if (plan.kernel == Kernel::kHeld && !general) {
+        const Grid grid = {1, plan.threads, plan.shared_bytes};
+        plan.resident = resident_clusters(what, reinterpret_cast<const void*>(held_kernel<T>), grid, context.stream());
+      }
     }
-    return plan;
+    return {plan, general};
   }
 
-  static Plan plan(const char* what, const Context& context, Pass pass, const CrossEntropyInputs& inputs,
-                   const LogitsView* gradient) {
-    return plan(what, context, pass, inputs.options, inputs.logits.V,
-                gradient == nullptr || same_alignment(inputs.logits, *gradient));
+  static Choice choose(const char* what, const Context& context, Pass pass, const CrossEntropyInputs& inputs,
+                       const LogitsView* gradient) {
+    return choose(what, context, pass, inputs.options, inputs.logits.V,
+                  gradient == nullptr || same_alignment(inputs.logits, *gradient));
   }
 
   // The plan with what the device says of it. Not on the way of a call.
   static Plan device_plan(const Context& context, Pass pass, int64_t V, bool aligned) {
-    const LossOptions options = {0, 0, 0, 0, 0, 1, false};
-    Plan found = plan("plan", context, pass, options, V, aligned);
-    if (found.kernel == Kernel::kStaged) return found;
-    const Grid grid = {1, found.threads, found.shared_bytes};
-    const void* const kernel =
-        pass == Pass::kBackward  ? reinterpret_cast<const void*>(backward_kernel(found, kIsDouble))
-        : pass == Pass::kForward ? reinterpret_cast<const void*>(forward_kernel<false>(found, kIsDouble))
-                                 : reinterpret_cast<const void*>(forward_kernel<true>(found, kIsDouble));
-    found.resident = resident_clusters("plan", kernel, grid, context.stream());
-    return found;
+    LossOptions options;
+    options.vocab_size = V;
+    auto [plan, general] = choose("plan", context, pass, options, V, aligned);
+    if (plan.resident > 0) return plan;
+    const Grid grid = {1, plan.threads, plan.shared_bytes};
+    const void* const kernel = general         ? reinterpret_cast<const void*>(general_kernel<T>)
+                               : is_tile(plan) ? reinterpret_cast<const void*>(tile(pass))
+                                               : reinterpret_cast<const void*>(block(plan, pass));
+    plan.resident = resident_clusters("plan", kernel, grid, context.stream());
+    return plan;
   }
 
-  static int64_t blocks(const Plan& plan, int64_t rows) {
-    if (plan.kernel == Kernel::kPacked) return (rows + Packed::kRowsPerBlock - 1) / Packed::kRowsPerBlock;
-    if (plan.kernel == Kernel::kWarp) return (rows + Warp::kRowsPerBlock - 1) / Warp::kRowsPerBlock;
-    return rows;  // of staged: partial sums, since the number of blocks depends on the device and the sums must not
+  static bool is_tile(const Plan& plan) { return plan.kernel == Kernel::kPacked || plan.kernel == Kernel::kWarp; }
+
+  using TileKernel = void (*)(RowArgs<Acc>, int);
+  using BlockKernel = void (*)(RowArgs<Acc>);
+
+  // Without options, as what follows.
+  static TileKernel tile(Pass pass) {
+    if constexpr (!kIsDouble) {
+      return pass == Pass::kForward    ? tile_kernel<T, true, false>
+             : pass == Pass::kBackward ? tile_kernel<T, false, true>
+                                       : tile_kernel<T, true, true>;
+    }
+    return nullptr;
   }
 
-  using ForwardKernel = void (*)(ForwardArgs<Acc>);
-  using BackwardKernel = void (*)(BackwardArgs<Acc>);
+  // Of held and block.
+  static BlockKernel block(const Plan& plan, Pass pass) {
+    if constexpr (!kIsDouble) {
+      if (plan.kernel == Kernel::kHeld) return held_kernel<T>;
+      return pass == Pass::kForward    ? block_kernel<T, true, false>
+             : pass == Pass::kBackward ? block_kernel<T, false, true>
+                                       : block_kernel<T, true, true>;
+    }
+    return nullptr;
+  }
 
   // All but the staged ones.
-  template <bool kGrad>
-  static ForwardKernel forward_kernel(const Plan& plan, bool general) {
-    if (plan.kernel == Kernel::kPacked) return forward_tile_kernel<T, kGrad, Packed>;
-    if (plan.kernel == Kernel::kWarp) return forward_tile_kernel<T, kGrad, Warp>;
-    if constexpr (kGrad && !kIsDouble) {
-      if (plan.kernel == Kernel::kHeld) {
-        return general ? forward_block_kernel<T, true, true, true> : forward_block_kernel<T, false, true, true>;
-      }
+  static void launch_rows(const char* what, const Context& context, const Choice& choice, const RowArgs<Acc>& args) {
+    const auto& [plan, general] = choice;
+    const int64_t rows = args.inputs.logits.B * args.inputs.logits.T;
+    const bool held = plan.kernel == Kernel::kHeld;
+    const int64_t each = is_tile(plan) ? static_cast<int64_t>(plan.groups) * kTileRows : 1;  // rows of a block
+    const Grid grid = {(rows + each - 1) / each, plan.threads, plan.shared_bytes};
+    if (general) {
+      const GeneralShape shape = {plan.threads / plan.groups, is_tile(plan) ? kTileRows : 1, held};
+      return launch(what, general_kernel<T>, grid, context.stream(), args, shape);
     }
-    return general ? forward_block_kernel<T, true, kGrad, false> : forward_block_kernel<T, kIsDouble, kGrad, false>;
+    if (is_tile(plan)) return launch(what, tile(args.pass), grid, context.stream(), args, plan.groups);
+    const int64_t blocks = held ? std::min(rows, std::max<int64_t>(plan.resident, 1)) : rows;
+    launch(what, block(plan, args.pass), Grid{blocks, plan.threads, plan.shared_bytes}, context.stream(), args);
   }
 
-  static BackwardKernel backward_kernel(const Plan& plan, bool general) {
-    return plan.kernel == Kernel::kPacked ? backward_tile_kernel<T, Packed>
-           : plan.kernel == Kernel::kWarp ? backward_tile_kernel<T, Warp>
-           : general                      ? backward_block_kernel<T, true>
-                                          : backward_block_kernel<T, kIsDouble>;
-  }
-
-  template <bool kGrad>
-  static void launch_forward(const char* what, Context& context, const Plan& plan, ForwardArgs<Acc> args,
-                             const CrossEntropySums& sums) {
+  // Rows, then what finishes them.
+  static void launch_sums(const char* what, Context& context, const Choice& choice, RowArgs<Acc> args,
+                          const CrossEntropySums& sums, double* lse, Acc* nll) {
     const LogitsView& logits = args.inputs.logits;
     const int64_t rows = logits.B * logits.T;
-    const int64_t count = blocks(plan, rows);
-    const int64_t partials = count > 0 ? count : 1;
-    args.partials = static_cast<Partial*>(context.scratch(partials * sizeof(Partial) + sizeof(unsigned)));
-    args.bad_label = bad_label_record();
-    const bool general = is_general(args.inputs.options);
-    if (rows > 0 && plan.kernel == Kernel::kStaged) {
+    const bool general = choice.general;
+    const int64_t threads = finish_rows(rows);
+    const int64_t blocks = rows > 0 ? (rows + threads - 1) / threads : 1;
+    const size_t record = general ? sizeof(RowRecord<Acc, true>) : sizeof(RowRecord<Acc, false>);
+    char* const scratch = static_cast<char*>(
+        context.scratch(static_cast<size_t>(rows) * record + static_cast<size_t>(blocks) * sizeof(Partial) + 16));
+    args.records = scratch;
+    Partial* const partials = reinterpret_cast<Partial*>(scratch + static_cast<size_t>(rows) * record);
+    args.ended = reinterpret_cast<unsigned*>(partials + blocks);
+    if (rows > 0 && choice.plan.kernel == Kernel::kStaged) {
       if constexpr (!kIsDouble) {
-        unsigned* const tickets = reinterpret_cast<unsigned*>(args.partials + partials);
-        launch_staged<T>(what, args, general, kGrad, plan, tickets, context.stream());
+        launch_staged<T>(what, args, general, args.writes(), choice.plan, args.ended + 1, context.stream());
       }
     } else if (rows > 0) {
-      launch(what, forward_kernel<kGrad>(plan, general), Grid{count, plan.threads, plan.shared_bytes}, context.stream(),
-             args);
+      launch_rows(what, context, choice, args);
     }
-    launch(what, sum_partials_kernel<Acc>, Grid{1, kSumThreads, kWarp * sizeof(Partial)}, context.stream(),
-           static_cast<const Partial*>(args.partials), count, sums);
+    const FinishArgs<Acc> finish = {args.inputs, general, args.records, partials,          args.ended,
+                                    sums,        lse,     nll,          bad_label_record()};
+    launch(what, finish_kernel<Acc>, Grid{blocks, static_cast<int>(threads), kWarp * sizeof(Partial)}, context.stream(),
+           finish);
   }
 
   static void forward(const CrossEntropyInputs& inputs, const CrossEntropySums& sums, double* lse, void* nll) {
     Context context(inputs.logits.device_index);
-    ForwardArgs<Acc> args = {};
-    args.inputs = inputs;
-    args.lse = lse;
-    args.nll = static_cast<Acc*>(nll);
+    const RowArgs<Acc> args(inputs, Pass::kForward);
     constexpr const char* kWhat = "cross_entropy";
-    launch_forward<false>(kWhat, context, plan(kWhat, context, Pass::kForward, inputs, nullptr), args, sums);
+    launch_sums(kWhat, context, choose(kWhat, context, args.pass, inputs, nullptr), args, sums, lse,
+                static_cast<Acc*>(nll));
   }
 
   // A block a row, of any length.
@@ -136,35 +170,34 @@ struct Launchers {
     const int64_t rows = inputs.logits.B * inputs.logits.T;
     if (rows == 0) return;
     Context context(inputs.logits.device_index);
-    const ShardArgs<Acc> args = {inputs, {columns, rows}, bad_label_record()};
-    const Grid grid = {rows, block_threads(inputs.logits.V), kHeldHeader};
-    const auto kernel = is_general(inputs.options) ? shard_kernel<T, true> : shard_kernel<T, kIsDouble>;
+    const ShardArgs<Acc> args = {RowArgs<Acc>(inputs, Pass::kForward), {columns, rows}, bad_label_record()};
+    const Grid grid = {rows, block_threads(inputs.logits.V), kBlockHeader};
+    const bool general = is_general(inputs.options, inputs.logits.V);
+    const auto kernel = general ? shard_kernel<T, true> : shard_kernel<T, kIsDouble>;
     launch("cross_entropy_shard", kernel, grid, context.stream(), args);
   }
 
   static void forward_with_grad(const CrossEntropyInputs& inputs, const CrossEntropySums& sums,
                                 const void* grad_loss_sum, const LogitsView& grad_logits) {
     Context context(inputs.logits.device_index);
-    ForwardArgs<Acc> args = {};
-    args.inputs = inputs;
-    args.grad_loss_sum = static_cast<const Acc*>(grad_loss_sum);
+    RowArgs<Acc> args(inputs, Pass::kForwardWithGrad);
+    args.grad_loss = static_cast<const Acc*>(grad_loss_sum);
     args.grad_logits = grad_logits;
     constexpr const char* kWhat = "cross_entropy_with_grad";
-    launch_forward<true>(kWhat, context, plan(kWhat, context, Pass::kForwardWithGrad, inputs, &grad_logits), args,
-                         sums);
+    launch_sums(kWhat, context, choose(kWhat, context, args.pass, inputs, &grad_logits), args, sums, nullptr, nullptr);
   }
 
   static void backward(const CrossEntropyInputs& inputs, const double* lse, const void* nll, const void* grad_loss_sum,
                        const LogitsView& grad_logits) {
+    if (inputs.logits.B * inputs.logits.T == 0) return;
     Context context(inputs.logits.device_index);
-    const BackwardArgs<Acc> args = {inputs, lse, static_cast<const Acc*>(nll), static_cast<const Acc*>(grad_loss_sum),
-                                    grad_logits};
-    const int64_t rows = inputs.logits.B * inputs.logits.T;
-    if (rows == 0) return;
+    RowArgs<Acc> args(inputs, Pass::kBackward);
+    args.lse = lse;
+    args.nll = static_cast<const Acc*>(nll);
+    args.grad_loss = static_cast<const Acc*>(grad_loss_sum);
+    args.grad_logits = grad_logits;
     constexpr const char* kWhat = "cross_entropy_backward";
-    const Plan chosen = plan(kWhat, context, Pass::kBackward, inputs, &grad_logits);
-    const Grid grid = {blocks(chosen, rows), chosen.threads, chosen.shared_bytes};
-    launch(kWhat, backward_kernel(chosen, is_general(inputs.options)), grid, context.stream(), args);
+    launch_rows(kWhat, context, choose(kWhat, context, args.pass, inputs, &grad_logits), args);
   }
 
   static void scale(const LogitsView& values, const void* factor) {

@@ -15,7 +15,7 @@ int64_t staged_clusters(const char*, bool, bool, const Plan&, cudaStream_t) {
 }
 
 template <typename T>
-void launch_staged(const char*, const ForwardArgs<float>&, bool, bool, const Plan&, unsigned*, cudaStream_t) {}
+void launch_staged(const char*, const RowArgs<float>&, bool, bool, const Plan&, unsigned*, cudaStream_t) {}
 
 ACCUMLOSS_INSTANTIATE(__nv_bfloat16)
 ACCUMLOSS_INSTANTIATE(__half)

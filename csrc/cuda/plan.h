@@ -30,7 +30,7 @@ struct Plan {
   int64_t stage_bytes;       // of one block
   int64_t shared_bytes;      // of one block
   double bytes_per_element;  // of device memory, read and written
-  int groups = 1;            // of threads, each with a row of its own; staged only
+  int groups = 1;            // of threads, each with a row of its own; packed, warp and staged
   int64_t header_bytes = 0;  // of shared_bytes, before the stages; staged only
   int64_t resident = 0;      // clusters (of one block: blocks) that the device runs at once; 0: not known
 };
@@ -43,7 +43,7 @@ struct PlanRequest {
   int capability;        // 10 * major + minor
   bool aligned;          // each row of the gradient lies against 16 bytes as its logits do
   bool staged;           // the kernels for sm_90 and newer are built in, run on the device, and find room for a cluster
-  bool general = false;  // transform, smoothing or metrics
+  bool general = false;  // transform, smoothing or metrics; or a type or size that has no other kernels
 };
 
 // What one block may have at most. The CUDA C++ Programming Guide, "Technical Specifications per Compute Capability".
@@ -91,37 +91,37 @@ constexpr int max_threads(int capability) {
 // What a block takes of a multiprocessor's shared memory: the device keeps 1 KiB of each, which sm_75 does not.
 constexpr int64_t shared_bytes_kept(int capability) { return capability == 75 ? 0 : 1024; }
 
-// Double precision at half the rate of float; elsewhere at a 32nd or a 64th, and what is done once a row in double
-// outweighs a short row.
-constexpr bool has_fast_double(int capability) { return capability == 80 || capability == 90 || capability == 100; }
+// A multiprocessor's share of the L2: A100, RTX 4090 and RTX 5090, which of their capability have the least, and others
+// that have little. Rows of sm_90 and sm_100 are on chip.
+constexpr int64_t cache_of_multiprocessor(int capability) {
+  constexpr int64_t kKiB = 1024;
+  return capability == 80                                             ? 388 * kKiB
+         : capability == 89 || capability == 120 || capability == 121 ? 576 * kKiB
+                                                                      : 64 * kKiB;
+}
 
-// Four rows of a warp share each instruction of the packed kernels.
-constexpr int64_t packed_classes(int capability) { return has_fast_double(capability) ? 64 : 1024; }
-
-// Of the A100, whose L2 holds one row of a few hundred KiB for each multiprocessor, and not two. The rows of other
-// devices are on chip (sm_90, sm_100), or two fit (sm_89, sm_120), or not even one (sm_75, sm_86).
-constexpr int64_t kA100CacheOfMultiprocessor = 40 * 1024 * 1024 / 108;
-
-constexpr int64_t kWarpClasses = 1024;
-// Up to here, with gradient, what the staged kernels do once a row outweighs what they save; in the forward alone,
-// which moves half as much, up to kWarpClasses. docs/performance.md has the model.
-constexpr int64_t kStagedClasses = 512;
+// A row of the tile kernels is in registers: so much of it in each of its lanes.
+constexpr int64_t kTileElements = 32;
+constexpr int kFewestLanes = 4;
+constexpr int64_t kPackedClasses = 16 * kTileElements;
+constexpr int64_t kWarpClasses = 32 * kTileElements;
 constexpr int kTileThreads = 256;
+constexpr int kTileRows = 4;  // of a group of lanes, one after the other
 constexpr int kMaxThreads = 512;
-constexpr int kMaxBlockThreads = 1024;  // of the block kernels without transform, smoothing and metrics
 constexpr int kMaxCluster = 8;
 constexpr int kMaxGroups = 8;
 constexpr int kMaxStages = 9;  // a row for each group, and one on its way
 constexpr int kStagedMaxThreads = 640;
 constexpr int64_t kStagedTarget = 65536;            // bytes on chip for which rows get more stages than that
 constexpr int64_t kStagedSharedBytes = 227 * 1024;  // of a block, on the devices that the stages are counted for
-constexpr int64_t kHeldHeader = 1152;               // BlockGroup::kSharedBytes
-constexpr int64_t kStagedHeader = 2048;             // StagedShared, without general options
-constexpr int64_t kStagedHeaderGeneral = 2816;      // and with them
+constexpr int64_t kBlockHeader = 2048;              // BlockGroup::kSharedBytes
+constexpr int64_t kHeldHeader = 1024;               // where it merges no doubles
+constexpr int64_t kStagedHeader = 768;              // StagedShared
 constexpr int64_t kStagedSums = 16;                 // StagedSums, of a warp
 constexpr int64_t kStagedSumsGeneral = 32;
-constexpr int kStagedHelpers = 64;  // threads of the warps that bring rows and add up
+constexpr int kStagedHelpers = 32;  // threads of the warp that brings rows
 constexpr int64_t kStageAlignment = 128;
+constexpr int64_t kVector = 16;
 
 constexpr int64_t round_up(int64_t value, int64_t unit) { return (value + unit - 1) / unit * unit; }
 
@@ -158,8 +158,7 @@ inline Plan staged_plan(const PlanRequest& request, int cluster) {
   plan.stages =
       static_cast<int>(std::min<int64_t>(most, std::max<int64_t>(groups.count + 1, kStagedTarget / plan.stage_bytes)));
   const int64_t sums = 2 * cluster * (groups.count * groups.threads / 32);  // each warp's, twice
-  plan.header_bytes =
-      request.general ? kStagedHeaderGeneral + sums * kStagedSumsGeneral : kStagedHeader + sums * kStagedSums;
+  plan.header_bytes = kStagedHeader + sums * (request.general ? kStagedSumsGeneral : kStagedSums);
   plan.header_bytes = round_up(plan.header_bytes, kStageAlignment);
   plan.shared_bytes = plan.header_bytes + plan.stages * plan.stage_bytes;
   return plan;
@@ -170,6 +169,7 @@ inline bool fits(const PlanRequest& request, const Plan& plan) {
   const bool room = plan.shared_bytes <= max_shared_bytes(request.capability);
   switch (plan.kernel) {
     case Kernel::kPacked:
+      return request.V <= kPackedClasses;
     case Kernel::kWarp:
       return request.V <= kWarpClasses;
     case Kernel::kHeld:
@@ -183,11 +183,18 @@ inline bool fits(const PlanRequest& request, const Plan& plan) {
   return false;
 }
 
-// Whether one row of the block kernel at a time is a multiprocessor's, so that its second visit finds it in the L2.
-constexpr bool has_multiprocessor_alone(const PlanRequest& request) {
-  return request.capability == 80 && request.pass == Pass::kForwardWithGrad &&
-         2 * request.V * element_size(request.dtype) > kA100CacheOfMultiprocessor;
+// Rows of the block kernel that a multiprocessor has at once: two, or one, so that its second visit finds it in the L2.
+constexpr int block_rows(const PlanRequest& request) {
+  const int64_t bytes = request.V * element_size(request.dtype), cache = cache_of_multiprocessor(request.capability);
+  return request.pass == Pass::kForwardWithGrad && 2 * bytes > cache && bytes <= cache ? 1 : 2;
 }
+constexpr bool finds_row_again(const PlanRequest& request) {
+  return block_rows(request) * request.V * element_size(request.dtype) <= cache_of_multiprocessor(request.capability);
+}
+
+// Of a block that holds a row: some rows of a multiprocessor share 512 threads, as the groups of a staged block do.
+constexpr int held_threads(int64_t bytes) { return bytes <= 20480 ? 128 : bytes <= 81920 ? 256 : kMaxThreads; }
+constexpr int kHeldParts = 8;
 
 // The plan of a kernel for a call; cluster 0: the smallest that fits.
 inline Plan plan_of(const PlanRequest& request, Kernel kernel, int cluster = 0) {
@@ -199,52 +206,51 @@ inline Plan plan_of(const PlanRequest& request, Kernel kernel, int cluster = 0) 
       plan = staged_plan(request, 2 * plan.cluster);
     }
   } else if (kernel == Kernel::kHeld) {
-    plan.threads = block_threads(request.V);
-    plan.shared_bytes = kHeldHeader + round_up(request.V * size, 16);
+    // The row rounded out to 16 bytes at both ends.
+    plan.shared_bytes = kHeldHeader + round_up(request.V * size + kVector - size, kVector);
+    plan.threads = request.general ? block_threads(request.V) : held_threads(request.V * size);
   } else if (kernel == Kernel::kBlock) {
     plan.threads = block_threads(request.V);
-    plan.shared_bytes = kHeldHeader;
-    if (has_multiprocessor_alone(request)) {
-      if (!request.general && request.dtype != Dtype::kFloat64) plan.threads = kMaxBlockThreads;
+    plan.shared_bytes = kBlockHeader;
+    if (block_rows(request) == 1) {
       plan.shared_bytes = (max_shared_bytes(request.capability) + shared_bytes_kept(request.capability)) / 2;
     }
   } else {
-    plan.shared_bytes = kTileThreads / (kernel == Kernel::kWarp ? 32 : 8) * 40;  // a Partial for each row in work
+    int lanes = kernel == Kernel::kWarp ? 32 : kFewestLanes;
+    while (lanes < 32 && lanes * kTileElements < request.V) lanes *= 2;
+    plan.groups = kTileThreads / lanes;
   }
   const int visits = request.pass == Pass::kForward ? 1 : 2;
   // A row of the block kernel is too long to be found in a cache at its second visit; those of a warp are not.
-  const bool again = kernel == Kernel::kBlock && request.pass == Pass::kForwardWithGrad &&
-                     !(has_multiprocessor_alone(request) && request.V * size <= kA100CacheOfMultiprocessor);
+  const bool again = kernel == Kernel::kBlock && request.pass == Pass::kForwardWithGrad && !finds_row_again(request);
   plan.bytes_per_element = static_cast<double>(size * (visits + (again ? 1 : 0)));
   return plan;
 }
 
-// | row                     | sm_75         | sm_80  | sm_86, sm_89, sm_120 | sm_90, sm_100               |
-// |-------------------------|---------------|--------|----------------------|-----------------------------|
-// | V <= 64                 | packed        | packed | packed               | packed                      |
-// | V <= 512                | packed        | warp   | packed               | warp                        |
-// | V <= 1024               | packed        | warp   | packed               | warp; staged, with gradient |
-// | on chip                 | held, with gradient: <= 62, 161, 97 KiB       | staged, cluster 1, 2, 4, 8  |
-// | else                    | block         | block  | block                | block                       |
+// | row                     | sm_75 to 89, sm_120                           | sm_90, sm_100               |
+// |-------------------------|-----------------------------------------------|-----------------------------|
+// | V <= 512                | packed                                        | packed                      |
+// | V <= 1024               | warp                                          | warp                        |
+// | on chip                 | held, with gradient: <= 63, 162, 98 KiB       | staged, cluster 1, 2, 4, 8  |
+// | else                    | block                                         | block                       |
 // float64, and a gradient that lies differently against 16 bytes: block above V = 1024. Where the device has no room
 // for a cluster: as on sm_80.
 inline Plan table(const PlanRequest& request) {
-  if (request.V <= packed_classes(request.capability)) return plan_of(request, Kernel::kPacked);
-  const Plan staged = plan_of(request, Kernel::kStaged);
-  const int64_t least = request.pass == Pass::kForward ? kWarpClasses : kStagedClasses;
-  if (request.V > least && fits(request, staged)) return staged;
+  if (request.V <= kPackedClasses) return plan_of(request, Kernel::kPacked);
   if (request.V <= kWarpClasses) return plan_of(request, Kernel::kWarp);
+  const Plan staged = plan_of(request, Kernel::kStaged);
+  if (fits(request, staged)) return staged;
   const Plan held = plan_of(request, Kernel::kHeld);
   return fits(request, held) ? held : plan_of(request, Kernel::kBlock);
 }
 
 // Clusters of a plan that such a GPU runs at once, at most.
-inline int64_t resident_on(const Gpu& gpu, const Plan& plan) {
+inline int64_t resident_on(const Gpu& gpu, const Plan& plan, Pass pass) {
   // What __launch_bounds__ allows, or what ptxas takes where that is more than it takes: docs/performance.md.
-  const bool two = plan.kernel == Kernel::kHeld || plan.kernel == Kernel::kBlock;
-  const int registers = two ? 64 : plan.kernel == Kernel::kStaged ? 96 : 128;
+  const bool is_tile = plan.kernel == Kernel::kPacked || plan.kernel == Kernel::kWarp;
+  const int registers = plan.kernel == Kernel::kBlock || (is_tile && pass == Pass::kForward) ? 64 : 96;
   const int64_t kept = shared_bytes_kept(gpu.capability);
-  int64_t blocks = (max_shared_bytes(gpu.capability) + kept) / (plan.shared_bytes + kept);
+  int64_t blocks = (max_shared_bytes(gpu.capability) + kept) / std::max<int64_t>(plan.shared_bytes + kept, 1);
   blocks = std::min<int64_t>(blocks, max_threads(gpu.capability) / plan.threads);
   blocks = std::min<int64_t>(blocks, 65536 / (registers * plan.threads));
   if (plan.cluster == 1) return blocks * gpu.multiprocessors;

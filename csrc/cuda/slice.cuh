@@ -1,12 +1,14 @@
-// What a block has of one row in shared memory, and the two loops over it: the sums over the classes other than the
-// label, and the gradient. The label's place holds -inf by then, so that neither loop looks for it.
+// The two loops over a row without options, or over a block's slice of one: the sums over the classes other than the
+// label, and the gradient. The row is in shared memory, where -inf stands in the label's place, or in global memory.
 //
-// 16-bit logits without options: exp(x - c) is 2^(x log2(e) - c'), one rounding, for any reference. What the rounding
-// of the reference itself moves is known and goes into the sum, and into the factor of the gradient. So a shift that
-// all logits share costs nothing. Everything else subtracts the largest logit first (RowView, exp_difference).
+// 16-bit logits: exp(x - c) is 2^(x log2(e) - c'), one rounding, for any reference. What the rounding of the reference
+// itself moves is known and goes into the sum, and into the factor of the gradient. So a shift that all logits share
+// costs nothing. Everything else subtracts the largest logit first (ExactSum, exp_difference).
 #pragma once
 
-#include "cross_entropy.cuh"
+#include <type_traits>
+
+#include "arguments.cuh"
 
 namespace accumloss::cuda {
 
@@ -21,6 +23,8 @@ constexpr int kSliceVectors = 4;
 
 template <typename T>
 constexpr bool kIsHalf = sizeof(T) == 2;
+
+constexpr int kNoLabel = -0x7fffffff - 1;  // of a row that is no item
 
 // Floats as integers in the same order: -inf the lowest, NaN with a sign bit of 0 above inf.
 __device__ __forceinline__ int to_ordered(float x) {
@@ -75,30 +79,57 @@ struct Slice {
   }
 };
 
-// Sums of one thread, or of more. target: the label's logit by to_ordered(), of its owner.
-struct Sums {
-  RowState<float> state;
-  int target = static_cast<int>(0x80000000);
-};
-
-// The pairs of 16 bits of one vector.
+// Words of a vector.
 template <typename T>
-struct Packed16;
-
+struct Word;
 template <>
-struct Packed16<__nv_bfloat16> {
+struct Word<float> {
+  static constexpr unsigned kLowest = 0xff800000u;  // -inf
+};
+template <>
+struct Word<__nv_bfloat16> {
   using Pair = __nv_bfloat162;
   static constexpr unsigned kLowest = 0xff80ff80u;  // -inf twice
 };
 template <>
-struct Packed16<__half> {
+struct Word<__half> {
   using Pair = __half2;
   static constexpr unsigned kLowest = 0xfc00fc00u;
 };
 
+// A vector of -inf.
 template <typename T>
-struct FusedSum {
-  using Pair = typename Packed16<T>::Pair;
+__device__ __forceinline__ typename Element<T>::Raw lowest_vector() {
+  constexpr unsigned kLowest = Word<T>::kLowest;
+  if constexpr (kIsHalf<T>) {
+    return make_uint4(kLowest, kLowest, kLowest, kLowest);
+  } else {
+    return make_float4(-INFINITY, -INFINITY, -INFINITY, -INFINITY);
+  }
+}
+
+// A vector with -inf in one place. By words, as no register has an index.
+template <typename T>
+__device__ __forceinline__ typename Element<T>::Raw without(typename Element<T>::Raw raw, int place) {
+  if constexpr (kIsHalf<T>) {
+    const unsigned keep = place % 2 == 0 ? 0xffff0000u : 0x0000ffffu, lowest = Word<T>::kLowest & ~keep;
+    const int word = place / 2;
+    raw.x = word == 0 ? (raw.x & keep) | lowest : raw.x;
+    raw.y = word == 1 ? (raw.y & keep) | lowest : raw.y;
+    raw.z = word == 2 ? (raw.z & keep) | lowest : raw.z;
+    raw.w = word == 3 ? (raw.w & keep) | lowest : raw.w;
+  } else {
+    raw.x = place == 0 ? -INFINITY : raw.x;
+    raw.y = place == 1 ? -INFINITY : raw.y;
+    raw.z = place == 2 ? -INFINITY : raw.z;
+    raw.w = place == 3 ? -INFINITY : raw.w;
+  }
+  return raw;
+}
+
+template <typename T>
+struct FusedSum {  // of 16-bit logits up to 2^20
+  using Pair = typename Word<T>::Pair;
   static constexpr int kElements = kSliceVectors * Slice<T>::kWidth;
   float max = -INFINITY;
   float reference = kLowestExponent;  // of sum, which is in units of 2^reference
@@ -151,206 +182,154 @@ struct FusedSum {
   }
 };
 
-// The sums of a thread over its part of the stage.
+// The same by differences to the largest logit: for float, and for 16-bit logits of any size.
 template <typename T>
-__device__ __forceinline__ RowState<float> reduce_fused(const Slice<T>& slice, const T* stage, int thread, int size) {
-  FusedSum<T> sums;
-  constexpr int kWidth = Slice<T>::kWidth;
-  int v = slice.begin + thread;
-  for (; v + (kSliceVectors - 1) * size < slice.end; v += kSliceVectors * size) {
-    uint4 raw[kSliceVectors];
+struct ExactSum {
+  RowState<float> found;
+
+  template <int kCount>
+  __device__ __forceinline__ void add(float (&x)[kCount]) {
+    float merged = found.max;
 #pragma unroll
-    for (int k = 0; k < kSliceVectors; ++k) raw[k] = load_vector(stage + (v + k * size) * kWidth);
-    sums.push(raw);
+    for (int i = 0; i < kCount; ++i) merged = fmaxf(merged, x[i]);  // drops a NaN, which the sum keeps
+    // Only -inf so far: any finite shift gives exp(-inf) = 0.
+    const float shift = merged == -INFINITY ? 0.0f : merged;
+    const float scale = exp_term(found.max - shift);
+#pragma unroll
+    for (int i = 0; i < kCount; ++i) x[i] = exp_term(x[i] - shift);
+    found.max = merged;
+    found.sum = found.sum * scale + pairwise_sum<kCount>(x);
   }
-  if (v < slice.end) {
-    constexpr unsigned kLowest = Packed16<T>::kLowest;
-    uint4 raw[kSliceVectors];
+  template <int kVectors>
+  __device__ __forceinline__ void push(const typename Element<T>::Raw (&raw)[kVectors]) {
+    float x[kVectors * Slice<T>::kWidth];
 #pragma unroll
-    for (int k = 0; k < kSliceVectors; ++k) {
-      raw[k] = make_uint4(kLowest, kLowest, kLowest, kLowest);
-      if (v + k * size < slice.end) raw[k] = load_vector(stage + (v + k * size) * kWidth);
+    for (int k = 0; k < kVectors; ++k) {
+      float part[Slice<T>::kWidth];
+      Element<T>::unpack(raw[k], part);
+#pragma unroll
+      for (int i = 0; i < Slice<T>::kWidth; ++i) x[k * Slice<T>::kWidth + i] = part[i];
+    }
+    add(x);
+  }
+  __device__ __forceinline__ void push_one(float x) {
+    float one[1] = {x};
+    add(one);
+  }
+  __device__ __forceinline__ RowState<float> state() const { return found; }
+};
+
+template <typename T>
+using PlainSum = std::conditional_t<kIsHalf<T>, FusedSum<T>, ExactSum<T>>;
+
+// A thread's part of the vectors [begin, end), kVectors of them in flight. kFindsLabel: label is the place of the
+// label's logit, if it is in these vectors; else it has been taken out.
+template <bool kFindsLabel, int kVectors, typename T, typename Sum>
+__device__ __forceinline__ void reduce_vectors(Sum& sums, const T* stage, int begin, int end, int thread, int size,
+                                               int label = -1) {
+  constexpr int kWidth = Slice<T>::kWidth;
+  const int vector = label >= 0 ? label / kWidth : -1;
+  // The first vector of the thread's pass that has the label.
+  const int pass = kFindsLabel && vector >= begin && ((vector - begin) & (size - 1)) == thread
+                       ? begin + thread + (vector - begin) / (kVectors * size) * (kVectors * size)
+                       : -1;
+#pragma unroll 1
+  for (int v = begin + thread; v < end; v += kVectors * size) {
+    typename Element<T>::Raw raw[kVectors];
+    if (v + (kVectors - 1) * size < end) {
+#pragma unroll
+      for (int k = 0; k < kVectors; ++k) raw[k] = load_vector(stage + (v + k * size) * kWidth);
+    } else {
+#pragma unroll
+      for (int k = 0; k < kVectors; ++k) {
+        raw[k] = lowest_vector<T>();
+        if (v + k * size < end) raw[k] = load_vector(stage + (v + k * size) * kWidth);
+      }
+    }
+    if (kFindsLabel && v == pass) {
+#pragma unroll
+      for (int k = 0; k < kVectors; ++k) {
+        if (v + k * size == vector) raw[k] = without<T>(raw[k], label % kWidth);
+      }
     }
     sums.push(raw);
   }
-  if (thread < slice.ends()) sums.push_one(Element<T>::widen(stage[slice.end_at(thread)]));
+}
+
+// The sums of a thread over its part of a slice.
+template <bool kFindsLabel, typename Sum, int kVectors = kSliceVectors, typename T>
+__device__ __forceinline__ RowState<float> reduce_slice(const Slice<T>& slice, const T* stage, int thread, int size,
+                                                        int label = -1) {
+  Sum sums;
+  reduce_vectors<kFindsLabel, kVectors>(sums, stage, slice.begin, slice.end, thread, size, label);
+  if (thread < slice.ends()) {
+    const int place = slice.end_at(thread);
+    sums.push_one(kFindsLabel && place == label ? -INFINITY : Element<T>::widen(stage[place]));
+  }
   return sums.state();
 }
 
-// The same for any logits and options.
-template <typename T, bool kGeneral>
-__device__ __forceinline__ RowState<float> reduce_any(const Slice<T>& slice, const T* stage, int thread, int size,
-                                                      const RowView<float, kGeneral>& row) {
-  constexpr int kWidth = Slice<T>::kWidth;
-  constexpr int kVectors = kGeneral || kIsHalf<T> ? 1 : kSliceVectors;
-  RowState<float> state;
-  const auto fetch = [&](int v, float* z) {
-    float part[kWidth];
-    Element<T>::unpack(load_vector(stage + v * kWidth), part);
-    const int j = slice.class_of(v);
-    row.template prepare<kWidth>(part, j, kGeneral ? RowSpan<T>::label_position(row.label, j) : -1, state);
-#pragma unroll
-    for (int i = 0; i < kWidth; ++i) z[i] = part[i];
-  };
-  int v = slice.begin + thread;
-  for (; v + (kVectors - 1) * size < slice.end; v += kVectors * size) {
-    float z[kVectors * kWidth];
-#pragma unroll
-    for (int k = 0; k < kVectors; ++k) fetch(v + k * size, z + k * kWidth);
-    row.push(z, state);
-  }
-  if (kVectors > 1) {
-    for (; v < slice.end; v += size) {
-      float z[kWidth];
-      fetch(v, z);
-      row.push(z, state);
-    }
-  }
-  if (thread < slice.ends()) {
-    const int place = slice.end_at(thread);
-    const int64_t j = slice.offset + place;
-    float z[1] = {Element<T>::widen(stage[place])};
-    row.template prepare<1>(z, j, j == row.label ? 0 : -1, state);
-    row.push(z, state);
-  }
-  return state;
+// Whether a row is beyond what the fused exponent can tell.
+template <typename T>
+__device__ __forceinline__ bool is_large(float reference) {
+  return kIsHalf<T> && fabsf(reference) > kLargestFused && reference > -INFINITY;
 }
 
-// Whether another class of the slice comes before the label in torch.argmax.
+// dL/dx of a row without options, by its logit.
 template <typename T>
-__device__ __forceinline__ bool beats_label(const Slice<T>& slice, const T* stage, int thread, int size, float x_label,
-                                            int label) {
+struct FusedGradient {
+  float reference, factor;
+
+  __device__ __forceinline__ explicit FusedGradient(const RowFactor<float>& row)
+      : reference(FusedSum<T>::reference_of(row.high)),
+        factor(row.probability * exp2_flushed(-fmaf(row.high, kLog2e, -reference))) {}
+  __device__ __forceinline__ float operator()(float x) const {
+    return factor * exp2_flushed(fmaf(x, kLog2e, -reference));
+  }
+};
+template <typename T>
+struct ExactGradient {
+  float high, low, probability;
+
+  __device__ __forceinline__ explicit ExactGradient(const RowFactor<float>& row)
+      : high(row.high), low(row.low), probability(row.probability) {}
+  __device__ __forceinline__ float operator()(float x) const {
+    return probability * exp_difference<Element<T>::kExactExponent>(x, high, low);
+  }
+};
+template <typename T>
+using PlainGradient = std::conditional_t<kIsHalf<T>, FusedGradient<T>, ExactGradient<T>>;
+
+template <typename T, typename Gradient>
+__device__ __forceinline__ typename Element<T>::Raw gradient_of(const typename Element<T>::Raw& raw,
+                                                                const Gradient& gradient) {
+  float x[Slice<T>::kWidth];
+  Element<T>::unpack(raw, x);
+#pragma unroll
+  for (int i = 0; i < Slice<T>::kWidth; ++i) x[i] = gradient(x[i]);
+  return Element<T>::pack(x);
+}
+
+// The gradient over a slice; the label's entry is its owner's.
+template <int kVectors = kSliceVectors, typename T, typename Gradient>
+__device__ __forceinline__ void write_slice(const Slice<T>& slice, const T* stage, T* out, int thread, int size,
+                                            const Gradient& gradient) {
   constexpr int kWidth = Slice<T>::kWidth;
-  bool beaten = false;
-  const auto compare = [&](int place) {
-    const float x = Element<T>::widen(stage[place]);
-    beaten |= x > x_label || (x == x_label && slice.offset + place < label);
+  const auto write = [&](int v, const typename Element<T>::Raw& raw) {
+    stream_vector(out + slice.class_of(v), gradient_of<T>(raw, gradient));
   };
-  for (int v = slice.begin + thread; v < slice.end; v += size) {
+  int v = slice.begin + thread;
 #pragma unroll 1
-    for (int i = 0; i < kWidth; ++i) compare(v * kWidth + i);
-  }
-  if (thread < slice.ends()) compare(slice.end_at(thread));
-  return beaten;
-}
-
-// Of one row: exp(z - max) times scale is a class's probability; and the label's own share and that of the others,
-// each to its own relative precision. All NaN where the row is no distribution.
-struct Shares {
-  float scale;
-  float others;
-
-  // state: the classes other than the label.  z: the label's.
-  __device__ __forceinline__ Shares(const RowState<float>& state, float z) {
-    // max - z in two pieces
-    const float d = state.max - z;
-    const float part = d - state.max;
-    const float low = (state.max - (d - part)) + (-z - part);
-    leads_ = d <= 0;
-    const float distance = fabsf(d);
-    // The smaller of the two in units of the larger, and of exp(-kFar) where it would not be a normal number.
-    constexpr float kFar = 44.0f;
-    constexpr float kExpFar = 7.7811322e-20f;  // exp(-kFar)
-    const bool is_far = distance > 64.0f;
-    const float unit = is_far ? kExpFar : 1.0f;
-    float e = expf((is_far ? kFar : 0.0f) - distance);
-    e = distance >= 200.0f ? 0.0f : fmaf(e, leads_ ? low : -low, e);  // beyond, low may be inf - inf
-    smaller_ = (leads_ ? state.sum * e : e) * unit;
-    total_ = z < INFINITY ? (leads_ ? 1.0f : state.sum) + smaller_ : z - z;  // NaN of inf too
-    scale = leads_ ? e / total_ * unit : 1.0f / total_;
-    others = leads_ ? state.sum * e / total_ * unit : state.sum / total_;
-  }
-
-  __device__ __forceinline__ float target() const { return (leads_ ? 1.0f : smaller_) / total_; }
-  __device__ __forceinline__ float lse(const RowState<float>& state, float z) const {
-    return leads_ ? z + log1pf(smaller_) : state.max + logf(total_);
-  }
-
- private:
-  bool leads_;
-  float smaller_, total_;  // in units of the larger of exp(max) and exp(z): the label's or the others', and both
-};
-
-// dL/dz of a row, times grad: probability exp(z - max) - smoothing w, and `target` of the label.
-struct RowFactor {
-  float max;
-  float probability;
-  float smoothing;
-  float target;
-};
-
-// What the options make of it, as floats, once for a call.
-struct FactorOptions {
-  float hard;    // 1 - label_smoothing
-  float share;   // label_smoothing / V
-  float z_loss;  // 2 z_loss
-
-  explicit FactorOptions(const CrossEntropyInputs& inputs)
-      : hard(static_cast<float>(1.0 - inputs.options.label_smoothing)),
-        share(static_cast<float>(inputs.options.label_smoothing / static_cast<double>(inputs.logits.V))),
-        z_loss(static_cast<float>(2.0 * inputs.options.z_loss)) {}
-};
-
-// And the incoming gradient, once a thread.
-template <bool kGeneral>
-struct FactorView {
-  FactorOptions options;
-  float grad;
-  float share_sum = 0;  // share times the weights of all classes
-
-  __device__ __forceinline__ FactorView(const FactorOptions& of, const CrossEntropyInputs& inputs, float grad_loss_sum)
-      : options(of), grad(grad_loss_sum) {
-    if constexpr (kGeneral) {
-      share_sum = options.share *
-                  (inputs.weight_sum ? static_cast<float>(*inputs.weight_sum) : static_cast<float>(inputs.logits.V));
-    }
-  }
-
-  // weight: of the label's class.
-  __device__ __forceinline__ RowFactor of(const RowState<float>& state, float z_label, float weight) const {
-    const Shares shares(state, z_label);
-    const float own = options.hard * weight;
-    float soft = share_sum;
-    RowFactor factor;
-    factor.target = -own * shares.others;
-    if (kGeneral || options.z_loss > 0) {
-      if (options.z_loss > 0) soft = fmaf(options.z_loss, shares.lse(state, z_label), soft);
-      factor.target += fmaf(soft, shares.target(), -options.share * weight);
-    }
-    factor.target *= grad;
-    factor.max = state.max == -INFINITY ? 0.0f : state.max;  // any: no class has a probability then
-    factor.probability = grad * (own + soft) * shares.scale;
-    factor.smoothing = grad * options.share;
-    return factor;
-  }
-};
-
-// The gradient over a slice, of what a row without options has; the label's entry is its owner's.
-template <typename T>
-__device__ __forceinline__ void write_fused(const Slice<T>& slice, const T* stage, T* out, int thread, int size,
-                                            const RowFactor& row) {
-  constexpr int kWidth = Slice<T>::kWidth;
-  const float reference = FusedSum<T>::reference_of(row.max);
-  const float factor = row.probability * exp2_flushed(-fmaf(row.max, kLog2e, -reference));
-  const auto gradient = [&](float x) { return factor * exp2_flushed(fmaf(x, kLog2e, -reference)); };
-  const auto write = [&](int v, const uint4& raw) {
-    float x[kWidth];
-    Element<T>::unpack(raw, x);
+  for (; v + (kVectors - 1) * size < slice.end; v += kVectors * size) {
+    typename Element<T>::Raw raw[kVectors];
 #pragma unroll
-    for (int i = 0; i < kWidth; ++i) x[i] = gradient(x[i]);
-    stream_vector(out + slice.class_of(v), Element<T>::pack(x));
-  };
-  int v = slice.begin + thread;
-  for (; v + (kSliceVectors - 1) * size < slice.end; v += kSliceVectors * size) {
-    uint4 raw[kSliceVectors];
+    for (int k = 0; k < kVectors; ++k) raw[k] = load_vector(stage + (v + k * size) * kWidth);
 #pragma unroll
-    for (int k = 0; k < kSliceVectors; ++k) raw[k] = load_vector(stage + (v + k * size) * kWidth);
-#pragma unroll
-    for (int k = 0; k < kSliceVectors; ++k) write(v + k * size, raw[k]);
+    for (int k = 0; k < kVectors; ++k) write(v + k * size, raw[k]);
   }
-  if (v < slice.end) {
+  if (kVectors > 1 && v < slice.end) {
 #pragma unroll
-    for (int k = 0; k < kSliceVectors; ++k) {
+    for (int k = 0; k < kVectors; ++k) {
       if (v + k * size < slice.end) write(v + k * size, load_vector(stage + (v + k * size) * kWidth));
     }
   }
@@ -360,33 +339,24 @@ __device__ __forceinline__ void write_fused(const Slice<T>& slice, const T* stag
   }
 }
 
-// The same for any logits and options.
-template <typename T, bool kGeneral>
-__device__ __forceinline__ void write_any(const Slice<T>& slice, const T* stage, T* out, int thread, int size,
-                                          const RowFactor& row, const CrossEntropyInputs& inputs) {
-  constexpr int kWidth = Slice<T>::kWidth;
-  const Transform<float> transform(inputs.options);
-  const float* const weight = static_cast<const float*>(inputs.weight);
-  const bool smoothing = inputs.options.label_smoothing > 0;
-  const auto gradient = [&](float x, int64_t j) {
-    const float z = kGeneral ? transform.value(x) : x;
-    float dz = row.probability * exp_difference<Element<T>::kExactExponent>(z, row.max, 0.0f);
-    if (kGeneral && smoothing) dz -= row.smoothing * (weight ? weight[j] : 1.0f);
-    return kGeneral ? dz * transform.slope(x) : dz;
-  };
-#pragma unroll(kGeneral || kIsHalf<T> ? 1 : kSliceVectors)
-  for (int v = slice.begin + thread; v < slice.end; v += size) {
-    const int j = slice.class_of(v);
-    float x[kWidth];
-    Element<T>::unpack(load_vector(stage + v * kWidth), x);
-#pragma unroll
-    for (int i = 0; i < kWidth; ++i) x[i] = gradient(x[i], j + i);
-    stream_vector(out + j, Element<T>::pack(x));
-  }
-  if (thread < slice.ends()) {
-    const int place = slice.end_at(thread);
-    const int64_t j = slice.offset + place;
-    out[j] = Element<T>::narrow(gradient(Element<T>::widen(stage[place]), j));
+// A row whose logits are too large for the fused exponent, once more.
+template <bool kFindsLabel, typename T>
+__device__ __noinline__ RowState<float> reduce_large(const Slice<T> slice, const T* stage, int thread, int size,
+                                                     int label) {
+  return reduce_slice<kFindsLabel, ExactSum<T>, 1>(slice, stage, thread, size, label);
+}
+template <typename T>
+__device__ __noinline__ void write_large(const Slice<T> slice, const T* stage, T* out, int thread, int size,
+                                         const RowFactor<float> row) {
+  write_slice<1>(slice, stage, out, thread, size, ExactGradient<T>(row));
+}
+template <typename T>
+__device__ __forceinline__ void write_plain(const Slice<T>& slice, const T* stage, T* out, int thread, int size,
+                                            const RowFactor<float>& row) {
+  if (is_large<T>(row.high)) {
+    write_large(slice, stage, out, thread, size, row);
+  } else {
+    write_slice(slice, stage, out, thread, size, PlainGradient<T>(row));
   }
 }
 
@@ -397,7 +367,9 @@ __device__ __forceinline__ void write_zero_slice(const Slice<T>& slice, T* out, 
   for (int v = slice.begin + thread; v < slice.end; v += size) {
     stream_vector(out + slice.class_of(v), Element<T>::pack(kZeros));
   }
-  if (thread < slice.ends()) out[slice.offset + slice.end_at(thread)] = Element<T>::narrow(0.0f);
+  for (int end = thread; end < slice.ends(); end += size) {
+    out[slice.offset + slice.end_at(end)] = Element<T>::narrow(0.0f);
+  }
 }
 
 }  // namespace accumloss::cuda

@@ -8,8 +8,9 @@ namespace {
 
 template <typename T>
 auto* kernel_of(bool general, bool with_grad) {
-  return general ? (with_grad ? staged_kernel<T, true, true> : staged_kernel<T, true, false>)
-                 : (with_grad ? staged_kernel<T, false, true> : staged_kernel<T, false, false>);
+  return general     ? staged_kernel<T, true, true>
+         : with_grad ? staged_kernel<T, false, true>
+                     : staged_kernel<T, false, false>;
 }
 
 }  // namespace
@@ -28,7 +29,7 @@ int64_t staged_clusters(const char* what, bool general, bool with_grad, const Pl
 
 // One more cluster than the device runs at once would begin when the others have ended, and find no row left.
 template <typename T>
-void launch_staged(const char* what, const ForwardArgs<float>& args, bool general, bool with_grad, const Plan& plan,
+void launch_staged(const char* what, const RowArgs<float>& args, bool general, bool with_grad, const Plan& plan,
                    unsigned* tickets, cudaStream_t stream) {
   const int64_t rows = args.inputs.logits.B * args.inputs.logits.T;
   if (rows > 0x7fffffff) {
@@ -43,8 +44,7 @@ void launch_staged(const char* what, const ForwardArgs<float>& args, bool genera
                              static_cast<unsigned>(plan.header_bytes),
                              plan.groups,
                              (plan.threads - kStagedHelpers) / (kWarp * plan.groups),
-                             tickets,
-                             FactorOptions(args.inputs)};
+                             tickets};
   launch(what, kernel_of<T>(general, with_grad), grid, stream, args, shape);
 }
 

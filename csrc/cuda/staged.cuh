@@ -5,8 +5,7 @@
 // The clusters are persistent and take rows as they are done with others. In each block
 //   groups of warps  have a row each, every groups-th one: they sum, exchange their sums with those of the other
 //                    blocks, and write the gradient, while other groups are elsewhere in other rows;
-//   one warp         has bulk copies bring rows into a ring of stages, a slice of a row each, some rows ahead;
-//   one warp         of the first block adds up: what a row needs in double, a row a lane.
+//   one warp         has bulk copies bring rows into a ring of stages, a slice of a row each, some rows ahead.
 // They meet at mbarriers alone: nobody waits for all others, and nobody waits for device memory but the copies.
 //
 // Which rows: tickets, a few rows each, from one counter. The first block of a cluster takes them and tells the others
@@ -15,6 +14,7 @@
 #pragma once
 
 #include "async.cuh"
+#include "general.cuh"
 #include "plan.h"
 #include "slice.cuh"
 
@@ -27,14 +27,12 @@ struct StagedShape {
   int groups;
   int warps;          // of a group
   unsigned* tickets;  // 0 at first
-  FactorOptions factor;
 };
 
 constexpr int kNoMoreRows = -1;
-constexpr int kNoRecord = -2;
 constexpr int kIgnoredLabel = -1;
 constexpr int64_t kMostRowsOfTicket = 8;
-static_assert(kStagedHelpers == 2 * kWarp, "plan.h knows another number");
+static_assert(kStagedHelpers == kWarp, "plan.h knows another number");
 
 // A row on its way to the groups.
 struct StagedRow {
@@ -71,25 +69,7 @@ struct alignas(16) StagedSums<true> {
   float unused[2];
 };
 
-// What a group hands on to be added up.
-template <bool kGeneral>
-struct StagedRecord;
-template <>
-struct StagedRecord<false> {
-  int row;  // or kNoRecord, kNoMoreRows
-  float max, sum, z_label, weight;
-};
-template <>
-struct StagedRecord<true> {
-  int row;
-  float max, sum, z_label, weight;
-  float weighted, linear;
-  int correct;
-};
-constexpr int kRecords = 2 * kWarp;  // one half is read while the other is filled
-
 // At the start of dynamic shared memory. The sums of the warps and the stages follow.
-template <bool kGeneral>
 struct StagedShared {
   // The slice of a row has arrived: of even and odd rows of a group. Not one for each stage: those of another group may
   // not have arrived when a group is done with a later row, and a parity does not tell a phase from the one before the
@@ -98,32 +78,29 @@ struct StagedShared {
   Mbarrier empty[kMaxStages];  // the warps of a group have left it
   Mbarrier summed[kMaxGroups][2];
   Mbarrier mailed[2], answered[2];
-  Mbarrier recorded[2], added[2];
   StagedMail mail[2];
   unsigned answer;
   StagedRow rows[kMaxStages];
-  StagedRecord<kGeneral> records[kRecords];
 };
-static_assert(sizeof(StagedShared<false>) <= kStagedHeader && sizeof(StagedShared<true>) <= kStagedHeaderGeneral &&
+static_assert(sizeof(StagedShared) <= kStagedHeader && kStagedHeader % 16 == 0 &&
                   sizeof(StagedSums<false>) == kStagedSums && sizeof(StagedSums<true>) == kStagedSumsGeneral,
               "plan.h knows other sizes");
 
-template <typename T, bool kGeneral>
+template <typename T, bool kGeneral, bool kGrad>
 struct StagedBlock {
-  const ForwardArgs<float>& args;
+  const RowArgs<float>& args;
   const StagedShape& shape;
-  StagedShared<kGeneral>& shared;
+  StagedShared& shared;
   StagedSums<kGeneral>* sums;  // (groups, 2, blocks, warps)
   unsigned char* ring;
   int rank, blocks;
   int shift;  // logarithm of blocks
 
-  __device__ __forceinline__ StagedBlock(const ForwardArgs<float>& arguments, const StagedShape& staged)
+  __device__ __forceinline__ StagedBlock(const RowArgs<float>& arguments, const StagedShape& staged)
       : args(arguments),
         shape(staged),
-        shared(*reinterpret_cast<StagedShared<kGeneral>*>(dynamic_shared())),
-        sums(reinterpret_cast<StagedSums<kGeneral>*>(dynamic_shared() +
-                                                     (kGeneral ? kStagedHeaderGeneral : kStagedHeader))),
+        shared(*reinterpret_cast<StagedShared*>(dynamic_shared())),
+        sums(reinterpret_cast<StagedSums<kGeneral>*>(dynamic_shared() + kStagedHeader)),
         ring(dynamic_shared() + staged.header),
         rank(cluster_rank()),
         blocks(cluster_size()),
@@ -154,8 +131,6 @@ struct StagedBlock {
       }
       mbarrier_init(&shared.mailed[half], 1);
       mbarrier_init(&shared.answered[half], 1);
-      mbarrier_init(&shared.recorded[half], kWarp);
-      mbarrier_init(&shared.added[half], 1);
     }
     mbarrier_init_fence();
     if (blocks == 1) return;
@@ -166,22 +141,15 @@ struct StagedBlock {
     }
   }
 
-  // A place for a record, when the one that was there is added. `item`: which of the cluster's rows.
-  __device__ __forceinline__ StagedRecord<kGeneral>& record_at(int item) const {
-    const int turn = item / kWarp;
-    if (turn >= 2) mbarrier_wait(&shared.added[turn % 2], (turn / 2 - 1) & 1);
-    return shared.records[item % kRecords];
-  }
-  __device__ __forceinline__ void recorded(int item, int count = 1) const {
-    mbarrier_arrive(&shared.recorded[item / kWarp % 2], count);
-  }
+  // Gradients, too. With options this is known at run time alone.
+  __device__ __forceinline__ bool writes() const { return kGeneral ? args.writes() : kGrad; }
 };
 
 // The warp that brings the rows. ------------------------------------------------------------------------------------
 
 template <typename T, bool kGeneral, bool kGrad>
 struct StagedProducer {
-  const StagedBlock<T, kGeneral>& block;
+  const StagedBlock<T, kGeneral, kGrad>& block;
   int lane;
 
   // What is to be known of a row to bring it.
@@ -198,7 +166,7 @@ struct StagedProducer {
     if (mail.row < 0) return made;
     const RowAt at = row_at(logits, mail.row);
     made.row.in = at.b * logits.stride_b + at.t * logits.stride_t;
-    if (kGrad) made.row.out = at.b * block.args.grad_logits.stride_b + at.t * block.args.grad_logits.stride_t;
+    if (block.writes()) made.row.out = at.b * block.args.grad_logits.stride_b + at.t * block.args.grad_logits.stride_t;
     if (mail.label < 0) return made;
     const Slice<T> slice = block.slice_of(made.row);
     const int over = slice.offset + slice.count * Slice<T>::kWidth - static_cast<int>(logits.V);
@@ -276,30 +244,16 @@ struct StagedProducer {
     return first + __popc(lanes);
   }
 
-  // A row's label, read by one lane of the first block; of a row that is none, what is known of it already is written.
+  // A row's label, read by one lane of the first block.
   __device__ __forceinline__ StagedMail look_at(int64_t row) const {
-    const ForwardArgs<float>& args = block.args;
-    const CrossEntropyInputs& inputs = args.inputs;
-    const int64_t label = row_label(inputs, row_at(inputs.logits, row));
-    if (is_item(inputs, label)) {
-      const float* const weight = static_cast<const float*>(inputs.weight);
-      StagedMail mail = {static_cast<int>(row), static_cast<int>(label), weight ? weight[label] : 1.0f, 0.0f};
-      // Before it is written over: the row is handed out later.
-      if (kGeneral) {
-        const RowAt at = row_at(inputs.logits, row);
-        mail.reference = Element<T>::widen(row_start<T>(inputs.logits, at)[label]);
-      }
-      return mail;
-    }
-    const bool ignored = label == inputs.options.ignore_index;
-    const double value = ignored ? 0.0 : kNaN;
-    args.partials[row] = ignored ? Partial{} : Partial{value, 0, inputs.options.metrics ? value : 0.0, 1, 0};
-    if (!ignored) *args.bad_label = BadLabel{row + 1, label};
-    if (!kGrad) {
-      args.lse[row] = value;
-      args.nll[row] = static_cast<float>(value);
-    }
-    return {static_cast<int>(row), kIgnoredLabel, 0.0f, 0.0f};
+    const CrossEntropyInputs& inputs = block.args.inputs;
+    const RowAt at = row_at(inputs.logits, row);
+    const int64_t label = row_label(inputs, at);
+    if (!is_item(inputs, label)) return {static_cast<int>(row), kIgnoredLabel, 0.0f, 0.0f};
+    StagedMail mail = {static_cast<int>(row), static_cast<int>(label), class_weight<float>(inputs, label), 0.0f};
+    // Before it is written over: the row is handed out later.
+    if (kGeneral) mail.reference = Element<T>::widen(row_start<T>(inputs.logits, at)[label]);
+    return mail;
   }
 
   // Large tickets save trips to the counter, small ones in the end let all clusters end at once.
@@ -323,7 +277,7 @@ struct StagedProducer {
       if (lane == 0) next = atomicAdd(block.shape.tickets, static_cast<unsigned>(next_size));
       StagedMail mine = {kNoMoreRows, kIgnoredLabel, 0.0f, 0.0f};
       if (lane < size) mine = look_at(begin + lane);
-      number = hand_out(mine, lane < size && (kGrad || mine.label >= 0), number);
+      number = hand_out(mine, lane < size && (block.writes() || mine.label >= 0), number);
       begin = given + __shfl_sync(kAllLanes, next, 0);
       size = next_size;
     }
@@ -332,12 +286,6 @@ struct StagedProducer {
     // No block leaves before its messages have come.
     for (int last = ends - 2; block.blocks > 1 && last < ends; ++last) {
       mbarrier_wait(&block.shared.answered[last % 2], (last / 2) & 1);
-    }
-    // The last records: of the groups' ends, and as many as fill a turn.
-    if (ends / kWarp != number / kWarp) return;
-    for (int i = ends; i / kWarp == ends / kWarp; ++i) {
-      block.record_at(i).row = kNoMoreRows;
-      block.recorded(i);
     }
   }
 
@@ -351,51 +299,80 @@ struct StagedProducer {
   }
 };
 
-// The warp that adds up. --------------------------------------------------------------------------------------------
+// The groups. -------------------------------------------------------------------------------------------------------
 
-template <typename T, bool kGeneral, bool kGrad>
-__device__ __forceinline__ void add_up(const StagedBlock<T, kGeneral>& block, int lane) {
-  const ForwardArgs<float>& args = block.args;
-  const double weight_sum =
-      args.inputs.weight_sum ? *args.inputs.weight_sum : static_cast<double>(args.inputs.logits.V);
-  for (int turn = 0;; ++turn) {
-    mbarrier_wait(&block.shared.recorded[turn % 2], (turn / 2) & 1);
-    const StagedRecord<kGeneral> record = block.shared.records[turn % 2 * kWarp + lane];
-    __syncwarp(kAllLanes);
-    if (lane == 0) mbarrier_arrive(&block.shared.added[turn % 2]);
-    if (record.row >= 0) {
-      RowState<float> state;
-      state.max = record.max;
-      state.sum = record.sum;
-      bool correct = false;
-      if constexpr (kGeneral) {
-        state.weighted = record.weighted;
-        state.linear = record.linear;
-        correct = record.correct != 0;
-      }
-      const RowWeights weights = {record.weight, weight_sum};
-      const RowResult result = finish_row(state, record.z_label, weights, args.inputs);
-      args.partials[record.row] =
-          Partial{result.loss, weights.target, result.entropy, 1, correct && result.loss == result.loss ? 1 : 0};
-      if (!kGrad) {
-        args.lse[record.row] = result.lse;
-        args.nll[record.row] = static_cast<float>(result.nll);
-      }
-    }
-    if (__any_sync(kAllLanes, record.row == kNoMoreRows)) return;
+// The loops over a slice with options: the sums, and the gradient.
+template <typename T>
+__device__ __forceinline__ RowState<float> reduce_general(const Slice<T>& slice, const T* stage, int thread, int size,
+                                                          const RowView<float>& row) {
+  RowState<float> state;
+#pragma unroll 1
+  for (int v = slice.begin + thread; v < slice.end; v += size) {
+    row.push_vector(stage + v * Slice<T>::kWidth, slice.class_of(v), static_cast<T*>(nullptr), state);
+  }
+  if (thread < slice.ends()) {
+    const int place = slice.end_at(thread);
+    const int64_t j = slice.offset + place;
+    float z[1] = {Element<T>::widen(stage[place])};
+    row.template prepare<1>(z, j, j == row.label ? 0 : -1, state);
+    row.push(z, state);
+  }
+  return state;
+}
+
+template <typename T>
+__device__ __forceinline__ void write_general(const Slice<T>& slice, const T* stage, T* out, int thread, int size,
+                                              int label, const RowFactor<float>& row, const RowArgs<float>& args) {
+  constexpr int kWidth = Slice<T>::kWidth;
+  const float* const weight = static_cast<const float*>(args.inputs.weight);
+#pragma unroll 1
+  for (int v = slice.begin + thread; v < slice.end; v += size) {
+    const int j = slice.class_of(v);
+    float x[kWidth];
+    Element<T>::unpack(load_vector(stage + v * kWidth), x);
+    gradient<T, kWidth>(x, j, -1, row, args.transform, weight);
+    stream_vector(out + j, Element<T>::pack(x));
+  }
+  if (thread < slice.ends()) {
+    const int j = slice.offset + slice.end_at(thread);
+    float x[1] = {Element<T>::widen(stage[slice.end_at(thread)])};
+    gradient<T, 1>(x, j, -1, row, args.transform, weight);
+    out[j] = Element<T>::narrow(x[0]);
   }
 }
 
-// The groups. -------------------------------------------------------------------------------------------------------
+// Sums of one thread, or of more. target: the label's logit by to_ordered(), of its owner.
+struct Sums {
+  RowState<float> state;
+  int target = static_cast<int>(0x80000000);
+};
 
-template <typename T, bool kGeneral>
+// Whether another class of the slice comes before the label in torch.argmax.
+template <typename T>
+__device__ __forceinline__ bool beats_label(const Slice<T>& slice, const T* stage, int thread, int size, float x_label,
+                                            int label) {
+  constexpr int kWidth = Slice<T>::kWidth;
+  bool beaten = false;
+  const auto compare = [&](int place) {
+    const float x = Element<T>::widen(stage[place]);
+    beaten |= x > x_label || (x == x_label && slice.offset + place < label);
+  };
+  for (int v = slice.begin + thread; v < slice.end; v += size) {
+#pragma unroll 1
+    for (int i = 0; i < kWidth; ++i) compare(v * kWidth + i);
+  }
+  if (thread < slice.ends()) compare(slice.end_at(thread));
+  return beaten;
+}
+
+template <typename T, bool kGeneral, bool kGrad>
 struct StagedGroup {
-  const StagedBlock<T, kGeneral>& block;
+  const StagedBlock<T, kGeneral, kGrad>& block;
   int group, thread, size;
   int lane, warp;
   int exchanges = 0;
 
-  __device__ __forceinline__ StagedGroup(const StagedBlock<T, kGeneral>& of, int number)
+  __device__ __forceinline__ StagedGroup(const StagedBlock<T, kGeneral, kGrad>& of, int number)
       : block(of),
         group(number),
         thread(static_cast<int>(threadIdx.x) - number * of.shape.warps * kWarp),
@@ -492,30 +469,12 @@ struct StagedGroup {
   }
 };
 
-// A row whose logits are too large for the fused exponent, once more.
-template <typename T>
-__device__ __noinline__ Sums reduce_large(const Slice<T> slice, const T* stage, int thread, int size, int target,
-                                          const CrossEntropyInputs& inputs) {
-  Sums sums;
-  const RowView<float, false> view(inputs, -1, 0.0f);
-  sums.state = reduce_any<T, false>(slice, stage, thread, size, view);
-  sums.target = target;
-  return sums;
-}
-template <typename T>
-__device__ __noinline__ void write_large(const Slice<T> slice, const T* stage, T* out, int thread, int size,
-                                         const RowFactor row, const CrossEntropyInputs& inputs) {
-  write_any<T, false>(slice, stage, out, thread, size, row, inputs);
-}
-
 template <typename T, bool kGeneral, bool kGrad>
-__device__ __forceinline__ void consume(const StagedBlock<T, kGeneral>& block) {
-  constexpr bool kFused = kIsHalf<T> && !kGeneral;
-  const ForwardArgs<float>& args = block.args;
+__device__ __forceinline__ void consume(const StagedBlock<T, kGeneral, kGrad>& block) {
+  const RowArgs<float>& args = block.args;
   const CrossEntropyInputs& inputs = args.inputs;
-  const Transform<float> transform(inputs.options);
-  StagedGroup<T, kGeneral> group(block, static_cast<int>(threadIdx.x) / (block.shape.warps * kWarp));
-  const FactorView<kGeneral> factors(block.shape.factor, inputs, kGrad ? *args.grad_loss_sum : 0.0f);
+  StagedGroup<T, kGeneral, kGrad> group(block, static_cast<int>(threadIdx.x) / (block.shape.warps * kWarp));
+  const FactorView<float, kGeneral> factors(args.factor, inputs, block.writes() ? incoming_gradient(args) : 0.0f);
   const bool is_first = block.rank == 0 && group.thread == 0;
   const int thread = group.thread, size = group.size;
   const auto release = [&](int stage) {
@@ -524,19 +483,15 @@ __device__ __forceinline__ void consume(const StagedBlock<T, kGeneral>& block) {
   };
 
   int number = group.group;  // of the stage
-  for (int item = group.group, turn = 0;; item += block.shape.groups, ++turn) {
+  for (int turn = 0;; ++turn) {
     mbarrier_wait(&block.shared.full[group.group][turn % 2], (turn / 2) & 1);
     const StagedRow row = block.shared.rows[number];
     const int here = number;
     number += block.shape.groups;
     if (number >= block.shape.stages) number -= block.shape.stages;
-    if (row.row < 0 || row.label < 0) {
-      if (is_first) {
-        block.record_at(item).row = row.row < 0 ? kNoMoreRows : kNoRecord;
-        block.recorded(item);
-      }
-      if (row.row < 0) return;
-      if (kGrad) {
+    if (row.row < 0) return;
+    if (row.label < 0) {
+      if (block.writes()) {
         T* const out = static_cast<T*>(args.grad_logits.data) + row.out;
         write_zero_slice(block.slice_of(row), out, thread, size);
       }
@@ -556,68 +511,50 @@ __device__ __forceinline__ void consume(const StagedBlock<T, kGeneral>& block) {
       stage[place] = Element<T>::narrow(-INFINITY);
       bulk_load_fence();
     }
-    if constexpr (kFused) {
-      sums.state = reduce_fused(slice, stage, thread, size);
+    if constexpr (kGeneral) {
+      const RowView<float> view(args, row.label, args.transform.value(row.reference));
+      sums.state = reduce_general(slice, stage, thread, size, view);
     } else {
-      const float reference = kGeneral ? transform.value(row.reference) : 0.0f;
-      const RowView<float, kGeneral> view(inputs, row.label, reference);
-      sums.state = reduce_any<T, kGeneral>(slice, stage, thread, size, view);
+      sums.state = reduce_slice<false, PlainSum<T>>(slice, stage, thread, size);
     }
     sums = group.exchanged(sums);
-    bool is_large = false;
-    if constexpr (kFused) {
-      is_large = fabsf(sums.state.max) > kLargestFused && sums.state.max > -INFINITY;
-      if (is_large) sums = group.exchanged(reduce_large(slice, stage, thread, size, sums.target, inputs));
+    if (!kGeneral && is_large<T>(sums.state.max)) {
+      sums.state = reduce_large<false>(slice, stage, thread, size, -1);
+      sums = group.exchanged(sums);
     }
     const float x_label = from_ordered(sums.target);
-    const float z_label = kGeneral ? transform.value(x_label) : x_label;
+    const float z_label = kGeneral ? args.transform.value(x_label) : x_label;
     bool wins = z_label > sums.state.max;
     if (kGeneral && inputs.options.metrics && z_label == sums.state.max) {  // the same decision in all threads
       wins = !group.is_beaten(beats_label(slice, stage, thread, size, x_label, row.label));
     }
-    if (is_first) {
-      StagedRecord<kGeneral>& record = block.record_at(item);
-      record.row = row.row;
-      record.max = sums.state.max;
-      record.sum = sums.state.sum;
-      record.z_label = z_label;
-      record.weight = row.weight;
-      if constexpr (kGeneral) {
-        record.weighted = sums.state.weighted;
-        record.linear = sums.state.linear;
-        record.correct = inputs.options.metrics && wins;
-      }
-      block.recorded(item);
-    }
-    if (!kGrad) {
+    if (is_first) record_row<kGeneral>(args, row.row, sums.state, z_label, wins);
+    if (!block.writes()) {
       release(here);
       continue;
     }
-    const RowFactor factor = factors.of(sums.state, z_label, row.weight);
+    const RowFactor<float> factor = factors.of(sums.state, z_label, row.weight);
     T* const out = static_cast<T*>(args.grad_logits.data) + row.out;
-    if constexpr (kFused) {
-      if (is_large) {
-        write_large(slice, stage, out, thread, size, factor, inputs);
-      } else {
-        write_fused(slice, stage, out, thread, size, factor);
-      }
+    if constexpr (kGeneral) {
+      write_general(slice, stage, out, thread, size, row.label, factor, args);
     } else {
-      write_any<T, kGeneral>(slice, stage, out, thread, size, factor, inputs);
+      write_plain(slice, stage, out, thread, size, factor);
     }
     // Over what its vector has there, which the same thread has written.
     if (is_owner) {
-      out[row.label] = Element<T>::narrow(kGeneral ? factor.target * transform.slope(x_label) : factor.target);
+      out[row.label] = Element<T>::narrow(kGeneral ? factor.target * args.transform.slope(x_label) : factor.target);
     }
     release(here);
   }
 }
 
-// kStagedMaxThreads: warps are given registers by four, so that 576 threads take as many as 640.
+// kStagedMaxThreads: warps are given registers by four, so that 544 threads take as many as 640.
 template <typename T, bool kGeneral, bool kGrad>
 __global__ void __launch_bounds__(kStagedMaxThreads, 1)
-    staged_kernel(const __grid_constant__ ForwardArgs<typename Element<T>::Acc> args,
+    staged_kernel(const __grid_constant__ RowArgs<typename Element<T>::Acc> args,
                   const __grid_constant__ StagedShape shape) {
-  const StagedBlock<T, kGeneral> block(args, shape);
+  begin_rows(args);
+  const StagedBlock<T, kGeneral, kGrad> block(args, shape);
   if (threadIdx.x == 0) block.initialise();
   __syncwarp(kAllLanes);
   if (block.blocks == 1) {
@@ -626,18 +563,15 @@ __global__ void __launch_bounds__(kStagedMaxThreads, 1)
     cluster_barrier();  // from here on every block of the cluster has started
   }
   const int lane = static_cast<int>(threadIdx.x) % kWarp;
-  const int helper = (static_cast<int>(threadIdx.x) - shape.groups * shape.warps * kWarp) / kWarp;
   if (static_cast<int>(threadIdx.x) < shape.groups * shape.warps * kWarp) {
-    consume<T, kGeneral, kGrad>(block);
-  } else if (helper == 0) {
+    consume(block);
+  } else {
     const StagedProducer<T, kGeneral, kGrad> producer = {block, lane};
     if (block.rank == 0) {
       producer.run_first();
     } else {
       producer.run_other();
     }
-  } else if (block.rank == 0) {
-    add_up<T, kGeneral, kGrad>(block, lane);
   }
   __syncwarp(kAllLanes);                    // a warp comes as one
   if (block.blocks > 1) cluster_barrier();  // messages may be on their way to whoever is here

@@ -146,7 +146,7 @@ def build_one(patches: Patches = (), staged: bool = False, element: str = "float
         element: as the kernels name it.
     """
     flags = [*_header(*ALIGNMENT), *ALIGNMENT, f"-DELEMENT={element}"]
-    of_cross = bool(patches) and not (staged and all("staged" in name or "slice" in name for name, _, _ in patches))
+    of_cross = bool(patches) and not (staged and all(re.search("staged|slice|async", name) for name, _, _ in patches))
     of_staged = bool(patches) and staged
     faulty, right = [], []
     for source, has_fault in ((ONE, of_cross), (ONE_STAGED, of_staged)):

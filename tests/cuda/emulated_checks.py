@@ -130,7 +130,14 @@ def check(backend: emulated.Backend, logits, labels, weight, grad: float, option
 def check_half(backend: emulated.Backend) -> None:
     """What 16-bit logits without options may meet, through the loops of the staged kernels."""
     generator = torch.Generator().manual_seed(5)
-    for plan, V in (("staged:1", 1037), ("staged:2", 2051)):
+    for plan, V in (
+        ("staged:1", 1037),
+        ("staged:2", 2051),
+        ("held", 1037),
+        ("block", 1037),
+        ("warp", 1000),
+        ("packed", 251),
+    ):
         rows = [torch.randn(V, generator=generator) * s + shift for shift in (0, 1000, -30000, 3e7) for s in (0.02, 3)]
         logits = torch.stack(rows)[None].bfloat16()
         labels = torch.randint(0, V, logits.shape[:2], generator=generator)

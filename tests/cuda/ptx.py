@@ -147,9 +147,9 @@ def split_vectors(kernel: Kernel, loads: bool) -> list[str]:
     return found
 
 
-def whole_vectors(kernel: Kernel, kind: str, space: str) -> int:
-    """16-byte loads or stores of a space in the loops that have no other in them."""
-    loops = kernel.inner_loops()
+def whole_vectors(kernel: Kernel, kind: str, space: str, inner: bool = True) -> int:
+    """16-byte loads or stores of a space in the loops that have no other in them, or in any loop."""
+    loops = kernel.inner_loops() if inner else [kernel.repeated()]
     return sum(
         access.vector and access.bytes == VECTOR and (access.kind, access.space) == (kind, space)
         for access in kernel.accesses()
@@ -192,6 +192,19 @@ def has_bulk_copy(kernel: Kernel) -> bool:
     return any(number in loop for number in copies for loop in loops)
 
 
+def has_vector_copy(kernel: Kernel) -> bool:
+    """Whether a loop starts copies of 16 bytes from global to shared memory; before sm_80 a load and a store."""
+    loops = kernel.loops().values()
+    copies = [
+        n for n, line in enumerate(kernel.lines) if re.search(r"\bcp\.async\.c[ag]\.shared\S*\.global\S* .*, 16", line)
+    ]
+    if any(number in loop for number in copies for loop in loops):
+        return True
+    loads = whole_vectors(kernel, "ld", "global", False) + whole_vectors(kernel, "ld", "", False)
+    return bool(loads and whole_vectors(kernel, "st", "shared", False))
+
+
+FENCE = re.compile(r"\bmembar\.gl|\bfence\.(acq_rel|sc)\.gpu")
 # What the staged kernels may not wait for, and why.
 WAITS = {
     r"\bmembar\.(gl|sys)|\bfence\.(acq_rel|sc)\.(gpu|sys)": "a fence of the whole device",
@@ -227,20 +240,18 @@ def faults(name: str, kernel: Kernel) -> list[str]:
     """
     family, _, rest = name.partition("_kernel<")
     flags = re.findall(r"true|false", rest)
-    is_staged, is_scale = family == "staged", family == "scale"
-    is_forward = family.startswith("forward")
-    is_held = family == "forward_block" and flags[2] == "true"
-    has_grad = (
-        family.startswith("backward")
-        or is_scale
-        or ((is_staged or is_forward) and flags[1 - ("tile" in family)] == "true")
-    )
-    if family == "sum_partials":
-        return []
+    is_staged, is_held = family == "staged", family == "held"
+    # staged: general, with gradient; tile, block: sums, gradient. The general ones are told at run time.
+    has_grad = family in ("scale", "held", "general") or (family in ("staged", "tile", "block") and flags[1] == "true")
+    if family == "finish":
+        return [] if any(FENCE.search(line) for line in kernel.lines) else ["no fence between the blocks' sums"]
     found = split_vectors(kernel, loads=is_staged or is_held)  # others have sums there, one after the other
-    if has_grad and not whole_vectors(kernel, "st", "global"):
+    inner = family != "tile"  # whose loop is that over rows
+    if has_grad and not whole_vectors(kernel, "st", "global", inner):
         found.append("no 16-byte store to global memory in a loop")
-    if not is_staged and not whole_vectors(kernel, "ld", "global"):
+    if family == "held" and not has_vector_copy(kernel):
+        found.append("no 16-byte copy from global to shared memory in a loop")
+    if not is_staged and family != "held" and not whole_vectors(kernel, "ld", "global", inner):
         found.append("no 16-byte load from global memory in a loop")
     if (is_staged or is_held) and not whole_vectors(kernel, "ld", "shared"):
         found.append("no 16-byte load from shared memory in a loop")

@@ -96,6 +96,8 @@ def rows(
     terms = (C.abs()[..., None] * p + share * w) * r.where(p > 0, 0.0) + share * w * 4 * u
     label_terms = soft.abs() * torch.exp(-nll) - hard * torch.expm1(-nll) + share * w[y]
     label_r = 33 * u + 2 * z_error_max
+    if u < 1e-12:
+        label_r = label_r + u * (others - z_y).abs()  # the rounding of d, which exp(d) shows, is of this function
     grad_bound = torch.where(is_label, (label_terms * label_r)[..., None], terms) * slope
     if not plain:
         grad_bound = grad_bound + (dz * slope).abs() * 16 * u * (

@@ -271,8 +271,17 @@ class Loop(NamedTuple):
 def _loop(body: Function, head: int, blocks: set[int], element_bytes: int) -> Loop | None:
     """The loop, where it loads vectors of 16 bytes and takes exponentials; its options by the shortest way."""
     wide = [b for b in sorted(blocks) if any((memory(i) or ("", 0))[1] == 16 for i in body.blocks[b])]
+    # Where no way passes them all, as some stand for others at the end of a row, the one with most elements.
+    found = [loop for way in [wide, *([b] for b in wide)] if (loop := _loop_through(body, head, way, element_bytes))]
+    # Loads of both are more than there are exponentials for.
+    return max(
+        found, key=lambda loop: (loop.kinds["exp"] >= loop.elements, loop.elements, -loop.instructions), default=None
+    )
+
+
+def _loop_through(body: Function, head: int, through: list[int], element_bytes: int) -> Loop | None:
     try:
-        path = body.path(head, [b for b in wide if b != head], head)[:-1] if wide else []
+        path = body.path(head, [b for b in through if b != head], head)[:-1] if through else []
     except ValueError:  # no way around it that passes them all: not a loop over one row
         return None
     instructions = body.instructions(path)
@@ -304,6 +313,44 @@ def row_loops(kernel: Kernel, element_bytes: int, writes: bool) -> tuple[Loop, L
         return max(candidates, key=lambda loop: (loop.elements, -loop.head))
 
     return first(reduces), first(stores) if writes else None
+
+
+def row_pass(kernel: Kernel, element_bytes: int, vectors: int) -> Loop:
+    """The loop over rows of a kernel that has no loop over a row, with that many vectors of a row in each lane.
+
+    Raises:
+        ValueError: where there is none.
+    """
+    body = kernel.body
+    made = [loop for h, blocks in body.loops().items() if (loop := _pass(body, h, blocks, element_bytes, vectors))]
+    if not made:
+        raise ValueError(f"sass: {body.name}: expected a loop over rows, found none among {len(body.loops())}")
+    return max(made, key=lambda loop: (loop.elements, -loop.head))
+
+
+def _pass(body: Function, head: int, blocks: set[int], element_bytes: int, vectors: int) -> Loop | None:
+    """A loop over rows, on the shortest way that loads vectors, takes the exponentials of `vectors` of them, whose blocks
+    stand in their order, and stores as many."""
+
+    def of(matches) -> list[int]:
+        return [b for b in sorted(blocks) if any(matches(i) for i in body.blocks[b])]
+
+    loads = of(lambda i: memory(i) == ("LDG", 16))
+    width = 16 // element_bytes
+    exponentials = [b for b in sorted(blocks) if sum(i.operation == "MUFU.EX2" for i in body.blocks[b]) >= width]
+    stores = of(lambda i: memory(i) == ("STG", 16))
+    stores = [b for b in stores if exponentials and b > exponentials[0]]
+    if not loads or len(exponentials) < vectors:
+        return None
+    try:
+        path = body.path(head, [b for b in (*loads, *exponentials[:vectors], *stores[:vectors]) if b != head], head)[
+            :-1
+        ]
+    except ValueError:
+        return None
+    instructions = body.instructions(path)
+    accesses = Counter(access for i in instructions if (access := memory(i)))
+    return Loop(head, path, vectors * width, Counter(map(kind, instructions)), accesses)
 
 
 def clocks(instructions: Iterable[Instruction], latency: dict[str, float]) -> float:

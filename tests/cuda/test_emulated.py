@@ -40,7 +40,7 @@ PLANS = ["packed", "warp", "block", "held", "staged:1", "staged:2", "staged:4", 
 
 
 def plan_cases(plan: str):
-    limit = {"packed": 64, "warp": 1024}.get(plan, 1 << 30)
+    limit = {"packed": 512, "warp": 1024}.get(plan, 1 << 30)
     return [name for name, case in PLAN_CASES.items() if case["shape"][2] <= limit]
 
 
@@ -76,7 +76,7 @@ def test_emulated_sample_cases(backend, dtype):
 @pytest.mark.slow("every plan takes cases of its own, the sample cases take the plans that are meant for them")
 @pytest.mark.parametrize("plan", PLANS)
 def test_emulated_sample_cases_by_every_plan(backend, plan):
-    limit = {"packed": 64, "warp": 1024}.get(plan, 1 << 30)
+    limit = {"packed": 512, "warp": 1024}.get(plan, 1 << 30)
     for seed, dtype in ((32, torch.bfloat16), (33, torch.float32)):
         backend.seed(seed)
         with backend.plan(plan, clusters=1 + seed % 2):
@@ -220,7 +220,7 @@ def test_emulated_promises_at_any_shift_and_confidence(backend, plan, dtype, err
 
 # By the table: 1500 on a device without clusters.
 BY_TABLE = pytest.mark.parametrize(
-    "V, capability", [(40, 90), (500, 90), (1500, 80), (5000, 90)], ids=["packed", "warp", "held", "staged"]
+    "V, capability", [(40, 90), (700, 90), (1500, 80), (5000, 90)], ids=["packed", "warp", "held", "staged"]
 )
 
 

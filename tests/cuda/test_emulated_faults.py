@@ -10,60 +10,73 @@ from emulated_checks import CASES, PLAN_CASES, check_case, check_half, check_str
 if reason := emulated.why_not():
     pytest.skip(f"the kernels cannot be emulated: {reason}", allow_module_level=True)
 
+GENERAL, FACTOR, FINISH, TILE, BLOCK = (f"cuda/{name}.cuh" for name in ("general", "factor", "finish", "tile", "block"))
 FAULTS = {
     "merge_without_barrier": [
         ("cuda/group.cuh", "    __syncthreads();\n    state = RowState<Acc>();", "    state = RowState<Acc>();")
     ],
-    "once_without_barrier": [("cuda/group.cuh", "*shared = compute();\n    __syncthreads();", "*shared = compute();")],
     "barrier_in_a_branch": [
         ("cuda/group.cuh", "    __syncthreads();\n    state =", "    if (lane < 16) __syncthreads();\n    state =")
-    ],
-    "shared_memory_used_twice": [
-        ("cuda/group.cuh", "kOnceOffset = 4 * kWarp * sizeof(double)", "kOnceOffset = 0 * kWarp * sizeof(double)"),
-        ("cuda/group.cuh", "kSharedBytes = kOnceOffset + 128", "kSharedBytes = 4 * kWarp * sizeof(double) + 128"),
     ],
     "shared_memory_too_small": [
         (
             "cuda/plan.h",
-            "plan.threads = block_threads(request.V);\n    plan.shared_bytes = kHeldHeader;",
+            "plan.threads = block_threads(request.V);\n    plan.shared_bytes = kBlockHeader;",
             "plan.threads = block_threads(request.V);\n    plan.shared_bytes = 16;",
         )
     ],
     "warp_sum_skips_a_step": [
-        (
-            "cuda/group.cuh",
-            "for (int lane = kLanes / 2; lane > 0; lane /= 2) value +=",
-            "for (int lane = kLanes / 4; lane > 0; lane /= 2) value +=",
-        )
+        ("cuda/group.cuh", "value += lane < lanes ? other", "value += lane < lanes && lane > 1 ? other")
     ],
     "shuffle_mask_without_a_lane": [("cuda/group.cuh", "kAllLanes = 0xffffffffu", "kAllLanes = 0x7fffffffu")],
     "maximum_without_rescale": [
-        ("cuda/cross_entropy.cuh", "state.sum = state.sum * scale + pairwise", "state.sum = state.sum + pairwise")
+        (GENERAL, "state.sum = state.sum * scale + pairwise", "state.sum = state.sum + pairwise")
     ],
-    "label_in_the_sum": [("cuda/cross_entropy.cuh", "if (i == label_at) z[i] =", "if (false) z[i] =")],
-    "label_gradient_missing": [("cuda/cross_entropy.cuh", "if (i == label_at) dz = grad.target;", "")],
+    "maximum_without_rescale_plain": [
+        ("cuda/slice.cuh", "found.sum = found.sum * scale + pairwise", "found.sum = found.sum + pairwise")
+    ],
+    "label_in_the_sum": [(GENERAL, "if (i == label_at) z[i] =", "if (false) z[i] =")],
+    "label_in_the_sum_plain": [
+        ("cuda/slice.cuh", "const int vector = label >= 0 ? label / kWidth : -1;", "const int vector = -1;")
+    ],
+    "label_at_an_end_in_the_sum": [("cuda/slice.cuh", "kFindsLabel && place == label ?", "false ?")],
+    "label_gradient_missing": [(GENERAL, "if (i == label_at) dz = row.target;", "")],
+    "label_gradient_missing_plain": [
+        (BLOCK, "    out[label] = Element<T>::narrow(factor.target);\n", "    (void)factor;\n")
+    ],
     "tail_one_short": [("cuda/element.cuh", "return V - vectors * kWidth;", "return V - vectors * kWidth - 1;")],
     "tail_one_long": [("cuda/element.cuh", "return V - vectors * kWidth;", "return V - vectors * kWidth + 1;")],
     "vectors_not_aligned": [("cuda/element.cuh", "head = static_cast<int64_t>((", "head = 0 * static_cast<int64_t>((")],
     "output_alignment_ignored": [("cuda/element.cuh", "|| in_offset != out_offset ?", "?")],
     "ties_after_the_gradient": [
         (
-            "cuda/cross_entropy.cuh",
-            "  if (kGeneral && inputs.options.metrics && z_label == state.max) wins = wins_tie(group, x, V, label);\n",
-            "",
-        ),
-        (
-            "cuda/cross_entropy.cuh",
-            "    write_gradient<kGeneral, kHeld>(group, x, out, label, grad, inputs, held);\n  } else if",
-            "    write_gradient<kGeneral, kHeld>(group, x, out, label, grad, inputs, held);\n"
-            "    if (z_label == state.max && wins_tie(group, x, V, label) && first) ++total->correct;\n  } else if",
+            GENERAL,
+            "    if (inputs.options.metrics && z_label == state.max) wins = wins_tie(group, x, V, label);\n"
+            "    if (group.rank() == 0) record_row<true>(args, row, state, z_label, wins);\n"
+            "    if (!args.writes()) return;\n"
+            "    group.order();\n"
+            "    factor = factors.of(state, z_label, weight);\n",
+            "    factor = factors.of(state, z_label, weight);\n"
+            "    if (args.writes()) write_gradient(group, x, out, label, factor, args, held);\n"
+            "    if (inputs.options.metrics && z_label == state.max) wins = wins_tie(group, x, V, label);\n"
+            "    if (group.rank() == 0) record_row<true>(args, row, state, z_label, wins);\n"
+            "    return;\n",
         ),
     ],
-    "last_warp_not_added": [("cuda/cross_entropy.cuh", "other < Group::kGroups;", "other < Group::kGroups - 1;")],
-    "int32_labels_read_as_int64": [("cuda/cross_entropy.cuh", "return labels.is_int32 ?", "return false ?")],
+    "last_warp_not_added": [
+        (FINISH, "threadIdx.x < blockDim.x / kWarp) total", "threadIdx.x < blockDim.x / kWarp - 1) total")
+    ],
+    "blocks_added_by_the_last_but_one": [(FINISH, "== gridDim.x - 1;", "== gridDim.x - 2;")],
+    "blocks_counted_without_a_beginning": [("cuda/arguments.cuh", "*args.ended = 0;", "return;")],
+    "blocks_left_out": [(FINISH, "i < gridDim.x; i += blockDim.x", "i < gridDim.x - 1; i += blockDim.x")],
+    "records_in_one_place": [("cuda/arguments.cuh", "(args.records)[row] = record;", "(args.records)[0] = record;")],
+    "sums_of_the_block_not_waited_for": [
+        (FINISH, "= total;\n  __syncthreads();\n  if (threadIdx.x < kWarp) {", "= total;\n  if (threadIdx.x < kWarp) {")
+    ],
+    "int32_labels_read_as_int64": [("cuda/arguments.cuh", "return labels.is_int32 ?", "return false ?")],
     "ignored_rows_read": [
         (
-            "cuda/cross_entropy.cuh",
+            "cuda/arguments.cuh",
             "  return label != inputs.options.ignore_index && label >= 0",
             "  return label >= 0",
         )
@@ -95,7 +108,7 @@ STAGED_FAULTS = {
         (STAGED, "full[number - turn * block.shape.groups][turn % 2]", "full[number - turn * block.shape.groups][0]"),
     ],
     "stage_released_before_the_gradient": [
-        (STAGED, "    const RowFactor factor =", "    release(here);\n    const RowFactor factor ="),
+        (STAGED, "    const RowFactor<float> factor =", "    release(here);\n    const RowFactor<float> factor ="),
         (STAGED, "    release(here);\n  }\n}\n\n// kStagedMaxThreads", "  }\n}\n\n// kStagedMaxThreads"),
     ],
     "stage_released_by_lane_0_alone": [
@@ -106,7 +119,7 @@ STAGED_FAULTS = {
         )
     ],
     "stage_released_twice": [
-        (STAGED, "    const RowFactor factor =", "    release(here);\n    const RowFactor factor ="),
+        (STAGED, "    const RowFactor<float> factor =", "    release(here);\n    const RowFactor<float> factor ="),
     ],
     "stage_not_waited_for": [(STAGED, "    mbarrier_wait(&block.shared.empty[place.stage], place.phase);\n", "")],
     "stage_waited_for_a_lap_early": [(STAGED, "(lap & 1) ^ 1u", "(lap & 1) ^ 0u")],
@@ -203,12 +216,6 @@ STAGED_FAULTS = {
     "mail_not_waited_for": [(STAGED, "    mbarrier_wait(&block.shared.mailed[place], (number / 2) & 1);\n", "")],
     "last_answers_not_waited_for": [(STAGED, LAST_ANSWERS, "")],
     "block_leaves_early": [(STAGED, "  if (block.blocks > 1) cluster_barrier();  // messages", "  // messages")],
-    "records_not_waited_for": [
-        (STAGED, "    if (turn >= 2) mbarrier_wait(&shared.added[turn % 2], (turn / 2 - 1) & 1);\n", "")
-    ],
-    "last_records_not_filled_up": [
-        (STAGED, "    for (int i = ends; i / kWarp == ends / kWarp; ++i) {", "    for (int i = ends; false;) {")
-    ],
     "ticket_of_the_first_rows_again": [(STAGED, "      begin = given + __shfl_sync", "      begin = __shfl_sync")],
     "tickets_not_cleared": [
         ("cuda/staged.cu", "  check(cudaMemsetAsync(tickets, 0, sizeof(unsigned), stream), what);\n", "")
@@ -228,16 +235,98 @@ STAGED_FAULTS = {
     ],
     "a_cluster_too_many": [("cuda/staged.cu", "std::min(rows, plan.resident)", "std::min(rows, plan.resident + 1)")],
     "a_row_left_out": [(STAGED, "    while (begin < rows) {", "    while (begin < rows - 1) {")],
-    "held_ends_over_the_vectors": [
-        ("cuda/cross_entropy.cuh", "held[span.vectors * RowSpan<T>::kWidth + s] = element", "held[s] = element")
-    ],
-    "held_row_past_the_end": [
-        ("cuda/plan.h", "kHeldHeader + round_up(request.V * size, 16)", "round_up(request.V * size, 16)")
-    ],
-    "packed_mask_of_the_first_group": [("cuda/group.cuh", " << (index() % (kWarp / kLanes) * kLanes)", "")],
-    "packed_merges_the_whole_warp": [("cuda/group.cuh", "warp_merge<kGeneral, kLanes>", "warp_merge<kGeneral, kWarp>")],
 }
 
+# Of the kernels that hold a row: in registers, and in shared memory.
+HELD_FAULTS = {
+    "held_ends_over_the_vectors": [(GENERAL, "held[span.vectors * kWidth + s] = element", "held[s] = element")],
+    "held_row_past_the_end": [
+        (
+            "cuda/plan.h",
+            "kHeldHeader + round_up(request.V * size + kVector - size, kVector)",
+            "round_up(request.V * size + kVector - size, kVector)",
+        )
+    ],
+    "held_row_not_rounded_out": [
+        ("cuda/plan.h", "round_up(request.V * size + kVector - size, kVector)", "request.V * size / kVector * kVector")
+    ],
+    "merges_of_two_rows_in_one_place": [("cuda/group.cuh", "merges % 2 * (4 * kWarp)", "0 * (4 * kWarp)")],
+    "copies_not_waited_for": [(BLOCK, "      copies_wait(kParts - 1 - p);\n", "")],
+    "copies_waited_for_too_late": [(BLOCK, "copies_wait(kParts - 1 - p)", "copies_wait(kParts - p)")],
+    "copies_not_committed": [(BLOCK, "      copies_commit();\n    }\n  }\n};", "    }\n  }\n};")],
+    "copies_of_the_first_row_in_one_batch": [
+        (BLOCK, "bring(row, slice, v);\n      copies_commit();", "bring(row, slice, v);")
+    ],
+    "next_row_over_this_one": [
+        (
+            BLOCK,
+            "        typename Element<T>::Raw raw[kSliceVectors];\n        if (v >=",
+            "        for (int k = 0; k < kSliceVectors; ++k) bring(next, after, v + k * size);\n"
+            "        typename Element<T>::Raw raw[kSliceVectors];\n        if (v >=",
+        ),
+        (
+            BLOCK,
+            "        for (int k = 0; k < kSliceVectors; ++k) {\n          bring(next, after, v + k * size);\n        }\n",
+            "        for (int k = 0; k < 0; ++k) {\n        }\n",
+        ),
+    ],
+    "next_row_not_brought_after_an_ignored_one": [
+        (BLOCK, "      block.bring_all(next);\n      continue;", "      continue;")
+    ],
+    "next_row_one_vector_short": [(BLOCK, "slice.count > after.count ? slice.count : after.count", "slice.count")],
+    "held_copy_not_aligned": [
+        (
+            BLOCK,
+            "copy_vector(stage + vector * kWidth, row.x + j,",
+            "copy_vector(stage + vector * kWidth, row.x + j + 1,",
+        )
+    ],
+    "held_around_the_row_before": [(BLOCK, "if (slice.offset < 0 && owns(0, p))", "if (false)")],
+    "held_around_the_row_behind": [(BLOCK, "if (owns(slice.count - 1, p))", "if (false)")],
+    "held_label_left_in_its_place": [(BLOCK, "if (owns(place / kWidth, p)) stage[place]", "if (false) stage[place]")],
+    "held_label_gradient_missing": [
+        (BLOCK, "if ((vector & (block.size - 1)) == block.thread) row.out", "if (false) row.out")
+    ],
+    "held_vectors_of_other_threads": [
+        (
+            BLOCK,
+            "        thread(static_cast<int>(threadIdx.x)),\n        size",
+            "        thread(static_cast<int>(threadIdx.x + 1) % static_cast<int>(blockDim.x)),\n        size",
+        ),
+        (
+            BLOCK,
+            "for (int v = p * part + thread; v < (p + 1) * part; v += size) bring",
+            "for (int v = p * part + static_cast<int>(threadIdx.x); v < (p + 1) * part; v += size) bring",
+        ),
+    ],
+    "held_ends_not_written": [(BLOCK, "      } else if (v < slice.count) {", "      } else if (false) {")],
+    "held_ends_written_around_the_row": [(BLOCK, "if (j + i < 0 || j + i >= V) continue;", "")],
+    "held_rows_of_one_block": [(BLOCK, "number += gridDim.x) {", "number += gridDim.x + 1) {")],
+    "packed_mask_of_the_first_group": [
+        ("cuda/group.cuh", "(kWarp - lanes) << (static_cast<int>(threadIdx.x) % kWarp - rank())", "(kWarp - lanes)")
+    ],
+    "packed_merges_the_whole_warp": [
+        (TILE, "warp_sum(state.sum, kAllLanes, size)", "warp_sum(state.sum, kAllLanes, kWarp)")
+    ],
+    "tile_label_of_the_first_row": [(TILE, "group.of(my_label, i)", "group.of(my_label, 0)")],
+    "tile_label_in_the_sum": [(TILE, "raw[k] = without<T>(raw[k], place % kWidth);", ";")],
+    "tile_label_at_an_end_in_the_sum": [(TILE, "slice.end_at(rank + k * size) == place) ends", "false) ends")],
+    "tile_label_gradient_missing": [(TILE, "if (is_owner) out[label]", "if (false) out[label]")],
+    "tile_ends_left_out": [(TILE, "state.sum += ends[k];", "state.sum += 0.0f;")],
+    "tile_row_one_vector_short": [(TILE, "is_read && v < slice.end) raw[k]", "is_read && v < slice.end - 1) raw[k]")],
+    "tile_last_row_left_out": [
+        (TILE, "for (int i = 0; i < kTileRows; ++i) {", "for (int i = 0; i < kTileRows - 1; ++i) {")
+    ],
+    "tile_zeros_of_an_ignored_row_missing": [(TILE, "    if (!is_row) continue;", "    if (!is_read) continue;")],
+    "tile_row_behind_the_last": [(TILE, "    if (!is_row) continue;", "")],
+    "tile_zeros_without_their_ends": [
+        (
+            "cuda/slice.cuh",
+            "for (int end = thread; end < slice.ends(); end += size)",
+            "for (int end = thread; end < slice.front; end += size)",
+        )
+    ],
+}
 
 # Of the loops that 16-bit logits without options take: bfloat16.
 HALF_FAULTS = {
@@ -245,23 +334,33 @@ HALF_FAULTS = {
         (SLICE, "sum : sum * exp2_flushed(-fmaf(max, kLog2e, -reference));", "sum : sum;")
     ],
     "rounding_of_the_factor_lost": [
-        (SLICE, "row.probability * exp2_flushed(-fmaf(row.max, kLog2e, -reference));", "row.probability;")
+        (
+            SLICE,
+            "factor(row.probability * exp2_flushed(-fmaf(row.high, kLog2e, -reference)))",
+            "factor(row.probability)",
+        )
     ],
     "sum_without_rescale": [(SLICE, "    sum *= exp2_flushed(reference - raised);\n", "")],
     "large_logits_as_others": [(SLICE, "kLargestFused = 1048576.0f", "kLargestFused = INFINITY")],
     "reference_without_a_bottom": [(SLICE, "return fmaxf(max * kLog2e, kLowestExponent);", "return max * kLog2e;")],
     "rest_of_the_vectors_not_masked": [
-        (SLICE, "raw[k] = make_uint4(kLowest, kLowest, kLowest, kLowest);", "raw[k] = make_uint4(0, 0, 0, 0);")
+        (SLICE, "      raw[k] = lowest_vector<T>();\n", "      raw[k] = typename Element<T>::Raw{};\n")
     ],
     "rest_of_the_vectors_not_written": [
         (SLICE, "if (v + k * size < slice.end) write(v", "if (k == 0 && v + k * size < slice.end) write(v")
     ],
     "label_from_the_probability": [
-        (SLICE, "others = leads_ ? state.sum * e / total_ * unit : state.sum / total_;", "others = 1.0f - target();")
+        (FACTOR, "others = leads_ ? state.sum * e / total_ * unit : state.sum / total_;", "others = Acc(1) - target();")
     ],
-    "far_label_underflows": [(SLICE, "const bool is_far = distance > 64.0f;", "const bool is_far = false;")],
+    "far_label_underflows": [
+        (FACTOR, "const bool is_far = distance > Far<Acc>::kBeyond;", "const bool is_far = false;")
+    ],
 }
-KNOWN = {**FAULTS, **STAGED_FAULTS, **HALF_FAULTS}
+# Of the order of memory, which no value shows here.
+ORDER_FAULTS = {
+    "blocks_added_without_a_fence": [(FINISH, "      __threadfence();  // before the others learn of it\n", "")],
+}
+KNOWN = {**FAULTS, **STAGED_FAULTS, **HELD_FAULTS, **HALF_FAULTS}
 
 
 def check_faulty(library, kind: str = "staged") -> None:
@@ -272,14 +371,31 @@ def check_faulty(library, kind: str = "staged") -> None:
         if kind == "half":
             check_half(backend)
             continue
+        if kind == "held":
+            for plan, name in (
+                ("held", "ring"),
+                ("held", "ring_metrics_ignored"),
+                ("held", "many_ignored"),
+                ("held", "few_vectors"),
+                ("packed", "few_vectors"),
+                ("packed", "many_ignored"),
+                ("warp", "many_ignored"),
+            ):
+                with backend.plan(plan, clusters=1):
+                    check_case(backend, {**cases[name], "metrics": name == "ring_metrics_ignored"}, torch.float32)
+            with backend.plan("packed"):
+                check_case(backend, cases["few_vectors"], torch.float32)  # with metrics
+            with backend.plan("held", clusters=1):
+                check_case(backend, cases["ring_all_options"], torch.float32)
+            with backend.plan("held", clusters=2):  # of 513 vectors, and of 514 by the other rows' alignment
+                check_case(backend, {"shape": (1, 9, 2051), "offset": 1, "ignored": 0.0}, torch.float32)
+            continue
         if kind == "staged":
             for plan, name in (
                 ("staged:1", "ring"),
                 ("staged:2", "ring_all_options"),
                 ("staged:4", "ring"),
                 ("staged:2", "many_ignored"),
-                ("held", "ring"),
-                ("packed", "few_vectors"),
             ):
                 with backend.plan(plan, clusters=1):
                     check_case(backend, cases[name], torch.float32)
@@ -295,7 +411,7 @@ def check_faulty(library, kind: str = "staged") -> None:
                 check_case(backend, cases["many_rows"], torch.float32)
                 logits, labels, *_ = inputs(cases["many_rows"], torch.float32)
                 nll = backend.forward(logits, labels)["nll"].clone()
-                for warp in (0, 8, 9):  # of a group, the one that brings rows, the one that adds up
+                for warp in (0, 8):  # of a group, the one that brings rows
                     with backend.starving(warp):
                         assert torch.equal(backend.forward(logits, labels)["nll"], nll)
             continue
@@ -304,12 +420,13 @@ def check_faulty(library, kind: str = "staged") -> None:
                 check_case(backend, cases[name], torch.float32)
             check_strides(backend, 1500)
             check_ties(backend, 1500)
-        for name in ("warp", "warp_all_options"):
+        for name in ("warp", "warp_all_options", "many_rows"):
             check_case(backend, cases[name], torch.float32)
 
 
 # One of each kind: a barrier that is missing or not reached by all, shared memory and masks, a wrong sum, alignment; a
-# copy not waited for, counted wrongly or too early, a block outside of the cluster, a launch, a row, a race in place.
+# copy not waited for, counted wrongly or too early, a block outside of the cluster, the blocks that finish rows, a thread's
+# own copies, a row in registers, a launch, a row, a race in place.
 OF_EACH_KIND = [
     "merge_without_barrier",
     "barrier_in_a_branch",
@@ -324,6 +441,10 @@ OF_EACH_KIND = [
     "label_written_without_a_fence",
     "rounding_of_the_factor_lost",
     "rank_outside_the_cluster",
+    "blocks_counted_without_a_beginning",
+    "copies_not_waited_for",
+    "next_row_over_this_one",
+    "tile_label_in_the_sum",
     "shared_memory_of_each_launch",
     "a_cluster_too_many",
     "a_row_left_out",
@@ -339,23 +460,24 @@ def planted():
         yield pytest.param(fault, marks=marks)
 
 
-@pytest.mark.parametrize("kind", ["cross", "staged", "half"])
+@pytest.mark.parametrize("kind", ["cross", "staged", "held", "half"])
 @pytest.mark.xdist_group("emulator-faults-0")
 def test_emulated_accepts_no_fault(kind):
     check_faulty(emulated.build_one(element="__nv_bfloat16" if kind == "half" else "float"), kind)
 
 
 def test_planted_faults_change_the_sources():
-    for fault, patches in KNOWN.items():
+    for fault, patches in {**KNOWN, **ORDER_FAULTS}.items():
         for name, old, new in patches:
             assert (emulated.KERNELS / name).read_text().count(old) == 1 and old != new, fault
 
 
 @pytest.mark.parametrize("fault", list(planted()))
 def test_emulated_catches_planted_fault(fault):
-    kind = "staged" if fault in STAGED_FAULTS else "half" if fault in HALF_FAULTS else "cross"
+    known = {"cross": FAULTS, "staged": STAGED_FAULTS, "held": HELD_FAULTS, "half": HALF_FAULTS}
+    kind = next(kind for kind, faults in known.items() if fault in faults)
     element = "__nv_bfloat16" if kind == "half" else "float"
-    library = emulated.build_one(tuple(KNOWN[fault]), staged=kind != "cross", element=element)
+    library = emulated.build_one(tuple(KNOWN[fault]), staged=kind in ("staged", "half"), element=element)
     with pytest.raises((AssertionError, RuntimeError, pytest.fail.Exception)) as caught:
         check_faulty(library, kind)
     print(f"{fault}: {(str(caught.value).splitlines() or [repr(caught.value)])[0]}")
@@ -376,10 +498,11 @@ def test_emulated_sanitizer_finds_nothing(sanitizer):
         ("thread", "sums_of_two_rows_in_one_place", "data race"),
         ("thread", "stage_released_before_the_gradient", "data race"),
         ("thread", "sums_not_waited_for", "data race"),
+        ("thread", "blocks_added_without_a_fence", "data race"),
         ("address", "tail_one_long", "heap-buffer-overflow"),
     ],
 )
 def test_emulated_sanitizer_catches_planted_fault(sanitizer, fault, message):
-    result = emulated.run_sanitized(sanitizer, tuple(KNOWN[fault]))
+    result = emulated.run_sanitized(sanitizer, tuple({**KNOWN, **ORDER_FAULTS}[fault]))
     assert result.returncode != 0
     assert message in result.stderr

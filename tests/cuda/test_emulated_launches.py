@@ -42,7 +42,7 @@ def test_emulated_device_is_asked_once(backend):
     with backend.plan("staged:2", multiprocessors=4):
         backend.questions()
         backend.forward(*small(1037))
-        assert backend.questions() == 3  # of its kernel, of the one that adds up, of the grid
+        assert backend.questions() == 3  # of its kernel, of the one that finishes rows, of the grid
         backend.forward(*small(1037, rows=5))
         assert backend.questions() == 0
         backend.forward(*small(5003))
@@ -99,7 +99,7 @@ def test_emulated_devices_load_no_staged_kernel_that_they_cannot_run(backend, ca
     with backend.on(capability):
         backend.questions()
         backend.forward_with_grad(*small(5003, rows=1))
-        assert backend.questions() == 2  # of its kernel and of the one that adds up
+        assert backend.questions() == 3  # of its kernel, of the one that finishes rows, of the grid
         for V in (40, 500, 5003, 15001):
             check_case(backend, {"shape": (1, 2, V), "metrics": V % 2 == 0}, torch.float32)
 

@@ -1,4 +1,5 @@
 #include "../csrc/cuda/async.cuh"
+#include "../csrc/cuda/copies.cuh"
 #include "cuda_runtime.h"
 #include "fiber.h"
 #include "thread_sanitizer.h"
@@ -19,6 +20,15 @@ enum class State { kReady, kAtBarrier, kAtClusterBarrier, kAtCollective, kAtMbar
 
 struct Block;
 
+// A copy of 16 bytes that its thread has started and not waited for.
+struct VectorCopy {
+  Site site;
+  unsigned char* shared;
+  const void* global;
+  int before, behind;
+  int batch;
+};
+
 struct Fiber {
   Stack stack;
   std::unique_ptr<char[]> memory;
@@ -35,6 +45,10 @@ struct Fiber {
   int source_lane;
   int bytes;
   unsigned char value[8];
+  std::vector<VectorCopy> copies;
+  int batch;     // of the copies that are started next
+  bool fenced;   // since its beginning
+  void* atomic;  // the address of its last atomic
 };
 
 // A copy, or a message to a block, that is on its way.
@@ -151,6 +165,8 @@ void entry() {
   tsan::acquire(&start_token);
   (*body)();
   tsan::release(&end_token);
+  if (!running->copies.empty())
+    fail(describe(running->copies[0].site) + ": a thread leaves before its copy has landed");
   running->state = State::kDone;
   ++running->block->done;
   leave();
@@ -325,7 +341,10 @@ void start_block(Block& block, unsigned number, int rank) {
     fiber.block = &block;
     fiber.index = {static_cast<unsigned>(i), 0, 0};
     fiber.site = {"", 0, "start"};
-    fiber.barriers = 0;
+    fiber.barriers = fiber.batch = 0;
+    fiber.copies.clear();
+    fiber.fenced = false;
+    fiber.atomic = nullptr;
     fiber.tsan = tsan::create();
     if (tsan::enabled()) {
       retired_stacks.push_back(std::move(fiber.memory));
@@ -640,6 +659,61 @@ void bulk_load_fence() {
   for (Landed& landed : running->block->landed) {
     std::memcpy(landed.contents.data(), landed.shared, landed.contents.size());
   }
+}
+
+void thread_fence() {
+  if (running->atomic != nullptr) tsan::acquire(running->atomic);
+  running->fenced = true;
+}
+
+void before_atomic(void* address) {
+  if (running->fenced) tsan::release(address);
+  running->atomic = address;
+}
+
+// As the thread's own writes, at a drawn moment before it waits for them, or only then.
+void land_copies(Fiber& self, int newest) {
+  for (size_t i = 0; i < self.copies.size();) {
+    const VectorCopy copy = self.copies[i];
+    if (copy.batch > newest && (late || order() % 4 != 0)) {
+      ++i;
+      continue;
+    }
+    copy_value(copy.shared + copy.before, static_cast<const unsigned char*>(copy.global) + copy.before,
+               16 - copy.before - copy.behind);
+    self.copies.erase(self.copies.begin() + static_cast<std::ptrdiff_t>(i));
+  }
+}
+
+void copy_vector(Site site, void* shared, const void* global, int before, int behind) {
+  const Outside outside;
+  Fiber& self = *running;
+  self.site = site;
+  auto* const to = static_cast<unsigned char*>(shared);
+  if (reinterpret_cast<uintptr_t>(shared) % 16 != 0 || reinterpret_cast<uintptr_t>(global) % 16 != 0) {
+    fail(where(self) + ": an address is no multiple of 16");
+  }
+  if (before < 0 || behind < 0 || before + behind >= 16) {
+    fail(where(self) + ": " + std::to_string(before) + " and " + std::to_string(behind) + " bytes around the row");
+  }
+  if (!in_shared(*self.block, shared, 16)) fail(where(self) + ": the copy leaves the block's shared memory");
+  for (const VectorCopy& copy : self.copies) {
+    if (copy.shared == to) fail(where(self) + ": another copy to the same bytes is on its way");
+  }
+  for (int i = 0; i < 16; ++i) static_cast<volatile unsigned char*>(to)[i] = kPoison;  // what was there is gone
+  self.copies.push_back({site, to, global, before, behind, self.batch});
+}
+
+void copies_commit() {
+  const Outside outside;
+  land_copies(*running, -1);
+  ++running->batch;
+}
+
+void copies_wait(Site site, int pending) {
+  const Outside outside;
+  running->site = site;
+  land_copies(*running, running->batch - 1 - pending);
 }
 
 void cluster_send(Site site, void* address, int rank, const void* value, unsigned bytes, uint64_t* barrier) {

@@ -119,11 +119,14 @@ To same_bits(From value) {
 // The device multiplies by log2(e) in float and takes 2 to that power.
 inline float fast_exp(float x) { return std::exp2(x * 1.44269504f); }
 
+// What a thread has written before a fence and an atomic is seen behind an atomic to the same address and a fence.
+void thread_fence();
+void before_atomic(void* address);
+
 template <typename T>
 T atomic_add(T* address, T value) {
-  const T before = *address;
-  *address = before + value;
-  return before;
+  before_atomic(address);
+  return __atomic_fetch_add(address, value, __ATOMIC_RELAXED);
 }
 template <typename T>
 T atomic_max(T* address, T value) {
@@ -157,6 +160,8 @@ T atomic_max(T* address, T value) {
 #define __int_as_float(x) ::emulator::same_bits<float>(static_cast<int>(x))
 #define __uint_as_float(x) ::emulator::same_bits<float>(static_cast<unsigned>(x))
 #define __expf(x) ::emulator::fast_exp(x)
+#define __ldcg(address) (*(address))
+#define __threadfence() ::emulator::thread_fence()
 #define __stcs(address, value) ((void)(*(address) = (value)))
 #define atomicAdd(address, value) ::emulator::atomic_add(address, value)
 #define atomicMax(address, value) ::emulator::atomic_max(address, value)
