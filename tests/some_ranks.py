@@ -46,6 +46,37 @@ class OnSomeRanksLater(OnSomeRanks):
         return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
 
 
+class FilledOnSomeRanks(transformers.Trainer):
+    """Labels of one value are ignored by hand, of which the first rank has none: its labels are the entry as it is."""
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        labels = inputs["labels"].masked_fill(inputs["labels"] == FILLED, -100)
+        logits = model(**{**inputs, "labels": None}).logits
+        return F.cross_entropy(logits.flatten(0, 1), labels.flatten())
+
+
+class OverTheNumber(transformers.Trainer):
+    """The number of all ranks, whose gradients are averaged: stock is half of the one batch."""
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        logits, labels = model(**{**inputs, "labels": None}).logits, inputs["labels"]
+        return F.cross_entropy(logits.flatten(0, 1), labels.flatten(), reduction="sum") / num_items_in_batch
+
+
+FILLED = 3
+
+
+def rows_filled_on_second_rank():
+    examples = rows("tags")
+    for index, example in enumerate(examples):
+        labels = example["labels"]
+        labels[labels == FILLED] = FILLED + 1
+        if index in (2, 3, 6):
+            labels[0] = FILLED
+            labels[1] = 1
+    return examples
+
+
 ON_SOME_RANKS = {cls.__name__: cls for cls in (OnSomeRanks, OnSomeRanksByHand, OnSomeRanksWeighted)}
 
 

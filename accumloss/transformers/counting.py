@@ -76,6 +76,9 @@ class Rule(NamedTuple):
         without = self[:_WEIGHT] == other[:_WEIGHT] and self[_WEIGHT + 1 :] == other[_WEIGHT + 1 :]
         return without and self.weight is other.weight
 
+    def __ne__(self, other: object) -> bool:
+        return not self == other  # a tuple's own would compare the weights
+
 
 _WEIGHT = Rule._fields.index("weight")  # a tensor, which is compared by identity
 

@@ -14,13 +14,14 @@ import torch.distributed as dist
 
 from ..sums import at_least_one
 from .counting import Rule
-from .terms import Fit, Schemes, rule_of_scheme
+from .terms import UNKNOWN, Fit, Schemes, rule_of_scheme
 
 if TYPE_CHECKING:
     from .step import Step
 
-Key = tuple[Any, Rule]  # a call of a loss, and how its items are counted, without class weights
+Key = tuple[Any, str]  # a call of a loss, and the entry of its labels: each rank counts by the rule that it has found
 
+DISAGREE = "the ranks divide a loss that is averaged by hand by different things"
 ALONE = (
     "a loss was computed that no window before had on any rank: in this one its items are those of its own rank, as though "
     "the others had as many"
@@ -50,7 +51,7 @@ def held(rule: Rule, batches: Sequence[Mapping[str, Any]]) -> torch.Tensor:
 
 
 def _key(call: Any, rule: Rule) -> Key:
-    return call, rule._replace(weight=None)
+    return call, rule.key
 
 
 def _on_cpu(rule: Rule) -> Rule:
@@ -121,7 +122,10 @@ class Exchange:
         """
         key = _key(call, rule)
         counted, total = step.totals.get(key, (None, None))
-        if counted is None and not self.is_open:
+        is_open = self.is_open and not step.is_settled
+        if key in self.rules and self.rules[key] != rule:
+            self.rules[key] = rule  # the next window is counted by it
+        if counted is None and not is_open:
             self._is_wanted = True
             counted, total = step.totals.get(call, (None, None))  # by another rule
             if counted is not None and not bool(held(counted, step.window)):
@@ -133,7 +137,7 @@ class Exchange:
         if key in step.alone:
             return step.alone[key].total
         total = at_least_one(held(rule, step.window)) * step.num_groups
-        if self.is_open:
+        if is_open:
             step.alone[key] = Alone(rule, total, of_terms)
         else:
             step.totals[key] = rule, total
@@ -141,13 +145,14 @@ class Exchange:
         return total
 
     def settle(self, step: Step, schemes: Schemes) -> dict[Any, torch.Tensor]:
-        """At the end of a compute_loss of an open window: tells what this rank has computed, and counts what any has.
+        """Once in each micro-batch of an open window: tells what this rank has computed, and counts what any has.
 
-        Every rank calls it.
+        Every rank calls it, at the end of its compute_loss, or of its training_step where that called none.
 
         Returns:
             What the terms of a call are to be multiplied by, which were divided by a total of this rank alone.
         """
+        step.is_settled = True
         mine = {key: alone.rule for key, alone in step.alone.items()}
         for i, weight in enumerate(step.measured.rest):
             if isinstance(weight, Rule):
@@ -165,6 +170,8 @@ class Exchange:
         for call in dict.fromkeys(call for one in said for call in one.fits):
             theirs = [one.fits[call] for one in said if call in one.fits]
             scheme = schemes.agree(call, theirs)
+            if scheme == UNKNOWN and any(fit.schemes for fit in theirs):
+                step.ambiguous.add(DISAGREE)
             for counted in _counted_by(scheme, theirs):
                 wanted.setdefault(_key(call, counted), counted)
             for counted in _counted_by(scheme, [fits[call]] if call in fits else []):

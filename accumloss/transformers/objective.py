@@ -21,85 +21,160 @@ from . import known
 from . import step as steps
 from .coupled import ROUTER_LOSSES
 from .registration import Patches
-from .terms import MEANS, NUMBER, SUMS, UNKNOWN, Combination, Schemes
+from .terms import MEANS, NUMBER, NUMBER_OF_RANK, SUMS, UNKNOWN, Combination, Schemes
 
 # a rest of the loss that is the same for all micro-batches to so much, relatively, depends on none of them
 SAME = 1e-6
 
 
 class Items(torch.Tensor):
-    """num_items_in_batch as compute_loss gets it: the items per micro-batch, in operations on tensors.
+    """num_items_in_batch as compute_loss gets it: the items per micro-batch, in operations with the loss.
 
-    Where a number is made of it (``int()``, ``item()``, an integer tensor), that is the number of the whole step, since
-    Python's numbers say no more what they were divided by.
+    What is made of it alone stays of this kind. Where a number is made of it (``int()``, ``item()``, an integer tensor, an
+    array), that is the number of the whole step, since numbers say no more what they were divided by; and so it is in memory,
+    for what goes past operations.
 
     Attributes:
-        whole: the items of the step.
-        share: the same, divided by the micro-batches.
-        root: where it is followed, the leaf that the operands are made of: its gradient says what depends on the number.
-        is_touched: whether it was an operand.
-        is_taken: whether a number was made of it.
-        is_hidden: whether something was made of it that no gradient follows.
+        whole: the value, of the items of the step.
+        share: the same, of the items per micro-batch.
+        graph: share where it is followed, of the leaf ``seen.root``, whose gradient says what depends on the number.
+        seen: what was done with it, of all that was made of it.
     """
 
     whole: torch.Tensor
     share: torch.Tensor
-    root: torch.Tensor | None
-    is_touched: bool
-    is_taken: bool
-    is_hidden: bool
+    graph: torch.Tensor | None
+    seen: Seen
 
     @staticmethod
     def of(whole: Any, share: torch.Tensor, is_followed: bool = False) -> Items:
-        items = share.as_subclass(Items)
-        items.whole, items.share = torch.as_tensor(whole), share
-        items.root = share.detach().clone().requires_grad_() if is_followed else None
-        items.is_touched = items.is_taken = items.is_hidden = False
+        seen = Seen(share.detach().clone().requires_grad_() if is_followed else None)
+        with torch.enable_grad():
+            graph = None if seen.root is None else seen.root * 1.0  # no leaf, which could not be written over
+        return Items._made(torch.as_tensor(whole), share, graph, seen)
+
+    @staticmethod
+    def _made(whole: torch.Tensor, share: torch.Tensor, graph: torch.Tensor | None, seen: Seen) -> Items:
+        items = whole.detach().clone().as_subclass(Items)
+        items.whole, items.share, items.graph, items.seen = whole, share, graph, seen
         return items
 
-    def operand(self) -> torch.Tensor:
-        """What operations get: no leaf, which could not be written over."""
-        if self.root is None:
-            return self.share
-        with torch.enable_grad():
-            return self.root * 1.0
+    @property
+    def root(self) -> torch.Tensor | None:
+        return self.seen.root
+
+    @property
+    def is_touched(self) -> bool:
+        return self.seen.is_touched
+
+    @property
+    def is_taken(self) -> bool:
+        return self.seen.is_taken
+
+    @property
+    def is_hidden(self) -> bool:
+        return self.seen.is_hidden
+
+    def __deepcopy__(self, memo: Any) -> Items:
+        return Items._made(self.whole, self.share, self.graph, self.seen)
 
     @classmethod
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        takes = func in _TAKING or (func is torch.Tensor.to and _integral(args[1:], kwargs))
-        followed: list[Items] = []
+        found: list[Items] = []
+        is_of_loss = False
 
-        def plain(value: Any) -> Any:
-            if not isinstance(value, Items) or not hasattr(value, "share"):
-                return value.as_subclass(torch.Tensor) if isinstance(value, Items) else value
-            if func in _SHOWING or getattr(func, "__name__", "") == "__get__":
-                return value.whole if func in _SHOWING else value.share
-            value.is_touched = True
-            value.is_taken = value.is_taken or takes
-            if takes:
-                return value.whole
-            followed.append(value)
-            return value.operand()
+        def look(value: Any) -> Any:
+            nonlocal is_of_loss
+            if isinstance(value, Items):
+                found.extend([value] if hasattr(value, "seen") else [])
+            elif isinstance(value, torch.Tensor):
+                is_of_loss = is_of_loss or value.requires_grad
+            return value
 
-        made = func(*tree_map(plain, args), **tree_map(plain, kwargs))
-        if isinstance(made, torch.Tensor) and made.is_floating_point() and not made.requires_grad:
-            for value in followed:
-                value.is_hidden = True
-        return made
+        def given(name: str) -> Any:
+            def of(value: Any) -> Any:
+                if not isinstance(value, Items):
+                    return value
+                kept = getattr(value, name) if hasattr(value, "seen") else value.as_subclass(torch.Tensor)
+                return value.share if kept is None else kept
+
+            return func(*tree_map(of, args), **tree_map(of, kwargs))
+
+        tree_map(look, (args, kwargs))
+        if not found:
+            return given("whole")
+
+        if func in _SHOWING:
+            return given("whole")
+        if getattr(func, "__name__", "") == "__get__":
+            made = given("whole")
+            if isinstance(made, torch.Tensor):  # .data: past what can be seen
+                for items in found:
+                    items.seen.is_touched = items.seen.is_taken = True
+            return made
+        for items in found:
+            items.seen.is_touched = True
+            items.seen.is_taken = items.seen.is_taken or func in _TAKING
+        if is_of_loss and func not in _TAKING:
+            return given("graph")
+        made = given("whole")
+        if func in _TAKING:
+            return made
+        if not isinstance(made, torch.Tensor):
+            return made
+        if not made.is_floating_point():
+            if made.dtype != torch.bool:
+                for items in found:
+                    items.seen.is_taken = True
+            return made
+        first = found[0]
+        if func in _OF_WHOLE:  # a bound on the number of the step, and not on a part of it
+            ratio = first.share / first.whole
+            graph = None if first.graph is None else (first.graph * (made / first.whole).detach()).to(made.dtype)
+            return Items._made(made, (made * ratio).to(made.dtype), graph, first.seen)
+        try:
+            with torch.enable_grad():
+                share, graph = given("share"), given("graph")
+        except RuntimeError:  # it has no derivative
+            share, graph = given("share"), None
+        if share is first.share or (isinstance(share, torch.Tensor) and share.requires_grad):
+            share = share.detach()
+        if graph is None or not graph.requires_grad:
+            graph, first.seen.is_hidden = None, True
+        first.seen.precision = max(first.seen.precision, 8 * torch.finfo(made.dtype).eps)
+        return Items._made(made, share, graph, first.seen)
+
+
+class Seen:
+    """What was done with num_items_in_batch.
+
+    Attributes:
+        root: where it is followed, the leaf that operands are made of.
+        is_touched: whether it was an operand.
+        is_taken: whether a number was made of it.
+        is_hidden: whether something was made of it that no gradient follows.
+        precision: of what was made of it.
+    """
+
+    def __init__(self, root: torch.Tensor | None):
+        self.root = root
+        self.is_touched = self.is_taken = self.is_hidden = False
+        self.precision = 0.0
 
 
 _TAKING = {
     torch.Tensor.item, torch.Tensor.tolist, torch.Tensor.numpy, torch.Tensor.__int__, torch.Tensor.__float__,
-    torch.Tensor.__index__, torch.Tensor.long, torch.Tensor.int,
+    torch.Tensor.__index__, torch.Tensor.long, torch.Tensor.int, torch.Tensor.__array__,
 }  # fmt: skip
-_SHOWING = {torch.Tensor.__repr__, torch.Tensor.__format__}
-
-
-def _integral(args: Any, kwargs: dict[str, Any]) -> bool:
-    """Whether Tensor.to() is asked for whole numbers."""
-    asked = [value for value in (*args, *kwargs.values()) if isinstance(value, torch.dtype)]
-    return any(not dtype.is_floating_point for dtype in asked)
+_SHOWING = {torch.Tensor.__repr__, torch.Tensor.__format__, torch.Tensor.__bool__}
+_OF_WHOLE = {
+    torch.Tensor.clamp, torch.Tensor.clamp_min, torch.Tensor.clamp_max, torch.Tensor.clip, torch.clamp, torch.clamp_min,
+    torch.clamp_max, torch.clip, torch.maximum, torch.minimum, torch.max, torch.min, torch.Tensor.maximum,
+    torch.Tensor.minimum, torch.Tensor.max, torch.Tensor.min, torch.ceil, torch.floor, torch.round, torch.trunc,
+    torch.Tensor.ceil, torch.Tensor.floor, torch.Tensor.round, torch.Tensor.trunc, torch.floor_divide,
+    torch.Tensor.floor_divide, torch.Tensor.__floordiv__,
+}  # fmt: skip
 
 
 def per_micro_batch(num_items: Any, micro_batches: int) -> torch.Tensor:
@@ -186,7 +261,8 @@ class Check:
                 rest = rest - combination.by_number + combination.divided_by_number(schemes)
             self._rests.append(rest)
         self._scale.append(loss.detach().double().abs())
-        self._precision = max(self._precision, 8 * torch.finfo(loss.dtype).eps)
+        followed = step.items.seen.precision if isinstance(step.items, Items) else 0.0
+        self._precision = max(self._precision, 8 * torch.finfo(loss.dtype).eps, followed)
 
     def blame(self, reason: str) -> None:
         self._reasons.add(reason)
@@ -237,7 +313,7 @@ def divided(
         args, kwargs: what Trainer calls it with; handed on in the same way, whatever its signature is.
     """
     k = step.micro_batches
-    step.averaged, step.expected_grad = k * ranks, 1.0 / k
+    step.averaged, step.expected_grad, step.among = k * ranks, 1.0 / k, float(ranks)
     given = kwargs.get("num_items_in_batch")
     leaves_it = is_taken_as_scaled(trainer, given)
     if given is not None:
@@ -280,7 +356,7 @@ def _weighed(trainer: Any, step: steps.Step, loss: Any, check: Check | None) -> 
     is_looked_at = check is not None and trainer.args.n_gpu <= 1
     schemes = step.schemes
     is_measured = bool(step.measured.rest) and isinstance(loss, torch.Tensor) and not is_touched(step)
-    is_open = step.exchange is not None and step.exchange.is_open
+    is_open = step.exchange is not None and step.exchange.is_open and not step.is_settled
     if not is_looked_at and not may_be_sum and not schemes.are_acted_on and not is_measured and not is_open:
         return loss, ""
     combination = Combination(step, loss, step.items.root if is_looked_at and is_followed(step) else None)
@@ -290,10 +366,12 @@ def _weighed(trainer: Any, step: steps.Step, loss: Any, check: Check | None) -> 
         number = number.share if isinstance(number, Items) else number
         for reason in schemes.look(step, loss, combination, number, is_taken) if not step.is_of_objects else ():
             check.blame(reason)
-    corrections = _settled(step)
+    corrections = settled(step)
     # the number may be taken for a log, and a sum beside a mean
     found = {schemes.found.get(term.call, UNKNOWN) for term, _ in combination.pairs if term.reduction != "mean"}
-    is_summed = may_be_sum and not combination.uses_a_mean and not is_measured and not found & {*MEANS, NUMBER}
+    is_summed = (
+        may_be_sum and not combination.uses_a_mean and not is_measured and not found & {*MEANS, NUMBER, NUMBER_OF_RANK}
+    )
     if is_looked_at:
         assert check is not None
         check.add(step, loss, combination, schemes, is_summed)
@@ -306,10 +384,12 @@ def _weighed(trainer: Any, step: steps.Step, loss: Any, check: Check | None) -> 
     return loss, "" if not is_summed else SUMMED if is_known_sum else LEFT
 
 
-def _settled(step: steps.Step) -> dict[Any, torch.Tensor]:
+def settled(step: steps.Step) -> dict[Any, torch.Tensor]:
     """Where the ranks meet at the end of this compute_loss: what its terms are to be multiplied by for what the others hold."""
     exchange = step.exchange
-    return exchange.settle(step, step.schemes) if exchange is not None and exchange.is_open else {}
+    if exchange is None or not exchange.is_open or step.is_settled:
+        return {}
+    return exchange.settle(step, step.schemes)
 
 
 def _with_rest(step: steps.Step, loss: Any, rest: torch.Tensor) -> Any:
@@ -331,7 +411,7 @@ def divided_by_itself(
     with known.parts(trainer, step.known):
         result = call(*args, **kwargs)
     loss = result[0] if isinstance(result, tuple) else result
-    corrections = _settled(step)
+    corrections = settled(step)
     if corrections:
         loss = Schemes().weighed(step, Combination(step, loss), loss, corrections)
     if step.measured.rest:

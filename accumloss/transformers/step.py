@@ -123,6 +123,7 @@ class Step:
     asked = 1  # of a full one
     num_items_in_batch: torch.Tensor | None = None  # what the model was given under this name
     items: Any = None  # what compute_loss was given under it (objective.Items)
+    among = 1.0  # losses of ranks that are averaged, where what compute_loss returns is not multiplied by them
     num_groups = 1  # of ranks that hold different micro-batches
     num_ranks = 1  # that the gradients are averaged over
     num_replicas = 1  # of nn.DataParallel, each of which has a chunk of the micro-batch
@@ -136,6 +137,7 @@ class Step:
     raw: Any = None  # what compute_loss returned
     depth = 0  # of compute_loss, which may call another
     is_computed = False  # whether a compute_loss was called
+    is_settled = False  # whether the ranks have told each other of it
     calls = 0  # losses of ours
     smoothed = 0  # of them, those that label_smoothing applied to
     unknown = 0  # of them, those whose labels are of no known origin
@@ -224,7 +226,7 @@ class Step:
         if weight is not None:
             self.weigh(call, weight, name)
         rule = self._rule(target, 0, ignore_index, None, call)
-        if rule is None and is_of_pairs(target, num_rows(self.inputs)):
+        if rule is None and self._is_of_pairs(target):
             self.coupled.add(f"{name} compares the rows of its micro-batch with each other")
         rule = rule if rule is None else rule.weighted(weight)
         self.terms.append(Term(value, name, rule, call, reduction, target=target, ignore_index=ignore_index))
@@ -234,6 +236,11 @@ class Step:
         """Looks whether a loss has the same class weights in all micro-batches: the one batch would have others else."""
         if self.is_watched and not self.chunks and not self.schemes.is_constant(call, weight):
             self.coupled.add(f"the class weights of {name or 'a loss'} are others in each micro-batch")
+
+    def _is_of_pairs(self, target: torch.Tensor) -> bool:
+        rows = num_rows(self.inputs)
+        classes = getattr(getattr(self.model, "config", None), "num_labels", None)
+        return is_of_pairs(target, rows) and rows != classes
 
     def is_given(self, value: Any) -> bool:
         """Whether a num_items_in_batch is the one that Trainer, or we in its place, handed in."""
@@ -349,7 +356,7 @@ class Step:
         if self.is_watched and not is_compiled and is_contrastive(labels, num_rows(self.inputs)):
             self.coupled.add(f"{name or 'a loss'} tells each row apart from the others of its micro-batch")
             main = None
-        if self.is_watched and not is_compiled and ignore_index is None and is_of_pairs(labels, num_rows(self.inputs)):
+        if self.is_watched and not is_compiled and ignore_index is None and self._is_of_pairs(labels):
             self.coupled.add(f"{name or 'a loss'} compares the rows of its micro-batch with each other")
         here = Rule("labels", shift, ignore_index, weight=weight).total({"labels": labels})
         mean = at_least_one(here) / self.share_of_rows()
@@ -393,7 +400,8 @@ class Step:
         if not self.gathers:
             return None if rule is None else self.total(rule)
         call = ("mean", self.calls) if call is None else call
-        if self.exchange is not None and self.depth and not is_compiled:
+        # is_computed: it is computed again, in a backward
+        if self.exchange is not None and (self.depth or self.is_computed) and not is_compiled:
             if rule is None or rule in self.totals:
                 return None if rule is None else self.totals[rule]
             return self.exchange.total(self, rule, call, call if of_terms is None else of_terms)

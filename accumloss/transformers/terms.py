@@ -58,6 +58,7 @@ WEIGHTS = "the weights of its items"
 ROWS = "its rows"
 ELEMENTS = "its elements, padding included"
 NUMBER = "num_items_in_batch"
+NUMBER_OF_RANK = "num_items_in_batch, times the ranks"
 TAKEN = "num_items_in_batch as a number of Python's"
 SUM = "nothing: a sum"
 SCALED = "nothing: a sum, times a constant"
@@ -66,7 +67,7 @@ UNKNOWN = ""
 
 MEANS = (ITEMS, WEIGHTS, ROWS, ELEMENTS)
 SUMS = (SUM, SCALED, TAKEN)
-ACTED_ON = (*MEANS, *SUMS, COUNTED)
+ACTED_ON = (*MEANS, *SUMS, COUNTED, NUMBER)
 
 
 class Combination:
@@ -113,7 +114,9 @@ class Combination:
         """The terms that are divided by num_items_in_batch: what of by_number they are. () float64."""
         left = schemes.left_in_rest()
         theirs = [
-            (t, c) for t, c in self.pairs if schemes.found.get(t.call) in (NUMBER, COUNTED) and t.call not in left
+            (t, c)
+            for t, c in self.pairs
+            if schemes.found.get(t.call) in (NUMBER, NUMBER_OF_RANK, COUNTED) and t.call not in left
         ]
         return sum(((c.double() * t.value.double()).sum() for t, c in theirs), torch.zeros((), dtype=torch.float64))
 
@@ -193,7 +196,8 @@ class Schemes:
                 unit = _unit(term, coefficient)
                 self.units.setdefault(term.call, []).append(float("nan") if unit is None else unit[0])
             elif term.reduction == "mean":
-                self.units.setdefault(term.call, []).append(1.0 if fitting else float(coefficient))
+                like = (*term.call, term.name, None if term.rule is None else term.rule.key)
+                self.units.setdefault(like, []).append(1.0 if fitting else float(coefficient))
             if self.found[term.call] == ELEMENTS and not step.is_of_one_length(term.rule):
                 reasons.add(f"the {term.name} is averaged over padding too, of which the micro-batches have less")
             is_of_rows = (
@@ -367,6 +371,8 @@ def _fitting(step: Step, term: Term, coefficient: torch.Tensor, number: Any, is_
         fitting.append(ITEMS)
     if number is not None and not is_taken and is_one(scale * float(number)):
         fitting.append(NUMBER)
+    if number is not None and not is_taken and step.among != 1 and is_one(scale * float(number) / step.among):
+        fitting.append(NUMBER_OF_RANK)
     if is_taken and is_one(scale * float(number) * step.micro_batches):
         fitting.append(TAKEN)
     if is_one(scale * num_rows(step.inputs)):
@@ -410,6 +416,8 @@ def _factor(step: Step, term: Term, coefficient: torch.Tensor, scheme: str) -> A
     """What a term is multiplied by to be a part of the step's, which Trainer averages over the micro-batches."""
     if scheme in SUMS:
         return float(step.micro_batches)
+    if scheme == NUMBER:  # of all ranks, over which gradients are averaged
+        return float(step.among)
     if scheme == COUNTED:  # the mean has been divided by what the step holds already
         return torch.where(coefficient == 0, 1.0, 1 / coefficient)
     if scheme == ROWS:

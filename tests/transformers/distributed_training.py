@@ -11,7 +11,15 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 import transformers
-from some_ranks import ON_SOME_RANKS, OnSomeRanks, OnSomeRanksLater, rows_of_second_rank
+from some_ranks import (
+    ON_SOME_RANKS,
+    FilledOnSomeRanks,
+    OnSomeRanks,
+    OnSomeRanksLater,
+    OverTheNumber,
+    rows_filled_on_second_rank,
+    rows_of_second_rank,
+)
 from torchrun import leave
 from training import HEADS, Recorder, build, make_trainer, rows
 
@@ -67,8 +75,16 @@ RUNS = {
     "measured": ("token classes", True, True, ByHand),
     "measured to be another": ("token classes", True, True, AnotherOnOneRank),
     **{name: ("token classes", True, True, cls) for name, cls in ON_SOME_RANKS.items()},
+    "filled": ("token classes", True, True, FilledOnSomeRanks),
+    "over the number": ("token classes", True, True, OverTheNumber),
     "later": ("token classes", True, True, OnSomeRanksLater, 5),
 }
+
+
+def rows_of(cls: type, targets: str) -> list[dict[str, torch.Tensor]]:
+    if issubclass(cls, OnSomeRanks):
+        return rows_of_second_rank()
+    return rows_filled_on_second_rank() if issubclass(cls, FilledOnSomeRanks) else rows(targets)
 
 
 def train(head: str, is_registered: bool, average: bool, cls: type = transformers.Trainer, steps: int = 1) -> dict:
@@ -79,7 +95,7 @@ def train(head: str, is_registered: bool, average: bool, cls: type = transformer
         # dealt so that each rank takes two rows of every four: the ranks hold very different numbers of labels
         trainer, recorder = make_trainer(
             build(name, **config),
-            rows_of_second_rank() if issubclass(cls, OnSomeRanks) else rows(targets),
+            rows_of(cls, targets),
             accumulation=2,
             steps=steps,
             trainer_class=cls,

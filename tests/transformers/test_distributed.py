@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from some_ranks import ON_SOME_RANKS, OnSomeRanks, rows_of_second_rank
+from some_ranks import ON_SOME_RANKS, FilledOnSomeRanks, OnSomeRanks, rows_filled_on_second_rank, rows_of_second_rank
 from tolerances import TRAINER_GRADIENT, TRAINER_LOSS
 from torchrun import torchrun
 from training import COUNTS_POSITION_0, Step, error, loss_error, model_and_rows, train
@@ -51,6 +51,17 @@ def test_a_loss_that_only_some_ranks_compute_keeps_none_waiting(name, two_ranks)
     """Stock averages the ranks' means, of which one has none."""
     model, _ = model_and_rows("token classes")
     full = train(model, rows_of_second_rank(), 1, trainer_class=ON_SOME_RANKS[name])
+    assert error(two_ranks[name], full) <= TRAINER_GRADIENT
+    assert not any(two_ranks[name].weights)  # told
+
+
+@pytest.mark.parametrize("name", ["filled", "over the number"])
+def test_losses_whose_labels_or_divisor_are_those_of_all_ranks(name, two_ranks):
+    model, examples = model_and_rows("token classes")
+    if name == "filled":
+        full = train(model, rows_filled_on_second_rank(), 1, trainer_class=FilledOnSomeRanks)
+    else:
+        full = train(model, examples, 1)
     assert error(two_ranks[name], full) <= TRAINER_GRADIENT
     assert not any(two_ranks[name].weights)  # told
 

@@ -11,6 +11,7 @@ import pickle
 import threading
 import warnings
 
+import numpy
 import pytest
 import torch
 import torch.nn.functional as F
@@ -46,7 +47,11 @@ def teacher():
 
 
 def flat(outputs, labels):
-    return outputs.logits.flatten(0, 1), labels.flatten()
+    return flat_of(outputs.logits, labels)
+
+
+def flat_of(logits, labels):
+    return logits.flatten(0, 1), labels.flatten()
 
 
 class Trainers:
@@ -324,6 +329,71 @@ def test_a_compute_loss_func_that_is_given_later_is_exact():
         trainer.train()
     assert max(float((g - full.gradients[n]).abs().max()) for n, g in recorder.gradients.items()) <= 1e-5
     assert type(trainer.compute_loss_func.criterion) is nn.CrossEntropyLoss
+
+
+NUMBERS = {
+    "as it is": lambda n: n,
+    "to the CPU": lambda n: n.cpu(),
+    "no fewer than 1": lambda n: n.clamp(min=1),
+    "no fewer than 1, by Python": lambda n: max(n, 1),
+    "or 1": lambda n: n or 1,
+    "a copy": copy.deepcopy,
+    "a new tensor": lambda n: torch.zeros(1).new_tensor(n.tolist()),
+    "its data": lambda n: n.data,
+    "whole": lambda n: n // 1,
+    "rounded up": torch.ceil,
+    "an integer": lambda n: n.type(torch.long),
+    "an integer of a copy": lambda n: int(n.cpu()),
+    "an integer of a sum": lambda n: int(n.sum()),
+    "an item of a copy": lambda n: n.float().item(),
+    "an array": lambda n: float(n.cpu().numpy()),
+    "an array by numpy": lambda n: float(numpy.asarray(n)),
+    "bf16 and back": lambda n: n.bfloat16().float() / n.bfloat16().float() * n,
+    "twice its inverse": lambda n: n.reciprocal().reciprocal(),
+    "full": lambda n: torch.full((), float(n)),
+}
+
+
+@pytest.mark.skipif(not GIVES_THE_NUMBER, reason="this transformers gives no number to such a model")
+@pytest.mark.parametrize("how", NUMBERS)
+def test_whatever_is_made_of_the_number_is_exact_and_silent(how):
+    """A sum over num_items_in_batch, by people's own ways of taking it: exact in stock, and so with accumloss."""
+
+    class OverTheNumber(Trainer):
+        def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+            logits = model(**{**inputs, "labels": None}).logits
+            return F.cross_entropy(*flat_of(logits, inputs["labels"]), reduction="sum") / NUMBERS[how](
+                num_items_in_batch
+            )
+
+    model, examples = tagger()
+    full = train(model, fresh(examples), 1)
+    with accumloss.registered(), warnings.catch_warnings():
+        warnings.simplefilter("error", accumloss.InexactWarning)
+        step = train(model, fresh(examples), 4, trainer_class=OverTheNumber)
+    assert error(step, full) <= TRAINER_GRADIENT
+
+
+@pytest.mark.skipif(not GIVES_THE_NUMBER, reason="this transformers gives no number to such a model")
+@pytest.mark.parametrize("how", ["no fewer than 1", "no fewer than 1, by Python"])
+def test_a_bound_on_the_number_is_one_on_that_of_the_step(how):
+    """Two labels in four micro-batches: half a label each, of which no bound of 1 is meant."""
+    model, examples = tagger()
+    examples = fresh(examples)
+    for index, row in enumerate(examples):
+        row["labels"][(1 if index in (0, 5) else 0) :] = -100
+
+    class OverTheNumber(Trainer):
+        def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+            logits = model(**{**inputs, "labels": None}).logits
+            return F.cross_entropy(*flat_of(logits, inputs["labels"]), reduction="sum") / NUMBERS[how](
+                num_items_in_batch
+            )
+
+    full = train(model, fresh(examples), 1, trainer_class=OverTheNumber)
+    with accumloss.registered():
+        step = train(model, fresh(examples), 4, trainer_class=OverTheNumber)
+    assert error(step, full) <= TRAINER_GRADIENT
 
 
 # Told -------------------------------------------------------------------------------------------------------------------

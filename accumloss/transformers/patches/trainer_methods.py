@@ -208,10 +208,13 @@ def _around_training_step(trainer: Any, theirs: Callable[..., Any], *args: Any, 
     with steps.entered(step), objective.micro_batches(trainer, *says):
         if is_theirs:
             step.averaged, step.expected_grad = averaged_losses(trainer), 1.0
-        if state.known is not None and state.known.has_own_step:
-            loss = known.own_step(trainer, step, theirs, args, kwargs)
-        else:
-            loss = theirs(*args, **kwargs)
+        try:
+            if state.known is not None and state.known.has_own_step:
+                loss = known.own_step(trainer, step, theirs, args, kwargs)
+            else:
+                loss = theirs(*args, **kwargs)
+        finally:
+            objective.settled(step)  # no rank waits for one whose step called no compute_loss, or failed in it
     step.collect()
     look_at(trainer, state, step)
     return loss
