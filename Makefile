@@ -1,4 +1,4 @@
-# make demo | test | test-slow | test-all | lint | bench | bench-linear | bench-step | bench-gpu | census | trainers-census | cuda-report
+# make demo | test | test-slow | test-all | faults | lint | bench | bench-linear | bench-step | bench-gpu | census | trainers-census | cuda-report
 #      clean
 #
 # All of it happens in .venv, which the first target that needs it makes. A torch 2.10 or newer that PYTHON already has
@@ -12,7 +12,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check
 SOURCES := pyproject.toml setup.py CMakeLists.txt \
            $(shell find accumloss build_tools csrc -name '*.py' -o -name '*.h' -o -name '*.cpp' -o -name '*.cu*')
 
-.PHONY: demo test test-slow test-all lint bench bench-linear bench-step bench-gpu census trainers-census cuda-report clean
+.PHONY: demo test test-slow test-all faults lint bench bench-linear bench-step bench-gpu census trainers-census cuda-report clean
 .DELETE_ON_ERROR:
 .SECONDARY:
 
@@ -30,6 +30,10 @@ test: $(VENV)/.installed-test
 # What the fast tier can do without: more of the same kinds, compilers, sanitizers, large shapes.
 test-slow: $(VENV)/.installed-test $(VENV)/.tried-deepspeed
 	$(PYTEST) -m slow $(ARGS)
+
+# Every fault that is planted in the CUDA kernels, some 15 minutes; the tiers plant a third of them.
+faults: $(VENV)/.installed-test
+	ACCUMLOSS_TEST_ALL_FAULTS=1 $(PYTEST) tests/cuda/test_emulated_faults.py $(ARGS)
 
 test-all: $(VENV)/.installed-test $(VENV)/.tried-deepspeed
 	$(PYTEST) $(ARGS)
