@@ -401,7 +401,8 @@ class Step:
             return None if rule is None else self.total(rule)
         call = ("mean", self.calls) if call is None else call
         # is_computed: it is computed again, in a backward
-        if self.exchange is not None and (self.depth or self.is_computed) and not is_compiled:
+        is_met = self.exchange is not None and self.known is None and (self.depth or self.is_computed)
+        if self.exchange is not None and is_met and not is_compiled:
             if rule is None or rule in self.totals:
                 return None if rule is None else self.totals[rule]
             return self.exchange.total(self, rule, call, call if of_terms is None else of_terms)
