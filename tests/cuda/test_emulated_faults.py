@@ -504,6 +504,7 @@ def test_emulated_sanitizer_finds_nothing(sanitizer):
         ("thread", "sums_of_two_rows_in_one_place", "data race"),
         ("thread", "stage_released_before_the_gradient", "data race"),
         ("thread", "sums_not_waited_for", "data race"),
+        ("thread", "blocks_added_without_a_fence", "data race"),
         ("address", "tail_one_long", "heap-buffer-overflow"),
     ],
 )

@@ -103,8 +103,9 @@ std::vector<std::pair<Block*, int>> drawn_order;  // of the warps
 std::vector<uint64_t> ready_places;               // bits, by the drawn order
 bool late;                                        // copies land when nothing else can go on; else at any time
 bool at_once;                                     // or as soon as they are under way
-// ThreadSanitizer: shared memory and stacks of what ran, kept to the end of the launch. Reused, they would be races.
-std::vector<std::unique_ptr<unsigned char[]>> retired;
+// ThreadSanitizer: blocks and stacks of what ran, kept to the end of the launch. Reused, their memory would be races, and
+// their barriers would order what blocks do one after the other.
+std::vector<std::unique_ptr<Block>> retired;
 std::vector<std::unique_ptr<char[]>> retired_stacks;
 size_t shared_bytes;
 int at_cluster_barrier;
@@ -328,7 +329,6 @@ void start_block(Block& block, unsigned number, int rank) {
   block.copies.clear();
   block.landed.clear();
   block.threads.clear();
-  if (tsan::enabled()) retired.push_back(std::move(block.memory));
   block.memory.reset(new unsigned char[shared_bytes + kGuardBytes + 128]);
   block.shared = block.memory.get() + (128 - reinterpret_cast<uintptr_t>(block.memory.get()) % 128);
   std::memset(block.shared, kPoison, shared_bytes);
@@ -384,6 +384,7 @@ void run_cluster(unsigned first_block, unsigned size) {
   blocks.resize(size);
   std::vector<Block*> block_order;
   for (auto& block : blocks) {
+    if (block && tsan::enabled()) retired.push_back(std::move(block));
     if (!block) block = std::make_unique<Block>();
     block_order.push_back(block.get());
   }
