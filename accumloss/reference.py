@@ -10,7 +10,6 @@ import math
 from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
 
 from .options import LossOptions
 
@@ -75,14 +74,7 @@ def rows(
     z = transform(logits.to(dtype), options)
     w = torch.ones(num_classes, dtype=dtype, device=logits.device) if weight is None else weight.to(dtype)
 
-    target = z.gather(-1, y).squeeze(-1)
-    is_label = torch.zeros_like(z, dtype=torch.bool).scatter_(-1, y, True)
-    others = torch.logsumexp(z.masked_fill(is_label, -torch.inf), dim=-1)
-    if num_classes == 1:
-        nll = target * 0
-    else:
-        nll = torch.logaddexp(torch.zeros_like(others), others - target)
-        nll = torch.where(torch.isneginf(target), torch.where(torch.isneginf(others), torch.nan, torch.inf), nll)
+    is_label, target, others, nll = _of_label(z, y)
     # a label that far below adds nothing, and would swallow the digits of lse: that of a masked class often does
     lse = torch.where(others - target > 1024, others, target + nll)
 
@@ -101,6 +93,19 @@ def rows(
 
     weights = items(w.take(y.squeeze(-1)))
     return Rows(items(loss), items(lse), items(nll), weights, items(correct), items(entropy), is_item)
+
+
+def _of_label(z: torch.Tensor, y: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    """Of logits (..., V) and a class for each (..., 1): where it is (..., V), its logit, the logsumexp of the others, and its
+    negative log-probability, with its digits where that is next to nothing."""
+    is_label = torch.zeros_like(z, dtype=torch.bool).scatter_(-1, y, True)
+    target = z.gather(-1, y).squeeze(-1)
+    others = torch.logsumexp(z.masked_fill(is_label, -torch.inf), dim=-1)
+    if z.shape[-1] == 1:
+        return is_label, target, others, target * 0
+    nll = torch.logaddexp(torch.zeros_like(others), others - target)
+    nll = torch.where(torch.isneginf(target), torch.where(torch.isneginf(others), torch.nan, torch.inf), nll)
+    return is_label, target, others, nll
 
 
 def token_statistics(
@@ -166,14 +171,7 @@ def soft_cross_entropy(
     q = targets.to(dtype) * (1 - e) + e / num_classes
     if weight is not None:
         q = q * weight.to(dtype)
-    y = targets.argmax(-1, keepdim=True)
-    is_label = torch.zeros_like(z, dtype=torch.bool).scatter_(-1, y, True)
-    target = z.gather(-1, y).squeeze(-1)
-    nll = (
-        F.softplus(torch.logsumexp(z.masked_fill(is_label, -torch.inf), dim=-1) - target)
-        if num_classes > 1
-        else 0 * target
-    )
+    is_label, _, _, nll = _of_label(z, targets.argmax(-1, keepdim=True))
     lse = torch.logsumexp(z, dim=-1)
     surprise = torch.where(is_label, nll.unsqueeze(-1), lse.unsqueeze(-1) - z)
     loss = (q * torch.where(q == 0, 0.0, surprise)).sum(-1)

@@ -44,18 +44,19 @@ def test_guards_and_keys_of_the_dispatcher():
         assert isinstance(keys, torch._C.DispatchKeySet)
 
 
+class Double(torch.autograd.Function):
+    apply = _compat.direct_apply
+
+    @staticmethod
+    def forward(ctx, x):
+        return x * 2
+
+    @staticmethod
+    def backward(ctx, grad):
+        return grad * 2
+
+
 def test_a_function_is_applied_without_what_torch_does_in_python():
-    class Double(torch.autograd.Function):
-        apply = _compat.direct_apply
-
-        @staticmethod
-        def forward(ctx, x):
-            return x * 2
-
-        @staticmethod
-        def backward(ctx, grad):
-            return grad * 2
-
     leaf = torch.ones((), requires_grad=True)
     doubled = Double.apply(leaf)
     assert doubled.grad_fn.name() == "DoubleBackward"
@@ -105,17 +106,8 @@ def test_the_mean_of_a_scalar_is_told_by_its_node():
 
 
 def test_a_node_names_its_function():
-    class Mine(torch.autograd.Function):
-        @staticmethod
-        def forward(ctx, x):
-            return x * 2
-
-        @staticmethod
-        def backward(ctx, grad):
-            return grad * 2
-
     leaf = torch.ones((), requires_grad=True)
-    assert _compat.function_of(Mine.apply(leaf).grad_fn) is Mine
+    assert _compat.function_of(Double.apply(leaf).grad_fn) is Double
     assert _compat.function_of((leaf * 2).grad_fn) is None
 
 

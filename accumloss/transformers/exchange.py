@@ -111,6 +111,10 @@ class Exchange:
         for (key, rule), total in zip(rules.items(), found, strict=True):
             totals[key] = totals[key[0]] = rule, at_least_one(total)
 
+    def is_open_to(self, step: Step) -> bool:
+        """Whether the ranks have still to meet in this micro-batch."""
+        return self.is_open and not step.is_settled
+
     def total(self, step: Step, rule: Rule, call: Any, of_terms: Any) -> torch.Tensor:
         """The items of the whole step for this call of a loss. () float64, at least 1.
 
@@ -122,7 +126,7 @@ class Exchange:
         """
         key = _key(call, rule)
         counted, total = step.totals.get(key, (None, None))
-        is_open = self.is_open and not step.is_settled
+        is_open = self.is_open_to(step)
         if key in self.rules and self.rules[key] != rule:
             self.rules[key] = rule  # the next window is counted by it
         if counted is None and not is_open:

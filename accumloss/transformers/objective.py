@@ -51,11 +51,11 @@ class Items(torch.Tensor):
         seen = Seen(share.detach().clone().requires_grad_() if is_followed else None)
         with torch.enable_grad():
             graph = None if seen.root is None else seen.root * 1.0  # no leaf, which could not be written over
-        return Items._made(torch.as_tensor(whole), share, graph, seen)
+        return Items._made(torch.as_tensor(whole).detach().clone(), share, graph, seen)  # Trainer's is not written over
 
     @staticmethod
     def _made(whole: torch.Tensor, share: torch.Tensor, graph: torch.Tensor | None, seen: Seen) -> Items:
-        items = whole.detach().clone().as_subclass(Items)
+        items = whole.as_subclass(Items)
         items.whole, items.share, items.graph, items.seen = whole, share, graph, seen
         return items
 
@@ -81,13 +81,13 @@ class Items(torch.Tensor):
     @classmethod
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        found: list[Items] = []
+        first: Items | None = None  # what is made of several is of one number
         is_of_loss = False
 
         def look(value: Any) -> Any:
-            nonlocal is_of_loss
+            nonlocal first, is_of_loss
             if isinstance(value, Items):
-                found.extend([value] if hasattr(value, "seen") else [])
+                first = value if first is None and hasattr(value, "seen") else first
             elif isinstance(value, torch.Tensor):
                 is_of_loss = is_of_loss or value.requires_grad
             return value
@@ -102,48 +102,34 @@ class Items(torch.Tensor):
             return func(*tree_map(of, args), **tree_map(of, kwargs))
 
         tree_map(look, (args, kwargs))
-        if not found:
-            return given("whole")
-
-        if func in _SHOWING:
+        if first is None or func in _SHOWING:
             return given("whole")
         if getattr(func, "__name__", "") == "__get__":
             made = given("whole")
             if isinstance(made, torch.Tensor):  # .data: past what can be seen
-                for items in found:
-                    items.seen.is_touched = items.seen.is_taken = True
+                first.seen.is_touched = first.seen.is_taken = True
             return made
-        for items in found:
-            items.seen.is_touched = True
-            items.seen.is_taken = items.seen.is_taken or func in _TAKING
-        if is_of_loss and func not in _TAKING:
+        first.seen.is_touched = True
+        if func in _TAKING:
+            first.seen.is_taken = True
+        elif is_of_loss:
             return given("graph")
         made = given("whole")
-        if func in _TAKING:
-            return made
-        if not isinstance(made, torch.Tensor):
+        if func in _TAKING or not isinstance(made, torch.Tensor):
             return made
         if not made.is_floating_point():
-            if made.dtype != torch.bool:
-                for items in found:
-                    items.seen.is_taken = True
+            first.seen.is_taken = first.seen.is_taken or made.dtype != torch.bool
             return made
-        first = found[0]
         if func in _OF_WHOLE:  # a bound on the number of the step, and not on a part of it
             ratio = first.share / first.whole
             graph = None if first.graph is None else (first.graph * (made / first.whole).detach()).to(made.dtype)
             return Items._made(made, (made * ratio).to(made.dtype), graph, first.seen)
-        try:
-            with torch.enable_grad():
-                share, graph = given("share"), given("graph")
-        except RuntimeError:  # it has no derivative
-            share, graph = given("share"), None
-        if share is first.share or (isinstance(share, torch.Tensor) and share.requires_grad):
-            share = share.detach()
-        if graph is None or not graph.requires_grad:
+        with torch.enable_grad():
+            graph = given("graph")
+        if not graph.requires_grad:
             graph, first.seen.is_hidden = None, True
         first.seen.precision = max(first.seen.precision, 8 * torch.finfo(made.dtype).eps)
-        return Items._made(made, share, graph, first.seen)
+        return Items._made(made, given("share"), graph, first.seen)
 
 
 class Seen:
@@ -356,7 +342,7 @@ def _weighed(trainer: Any, step: steps.Step, loss: Any, check: Check | None) -> 
     is_looked_at = check is not None and trainer.args.n_gpu <= 1
     schemes = step.schemes
     is_measured = bool(step.measured.rest) and isinstance(loss, torch.Tensor) and not is_touched(step)
-    is_open = step.exchange is not None and step.exchange.is_open and not step.is_settled
+    is_open = step.exchange is not None and step.exchange.is_open_to(step)
     if not is_looked_at and not may_be_sum and not schemes.are_acted_on and not is_measured and not is_open:
         return loss, ""
     combination = Combination(step, loss, step.items.root if is_looked_at and is_followed(step) else None)
@@ -387,9 +373,7 @@ def _weighed(trainer: Any, step: steps.Step, loss: Any, check: Check | None) -> 
 def settled(step: steps.Step) -> dict[Any, torch.Tensor]:
     """Where the ranks meet at the end of this compute_loss: what its terms are to be multiplied by for what the others hold."""
     exchange = step.exchange
-    if exchange is None or not exchange.is_open or step.is_settled:
-        return {}
-    return exchange.settle(step, step.schemes)
+    return exchange.settle(step, step.schemes) if exchange is not None and exchange.is_open_to(step) else {}
 
 
 def _with_rest(step: steps.Step, loss: Any, rest: torch.Tensor) -> Any:
@@ -411,9 +395,6 @@ def divided_by_itself(
     with known.parts(trainer, step.known):
         result = call(*args, **kwargs)
     loss = result[0] if isinstance(result, tuple) else result
-    corrections = settled(step)
-    if corrections:
-        loss = Schemes().weighed(step, Combination(step, loss), loss, corrections)
     if step.measured.rest:
         rest = Combination(step, loss).rest(loss) if step.terms else loss
         loss = _with_rest(step, loss, rest)

@@ -86,9 +86,7 @@ def rebind_modules_of(model: Any) -> None:
     if model in names.objects:
         return
     names.objects.add(model)
-    for part in model.modules():
-        _replace_class(part)
-        _rebind_values(part, vars(part))
+    _rebind_held(model)
     modules = _modules_of(*(cls for part in model.modules() for cls in type(part).__mro__))
     modules |= {name for name in sys.modules if name.startswith(CRITERIA) and not name.endswith(".loss_utils")}
     _rebind_modules(modules)

@@ -105,8 +105,10 @@ class Step:
         origins: of the labels of earlier calls, where only one was possible.
         over_all: the same, where Trainer averages over no ranks too.
         gathers: whether over_ranks waits for the other ranks.
+
+    Attributes:
         exchange: what the ranks tell each other of the losses that compute_loss calls. Others they count together, and so
-            must call equally often, whatever each of them finds.
+            must call equally often, whatever each of them finds; and all of a known Trainer's, which has none.
     """
 
     is_training = True
@@ -160,7 +162,6 @@ class Step:
         origins: dict[Any, Origin] | None = None,
         gathers: bool = False,
         over_all: Callable[[torch.Tensor], torch.Tensor] | None = None,
-        exchange: Exchange | None = None,
     ):
         self.window = window
         self.inputs = inputs
@@ -171,7 +172,7 @@ class Step:
         self.totals = totals
         self.origins = {} if origins is None else origins
         self.gathers = gathers
-        self.exchange = exchange
+        self.exchange: Exchange | None = None
         self.alone: dict[Any, Alone] = {}  # what was divided by before the other ranks were asked
         self.compared: dict[Any, Rule] = totals.setdefault(
             "compared", {}
@@ -401,8 +402,7 @@ class Step:
             return None if rule is None else self.total(rule)
         call = ("mean", self.calls) if call is None else call
         # is_computed: it is computed again, in a backward
-        is_met = self.exchange is not None and self.known is None and (self.depth or self.is_computed)
-        if self.exchange is not None and is_met and not is_compiled:
+        if self.exchange is not None and (self.depth or self.is_computed) and not is_compiled:
             if rule is None or rule in self.totals:
                 return None if rule is None else self.totals[rule]
             return self.exchange.total(self, rule, call, call if of_terms is None else of_terms)

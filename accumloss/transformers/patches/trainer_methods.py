@@ -252,11 +252,11 @@ def make_step(trainer: Any, state: State, model: Any, inputs: Any) -> steps.Step
         totals=window.totals,
         origins=state.origins,
         gathers=gathers(trainer),
-        # outside of train() nothing says where a window begins
-        exchange=state.exchange if gathers(trainer) and state.methods else None,
     )
     step.num_groups = max(trainer.args.world_size // same_batch(trainer), 1)
     step.known = state.look_up(trainer, inputs)
+    if step.gathers and step.known is None and state.methods:  # outside of train() nothing says where a window begins
+        step.exchange = state.exchange
     step.model = model
     step.trainer, step.is_watched = trainer, not state.check.is_done
     if index is not None and not window.is_sharded:  # else what is used is no longer what was fetched
@@ -293,7 +293,7 @@ def _around_compute_loss(trainer: Any, theirs: Callable[..., Any], *args: Any, *
         args, kwargs = args[:3], {"num_items_in_batch": args[3], **kwargs}
     inputs = kwargs.get("inputs", args[1] if len(args) > 1 else None)
     if step.known is None and state.look_up(trainer, inputs) is not None:
-        step.known, step.measured, step.is_watched = state.known, state.measured, False
+        step.known, step.measured, step.is_watched, step.exchange = state.known, state.measured, False, None
     divides_itself = objective.says_it_is_scaled(trainer)
     if divides_itself and (step.known is None or step.known.window is None):
         return theirs(*args, **kwargs)

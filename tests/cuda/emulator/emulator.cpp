@@ -103,8 +103,8 @@ std::vector<std::pair<Block*, int>> drawn_order;  // of the warps
 std::vector<uint64_t> ready_places;               // bits, by the drawn order
 bool late;                                        // copies land when nothing else can go on; else at any time
 bool at_once;                                     // or as soon as they are under way
-// ThreadSanitizer: blocks and stacks of what ran, kept to the end of the launch. Reused, their memory would be races, and
-// their barriers would order what blocks do one after the other.
+// ThreadSanitizer: blocks and stacks of what ran, kept to the end of the launch. Reused, their memory would be races,
+// and their barriers would order what blocks do one after the other.
 std::vector<std::unique_ptr<Block>> retired;
 std::vector<std::unique_ptr<char[]>> retired_stacks;
 size_t shared_bytes;
