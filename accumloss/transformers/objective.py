@@ -21,7 +21,7 @@ from . import known
 from . import step as steps
 from .coupled import ROUTER_LOSSES
 from .registration import Patches
-from .terms import MEANS, NUMBER, NUMBER_OF_RANK, SUMS, UNKNOWN, Combination, Schemes
+from .terms import BY_NUMBER, MEANS, SUMS, UNKNOWN, Combination, Schemes
 
 # a rest of the loss that is the same for all micro-batches to so much, relatively, depends on none of them
 SAME = 1e-6
@@ -299,7 +299,7 @@ def divided(
         args, kwargs: what Trainer calls it with; handed on in the same way, whatever its signature is.
     """
     k = step.micro_batches
-    step.averaged, step.expected_grad, step.among = k * ranks, 1.0 / k, float(ranks)
+    step.averaged, step.expected_grad = k * ranks, 1.0 / k
     given = kwargs.get("num_items_in_batch")
     leaves_it = is_taken_as_scaled(trainer, given)
     if given is not None:
@@ -355,9 +355,7 @@ def _weighed(trainer: Any, step: steps.Step, loss: Any, check: Check | None) -> 
     corrections = settled(step)
     # the number may be taken for a log, and a sum beside a mean
     found = {schemes.found.get(term.call, UNKNOWN) for term, _ in combination.pairs if term.reduction != "mean"}
-    is_summed = (
-        may_be_sum and not combination.uses_a_mean and not is_measured and not found & {*MEANS, NUMBER, NUMBER_OF_RANK}
-    )
+    is_summed = may_be_sum and not combination.uses_a_mean and not is_measured and not found & {*MEANS, *BY_NUMBER}
     if is_looked_at:
         assert check is not None
         check.add(step, loss, combination, schemes, is_summed)

@@ -125,7 +125,7 @@ class Step:
     asked = 1  # of a full one
     num_items_in_batch: torch.Tensor | None = None  # what the model was given under this name
     items: Any = None  # what compute_loss was given under it (objective.Items)
-    among = 1.0  # losses of ranks that are averaged, where what compute_loss returns is not multiplied by them
+    among = 1  # losses of ranks that are averaged, where what compute_loss returns is not multiplied by them
     num_groups = 1  # of ranks that hold different micro-batches
     num_ranks = 1  # that the gradients are averaged over
     num_replicas = 1  # of nn.DataParallel, each of which has a chunk of the micro-batch

@@ -58,7 +58,8 @@ WEIGHTS = "the weights of its items"
 ROWS = "its rows"
 ELEMENTS = "its elements, padding included"
 NUMBER = "num_items_in_batch"
-NUMBER_OF_RANK = "num_items_in_batch, times the ranks"
+SHORT = "num_items_in_batch, and not multiplied by the ranks"
+OPEN = "num_items_in_batch, and perhaps not multiplied by the ranks"
 TAKEN = "num_items_in_batch as a number of Python's"
 SUM = "nothing: a sum"
 SCALED = "nothing: a sum, times a constant"
@@ -67,7 +68,8 @@ UNKNOWN = ""
 
 MEANS = (ITEMS, WEIGHTS, ROWS, ELEMENTS)
 SUMS = (SUM, SCALED, TAKEN)
-ACTED_ON = (*MEANS, *SUMS, COUNTED, NUMBER)
+BY_NUMBER = (NUMBER, SHORT, OPEN)
+ACTED_ON = (*MEANS, *SUMS, COUNTED, SHORT, OPEN)
 
 
 class Combination:
@@ -114,9 +116,7 @@ class Combination:
         """The terms that are divided by num_items_in_batch: what of by_number they are. () float64."""
         left = schemes.left_in_rest()
         theirs = [
-            (t, c)
-            for t, c in self.pairs
-            if schemes.found.get(t.call) in (NUMBER, NUMBER_OF_RANK, COUNTED) and t.call not in left
+            (t, c) for t, c in self.pairs if schemes.found.get(t.call) in (*BY_NUMBER, COUNTED) and t.call not in left
         ]
         return sum(((c.double() * t.value.double()).sum() for t, c in theirs), torch.zeros((), dtype=torch.float64))
 
@@ -247,12 +247,20 @@ class Schemes:
         """
         for term, coefficient in combination.pairs:
             scheme = self.found.get(term.call, UNKNOWN)
+            if scheme == OPEN and coefficient.any():
+                number = getattr(step.items, "share", step.items)
+                is_ready = NUMBER in _fitting(step, term, coefficient, number, False)
+                scheme = self.found[term.call] = NUMBER if is_ready else SHORT
             factor = _factor(step, term, coefficient, scheme) if scheme in ACTED_ON else 1.0
             if term.call[:2] in corrections and (term.rule is not None or term.share is not None):
                 factor = factor * corrections[term.call[:2]]
             if isinstance(factor, torch.Tensor) or factor != 1.0:
                 loss = loss + ((factor - 1) * (coefficient * term.value).sum()).to(loss.device, loss.dtype)
         return loss
+
+    def open_again(self) -> None:
+        """After a measurement, which runs as if there were one rank: what somebody does for several is still to be seen."""
+        self.found = {call: OPEN if scheme == NUMBER else scheme for call, scheme in self.found.items()}
 
     def left_in_rest(self) -> set[Any]:
         """Calls of which nothing is known, and which so are no terms."""
@@ -358,8 +366,12 @@ def _fitting(step: Step, term: Term, coefficient: torch.Tensor, number: Any, is_
     if unit is None:
         return []
     scale, used = unit
+    by_number = []
+    if number is not None and not is_taken:
+        by_number += [NUMBER] if is_one(scale * float(number) / step.among) else []
+        by_number += [SHORT] if step.among != 1 and is_one(scale * float(number)) else []
     if used is not None or scale == 0:
-        return [NUMBER] if number is not None and not is_taken and is_one(scale * float(number)) else []
+        return by_number
     fitting = []
     if here is None and term.target is not None:
         here = Rule("labels", 0, term.ignore_index).total({"labels": term.target})
@@ -369,10 +381,7 @@ def _fitting(step: Step, term: Term, coefficient: torch.Tensor, number: Any, is_
         here = unweighted
     if here is not None and is_one(scale * float(here)):
         fitting.append(ITEMS)
-    if number is not None and not is_taken and is_one(scale * float(number)):
-        fitting.append(NUMBER)
-    if number is not None and not is_taken and step.among != 1 and is_one(scale * float(number) / step.among):
-        fitting.append(NUMBER_OF_RANK)
+    fitting += by_number
     if is_taken and is_one(scale * float(number) * step.micro_batches):
         fitting.append(TAKEN)
     if is_one(scale * num_rows(step.inputs)):
@@ -416,7 +425,7 @@ def _factor(step: Step, term: Term, coefficient: torch.Tensor, scheme: str) -> A
     """What a term is multiplied by to be a part of the step's, which Trainer averages over the micro-batches."""
     if scheme in SUMS:
         return float(step.micro_batches)
-    if scheme == NUMBER:  # of all ranks, over which gradients are averaged
+    if scheme in (SHORT, OPEN):  # the number is of all ranks, over which gradients are averaged
         return float(step.among)
     if scheme == COUNTED:  # the mean has been divided by what the step holds already
         return torch.where(coefficient == 0, 1.0, 1 / coefficient)

@@ -12,6 +12,7 @@ from .._compat import class_of, dataloaders_of, uncompiled
 from . import counting, coupled, objective, probe, terms
 from . import step as steps
 from .models import REMEDIES, base_model, bypassing_library, counted_rule, is_overridden
+from .ranks import averaged_losses
 from .settings import settings
 from .state import State, is_covered, state_of
 
@@ -146,6 +147,8 @@ def measure_once(trainer: Any, state: State, inputs: Any) -> None:
     if found.is_exact is None:
         return  # what is known by construction is all there is
     state.check.is_done, state.schemes = True, found.schemes
+    if averaged_losses(trainer) > 1:
+        state.schemes.open_again()
     if found.can_be_exact:
         state.measured = found.measured
     if not found.is_exact:

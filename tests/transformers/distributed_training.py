@@ -17,6 +17,7 @@ from some_ranks import (
     OnSomeRanks,
     OnSomeRanksLater,
     OverTheNumber,
+    OverTheNumberMeasured,
     rows_filled_on_second_rank,
     rows_of_second_rank,
 )
@@ -77,6 +78,7 @@ RUNS = {
     **{name: ("token classes", True, True, cls) for name, cls in ON_SOME_RANKS.items()},
     "filled": ("token classes", True, True, FilledOnSomeRanks),
     "over the number": ("token classes", True, True, OverTheNumber),
+    "over the number, measured": ("token classes", True, True, OverTheNumberMeasured),
     "later": ("token classes", True, True, OnSomeRanksLater, 5),
 }
 
@@ -89,7 +91,11 @@ def rows_of(cls: type, targets: str) -> list[dict[str, torch.Tensor]]:
 
 def train(head: str, is_registered: bool, average: bool, cls: type = transformers.Trainer, steps: int = 1) -> dict:
     name, config, targets = HEADS[head]
-    registered = accumloss.registered(verify=issubclass(cls, ByHand)) if is_registered else contextlib.nullcontext()
+    registered = (
+        accumloss.registered(verify=issubclass(cls, (ByHand, OverTheNumberMeasured)))
+        if is_registered
+        else contextlib.nullcontext()
+    )
     with registered, warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always", accumloss.InexactWarning)
         # dealt so that each rank takes two rows of every four: the ranks hold very different numbers of labels

@@ -55,7 +55,7 @@ def test_a_loss_that_only_some_ranks_compute_keeps_none_waiting(name, two_ranks)
     assert not any(two_ranks[name].weights)  # told
 
 
-@pytest.mark.parametrize("name", ["filled", "over the number"])
+@pytest.mark.parametrize("name", ["filled", "over the number", "over the number, measured"])
 def test_losses_whose_labels_or_divisor_are_those_of_all_ranks(name, two_ranks):
     model, examples = model_and_rows("token classes")
     if name == "filled":

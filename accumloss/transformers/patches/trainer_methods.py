@@ -253,6 +253,7 @@ def make_step(trainer: Any, state: State, model: Any, inputs: Any) -> steps.Step
         origins=state.origins,
         gathers=gathers(trainer),
     )
+    step.among = averaged_losses(trainer)
     step.num_groups = max(trainer.args.world_size // same_batch(trainer), 1)
     step.known = state.look_up(trainer, inputs)
     if step.gathers and step.known is None and state.methods:  # outside of train() nothing says where a window begins
