@@ -109,22 +109,20 @@ struct Backend {
   void* (*take_memory)(size_t bytes, void** handle);
   void (*release_memory)(void* data, void* handle);
 
-  // What follows is null where the device has no kernel for it.
-
   // Row by row; entropy and argmax where options.metrics. One read of the logits of the rows that count.
-  void (*forward_tokens)(const CrossEntropyInputs&, const TokenRows&) = nullptr;
+  void (*forward_tokens)(const CrossEntropyInputs&, const TokenRows&);
   // The gradient of them all, zeros in rows that are ignored or to which nothing comes back. entropy (B, T) Acc is read
   // where grads.entropy is there. grad_logits may be inputs.logits (in place).
   void (*backward_tokens)(const CrossEntropyInputs&, const double* lse, const void* nll, const void* entropy,
-                          const TokenGrads& grads, const LogitsView& grad_logits) = nullptr;
+                          const TokenGrads& grads, const LogitsView& grad_logits);
 
-  void (*forward_distillation)(const DistillationInputs&, const DistillationRows&) = nullptr;
+  void (*forward_distillation)(const DistillationInputs&, const DistillationRows&);
   // Of the student's logits, for what comes back to loss (B, T). grad_logits may be the student's logits.
   void (*backward_distillation)(const DistillationInputs&, const DistillationRows&, const double* grad_loss,
-                                const LogitsView& grad_logits) = nullptr;
-  void (*forward_targets)(const TargetInputs&, const TargetRows&) = nullptr;
+                                const LogitsView& grad_logits);
+  void (*forward_targets)(const TargetInputs&, const TargetRows&);
   void (*backward_targets)(const TargetInputs&, const TargetRows&, const double* grad_loss,
-                           const LogitsView& grad_logits) = nullptr;
+                           const LogitsView& grad_logits);
 };
 
 const Backend& cpu_backend();

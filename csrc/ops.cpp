@@ -38,10 +38,6 @@ template <typename... Parts>
   throw std::runtime_error(message.str());
 }
 
-[[noreturn]] void fail_without_kernel(const char* function) {
-  fail(function, "logits on a device that has a kernel for it, which is the CPU, got others; move them with .cpu()");
-}
-
 std::string shape_string(const Tensor& tensor) {
   std::ostringstream out;
   out << "(";
@@ -434,7 +430,6 @@ void cross_entropy_backward_(const Backend& backend, const Tensor& grad_loss_sum
 TokenOutputs token_statistics(const Backend& backend, const Tensor& logits, const Tensor& labels,
                               const optional<Tensor>& weight, const LossOptions& options) {
   const Call call("token_statistics", logits, labels, weight, options);
-  if (backend.forward_tokens == nullptr) fail_without_kernel("token_statistics");
   const Tensor loss = call.empty(labels.sizes(), call.acc), nll = call.empty(labels.sizes(), call.acc);
   const Tensor lse = call.empty(labels.sizes(), ScalarType::Double);
   const std::vector<int64_t> none = {0};
@@ -457,7 +452,6 @@ static Tensor checked_row_grad(const char* function, const char* name, const Ten
 static void tokens_backward_into(const Backend& backend, const char* function, const TokenGradTensors& grads,
                                  const Call& call, const Tensor& nll, const Tensor& lse, const Tensor& entropy,
                                  const Tensor& grad_logits) {
-  if (backend.backward_tokens == nullptr) fail_without_kernel(function);
   check_saved(function, "lse", lse, ScalarType::Double, call);
   check_saved(function, "nll", nll, call.acc, call);
   if (grads.entropy.has_value()) check_saved(function, "entropy", entropy, call.acc, call);
@@ -527,7 +521,6 @@ static DistillationRows distillation_rows(const DistillationOutputs& found) {
 DistillationOutputs distillation(const Backend& backend, const Tensor& student_logits, const Tensor& teacher_logits,
                                  const Tensor& labels, double beta, const LossOptions& options) {
   const DistillationCall call("distillation", student_logits, teacher_logits, labels, beta, options);
-  if (backend.forward_distillation == nullptr) fail_without_kernel("distillation");
   const auto numbers = [&] { return call.student.empty(labels.sizes(), ScalarType::Double); };
   const DistillationOutputs found = {call.student.empty(labels.sizes(), call.student.acc), numbers(), numbers(),
                                      numbers(), numbers()};
@@ -538,7 +531,6 @@ DistillationOutputs distillation(const Backend& backend, const Tensor& student_l
 static void distillation_backward_into(const Backend& backend, const char* function, const DistillationCall& call,
                                        const Tensor& grad_loss, const DistillationOutputs& found,
                                        const Tensor& grad_logits) {
-  if (backend.backward_distillation == nullptr) fail_without_kernel(function);
   const Tensor grad = checked_row_grad(function, "grad_loss", grad_loss, call.student);
   check_saved(function, "lse", std::get<1>(found), ScalarType::Double, call.student);
   check_saved(function, "teacher_lse", std::get<2>(found), ScalarType::Double, call.student);
@@ -594,7 +586,6 @@ TargetOutputs soft_cross_entropy(const Backend& backend, const Tensor& logits, c
   const std::vector<int64_t> sizes(logits.sizes().begin(), logits.sizes().end() - 1);
   const Tensor label = empty(logits, sizes, ScalarType::Long);
   const TargetCall call(function, logits, targets, label, weight, options);
-  if (backend.forward_targets == nullptr) fail_without_kernel(function);
   const auto of = [&](ScalarType dtype) { return call.logits.empty(sizes, dtype); };
   const TargetOutputs found = {of(call.logits.acc),    of(call.logits.acc),    of(ScalarType::Double),
                                of(ScalarType::Double), of(ScalarType::Double), label};
@@ -607,7 +598,6 @@ Tensor soft_cross_entropy_backward(const Backend& backend, const Tensor& grad_lo
                                    const LossOptions& options) {
   const char* const function = "soft_cross_entropy_backward";
   const TargetCall call(function, logits, targets, std::get<5>(found), weight, options);
-  if (backend.backward_targets == nullptr) fail_without_kernel(function);
   const Tensor grad = checked_row_grad(function, "grad_loss", grad_loss, call.logits);
   check_saved(function, "nll", std::get<1>(found), call.logits.acc, call.logits);
   check_saved(function, "lse", std::get<2>(found), ScalarType::Double, call.logits);

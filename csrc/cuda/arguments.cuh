@@ -17,7 +17,10 @@ struct RowArgs {
   unsigned* ended;         // blocks of the launch that finishes the rows; 0 before it
   const double* lse;       // (B, T); backward only, as is nll
   const Acc* nll;          // (B, T)
-  const Acc* grad_loss;    // (); null in forward
+  const Acc* grad_loss;    // (); null in forward, and where a gradient comes back to each row
+  TokenGrads grads;        // that; else all null
+  const Acc* entropy;      // (B, T), where grads.entropy
+  int64_t* argmax;         // (B, T), of the rows that are items; or null. General kernels only
   LogitsView grad_logits;  // (B, T, V); data is null in forward
   Transform<Acc> transform;
   FactorOptions<Acc> factor;
@@ -31,6 +34,9 @@ struct RowArgs {
         lse(nullptr),
         nll(nullptr),
         grad_loss(nullptr),
+        grads(),
+        entropy(nullptr),
+        argmax(nullptr),
         grad_logits(),
         transform(of.options),
         factor(of) {}
@@ -39,10 +45,33 @@ struct RowArgs {
   ACCUMLOSS_HD bool writes() const { return pass != Pass::kForward; }
 };
 
-// The incoming gradient of the rows. Not to be read in a forward.
+// The one incoming gradient of all rows. Not to be read in a forward.
 template <typename Acc>
 __device__ __forceinline__ Acc incoming_gradient(const RowArgs<Acc>& args) {
-  return *args.grad_loss;
+  return args.grad_loss != nullptr ? *args.grad_loss : Acc(0);
+}
+
+// What comes back to a row, in a backward.
+template <typename Acc>
+__device__ __forceinline__ RowGrads<Acc> incoming_gradients(const RowArgs<Acc>& args, int64_t row) {
+  if (args.grad_loss != nullptr) return {*args.grad_loss, 0, 0, 0, 0, false};
+  const auto of = [row](const double* grads) { return grads != nullptr ? static_cast<Acc>(grads[row]) : Acc(0); };
+  const TokenGrads& grads = args.grads;
+  return {of(grads.loss),
+          of(grads.nll),
+          of(grads.lse),
+          of(grads.entropy),
+          grads.entropy != nullptr ? args.entropy[row] : Acc(0),
+          true};
+}
+
+// Whether a row's gradient is to be computed. Where nothing comes back to it, it is zero whatever the logits are.
+template <typename Acc>
+__device__ __forceinline__ bool is_wanted(const RowArgs<Acc>& args, int64_t row) {
+  if (args.grad_loss != nullptr || args.pass != Pass::kBackward) return true;
+  const auto is_zero = [row](const double* grads) { return grads == nullptr || grads[row] == 0; };
+  const TokenGrads& grads = args.grads;
+  return !(is_zero(grads.loss) && is_zero(grads.nll) && is_zero(grads.lse) && is_zero(grads.entropy));
 }
 
 __device__ __forceinline__ int64_t row_count(const LogitsView& view) { return view.B * view.T; }

@@ -39,7 +39,7 @@ __global__ void __launch_bounds__(kMaxThreads, 2)
   const RowAt at = row_at(inputs.logits, row);
   const int64_t label_of_all = row_label(inputs, at);
   T* const out = kGrad ? row_start<T>(args.grad_logits, at) : nullptr;
-  if (!is_item(inputs, label_of_all)) {
+  if (!is_item(inputs, label_of_all) || (!kSums && !is_wanted(args, row))) {
     if (kGrad) write_zero_slice(Slice<T>(out, V, 0, 0), out, thread, size);
     return;
   }
@@ -57,7 +57,7 @@ __global__ void __launch_bounds__(kMaxThreads, 2)
     if (!kGrad) return;
     factor = factors.of(state, z_label, weight);
   } else {
-    factor = factors.template of_lse<!kIsHalf<T>>(args.lse[row], args.nll[row], weight);
+    factor = factors.template of_lse<!kIsHalf<T>>(args.lse[row], args.nll[row], weight, incoming_gradients(args, row));
   }
   write_plain(slice, x + slice.offset, out, thread, size, factor);
   // Over what its vector has there, which the same thread has written.

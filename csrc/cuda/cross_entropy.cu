@@ -2,6 +2,7 @@
 #include <utility>
 
 #include "launchers.cuh"
+#include "pairs.h"
 
 namespace accumloss {
 namespace {
@@ -52,6 +53,18 @@ const Backend& cuda_backend() {
       },
       [](size_t, void**) -> void* { return nullptr; },  // torch keeps what is freed on CUDA
       nullptr,
+      [](const CrossEntropyInputs& inputs, const TokenRows& to) {
+        dispatch(inputs.logits.dtype, [&](auto launchers) { launchers.forward_tokens(inputs, to); });
+      },
+      [](const CrossEntropyInputs& inputs, const double* lse, const void* nll, const void* entropy,
+         const TokenGrads& grads, const LogitsView& grad_logits) {
+        dispatch(inputs.logits.dtype,
+                 [&](auto launchers) { launchers.backward_tokens(inputs, lse, nll, entropy, grads, grad_logits); });
+      },
+      cuda::forward_distillation,
+      cuda::backward_distillation,
+      cuda::forward_targets,
+      cuda::backward_targets,
   };
   return backend;
 }

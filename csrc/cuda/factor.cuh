@@ -65,13 +65,23 @@ struct Shares {
   Acc smaller_, total_;  // in units of the larger of exp(max) and exp(z): the label's or the others', and both
 };
 
-// dL/dz_j of a row, times grad: probability exp(z_j - high - low) - smoothing w_j, and `target` of the label.
+// dL/dz_j of a row, times grad: (probability + entropy (high + low - z_j)) exp(z_j - high - low) - smoothing w_j, and
+// `target` of the label.
 template <typename Acc>
 struct RowFactor {
   Acc high, low;
   Acc probability;
+  Acc entropy;  // 0 but in a backward of the general kernels
   Acc smoothing;
   Acc target;
+};
+
+// What comes back to a row.
+template <typename Acc>
+struct RowGrads {
+  Acc loss, nll, lse, entropy;
+  Acc H;        // the entropy of the row, where something comes back to it
+  bool by_row;  // else nothing comes back but to the loss
 };
 
 // What the options make of it, once for a call.
@@ -118,6 +128,7 @@ struct FactorView {
         state.max == static_cast<Acc>(-kInfinity) ? Acc(0) : state.max;  // any: no class has a probability then
     factor.low = 0;
     factor.probability = grad * (own + soft) * shares.scale;
+    factor.entropy = 0;
     factor.smoothing = grad * options.share;
     return factor;
   }
@@ -125,7 +136,7 @@ struct FactorView {
   // kExactExponent: exp(z - lse) is formed from two pieces of lse; else, where the elements are too coarse to see the
   // difference, the low one goes into the factor.
   template <bool kExactExponent>
-  __device__ __forceinline__ RowFactor<Acc> of_lse(double lse, Acc nll, Acc weight) const {
+  __device__ __forceinline__ RowFactor<Acc> of_lse(double lse, Acc nll, Acc weight, const RowGrads<Acc>& grads) const {
     using std::exp;
     using std::expm1;
     const Acc own = options.hard * weight;
@@ -136,13 +147,24 @@ struct FactorView {
     if (options.z_loss > 0) soft += options.z_loss * factor.high;
     factor.target = own * expm1(-nll);
     if (kGeneral || options.z_loss > 0) factor.target += soft * exp(-nll) - options.share * weight;
-    factor.target *= grad;
-    factor.probability = grad * (own + soft);
+    factor.target *= grads.loss;
+    factor.probability = grads.loss * (own + soft);
+    factor.entropy = 0;
+    if (grads.by_row) {  // RowGrad::add of row.h
+      const Acc p = exp(-nll);
+      factor.probability += grads.nll + grads.lse;
+      factor.target += grads.nll * expm1(-nll) + p * grads.lse;
+      if (kGeneral && grads.entropy != 0) {
+        factor.probability -= grads.entropy * grads.H;
+        if (p != 0) factor.target += p * (grads.entropy * (nll - grads.H));
+        factor.entropy = grads.entropy;
+      }
+    }
     if (!kExactExponent) {
       factor.probability *= exp(-factor.low);
       factor.low = 0;
     }
-    factor.smoothing = grad * options.share;
+    factor.smoothing = grads.loss * options.share;
     return factor;
   }
 };

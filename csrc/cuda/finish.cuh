@@ -39,6 +39,7 @@ struct FinishArgs {
   CrossEntropySums sums;
   double* lse;          // (B, T), or null
   Acc* nll;             // (B, T), or null
+  TokenRows tokens;     // the same and more, in the place of the sums; or all null
   BadLabel* bad_label;  // host memory
 };
 
@@ -94,6 +95,13 @@ __device__ __forceinline__ Partial finish_row(const FinishArgs<Acc>& args, int64
     args.lse[row] = result.lse;
     args.nll[row] = static_cast<Acc>(result.nll);
   }
+  if (args.tokens.loss != nullptr) {
+    static_cast<Acc*>(args.tokens.loss)[row] = static_cast<Acc>(found.loss);
+    if (options.metrics) {
+      static_cast<Acc*>(args.tokens.entropy)[row] = static_cast<Acc>(found.entropy);
+      if (!is_item(inputs, label)) args.tokens.argmax[row] = -1;
+    }
+  }
   return found;
 }
 
@@ -123,6 +131,7 @@ __global__ void __launch_bounds__(256) finish_kernel(const __grid_constant__ Fin
   const int64_t row = blockIdx.x * static_cast<int64_t>(blockDim.x) + threadIdx.x;
   Partial total = {};
   if (row < row_count(args.inputs.logits)) total = finish_row(args, row);
+  if (args.tokens.loss != nullptr) return;
   total = block_sum(total, shared);
   if (gridDim.x > 1) {
     bool is_last = false;

@@ -24,6 +24,10 @@ struct RowView {
   bool linear;
   bool metrics;
 
+  // Of lse and nll alone.
+  __device__ __forceinline__ explicit RowView(const Transform<Acc>& of)
+      : label(-1), transform(of), weight(nullptr), reference(0), unit_scale(0), linear(false), metrics(false) {}
+
   // z_label: of any class where the label's is not of this shard.
   __device__ __forceinline__ RowView(const RowArgs<Acc>& args, int64_t y, Acc z_label)
       : label(y),
@@ -124,13 +128,32 @@ __device__ __forceinline__ bool wins_tie(Group& group, const T* x, int64_t V, in
   return !group.any(beaten);
 }
 
+// torch.argmax of the raw logits: the first of the largest, of which NaN is one. A second read of the row, and only
+// where the label does not lead.
+template <typename T, typename Group>
+__device__ __forceinline__ void write_argmax(Group& group, const T* x, int64_t V, int64_t label, bool wins,
+                                             int64_t* argmax) {
+  using Acc = typename Element<T>::Acc;
+  int64_t first = label;
+  if (!wins) {  // the same decision in all threads
+    LargestAt<Acc> largest;
+#pragma unroll 1
+    for (int64_t j = group.rank(); j < V; j += group.size()) largest.push(Element<T>::widen(x[j]), j);
+    first = largest.first(group);
+  }
+  if (group.rank() == 0) *argmax = first;
+}
+
 // dL/dx_j of kWidth neighbours from class j on; x is replaced.
 template <typename T, int kWidth, typename Acc>
 __device__ __forceinline__ void gradient(Acc* x, int64_t j, int label_at, const RowFactor<Acc>& row,
                                          const Transform<Acc>& transform, const Acc* weight) {
 #pragma unroll
   for (int i = 0; i < kWidth; ++i) {
-    Acc dz = row.probability * exp_difference<Element<T>::kExactExponent>(transform.value(x[i]), row.high, row.low);
+    const Acc z = transform.value(x[i]);
+    const Acc p = exp_difference<Element<T>::kExactExponent>(z, row.high, row.low);
+    Acc dz = row.probability * p;
+    if (row.entropy != 0 && p != 0) dz += row.entropy * ((row.high - z) + row.low) * p;
     if (row.smoothing != 0) dz -= row.smoothing * (weight ? weight[j + i] : Acc(1));
     if (i == label_at) dz = row.target;
     x[i] = dz * transform.slope(x[i]);
@@ -185,7 +208,7 @@ __device__ __forceinline__ void general_row(Group& group, const RowArgs<typename
   const RowAt at = row_at(inputs.logits, row);
   int64_t label = row_label(inputs, at);
   T* const out = args.writes() ? row_start<T>(args.grad_logits, at) : nullptr;
-  if (!is_item(inputs, label)) {
+  if (!is_item(inputs, label) || !is_wanted(args, row)) {
     if (args.writes()) write_zeros(group, out, V);
     return;
   }
@@ -200,11 +223,13 @@ __device__ __forceinline__ void general_row(Group& group, const RowArgs<typename
     bool wins = z_label > state.max;
     if (inputs.options.metrics && z_label == state.max) wins = wins_tie(group, x, V, label);
     if (group.rank() == 0) record_row<true>(args, row, state, z_label, wins);
+    if (args.argmax != nullptr) write_argmax(group, x, V, label, wins && state.sum == state.sum, args.argmax + row);
     if (!args.writes()) return;
     group.order();
     factor = factors.of(state, z_label, weight);
   } else {
-    factor = factors.template of_lse<Element<T>::kExactExponent>(args.lse[row], args.nll[row], weight);
+    factor = factors.template of_lse<Element<T>::kExactExponent>(args.lse[row], args.nll[row], weight,
+                                                                 incoming_gradients(args, row));
   }
   write_gradient(group, x, out, label, factor, args, held);
 }

@@ -116,6 +116,54 @@ struct BlockGroup {
   }
 
   __device__ __forceinline__ bool any(bool flag) const { return __syncthreads_or(flag); }
+
+  // The sum, or the largest, of what the threads have; the same in every thread. Acc: of the kernel's merges.
+  template <typename Acc, typename Value>
+  __device__ __forceinline__ Value sum(Value value) {
+    return across_warps<Acc>(warp_sum(value), Value(0), [](Value one) { return warp_sum(one); });
+  }
+  template <typename Acc, typename Value>
+  __device__ __forceinline__ Value max(Value value) {
+    value = warp_max(value);
+    return across_warps<Acc>(value, value, [](Value one) { return warp_max(one); });
+  }
+
+ private:
+  template <typename Acc, typename Value, typename Merge>
+  __device__ __forceinline__ Value across_warps(Value of_warp, Value nothing, const Merge& merge) {
+    static_assert(sizeof(Value) <= 4 * sizeof(Acc), "it is to fit into a place of merge()");
+    Value* const shared = reinterpret_cast<Value*>(reinterpret_cast<Acc*>(dynamic_shared()) + merges % 2 * (4 * kWarp));
+    ++merges;
+    const int lane = rank() % kWarp;
+    if (lane == 0) shared[rank() / kWarp] = of_warp;
+    __syncthreads();
+    return merge(lane < size() / kWarp ? shared[lane] : nothing);
+  }
+};
+
+// Where the first of the largest numbers is, NaN being the largest: torch.argmax. A thread's places grow.
+template <typename Acc>
+struct LargestAt {
+  static constexpr int64_t kNowhere = int64_t{1} << 62;
+  Acc value = static_cast<Acc>(-kInfinity);
+  int64_t at = kNowhere, nan = kNowhere;
+
+  __device__ __forceinline__ void push(Acc x, int64_t place) {
+    if (x != x) {
+      nan = nan == kNowhere ? place : nan;
+    } else if (at == kNowhere || x > value) {
+      value = x;
+      at = place;
+    }
+  }
+  // Of all threads of a group that have a number, the same in each.
+  template <typename Group>
+  __device__ __forceinline__ int64_t first(Group& group) const {
+    const int64_t first_nan = -group.template max<Acc>(-nan);
+    if (first_nan != kNowhere) return first_nan;
+    const Acc largest = group.template max<Acc>(value);
+    return -group.template max<Acc>(value == largest ? -at : -kNowhere);
+  }
 };
 
 // Either, told at run time: `lanes` neighbours, or where they are more than a warp the block.
@@ -136,6 +184,10 @@ struct AnyGroup {
   }
   __device__ __forceinline__ bool any(bool flag) const {
     return lanes > kWarp ? block.any(flag) : static_cast<bool>(__any_sync(mask(), flag));
+  }
+  template <typename Acc, typename Value>
+  __device__ __forceinline__ Value max(Value value) {
+    return lanes > kWarp ? block.max<Acc>(value) : warp_max(value, mask(), lanes);
   }
   // What all have read lies before what any writes. Of a block, a merge has seen to that.
   __device__ __forceinline__ void order() const {

@@ -132,7 +132,7 @@ struct Launchers {
 
   // Rows, then what finishes them.
   static void launch_sums(const char* what, Context& context, const Choice& choice, RowArgs<Acc> args,
-                          const CrossEntropySums& sums, double* lse, Acc* nll) {
+                          const CrossEntropySums& sums, double* lse, Acc* nll, const TokenRows& tokens = {}) {
     const LogitsView& logits = args.inputs.logits;
     const int64_t rows = logits.B * logits.T;
     const bool general = choice.general;
@@ -151,8 +151,8 @@ struct Launchers {
     } else if (rows > 0) {
       launch_rows(what, context, choice, args);
     }
-    const FinishArgs<Acc> finish = {args.inputs, general, args.records, partials,          args.ended,
-                                    sums,        lse,     nll,          bad_label_record()};
+    const FinishArgs<Acc> finish = {args.inputs, general, args.records, partials, args.ended,
+                                    sums,        lse,     nll,          tokens,   bad_label_record()};
     launch(what, finish_kernel<Acc>, Grid{blocks, static_cast<int>(threads), kWarp * sizeof(Partial)}, context.stream(),
            finish);
   }
@@ -163,6 +163,25 @@ struct Launchers {
     constexpr const char* kWhat = "cross_entropy";
     launch_sums(kWhat, context, choose(kWhat, context, args.pass, inputs, nullptr), args, sums, lse,
                 static_cast<Acc*>(nll));
+  }
+
+  static void forward_tokens(const CrossEntropyInputs& inputs, const TokenRows& to) {
+    if (inputs.logits.B * inputs.logits.T == 0) return;
+    Context context(inputs.logits.device_index);
+    RowArgs<Acc> args(inputs, Pass::kForward);
+    constexpr const char* kWhat = "token_statistics";
+    Choice choice = choose(kWhat, context, args.pass, inputs, nullptr);
+    if (inputs.options.metrics) {
+      args.argmax = to.argmax;
+      if (choice.plan.kernel == Kernel::kStaged) choice.plan = without_clusters(context, args.pass, inputs.logits.V);
+    }
+    launch_sums(kWhat, context, choice, args, {}, to.lse, static_cast<Acc*>(to.nll), to);
+  }
+
+  // What serves where the staged kernels do not: those with options.
+  static Plan without_clusters(const Context& context, Pass pass, int64_t V) {
+    const int capability = context.capability();
+    return table({V, kDtype, pass, capability, /*aligned=*/true, /*staged=*/false, /*general=*/true});
   }
 
   // A block a row, of any length.
@@ -198,6 +217,22 @@ struct Launchers {
     args.grad_logits = grad_logits;
     constexpr const char* kWhat = "cross_entropy_backward";
     launch_rows(kWhat, context, choose(kWhat, context, args.pass, inputs, &grad_logits), args);
+  }
+
+  static void backward_tokens(const CrossEntropyInputs& inputs, const double* lse, const void* nll, const void* entropy,
+                              const TokenGrads& grads, const LogitsView& grad_logits) {
+    if (inputs.logits.B * inputs.logits.T == 0) return;
+    Context context(inputs.logits.device_index);
+    RowArgs<Acc> args(inputs, Pass::kBackward);
+    args.lse = lse;
+    args.nll = static_cast<const Acc*>(nll);
+    args.entropy = static_cast<const Acc*>(entropy);
+    args.grads = grads;
+    args.grad_logits = grad_logits;
+    constexpr const char* kWhat = "token_statistics_backward";
+    Choice choice = choose(kWhat, context, args.pass, inputs, &grad_logits);
+    choice.general |= grads.entropy != nullptr;
+    launch_rows(kWhat, context, choice, args);
   }
 
   static void scale(const LogitsView& values, const void* factor) {

@@ -47,13 +47,14 @@ __global__ void __launch_bounds__(kTileThreads, 2)
     const int64_t label = row_label(inputs, at);
     my_in = row_offset(inputs.logits, at);
     if (kGrad) my_out = row_offset(args.grad_logits, at);
-    if (is_item(inputs, label)) {
+    if (is_item(inputs, label) && (kSums || is_wanted(args, first + rank))) {
       my_label = static_cast<int>(label - inputs.options.class_offset);
       my_weight = class_weight<float>(inputs, my_label);
       if (kSums) {
         my_logit = Element<T>::widen(static_cast<const T*>(inputs.logits.data)[my_in + my_label]);
       } else {
-        my_factor = factors.template of_lse<!kIsHalf<T>>(args.lse[first + rank], args.nll[first + rank], my_weight);
+        my_factor = factors.template of_lse<!kIsHalf<T>>(args.lse[first + rank], args.nll[first + rank], my_weight,
+                                                         incoming_gradients(args, first + rank));
       }
     }
   }

@@ -27,7 +27,7 @@ EMULATOR = pathlib.Path(__file__).resolve().parent / "emulator"
 BASE = ["-std=c++17", "-O1", "-fPIC", "-ffp-contract=off", "-Wno-unknown-pragmas", "-DACCUMLOSS_EMULATE_CUDA"]
 ALIGNMENT = ["-fsanitize=alignment"]  # of the kernels; alignment.cpp answers it
 COMMON = ["emulator/emulator.cpp", "emulator/driver.cpp", "csrc/cuda/bad_labels.cpp", "emulator/alignment.cpp"]
-CROSS, STAGED = "csrc/cuda/cross_entropy.cu", "csrc/cuda/staged.cu"
+CROSS, STAGED, PAIRS = "csrc/cuda/cross_entropy.cu", "csrc/cuda/staged.cu", "csrc/cuda/pairs.cu"
 ONE, ONE_STAGED = "emulator/one_backend.cpp", "csrc/cuda/staged.cu"
 DTYPES = {torch.bfloat16: 0, torch.float16: 1, torch.float32: 2, torch.float64: 3}
 GUARD = 64  # elements of NaN on both sides of every tensor, which nothing may change and no sum may contain
@@ -133,23 +133,26 @@ def _library(objects: list[str]) -> pathlib.Path:
 def build() -> pathlib.Path:
     """The backend as a shared library."""
     flags = [*_header(*ALIGNMENT), *ALIGNMENT]
-    return _library(_objects("emulated-cross", [CROSS], flags) + _objects("emulated-staged", [STAGED], flags))
+    sources = (("emulated-cross", CROSS), ("emulated-staged", STAGED), ("emulated-pairs", PAIRS))
+    return _library([made for kind, source in sources for made in _objects(kind, [source], flags)])
 
 
-def build_one(patches: Patches = (), staged: bool = False, element: str = "float") -> pathlib.Path:
+def build_one(patches: Patches = (), staged: bool = False, element: str = "float", pairs: bool = False) -> pathlib.Path:
     """The backend for one element type alone, perhaps with a fault.
 
     Args:
         patches: the fault. Only what it concerns is compiled, and linked first: of functions that are in both parts the
             linker takes the first.
         staged: whether the fault is one of the staged kernels, or of what chooses and launches them.
+        pairs: whether it is one of the kernels over rows of two tensors, or of what they have in common with others.
         element: as the kernels name it.
     """
     flags = [*_header(*ALIGNMENT), *ALIGNMENT, f"-DELEMENT={element}"]
-    of_cross = bool(patches) and not (staged and all(re.search("staged|slice|async", name) for name, _, _ in patches))
+    apart = "pairs" if pairs else "staged|slice|async" if staged else "^$"
+    of_cross = bool(patches) and not all(re.search(apart, name) for name, _, _ in patches)
     of_staged = bool(patches) and staged
     faulty, right = [], []
-    for source, has_fault in ((ONE, of_cross), (ONE_STAGED, of_staged)):
+    for source, has_fault in ((ONE, of_cross), (ONE_STAGED, of_staged), (PAIRS, pairs)):
         made = _objects("emulated-one", [source], flags, patches if has_fault else (), element)
         (faulty if has_fault else right).extend(made)
     return _library(faulty + right)
@@ -160,7 +163,7 @@ SANITIZERS = {
     "thread": ["-fsanitize=thread", "-Wno-tsan"],
     "address": ["-fsanitize=address,undefined", "-fno-sanitize=vptr", "-fno-sanitize-recover=all"],
 }
-INSTRUMENTED = [ONE, ONE_STAGED, "emulator/sanitized.cpp"]
+INSTRUMENTED = [ONE, ONE_STAGED, PAIRS, "emulator/sanitized.cpp"]
 
 
 def run_sanitized(sanitizer: str, patches: Patches = ()) -> subprocess.CompletedProcess:
@@ -230,6 +233,21 @@ class _Sums(ctypes.Structure):
     _fields_ = [(name, ctypes.c_void_p) for name in (*SUMS, "totals")]
 
 
+TOKENS = {"loss": None, "lse": torch.float64, "nll": None, "entropy": None, "argmax": torch.int64}  # None: Acc
+DISTILLATION = {"loss": None, **dict.fromkeys(("lse", "teacher_lse", "of_student", "of_teacher"), torch.float64)}
+TARGETS = {"loss": None, "nll": None, "lse": torch.float64, "total": torch.float64, "of_label": torch.float64,
+           "label": torch.int64}  # fmt: skip
+GRADS = ("loss", "lse", "nll", "entropy")
+
+
+class _DistillationInputs(ctypes.Structure):
+    _fields_ = [("student", _Inputs), ("teacher", _Logits), ("beta", ctypes.c_double)]
+
+
+class _TargetInputs(ctypes.Structure):
+    _fields_ = [("logits", _Inputs), ("targets", _Logits)]
+
+
 def guarded(values: torch.Tensor, offset: int = 0) -> torch.Tensor:
     """A copy of values (B, T, V) that starts offset elements after a 64-byte boundary, within guards of NaN."""
     count = values.numel()
@@ -254,7 +272,9 @@ class Backend:
 
     def __init__(self, library: pathlib.Path):
         self.library = ctypes.CDLL(str(library))
-        for name in ("forward", "backward", "forward_with_grad", "forward_shard", "scale"):
+        of_two = ("tokens", "distillation", "targets")
+        calls = ("forward", "backward", "forward_with_grad", "forward_shard", "scale")
+        for name in (*calls, *(f"{way}_{which}" for way in calls[:2] for which in of_two)):
             getattr(self.library, f"emulated_{name}").restype = ctypes.c_char_p
         self.library.emulated_bulk_copies.restype = ctypes.c_int64
         self.library.emulated_questions.restype = ctypes.c_int64
@@ -414,6 +434,70 @@ class Backend:
         columns = torch.full((count, *labels.shape), 1e30, dtype=torch.float64)
         self._call("forward_shard", ctypes.byref(inputs), ctypes.c_void_p(columns.data_ptr()))
         return columns
+
+    @staticmethod
+    def _rows(shape, accumulator, names):
+        """A tensor for each number that is told of a row, and the struct of pointers to them."""
+        tensors = {name: torch.full(shape, 77, dtype=dtype or accumulator) for name, dtype in names.items()}
+        return tensors, (ctypes.c_void_p * len(names))(*(tensor.data_ptr() for tensor in tensors.values()))
+
+    def tokens(self, logits, labels, weight=None, **options) -> dict[str, torch.Tensor]:
+        """TokenRows (B, T)."""
+        inputs, accumulator = self._inputs(logits, labels, weight, options)
+        tensors, pointers = self._rows(labels.shape, accumulator, TOKENS)
+        self._call("forward_tokens", ctypes.byref(inputs), ctypes.byref(pointers))
+        return tensors
+
+    def tokens_backward(self, logits, labels, found, grads, weight=None, out=None, **options) -> torch.Tensor:
+        """grads: of the names of GRADS, (B, T) float64."""
+        inputs, _ = self._inputs(logits, labels, weight, options)
+        out = guarded(torch.full_like(logits, 7.0).contiguous()) if out is None else out
+        given = [grads[name].contiguous() if name in grads else None for name in GRADS]
+        pointers = (ctypes.c_void_p * len(GRADS))(*(None if grad is None else grad.data_ptr() for grad in given))
+        saved = [ctypes.c_void_p(found[name].data_ptr()) for name in ("lse", "nll", "entropy")]
+        view = ctypes.byref(self._view(out))
+        self._call("backward_tokens", ctypes.byref(inputs), *saved, ctypes.byref(pointers), view)
+        return out
+
+    def _two(self, kind, logits, other, labels, weight, options):
+        inputs, accumulator = self._inputs(logits, labels, weight, options)
+        two = kind(inputs, self._view(other))
+        two.keep_alive = inputs.keep_alive, other
+        return two, accumulator
+
+    def _two_backward(self, name, two, logits, found, grad, out):
+        out = guarded(torch.full_like(logits, 7.0).contiguous()) if out is None else out
+        pointers = (ctypes.c_void_p * len(found))(*(tensor.data_ptr() for tensor in found.values()))
+        grad = grad.double().contiguous()
+        arguments = (ctypes.c_void_p(grad.data_ptr()), ctypes.byref(self._view(out)))
+        self._call(name, ctypes.byref(two), ctypes.byref(pointers), *arguments)
+        return out
+
+    def distillation(self, student, teacher, labels, beta, **options) -> dict[str, torch.Tensor]:
+        """DistillationRows (B, T)."""
+        two, accumulator = self._two(_DistillationInputs, student, teacher, labels, None, options)
+        two.beta = beta
+        tensors, pointers = self._rows(labels.shape, accumulator, DISTILLATION)
+        self._call("forward_distillation", ctypes.byref(two), ctypes.byref(pointers))
+        return tensors
+
+    def distillation_backward(self, student, teacher, labels, found, grad, beta, out=None, **options) -> torch.Tensor:
+        two, _ = self._two(_DistillationInputs, student, teacher, labels, None, options)
+        two.beta = beta
+        return self._two_backward("backward_distillation", two, student, found, grad, out)
+
+    def targets(self, logits, targets, weight=None, **options) -> dict[str, torch.Tensor]:
+        """TargetRows (B, T)."""
+        labels = torch.zeros(logits.shape[:2], dtype=torch.int64)
+        two, accumulator = self._two(_TargetInputs, logits, targets, labels, weight, options)
+        tensors, pointers = self._rows(labels.shape, accumulator, TARGETS)
+        self._call("forward_targets", ctypes.byref(two), ctypes.byref(pointers))
+        return tensors
+
+    def targets_backward(self, logits, targets, found, grad, weight=None, out=None, **options) -> torch.Tensor:
+        labels = torch.zeros(logits.shape[:2], dtype=torch.int64)
+        two, _ = self._two(_TargetInputs, logits, targets, labels, weight, options)
+        return self._two_backward("backward_targets", two, logits, found, grad, out)
 
     def scale(self, values: torch.Tensor, factor: float) -> None:
         factor = torch.tensor(factor, dtype=torch.float64 if values.dtype == torch.float64 else torch.float32)

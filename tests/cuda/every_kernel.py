@@ -74,6 +74,30 @@ def run_shards() -> int:
     return done
 
 
+def run_tokens() -> int:
+    """What is told of each row, and rows of two tensors, which have kernels of their own."""
+    ops, done = torch.ops.accumloss, 0
+    os.environ.pop("ACCUMLOSS_CUDA_PLAN", None)
+    for dtype in DTYPES:
+        for V in (SIZES["packed"], SIZES["warp"], SIZES["held"]):
+            logits = torch.randn(1, 7, V, device="cuda").to(dtype)
+            other = torch.randn(1, 7, V, device="cuda").softmax(-1).to(dtype)
+            labels = torch.tensor([[0, V - 1, -100, 3, 5, -100, 1]], device="cuda")
+            grad = torch.ones(1, 7, device="cuda")
+            given = (grad, grad, grad, grad, logits, labels)
+            loss, nll, lse, entropy, argmax = ops.token_statistics(logits, labels, metrics=True)
+            found = [ops.token_statistics_backward(*given, nll, lse, entropy)]
+            assert (argmax == logits.argmax(-1))[labels >= 0].all()
+            for beta in (0.0, 0.5, 1.0):
+                rows = ops.distillation(logits, other, labels, beta=beta)
+                found.append(ops.distillation_backward(grad, logits, other, labels, *rows, beta=beta))
+            rows = ops.soft_cross_entropy(logits, other)
+            found.append(ops.soft_cross_entropy_backward(grad, logits, other, *rows))
+            assert all(torch.isfinite(x).all() for x in (loss, *rows, *found)), (dtype, V)
+            done += 1
+    return done
+
+
 def run() -> int:
     ops = torch.ops.accumloss
     one = torch.ones((), device="cuda")
@@ -97,7 +121,7 @@ def run() -> int:
             assert torch.isfinite(grad).all() and (grad[0, 0] != 0).any(), (plan, dtype, options, call)
         assert sums[1].item() == 5 and torch.isfinite(sums[0]), (plan, dtype, options, call)
         done += 1
-    done += run_shards()
+    done += run_shards() + run_tokens()
     torch.cuda.synchronize()
     print(f"{done} calls")
     return 0

@@ -65,7 +65,11 @@ def resources(log: str) -> dict[tuple[str, str], dict[str, int]]:
     return table
 
 
-SOURCES = {"cross_entropy.cu": ARCHITECTURES, "staged.cu": ["90", "100"]}
+SOURCES = {"cross_entropy.cu": ARCHITECTURES, "staged.cu": ["90", "100"], "pairs.cu": ARCHITECTURES}
+
+
+def source_of(kernel: str) -> str:
+    return {"staged": "staged.cu", "distil": "pairs.cu", "target": "pairs.cu"}.get(kernel[:6], "cross_entropy.cu")
 
 
 class Compiled(NamedTuple):

@@ -242,10 +242,16 @@ def faults(name: str, kernel: Kernel) -> list[str]:
     flags = re.findall(r"true|false", rest)
     is_staged, is_held = family == "staged", family == "held"
     # staged: general, with gradient; tile, block: sums, gradient. The general ones are told at run time.
-    has_grad = family in ("scale", "held", "general") or (family in ("staged", "tile", "block") and flags[1] == "true")
+    has_grad = (
+        family in ("scale", "held", "general")
+        or family.endswith("_backward")
+        or (family in ("staged", "tile", "block") and flags[1] == "true")
+    )
     if family == "finish":
         return [] if any(FENCE.search(line) for line in kernel.lines) else ["no fence between the blocks' sums"]
-    found = split_vectors(kernel, loads=is_staged or is_held)  # others have sums there, one after the other
+    # Of others the sums lie there, one after the other; a piece of a pair that is not whole goes element by element.
+    is_pair = family.startswith(("distillation", "targets"))
+    found = [] if is_pair else split_vectors(kernel, loads=is_staged or is_held)
     inner = family != "tile"  # whose loop is that over rows
     if has_grad and not whole_vectors(kernel, "st", "global", inner):
         found.append("no 16-byte store to global memory in a loop")

@@ -9,7 +9,19 @@ import textwrap
 
 import ptx
 import pytest
-from kernel_resources import ARCHITECTURES, BEGIN, CUDA, END, PAGE, SOURCES, architectures, compiled, nvcc, resources
+from kernel_resources import (
+    ARCHITECTURES,
+    BEGIN,
+    CUDA,
+    END,
+    PAGE,
+    SOURCES,
+    architectures,
+    compiled,
+    nvcc,
+    resources,
+    source_of,
+)
 
 TWO = pathlib.Path(__file__).with_name("two_kernels.cu")
 
@@ -58,7 +70,7 @@ def listed() -> dict[str, set[str]]:
 @pytest.mark.parametrize("source, architecture", [(s, a) for s, wanted in SOURCES.items() for a in wanted])
 def test_kernels_compile_as_meant(source, architecture):
     names = check(CUDA / source, architecture)
-    of_source = {name for name in listed()[architecture] if name.startswith("staged") == (source == "staged.cu")}
+    of_source = {name for name in listed()[architecture] if source_of(name) == source}
     assert names == of_source, "make cuda-report"
 
 
@@ -117,6 +129,8 @@ FENCE = "membar.gl;"
         (STAGED, [COPY, SHARED, STORE]),
         (STAGED.replace("true", "false"), [COPY, SHARED]),
         ("scale_kernel<float>", [LOAD, STORE]),
+        ("targets_kernel<float>", [LOAD]),
+        ("distillation_backward_kernel<float>", [LOAD, STORE]),
         ("finish_kernel<float>", ["ld.global.f64 %fd1, [%rd1];", FENCE]),
     ],
 )  # fmt: skip

@@ -7,7 +7,9 @@ import os
 import emulated
 import pytest
 import torch
+from cases import sample_cases
 from emulated_checks import CASES, PLAN_CASES, check_case, check_half, check_strides, check_ties, inputs
+from token_checks import check_distillation, check_special_rows, check_targets, check_tokens
 
 if reason := emulated.why_not():
     pytest.skip(f"the kernels cannot be emulated: {reason}", allow_module_level=True)
@@ -358,11 +360,57 @@ HALF_FAULTS = {
         (FACTOR, "const bool is_far = distance > Far<Acc>::kBeyond;", "const bool is_far = false;")
     ],
 }
+PAIRS = "cuda/pairs.cuh"
+# Of what is told of each row, and of rows of two tensors.
+TOKEN_FAULTS = {
+    "rows_without_a_gradient_computed": [("cuda/arguments.cuh", "  return !(is_zero(grads.loss)", "  return true || !(is_zero(grads.loss)")],
+    "gradient_of_lse_lost": [(FACTOR, "factor.probability += grads.nll + grads.lse;", "factor.probability += grads.nll;")],
+    "label_of_lse_lost": [(FACTOR, "grads.nll * expm1(-nll) + p * grads.lse;", "grads.nll * expm1(-nll);")],
+    "entropy_of_the_row_lost": [(FACTOR, "factor.probability -= grads.entropy * grads.H;", "")],
+    "entropy_of_the_label_lost": [(FACTOR, "if (p != 0) factor.target +=", "if (false) factor.target +=")],
+    "entropy_of_the_classes_lost": [(GENERAL, "if (row.entropy != 0 && p != 0) dz +=", "if (false) dz +=")],
+    "argmax_of_the_label": [(GENERAL, "  if (!wins) {  // the same", "  if (false) {  // the same")],
+    "argmax_without_nan": [(GENERAL, "wins && state.sum == state.sum, args.argmax", "wins, args.argmax")],
+    "argmax_of_the_last": [("cuda/group.cuh", "at == kNowhere || x > value", "at == kNowhere || x >= value")],
+    "argmax_of_ignored_rows": [(FINISH, "args.tokens.argmax[row] = -1;", "{}")],
+    "rows_told_without_their_entropy": [(FINISH, "[row] = static_cast<Acc>(found.entropy);", "[row] = 0;")],
+    "largest_of_the_first_warp": [("cuda/group.cuh", "lane < size() / kWarp ? shared[lane] : nothing", "lane < 1 ? shared[lane] : nothing")],
+    "places_of_sums_not_alternating": [("cuda/group.cuh", "merges % 2 * (4 * kWarp));\n    ++merges;\n    const int lane = rank() % kWarp;\n    if (lane == 0) shared[rank()", "0 * (4 * kWarp));\n    ++merges;\n    const int lane = rank() % kWarp;\n    if (lane == 0) shared[rank()")],
+    "pieces_one_short": [(PAIRS, "(V - head + kPiece<Acc> - 1) / kPiece<Acc>", "(V - head) / kPiece<Acc>")],
+    "pieces_before_16_bytes_lost": [(PAIRS, "return piece == 0 ? 0 : head", "return piece == 0 ? head : head")],
+    "pieces_not_aligned": [(PAIRS, "if (length == kPiece<Acc> && reinterpret_cast<uintptr_t>(x) % kVectorBytes == 0) {\n#pragma unroll\n    for (int i = 0; i < kPiece<Acc>; i += kWidth) {\n      Acc part[kWidth];\n      Element<T>::unpack", "if (length == kPiece<Acc>) {\n#pragma unroll\n    for (int i = 0; i < kPiece<Acc>; i += kWidth) {\n      Acc part[kWidth];\n      Element<T>::unpack")],
+    "what_lies_past_a_row_counted": [(PAIRS, "z[i] = i < length ? transform.value(z[i]) :", "z[i] = true ? transform.value(z[i]) :")],
+    "lse_not_waited_for": [(PAIRS, "    told()[1] = lse_of(of_t);\n  }\n  __syncthreads();", "    told()[1] = lse_of(of_t);\n  }\n")],
+    "low_part_of_lse_lost": [(PAIRS, "return (z - high) + low;", "return z - high;")],
+    "mixture_by_the_smaller": [(PAIRS, "const bool teacher_leads = u > 0;", "const bool teacher_leads = u < 0;")],
+    "mixture_of_half": [(PAIRS, "(teacher_leads ? Acc(1) - beta : beta) * expm1(-v)", "Acc(0.5) * expm1(-v)")],
+    "divergence_not_taken_away": [(PAIRS, "factor * (s * (from_m.student - divergence))", "factor * (s * from_m.student)")],
+    "share_of_the_student_lost": [(PAIRS, "beta == 0 || beta == 1 ? Acc(1) : Acc(1) - beta;", "Acc(1);")],
+    "temperature_lost": [(PAIRS, "static_cast<Acc>(grad) * share * args.transform.logit_scale;", "static_cast<Acc>(grad) * share;")],
+    "excluded_class_is_nan": [(PAIRS, "if (t != 0) of_teacher += t * from_m.teacher;", "of_teacher += t * from_m.teacher;")],
+    "label_of_targets_twice": [(PAIRS, "        q[i] = 0;\n", "")],
+    "label_of_targets_in_the_sum": [(PAIRS, "z[i] = j + i == label ? lowest : z[i];", "z[i] = z[i];")],
+    "z_loss_of_targets_lost": [(PAIRS, "probability = static_cast<Acc>(total + of_lse);", "probability = static_cast<Acc>(total);")],
+    "weight_of_targets_lost": [(PAIRS, "if (weight != nullptr) q[i] *= weight[j + i];", "(void)weight;")],
+    "ignored_rows_of_a_student_read": [(PAIRS, "  if (!is_item(inputs, label)) {\n    if (!first) return;\n    const bool ignored = label == inputs", "  if (false) {\n    if (!first) return;\n    const bool ignored = label == inputs")],
+}  # fmt: skip
 # Of the order of memory, which no value shows here.
 ORDER_FAULTS = {
     "blocks_added_without_a_fence": [(FINISH, "      __threadfence();  // before the others learn of it\n", "")],
 }
-KNOWN = {**FAULTS, **STAGED_FAULTS, **HELD_FAULTS, **HALF_FAULTS}
+KNOWN = {**FAULTS, **STAGED_FAULTS, **HELD_FAULTS, **HALF_FAULTS, **TOKEN_FAULTS}
+
+
+def check_all_tokens(backend) -> None:
+    for V in (40, 1500):
+        check_special_rows(backend, torch.bfloat16, V)
+    for number, case in enumerate(sample_cases(torch.bfloat16, large=False)):
+        check_tokens(backend, case, 10 * number)
+    for beta in (0.0, 0.1, 1.0):
+        check_distillation(backend, torch.bfloat16, beta)
+        check_distillation(backend, torch.float64, beta)
+    for dtype in (torch.bfloat16, torch.float32):
+        check_targets(backend, dtype, {"label_smoothing": 0.1, "z_loss": 1e-3, "softcap": 15.0, "logit_scale": 1.5})
 
 
 def check_faulty(library, kind: str = "staged") -> None:
@@ -372,6 +420,9 @@ def check_faulty(library, kind: str = "staged") -> None:
         backend.seed(seed)
         if kind == "half":
             check_half(backend)
+            continue
+        if kind == "tokens":
+            check_all_tokens(backend)
             continue
         if kind == "held":
             for plan, name in (
@@ -450,7 +501,13 @@ OF_EACH_KIND = [
     "shared_memory_of_each_launch",
     "a_cluster_too_many",
     "a_row_left_out",
+    "rows_without_a_gradient_computed",
+    "argmax_of_the_last",
+    "entropy_of_the_classes_lost",
+    "pieces_not_aligned",
+    "lse_not_waited_for",
 ]
+ELEMENT = {"half": "__nv_bfloat16", "tokens": "__nv_bfloat16"}
 GROUPS = 4  # for the workers
 ALL = "ACCUMLOSS_TEST_ALL_FAULTS" in os.environ
 SAMPLE = 3  # of those that the fast tier leaves out one in so many is planted in the slow one; `make faults` plants all
@@ -466,10 +523,10 @@ def planted():
         yield pytest.param(fault, marks=marks)
 
 
-@pytest.mark.parametrize("kind", ["cross", "staged", "held", "half"])
+@pytest.mark.parametrize("kind", ["cross", "staged", "held", "half", "tokens"])
 @pytest.mark.xdist_group("emulator-faults-0")
 def test_emulated_accepts_no_fault(kind):
-    check_faulty(emulated.build_one(element="__nv_bfloat16" if kind == "half" else "float"), kind)
+    check_faulty(emulated.build_one(element=ELEMENT.get(kind, "float")), kind)
 
 
 def test_planted_faults_change_the_sources():
@@ -480,10 +537,12 @@ def test_planted_faults_change_the_sources():
 
 @pytest.mark.parametrize("fault", list(planted()))
 def test_emulated_catches_planted_fault(fault):
-    known = {"cross": FAULTS, "staged": STAGED_FAULTS, "held": HELD_FAULTS, "half": HALF_FAULTS}
+    known = {"cross": FAULTS, "staged": STAGED_FAULTS, "held": HELD_FAULTS, "half": HALF_FAULTS, "tokens": TOKEN_FAULTS}
     kind = next(kind for kind, faults in known.items() if fault in faults)
-    element = "__nv_bfloat16" if kind == "half" else "float"
-    library = emulated.build_one(tuple(KNOWN[fault]), staged=kind in ("staged", "half"), element=element)
+    element = ELEMENT.get(kind, "float")
+    library = emulated.build_one(
+        tuple(KNOWN[fault]), staged=kind in ("staged", "half"), element=element, pairs=kind == "tokens"
+    )
     with pytest.raises((AssertionError, RuntimeError, pytest.fail.Exception)) as caught:
         check_faulty(library, kind)
     print(f"{fault}: {(str(caught.value).splitlines() or [repr(caught.value)])[0]}")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import math
+import re
 
 import cases
 import oracle
@@ -12,6 +13,9 @@ import row_oracle
 import shards
 import tolerances
 import torch
+from emulated import guarded
+from test_distillation import BETAS, TARGET_OPTIONS
+from token_checks import check_distillation, check_special_rows, check_targets, check_tokens
 from tolerances import ACCUMULATED_GRADIENT, SUM, linear_gradient_bound, ulp
 
 if not torch.cuda.is_available():
@@ -121,6 +125,99 @@ def check_case(case, dtype):
 @pytest.mark.parametrize("name", CASES)
 def test_cuda_matches_float64_and_counts_of_the_cpu(name, dtype):
     check_case(CASES[name], dtype)
+
+
+class OnGpu:
+    """The ops as token_checks calls them: tensors of the CPU come and go."""
+
+    def _run(self, op, *tensors, over=None, **options):
+        moved = [t.cuda() if isinstance(t, torch.Tensor) else t for t in tensors]
+        found = op(*moved, **options)
+        if over is not None:
+            over[1].copy_(moved[over[0]])  # what was written over
+            return over[1]
+        return found.cpu() if isinstance(found, torch.Tensor) else [t.cpu() for t in found]
+
+    def tokens(self, logits, labels, weight=None, **options):
+        names = ("loss", "nll", "lse", "entropy", "argmax")
+        return dict(zip(names, self._run(OPS.token_statistics, logits, labels, weight, **options), strict=True))
+
+    def tokens_backward(self, logits, labels, found, grads, weight=None, out=None, **options):
+        saved = [found[name] for name in ("nll", "lse", "entropy")]
+        given = [grads.get(name) for name in ("loss", "nll", "lse", "entropy")]
+        arguments = (*given, logits, labels, *saved, weight)
+        if out is None:
+            return guarded(self._run(OPS.token_statistics_backward, *arguments, **options))
+        return self._run(OPS.token_statistics_backward_, *arguments, over=(4, out), **options)
+
+    def distillation(self, student, teacher, labels, beta, **options):
+        names = ("loss", "lse", "teacher_lse", "of_student", "of_teacher")
+        found = self._run(OPS.distillation, student, teacher, labels, beta=beta, **options)
+        return dict(zip(names, found, strict=True))
+
+    def distillation_backward(self, student, teacher, labels, found, grad, beta, out=None, **options):
+        arguments = (grad, student, teacher, labels, *found.values())
+        if out is None:
+            return guarded(self._run(OPS.distillation_backward, *arguments, beta=beta, **options))
+        return self._run(OPS.distillation_backward_, *arguments, over=(1, out), beta=beta, **options)
+
+    def targets(self, logits, targets, weight=None, **options):
+        names = ("loss", "nll", "lse", "total", "of_label", "label")
+        return dict(zip(names, self._run(OPS.soft_cross_entropy, logits, targets, weight, **options), strict=True))
+
+    def targets_backward(self, logits, targets, found, grad, weight=None, out=None, **options):
+        arguments = (grad, logits, targets, *found.values(), weight)
+        return guarded(self._run(OPS.soft_cross_entropy_backward, *arguments, **options))
+
+    def take_bad_label(self):
+        torch.cuda.synchronize()
+        try:
+            accumloss.check()
+        except IndexError as error:
+            label, row = re.findall(r"got (-?\d+) for row (\d+)", str(error))[0]
+            return int(row), int(label)
+        return None
+
+
+@pytest.mark.parametrize("dtype", FLOATS, ids=str)
+def test_cuda_tokens(dtype):
+    for number, case in enumerate(cases.sample_cases(dtype)):
+        check_tokens(OnGpu(), case, 10 * number)
+    assert OnGpu().take_bad_label() is None
+
+
+@pytest.mark.parametrize("V", [40, 700, 1500, 5000, 50257])
+def test_cuda_tokens_of_infinities_and_nan(V):
+    check_special_rows(OnGpu(), torch.bfloat16, V)
+
+
+@pytest.mark.parametrize("dtype", FLOATS, ids=str)
+@pytest.mark.parametrize("beta", BETAS)
+def test_cuda_distillation(dtype, beta):
+    check_distillation(OnGpu(), dtype, beta)
+
+
+@pytest.mark.parametrize("dtype", FLOATS, ids=str)
+@TARGET_OPTIONS
+def test_cuda_soft_targets(dtype, options):
+    check_targets(OnGpu(), dtype, options)
+
+
+@pytest.mark.parametrize("dtype", FLOATS[:3], ids=str)
+def test_cuda_tokens_from_hidden_states(dtype):
+    """Chunk by chunk, as from the logits of one product."""
+    generator = torch.Generator().manual_seed(0)
+    hidden, weight = (torch.randn(*shape, generator=generator).to(dtype).cuda() for shape in ((60, 64), (1500, 64)))
+    labels = torch.randint(0, 1500, (60,), generator=generator).cuda()
+    given = [x.clone().requires_grad_() for x in (hidden, weight / 8)]
+    ours = accumloss.linear_token_log_probs(*given, labels, max_scratch_bytes=20 * 1500 * dtype.itemsize)
+    wide = [x.detach().double().requires_grad_() for x in given]
+    want = (wide[0] @ wide[1].T).log_softmax(-1).gather(-1, labels[:, None])[:, 0]
+    grads = [torch.autograd.grad(loss.sum(), inputs) for loss, inputs in ((ours, given), (want, wide))]
+    near = {torch.float32: 1e-5, torch.float16: 4e-3, torch.bfloat16: 3e-2}[dtype]
+    assert (ours - want).norm() <= near * want.norm()
+    for a, b in zip(*grads, strict=True):
+        assert (a - b).norm() <= near * b.norm()
 
 
 PLANS = ["packed", "warp", "block", "held", "staged:1", "staged:2", "staged:4", "staged:8"]

@@ -67,6 +67,33 @@ const char* emulated_forward_shard(const CrossEntropyInputs* inputs, double* col
   return guarded([&] { cuda_backend().forward_shard(*inputs, columns); });
 }
 
+const char* emulated_forward_tokens(const CrossEntropyInputs* inputs, const TokenRows* to) {
+  return guarded([&] { cuda_backend().forward_tokens(*inputs, *to); });
+}
+
+const char* emulated_backward_tokens(const CrossEntropyInputs* inputs, const double* lse, const void* nll,
+                                     const void* entropy, const TokenGrads* grads, const LogitsView* grad_logits) {
+  return guarded([&] { cuda_backend().backward_tokens(*inputs, lse, nll, entropy, *grads, *grad_logits); });
+}
+
+const char* emulated_forward_distillation(const DistillationInputs* inputs, const DistillationRows* to) {
+  return guarded([&] { cuda_backend().forward_distillation(*inputs, *to); });
+}
+
+const char* emulated_backward_distillation(const DistillationInputs* inputs, const DistillationRows* found,
+                                           const double* grad_loss, const LogitsView* grad_logits) {
+  return guarded([&] { cuda_backend().backward_distillation(*inputs, *found, grad_loss, *grad_logits); });
+}
+
+const char* emulated_forward_targets(const TargetInputs* inputs, const TargetRows* to) {
+  return guarded([&] { cuda_backend().forward_targets(*inputs, *to); });
+}
+
+const char* emulated_backward_targets(const TargetInputs* inputs, const TargetRows* found, const double* grad_loss,
+                                      const LogitsView* grad_logits) {
+  return guarded([&] { cuda_backend().backward_targets(*inputs, *found, grad_loss, *grad_logits); });
+}
+
 const char* emulated_scale(const LogitsView* values, const void* factor) {
   return guarded([&] { cuda_backend().scale(*values, factor); });
 }

@@ -19,6 +19,14 @@ const char* emulated_backward(const CrossEntropyInputs*, const double*, const vo
 const char* emulated_forward_with_grad(const CrossEntropyInputs*, const CrossEntropySums*, const void*,
                                        const LogitsView*);
 const char* emulated_scale(const LogitsView*, const void*);
+const char* emulated_forward_tokens(const CrossEntropyInputs*, const TokenRows*);
+const char* emulated_backward_tokens(const CrossEntropyInputs*, const double*, const void*, const void*,
+                                     const TokenGrads*, const LogitsView*);
+const char* emulated_forward_distillation(const DistillationInputs*, const DistillationRows*);
+const char* emulated_backward_distillation(const DistillationInputs*, const DistillationRows*, const double*,
+                                           const LogitsView*);
+const char* emulated_forward_targets(const TargetInputs*, const TargetRows*);
+const char* emulated_backward_targets(const TargetInputs*, const TargetRows*, const double*, const LogitsView*);
 void emulated_device(int capability, int multiprocessors, int clusters, int missing);
 }
 
@@ -30,6 +38,28 @@ void report(const char* plan, int64_t V, const char* error) {
   if (error == nullptr) return;
   std::printf("%s, V = %d: %s\n", plan, static_cast<int>(V), error);
   ++failures;
+}
+
+// What is told of each row, and rows of two tensors: the logits beside themselves.
+void call_of_rows(const char* plan, const CrossEntropyInputs& inputs, const LogitsView& out) {
+  const size_t rows = static_cast<size_t>(inputs.logits.B * inputs.logits.T);
+  const int64_t V = inputs.logits.V;
+  std::vector<float> loss(rows), nll(rows), entropy(rows);
+  std::vector<double> lse(rows), teacher_lse(rows), of_student(rows), of_teacher(rows), grad(rows, 0.5);
+  std::vector<int64_t> argmax(rows);
+  const TokenRows tokens = {loss.data(), lse.data(), nll.data(), entropy.data(), argmax.data()};
+  const TokenGrads grads = {grad.data(), grad.data(), grad.data(), grad.data()};
+  report(plan, V, emulated_forward_tokens(&inputs, &tokens));
+  report(plan, V, emulated_backward_tokens(&inputs, lse.data(), nll.data(), entropy.data(), &grads, &out));
+  const DistillationInputs pair = {inputs, inputs.logits, 0.5};
+  const DistillationRows divergences = {loss.data(), lse.data(), teacher_lse.data(), of_student.data(),
+                                        of_teacher.data()};
+  report(plan, V, emulated_forward_distillation(&pair, &divergences));
+  report(plan, V, emulated_backward_distillation(&pair, &divergences, grad.data(), &out));
+  const TargetInputs targets = {inputs, inputs.logits};
+  const TargetRows found = {loss.data(), nll.data(), lse.data(), of_student.data(), of_teacher.data(), argmax.data()};
+  report(plan, V, emulated_forward_targets(&targets, &found));
+  report(plan, V, emulated_backward_targets(&targets, &found, grad.data(), &out));
 }
 
 // offset: floats before the first logit; the allocation ends with the last one.
@@ -55,6 +85,7 @@ void call_all(const char* plan, int64_t B, int64_t T, int64_t V, int64_t offset,
   report(plan, V, emulated_backward(&inputs, lse.data(), nll.data(), &grad, &out));
   report(plan, V, emulated_forward_with_grad(&inputs, &sums, &grad, &out));
   report(plan, V, emulated_scale(&out, &factor));
+  if (metrics) call_of_rows(plan, inputs, out);
   report(plan, V, emulated_forward_with_grad(&inputs, &sums, &grad, &inputs.logits));
 }
 
