@@ -62,6 +62,9 @@ def pairs(dtype):
     found.append(("confident", confident, other, None))
     shifted = 50 + logits_of(3, 100, dtype=dtype)
     found.append(("shifted up", shifted, logits_of(3, 100, dtype=dtype, seed=1) - 30, None))
+    far, other = logits_of(3, 40, dtype=dtype), logits_of(3, 40, dtype=dtype, seed=1)
+    far[:, 5], other[:, 9] = -300.0, -300.0
+    found.append(("classes far apart", far, other, None))
     masked, other = logits_of(4, 600, dtype=dtype), logits_of(4, 600, dtype=dtype, seed=1)
     masked[:, :300] = other[:, :300] = -torch.inf
     found.append(("a masked vocabulary", masked, other, None))

@@ -9,7 +9,7 @@ import pytest
 import torch
 from cases import sample_cases
 from emulated_checks import CASES, PLAN_CASES, check_case, check_half, check_strides, check_ties, inputs
-from token_checks import check_distillation, check_special_rows, check_targets, check_tokens
+from token_checks import check_digits, check_distillation, check_special_rows, check_targets, check_tokens
 
 if reason := emulated.why_not():
     pytest.skip(f"the kernels cannot be emulated: {reason}", allow_module_level=True)
@@ -406,6 +406,7 @@ def check_all_tokens(backend) -> None:
         check_special_rows(backend, torch.bfloat16, V)
     for number, case in enumerate(sample_cases(torch.bfloat16, large=False)):
         check_tokens(backend, case, 10 * number)
+    check_digits(backend)
     for beta in (0.0, 0.1, 1.0):
         check_distillation(backend, torch.bfloat16, beta)
         check_distillation(backend, torch.float64, beta)

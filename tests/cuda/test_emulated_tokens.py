@@ -8,7 +8,7 @@ import pytest
 import torch
 from cases import DTYPES, sample_cases
 from test_distillation import BETAS, TARGET_OPTIONS
-from token_checks import check_distillation, check_special_rows, check_targets, check_tokens
+from token_checks import check_digits, check_distillation, check_special_rows, check_targets, check_tokens
 
 if reason := emulated.why_not():
     pytest.skip(f"the kernels cannot be emulated: {reason}", allow_module_level=True)
@@ -56,6 +56,11 @@ def test_emulated_tokens_of_infinities_and_nan(backend, V, dtype):
 def test_emulated_distillation(backend, dtype, beta):
     backend.seed(64)
     check_distillation(backend, dtype, beta)
+
+
+def test_emulated_distillation_keeps_its_digits(backend):
+    backend.seed(69)
+    check_digits(backend)
 
 
 def test_emulated_distillation_of_what_is_no_distribution(backend):

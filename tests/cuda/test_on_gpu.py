@@ -15,7 +15,7 @@ import tolerances
 import torch
 from emulated import guarded
 from test_distillation import BETAS, TARGET_OPTIONS
-from token_checks import check_distillation, check_special_rows, check_targets, check_tokens
+from token_checks import check_digits, check_distillation, check_special_rows, check_targets, check_tokens
 from tolerances import ACCUMULATED_GRADIENT, SUM, linear_gradient_bound, ulp
 
 if not torch.cuda.is_available():
@@ -195,6 +195,10 @@ def test_cuda_tokens_of_infinities_and_nan(V):
 @pytest.mark.parametrize("beta", BETAS)
 def test_cuda_distillation(dtype, beta):
     check_distillation(OnGpu(), dtype, beta)
+
+
+def test_cuda_distillation_keeps_its_digits():
+    check_digits(OnGpu())
 
 
 @pytest.mark.parametrize("dtype", FLOATS, ids=str)

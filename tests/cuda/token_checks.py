@@ -13,7 +13,7 @@ import torch
 from oracle import token_expected, z_scale
 from test_distillation import exact, pairs, soft_targets
 from test_per_token import incoming
-from tolerances import assert_close, assert_within, divergence_bound, entropy_bound, row_loss_bound, ulp
+from tolerances import UNIT, assert_close, assert_within, divergence_bound, entropy_bound, row_loss_bound, ulp
 
 NAMES = ("loss", "nll", "lse", "entropy")
 
@@ -79,6 +79,16 @@ def check_distillation(backend, dtype, beta) -> None:
             assert_within(got.view(of_exact.shape), of_exact, within, f"{name}: gradient")
 
 
+def check_digits(backend) -> None:
+    """A divergence keeps its digits wherever the logits lie."""
+    _, student, teacher, _ = next(pair for pair in pairs(torch.float32) if pair[0] == "shifted up")
+    for beta in (0.0, 0.5, 1.0):
+        *_, wanted = exact(student, teacher, None, beta, 1.0)
+        labels = torch.zeros(1, len(student), dtype=torch.int64)
+        found = backend.distillation(student[None], teacher[None], labels, beta)["loss"][0]
+        assert_within(found, wanted, 16 * UNIT * (1 + wanted), f"beta {beta}")
+
+
 def check_targets(backend, dtype, options) -> None:
     for case in soft_targets(dtype, options):
         logits, targets = case.logits[None], emulated.guarded(case.targets[None], 1)
@@ -100,6 +110,7 @@ def check_special_rows(backend, dtype, V) -> None:
     logits[0, 0, 6:] = -math.inf
     logits[0, 1, 5] = -math.inf
     logits[0, 2, V - 1] = logits[0, 2, V - 3] = math.nan
+    logits[0, 2, 5] = 40.0  # the label leads all that are numbers
     logits[0, 3, 5] = logits[0, 3, 7] = math.nan
     logits[0, 4, V - 2] = logits[0, 4, 9] = math.inf
     logits[0, 5] = -math.inf
