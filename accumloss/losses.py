@@ -135,9 +135,11 @@ def cross_entropy(
             "shift": shift, "metrics": metrics, "group": group, "vocab_size": vocab_size, "DTensor": is_dtensor,
         }  # fmt: skip
         return soft_sums("cross_entropy", logits, labels, weight, token_weight, options, given)
-    if _is_parallel(logits, labels, group):
-        refuse_token_weight("cross_entropy", token_weight, "where processes share the vocabulary, or beside DTensors")
-        return _parallel_sums("cross_entropy", logits, labels, weight, shift, options, metrics, group, vocab_size)
+    if parallel.is_parallel(logits, labels, group):
+        if token_weight is not None and group is None:
+            refuse_token_weight("cross_entropy", token_weight, "beside DTensors")
+        shared = group, vocab_size
+        return _parallel_sums("cross_entropy", logits, labels, weight, shift, options, metrics, shared, token_weight)
     check_vocab_size("cross_entropy", logits, vocab_size)
     check_class_weight("cross_entropy", "weight", weight, logits.shape[-1:])
     if token_weight is not None:
@@ -778,7 +780,7 @@ def _mean_loss(
         check_token_weight(name, token_weight, labels)
         token_weight = like_rows(name, logits, token_weight, shift)
     labels = like_rows(name, logits, labels, shift)
-    if _is_parallel(logits, labels, group):
+    if parallel.is_parallel(logits, labels, group):
         refuse_token_weight(name, token_weight, "where processes share the vocabulary, or beside DTensors")
         return _parallel_mean_loss(name, logits, labels, shift, given, options, weight, inplace, group, vocab_size)
     check_vocab_size(name, logits, vocab_size)
@@ -811,34 +813,6 @@ def _mean_loss(
     return Divided(loss, TokenSums(*fields) if metrics else None)
 
 
-def _is_parallel(logits: torch.Tensor, labels: torch.Tensor, group: Any) -> bool:
-    return group is not None or parallel.is_dtensor(logits) or parallel.is_dtensor(labels)
-
-
-def _part_of(
-    name: str,
-    logits: torch.Tensor,
-    labels: torch.Tensor,
-    weight: torch.Tensor | None,
-    shift: int,
-    options: LossOptions,
-    group: dist.ProcessGroup | None,
-    vocab_size: int | None,
-) -> parallel.Part:
-    """This process's part, its labels and weight where its logits are."""
-    _check_group(name, group)
-    if group is None:
-        check_vocab_size(name, logits, vocab_size)
-    if logits.dim() < 1:
-        raise RuntimeError(f"{name}: expected logits of shape (..., V), got a 0-dim tensor")
-    part = parallel.part_of(name, logits, labels, weight, shift, options.ignore_index, group, vocab_size)
-    num_classes = part.logits.shape[-1] if part.shard is None else part.shard.vocab_size
-    check_class_weight(name, "weight", part.weight, torch.Size([num_classes]))
-    device = part.logits.device
-    weight = part.weight if part.weight is None else part.weight.to(device, non_blocking=True)
-    return part._replace(labels=part.labels.to(device, non_blocking=True), weight=weight)
-
-
 def _parallel_sums(
     name: str,
     logits: torch.Tensor,
@@ -847,13 +821,18 @@ def _parallel_sums(
     shift: int,
     options: LossOptions,
     metrics: bool,
-    group: dist.ProcessGroup | None,
-    vocab_size: int | None,
+    shared: tuple[dist.ProcessGroup | None, int | None],  # group, vocab_size
+    token_weight: torch.Tensor | None,
 ) -> TokenSums:
-    part = _part_of(name, logits, labels, weight, shift, options, group, vocab_size)
+    part = parallel.checked_part_of(name, logits, labels, weight, shift, options, *shared)
     if part.shard is None:
         found = cross_entropy(part.logits, part.labels, weight=part.weight, metrics=metrics, **options.as_kwargs())
         return TokenSums(*(part.wrap(getattr(found, field.name)) for field in fields(TokenSums)))
+    if token_weight is not None:
+        check_token_weight(name, token_weight, labels)
+        call = (part.logits, part.labels, part.weight, name, part.shard, options, metrics, False)
+        rows = parallel.VocabParallelRows.apply(*call)
+        return sums_of(rows, part.labels, shifted(token_weight, shift), part.weight, options, metrics)
     sums = parallel.VocabParallel.apply(
         part.logits, part.labels, part.weight, name, part.shard, options, metrics, False
     )
@@ -876,7 +855,7 @@ def _parallel_mean_loss(
     wants_grad = torch.is_grad_enabled() and logits.requires_grad
     if inplace and wants_grad:
         check_in_place(name, logits, inplace)
-    part = _part_of(name, logits, labels, weight, shift, options, group, vocab_size)
+    part = parallel.checked_part_of(name, logits, labels, weight, shift, options, group, vocab_size)
     shard = part.shard
     if parallel.is_dtensor(given):
         given = given.full_tensor()
@@ -948,7 +927,7 @@ def _linear(
     shard: parallel.Shard | None = None
     is_summed = False
     if shared is not None and _is_shared(hidden, weight, shared):
-        _check_group(name, shared.group)
+        parallel.check_group(name, shared.group)
         if torch.compiler.is_compiling():
             raise RuntimeError(
                 f"{name}: expected no torch.compile where processes share the vocabulary, got one around it"
@@ -1049,11 +1028,6 @@ class _Shared(NamedTuple):
 
 def _is_shared(hidden: Any, weight: Any, shared: _Shared) -> bool:
     return shared.group is not None or parallel.is_dtensor(hidden) or parallel.is_dtensor(weight)
-
-
-def _check_group(name: str, group: Any) -> None:
-    if group is not None and not isinstance(group, dist.ProcessGroup):
-        raise TypeError(f"{name}: expected a torch.distributed.ProcessGroup or None for group, got {group!r}")
 
 
 def _in_place(

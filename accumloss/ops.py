@@ -37,6 +37,11 @@ except ImportError as error:
 
 _ops = torch.ops.accumloss
 
+NO_SECOND_DERIVATIVE = (
+    "accumloss: expected create_graph=False where processes share the vocabulary, got True; a second derivative needs the "
+    "logits of all of them: gather them, and leave group= out"
+)
+
 
 def accumulation_dtype(logits: torch.Tensor) -> torch.dtype:
     """The dtype of the sums: fp64 for fp64 logits, else fp32."""
@@ -124,7 +129,9 @@ def _(logits, labels, weight=None, *, metrics=False, **options):
 
 
 def _check_tokens_backward(function, grads, logits, labels, nll, lse, entropy, weight, options):
-    checks.check_call(function, logits, labels, weight, options)
+    options = dict(options)
+    shard = options.pop("class_offset", 0), options.pop("vocab_size", 0)
+    checks.check_call(function, logits, labels, weight, options, shard)
     checks.check_saved(function, "lse", lse, torch.float64, labels, logits)
     checks.check_saved(function, "nll", nll, accumulation_dtype(logits), labels, logits)
     if grads[3] is not None:
@@ -459,6 +466,8 @@ def _tokens_double_backward(ctx: Any, grad_grad: torch.Tensor) -> tuple:
     *grads, logits, labels, weight = ctx.saved_tensors
     options = dict(ctx.options)
     shift, _ = options.pop("shift"), options.pop("metrics")
+    if options.pop("vocab_size") not in (0, logits.shape[-1]) or options.pop("class_offset"):
+        raise RuntimeError(NO_SECOND_DERIVATIVE)
     acc = accumulation_dtype(logits)
     with torch.enable_grad():
         x = logits.detach().to(acc).requires_grad_()

@@ -15,12 +15,8 @@ from torch.autograd.function import once_differentiable
 
 from . import checks, ops, reference
 from ._compat import all_gather_single
+from .arguments import check_class_weight, check_vocab_size
 from .options import LossOptions
-
-NO_SECOND_DERIVATIVE = (
-    "accumloss: expected create_graph=False where processes share the vocabulary, got True; a second derivative needs the "
-    "logits of all of them: gather them, and leave group= out"
-)
 
 
 class Shard(NamedTuple):
@@ -64,11 +60,14 @@ def shard_of(name: str, what: str, num_classes: int, group: Any, vocab_size: int
 
 
 class Rows(NamedTuple):
-    """The sums of a call, and what backward needs of each row: the same in every process of the group."""
+    """The sums of a call, and what is told of each row, 0 where it is ignored: the same in every process of the group."""
 
     sums: tuple[torch.Tensor, ...]  # the fields of TokenSums
     lse: torch.Tensor  # (...) double
     nll: torch.Tensor  # (...)
+    loss: torch.Tensor  # (...)
+    entropy: torch.Tensor  # (...); (0,) without metrics, as is what follows
+    argmax: torch.Tensor  # (...) int64, -1 where a row is ignored; (0,) where nobody has asked for it
 
 
 def forward(
@@ -79,9 +78,10 @@ def forward(
     shard: Shard,
     options: LossOptions,
     metrics: bool,
+    finds_argmax: bool = False,
 ) -> Rows:
-    """One read of the logits, and one all_gather of 16 bytes a row and process: 8 more with smoothing, 16 with metrics; and 16
-    a call, by which the processes see that they have the same vocabulary and labels."""
+    """One read of the logits, and one all_gather of 16 bytes a row and process: 8 more with smoothing, 16 with metrics, 16 with
+    the argmax; and 16 a call, by which the processes see that they have the same vocabulary and labels."""
     bad_label: IndexError | None = None
     if torch.compiler.is_compiling():
         columns = columns_of(logits, labels, weight, shard, options, metrics)
@@ -92,7 +92,10 @@ def forward(
             bad_label = error
             count = ops.shard_columns(options.label_smoothing, metrics)
             columns = torch.full((count, *labels.shape), torch.nan, dtype=torch.float64, device=logits.device)
-    packed = torch.cat([columns.flatten(), columns.new_full((1,), shard.vocab_size), _checksum(labels).view(1)])
+    leaders = [largest_of(logits, shard).flatten()] if finds_argmax else []
+    packed = torch.cat(
+        [columns.flatten(), *leaders, columns.new_full((1,), shard.vocab_size), _checksum(labels).view(1)]
+    )
     gathered = packed.new_empty(shard.size * packed.numel())
     all_gather_single(gathered, packed, group=shard.group)
     gathered = gathered.view(shard.size, packed.numel())
@@ -107,11 +110,25 @@ def forward(
     if bad_label is not None:
         raise bad_label
     dtype = ops.accumulation_dtype(logits)
-    rows = merge(gathered[:, :-2].view(shard.size, *columns.shape), labels, weight, shard, options, metrics, dtype)
+    of_rows = gathered[:, :-2].view(shard.size, -1, *labels.shape)
+    rows = merge(of_rows[:, : len(columns)], labels, weight, shard, options, metrics, dtype)
     # elsewhere it cannot be known without a sync
     is_one = (sizes == shard.vocab_size).all() & (checksums == checksums[0]).all()
-    loss_sum = torch.where(is_one, rows.sums[0], float("nan"))
-    return rows._replace(sums=(loss_sum, *rows.sums[1:]))
+    loss_sum, loss = (torch.where(is_one, value, float("nan")) for value in (rows.sums[0], rows.loss))
+    rows = rows._replace(sums=(loss_sum, *rows.sums[1:]), loss=loss)
+    if not finds_argmax:
+        return rows
+    values, classes = of_rows[:, -2], of_rows[:, -1]
+    first = classes.gather(0, values.argmax(0, keepdim=True)).squeeze(0).long()  # NaN is the largest
+    return rows._replace(argmax=torch.where(labels == options.ignore_index, -1, first))
+
+
+def largest_of(logits: torch.Tensor, shard: Shard) -> torch.Tensor:
+    """(2, ...) double: the largest of the local logits, and its class."""
+    if shard.num_classes == 0:
+        return logits.new_full((2, *logits.shape[:-1]), -torch.inf, dtype=torch.float64)
+    values, places = logits.detach().max(-1)
+    return torch.stack([values.double(), (places + shard.class_offset).double()])
 
 
 def _checksum(labels: torch.Tensor) -> torch.Tensor:
@@ -175,22 +192,23 @@ def merge(
         loss = loss + options.z_loss * lse * lse
     num_items = is_item.sum()
     total_weight = torch.where(is_item, item_weight, zero).sum() if weight is not None else num_items
-    num_correct, entropy_sum = torch.zeros_like(num_items), zero
+    num_correct, entropy_sum, entropy_of_rows = torch.zeros_like(num_items), zero, zero.new_empty(0)
     if metrics:
         entropy, best = gathered[:, -2], gathered[:, -1]
         share, own_share = torch.exp(each - lse), torch.exp(-nll)
         parts = torch.where(share == 0, zero, share * (entropy + (lse - each))).sum(0)
         of_rows = parts + torch.where(own_share == 0, zero, own_share * nll)
-        entropy_sum = torch.where(is_item, of_rows, zero).sum()
+        entropy_of_rows = torch.where(is_item, of_rows, zero)
+        entropy_sum = entropy_of_rows.sum()
         # torch.argmax is the first of the largest
         ranks = torch.arange(shard.size, device=labels.device).view(-1, *[1] * labels.dim())
         mine = best.gather(0, owner.unsqueeze(0))
         wins = torch.where(ranks < owner, best < mine, best <= mine).all(0)
         num_correct = (wins & is_item & ~nll.isnan()).sum()
-    loss_sum = torch.where(is_item, loss, zero).sum()
-    sums = (loss_sum.to(dtype), num_items, total_weight.to(dtype), num_correct, entropy_sum.to(dtype))
-    lse, nll = torch.where(is_item, lse, zero), torch.where(is_item, nll, zero)
-    return Rows(sums, lse.contiguous(), nll.to(dtype).contiguous())
+    loss, lse, nll = (torch.where(is_item, value, zero) for value in (loss, lse, nll))
+    sums = (loss.sum().to(dtype), num_items, total_weight.to(dtype), num_correct, entropy_sum.to(dtype))
+    nll, loss, entropy_of_rows = (value.to(dtype).contiguous() for value in (nll, loss, entropy_of_rows))
+    return Rows(sums, lse.contiguous(), nll, loss, entropy_of_rows, num_items.new_empty(0))
 
 
 def backward(
@@ -240,7 +258,7 @@ class VocabParallel(torch.autograd.Function):
         if grad_loss_sum is None:
             return (None,) * 8
         if torch.is_grad_enabled() and not torch.compiler.is_compiling():
-            raise RuntimeError(NO_SECOND_DERIVATIVE)
+            raise RuntimeError(ops.NO_SECOND_DERIVATIVE)
         logits, labels, lse, nll, weight = ctx.saved_tensors  # raises where the logits changed since
         checks.refuse_forward_ad("accumloss", grad_loss_sum)
         data = logits.detach() if ctx.in_place else logits
@@ -281,6 +299,51 @@ class VocabParallelInPlace(torch.autograd.Function):
         return ops.gradient_handed_out(ctx, grad_loss), *(None,) * 8
 
 
+class VocabParallelRows(torch.autograd.Function):
+    """What token_statistics returns: loss, nll, lse, entropy and argmax (...), all but the last with gradients. In place: it
+    overwrites the logits, in backward."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        logits: torch.Tensor,
+        labels: torch.Tensor,
+        weight: torch.Tensor | None,
+        name: str,
+        shard: Shard,
+        options: LossOptions,
+        metrics: bool,
+        in_place: bool,
+    ) -> tuple[torch.Tensor, ...]:
+        rows = forward(name, logits, labels, weight, shard, options, metrics, finds_argmax=metrics)
+        nll = torch.where(rows.loss.isnan(), rows.loss, rows.nll)  # of a vocabulary that the processes do not share
+        ctx.save_for_backward(logits, labels, nll, rows.lse, rows.entropy, weight)
+        ctx.shard, ctx.options, ctx.metrics, ctx.in_place = shard, options, metrics, in_place
+        ctx.mark_non_differentiable(rows.argmax)
+        ctx.set_materialize_grads(False)
+        return rows.loss, nll, rows.lse, rows.entropy, rows.argmax
+
+    @staticmethod
+    def backward(ctx: Any, *grads: torch.Tensor | None) -> tuple:
+        given = grads[:4] if ctx.metrics else (*grads[:3], None)
+        if all(grad is None for grad in given):
+            return (None,) * 8
+        if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+            raise RuntimeError(ops.NO_SECOND_DERIVATIVE)
+        logits, labels, nll, lse, entropy, weight = ctx.saved_tensors  # raises where the logits changed since
+        checks.refuse_forward_ad("accumloss", *given)
+        if ctx.shard.num_classes == 0:
+            return torch.empty_like(logits), *(None,) * 7
+        kwargs = {**ctx.shard.kwargs, **ctx.options.as_kwargs()}
+        if not ctx.in_place:
+            found = ops.token_statistics_backward(*given, logits, labels, nll, lse, entropy, weight, **kwargs)
+            return found, *(None,) * 7
+        data = logits.detach()
+        ops.token_statistics_backward_(*given, data, labels, nll, lse, entropy, weight, **kwargs)
+        torch.autograd.graph.increment_version(logits)
+        return data, *(None,) * 7
+
+
 # DTensors -------------------------------------------------------------------------------------------------------------
 
 
@@ -316,6 +379,8 @@ class Part(NamedTuple):
     shard: Shard | None  # of the vocabulary, where it has not the whole
     mesh: Any = None  # of the DTensors
     placements: tuple[Any, ...] = ()  # of the sums over its rows
+    row_placements: tuple[Any, ...] = ()  # of what is told of each of them
+    row_shape: torch.Size | None = None  # (...) of all rows
 
     def whole(self, of_rows: torch.Tensor) -> torch.Tensor:
         """A sum over its rows, summed over those of all processes; without a gradient."""
@@ -328,6 +393,51 @@ class Part(NamedTuple):
         from torch.distributed.tensor import DTensor
 
         return DTensor.from_local(of_rows, self.mesh, self.placements, run_check=False)
+
+    def wrap_rows(self, of_rows: Any) -> Any:
+        """What is told of each row (...) as a DTensor, placed as the rows are."""
+        if self.mesh is None:
+            return of_rows
+        from torch.distributed.tensor import DTensor
+
+        assert self.row_shape is not None
+        stride = torch.empty(self.row_shape, device="meta").stride()
+        return DTensor.from_local(
+            of_rows, self.mesh, self.row_placements, run_check=False, shape=self.row_shape, stride=stride
+        )
+
+
+def is_parallel(logits: torch.Tensor, labels: torch.Tensor, group: Any) -> bool:
+    return group is not None or is_dtensor(logits) or is_dtensor(labels)
+
+
+def check_group(name: str, group: Any) -> None:
+    if group is not None and not isinstance(group, dist.ProcessGroup):
+        raise TypeError(f"{name}: expected a torch.distributed.ProcessGroup or None for group, got {group!r}")
+
+
+def checked_part_of(
+    name: str,
+    logits: torch.Tensor,
+    labels: torch.Tensor,
+    weight: torch.Tensor | None,
+    shift: int,
+    options: LossOptions,
+    group: Any,
+    vocab_size: int | None,
+) -> Part:
+    """part_of() of checked arguments, its labels and weight where its logits are."""
+    check_group(name, group)
+    if group is None:
+        check_vocab_size(name, logits, vocab_size)
+    if logits.dim() < 1:
+        raise RuntimeError(f"{name}: expected logits of shape (..., V), got a 0-dim tensor")
+    part = part_of(name, logits, labels, weight, shift, options.ignore_index, group, vocab_size)
+    num_classes = part.logits.shape[-1] if part.shard is None else part.shard.vocab_size
+    check_class_weight(name, "weight", part.weight, torch.Size([num_classes]))
+    device = part.logits.device
+    weight = part.weight if part.weight is None else part.weight.to(device, non_blocking=True)
+    return part._replace(labels=part.labels.to(device, non_blocking=True), weight=weight)
 
 
 def part_of(
@@ -366,7 +476,7 @@ def part_of(
             name, "logits.to_local() (..., V)", local.shape[-1], mesh.get_group(vocabulary), logits.shape[-1]
         )
     labels = labels_of(name, "logits", logits, labels, rows, shift, ignore_index)
-    return Part(local, labels, _whole_weight(name, weight), shard, mesh, sums_over(rows))
+    return Part(local, labels, _whole_weight(name, weight), shard, mesh, sums_over(rows), rows, logits.shape[:-1])
 
 
 class LinearPart(NamedTuple):

@@ -10,12 +10,22 @@ import math
 from typing import Any, Literal, NamedTuple
 
 import torch
+import torch.distributed as dist
 
 from . import linear, ops, reference
-from .arguments import NumItems, check_in_place, check_shift, check_tensors, divisor_of, of_op, refuse_functorch
+from .arguments import (
+    NumItems,
+    check_in_place,
+    check_shift,
+    check_tensors,
+    check_vocab_size,
+    divisor_of,
+    of_op,
+    refuse_functorch,
+)
 from .keywords import checked, checked_loss
 from .options import LossOptions, options_of
-from .parallel import is_dtensor
+from .parallel import Overwritten, VocabParallelRows, checked_part_of, is_dtensor, is_parallel
 from .sums import TokenSums
 from .weighting import check_token_weight, shifted, soft_losses, sums_of_losses
 
@@ -44,6 +54,8 @@ def token_losses(
     z_loss: float = 0.0,
     softcap: float = 0.0,
     logit_scale: float = 1.0,
+    group: dist.ProcessGroup | None = None,
+    vocab_size: int | None = None,
 ) -> torch.Tensor:
     """The loss of each row, differentiable for any incoming gradient.
 
@@ -59,13 +71,15 @@ def token_losses(
         shift: row (..., t) reads label (..., t + shift); its loss stands at (..., t).
         inplace: "backward" writes the gradient over the logits, which saves a buffer of their size.
         ignore_index, label_smoothing, z_loss, softcap, logit_scale: see LossOptions.
+        group, vocab_size: as in cross_entropy, where processes share the vocabulary. Logits that are a DTensor need none:
+            what is told of the rows is one then, placed as they are.
 
     Returns:
         (...) fp32, or fp64 for fp64 logits; 0 where a row is ignored, which is not read. A row to which the gradient 0 comes
         back is not read in backward.
 
     Raises:
-        TypeError, ValueError, RuntimeError, IndexError: as cross_entropy. DTensors are refused.
+        TypeError, ValueError, RuntimeError, IndexError: as cross_entropy.
 
     Example:
         >>> logits = torch.tensor([[2.0, 0.0], [0.0, 1.0], [5.0, 5.0]])
@@ -78,8 +92,10 @@ def token_losses(
         refuse_functorch("token_losses", logits, labels, weight)
         refuse_dtensors("token_losses", logits, labels, weight)
         options.check("token_losses", ops.accumulation_dtype(logits))
-        return soft_losses("token_losses", logits, labels, weight, options, {"shift": shift, "inplace": inplace})
-    return _statistics("token_losses", logits, labels, weight, shift, options, inplace, metrics=False)[0]
+        given = {"shift": shift, "inplace": inplace, "group": group, "vocab_size": vocab_size}
+        return soft_losses("token_losses", logits, labels, weight, options, given)
+    shared = group, vocab_size
+    return _statistics("token_losses", logits, labels, weight, shift, options, inplace, False, shared)[0]
 
 
 @checked
@@ -91,6 +107,8 @@ def token_log_probs(
     shift: int = 0,
     inplace: InPlace = False,
     ignore_index: int = -100,
+    group: dist.ProcessGroup | None = None,
+    vocab_size: int | None = None,
 ) -> torch.Tensor:
     """The log-probability of each label, to 8 units relative at any confidence.
 
@@ -102,14 +120,14 @@ def token_log_probs(
         logits: (..., V) bf16, fp16, fp32 or fp64, of any strides.
         labels: (...) int64 or int32, class indices or ignore_index.
         temperature: the logits are divided by it, > 0.
-        shift, inplace: see token_losses.
+        shift, inplace, group, vocab_size: see token_losses.
         ignore_index: rows with this label have a log-probability of 0 and no gradient, and are not read.
 
     Returns:
         (...) fp32, or fp64 for fp64 logits. In bf16 two of them would not tell a policy from its update.
 
     Raises:
-        TypeError, ValueError, RuntimeError, IndexError: as cross_entropy. DTensors are refused.
+        TypeError, ValueError, RuntimeError, IndexError: as cross_entropy.
 
     Example:
         >>> logits = torch.tensor([[2.0, 0.0], [0.0, 60.0]])
@@ -117,7 +135,8 @@ def token_log_probs(
         ['-2.127', '-8.757e-27']
     """
     options = _at_temperature("token_log_probs", temperature, ignore_index)
-    nll = _statistics("token_log_probs", logits, labels, None, shift, options, inplace, metrics=False)[1]
+    shared = group, vocab_size
+    nll = _statistics("token_log_probs", logits, labels, None, shift, options, inplace, False, shared)[1]
     return 0.0 - nll  # -nll would have -0 in rows that are ignored
 
 
@@ -130,6 +149,8 @@ def token_statistics(
     shift: int = 0,
     inplace: InPlace = False,
     ignore_index: int = -100,
+    group: dist.ProcessGroup | None = None,
+    vocab_size: int | None = None,
 ) -> TokenStatistics:
     """Log-probability of the label, entropy, lse and argmax of each row, from one visit of the logits.
 
@@ -150,8 +171,9 @@ def token_statistics(
         (0.3653, 2.1269, 0)
     """
     options = _at_temperature("token_statistics", temperature, ignore_index)
+    shared = group, vocab_size
     _, nll, lse, entropy, argmax = _statistics(
-        "token_statistics", logits, labels, None, shift, options, inplace, metrics=True
+        "token_statistics", logits, labels, None, shift, options, inplace, True, shared
     )
     return TokenStatistics(0.0 - nll, entropy, lse, argmax)
 
@@ -427,18 +449,39 @@ def _statistics(
     options: LossOptions,
     inplace: InPlace,
     metrics: bool,
+    shared: tuple[dist.ProcessGroup | None, int | None],
 ) -> tuple[torch.Tensor, ...]:
-    """The outputs of the op of that name."""
+    """The outputs of the op of that name, entropy and argmax where metrics. shared: group and vocab_size."""
     check_tensors(name, ("logits (..., V)", logits), ("labels (...)", labels))
     check_shift(name, shift)
     refuse_functorch(name, logits, labels, weight)
-    refuse_dtensors(name, logits, labels, weight)
     options.check(name, ops.accumulation_dtype(logits))
-    kwargs = of_op(options, shift, metrics)
     if inplace not in (False, "backward"):
         raise ValueError(f'{name}: expected False or "backward" for inplace, got {inplace!r}')
-    if inplace and torch.is_grad_enabled() and logits.requires_grad:
+    is_in_place = bool(inplace) and torch.is_grad_enabled() and logits.requires_grad
+    if is_in_place:
         check_in_place(name, logits, inplace)
+    group, vocab_size = shared
+    if not is_parallel(logits, labels, group):
+        check_vocab_size(name, logits, vocab_size)
+        return _of_rows(logits, labels, weight, of_op(options, shift, metrics), is_in_place)
+    part = checked_part_of(name, logits, labels, weight, shift, options, group, vocab_size)
+    local = part.logits
+    if is_in_place and part.mesh is not None:
+        local = Overwritten.apply(local, logits.detach())
+    if part.shard is None:
+        found = _of_rows(local, part.labels, part.weight, of_op(options, 0, metrics), is_in_place)
+    else:
+        found = VocabParallelRows.apply(
+            local, part.labels, part.weight, name, part.shard, options, metrics, is_in_place
+        )
+    return tuple(part.wrap_rows(value) for value in found[: 5 if metrics else 3])
+
+
+def _of_rows(
+    logits: torch.Tensor, labels: torch.Tensor, weight: torch.Tensor | None, kwargs: dict[str, Any], in_place: bool
+) -> tuple[torch.Tensor, ...]:
+    if in_place:
         return ops.TokenStatisticsInPlace.apply(logits, labels, weight, kwargs)
     return ops.token_statistics(logits, labels, weight, **kwargs)
 

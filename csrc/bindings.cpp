@@ -18,6 +18,7 @@ namespace {
 #define SHARD ", int class_offset, int vocab_size" LM_OPTIONS
 #define TOKEN_GRADS "Tensor? grad_loss, Tensor? grad_nll, Tensor? grad_lse, Tensor? grad_entropy"
 #define TOKEN_ROWS ", Tensor labels, Tensor nll, Tensor lse, Tensor entropy, Tensor? weight=None, *"
+#define OF_SHARD ", int class_offset=0, int vocab_size=0"
 #define PAIR "Tensor teacher_logits, Tensor labels"
 #define PAIR_ROWS ", Tensor loss, Tensor lse, Tensor teacher_lse, Tensor of_student, Tensor of_teacher"
 #define PAIR_OPTIONS ", *, float beta=0.5, float logit_scale=1.0, int ignore_index=-100"
@@ -53,8 +54,9 @@ STABLE_TORCH_LIBRARY(accumloss, m) {
       ", int shift=0" LM_OPTIONS ") -> (Tensor loss, Tensor grad_logits)");
   m.def("token_statistics(Tensor logits, Tensor labels, Tensor? weight=None, *" ALL_OPTIONS
         ") -> (Tensor loss, Tensor nll, Tensor lse, Tensor entropy, Tensor argmax)");
-  m.def("token_statistics_backward(" TOKEN_GRADS ", Tensor logits" TOKEN_ROWS ALL_OPTIONS ") -> Tensor");
-  m.def("token_statistics_backward_(" TOKEN_GRADS ", Tensor(a!) logits" TOKEN_ROWS ALL_OPTIONS ") -> ()");
+  // Also of a shard of the vocabulary, which the last two say.
+  m.def("token_statistics_backward(" TOKEN_GRADS ", Tensor logits" TOKEN_ROWS ALL_OPTIONS OF_SHARD ") -> Tensor");
+  m.def("token_statistics_backward_(" TOKEN_GRADS ", Tensor(a!) logits" TOKEN_ROWS ALL_OPTIONS OF_SHARD ") -> ()");
   m.def("distillation(Tensor student_logits, " PAIR PAIR_OPTIONS
         ") -> (Tensor loss, Tensor lse, Tensor teacher_lse, Tensor of_student, Tensor of_teacher)");
   m.def("distillation_backward(Tensor grad_loss, Tensor student_logits, " PAIR PAIR_ROWS PAIR_OPTIONS ") -> Tensor");
@@ -225,8 +227,9 @@ void register_ops(torch::stable::detail::StableLibrary& m) {
   m.impl("cross_entropy_with_grad_", TORCH_BOX(&OpsOfBackend::with_grad_));
   m.impl("add_cross_entropy_", TORCH_BOX(&OpsOfBackend::add_));
   m.impl("token_statistics", TORCH_BOX(&OpsOfBackend::tokens));
-  m.impl("token_statistics_backward", TORCH_BOX(&OpsOfBackend::tokens_backward));
-  m.impl("token_statistics_backward_", TORCH_BOX(&OpsOfBackend::tokens_backward_));
+  using OpsOfEither = Ops<backend, int64_t ACCUMLOSS_LOSS_OPTIONS(AS_TYPE), bool, int64_t, int64_t>;
+  m.impl("token_statistics_backward", TORCH_BOX(&OpsOfEither::tokens_backward));
+  m.impl("token_statistics_backward_", TORCH_BOX(&OpsOfEither::tokens_backward_));
   m.impl("distillation", TORCH_BOX(&PairOps<backend>::forward));
   m.impl("distillation_backward", TORCH_BOX(&PairOps<backend>::backward));
   m.impl("distillation_backward_", TORCH_BOX(&PairOps<backend>::backward_));

@@ -14,15 +14,18 @@ import pytest
 import torch
 import torch.distributed as dist
 from cases import Case
-from oracle import expected
+from oracle import expected, token_expected, z_scale
 from shards import merged, part, shards_of
+from test_per_token import incoming
 from tolerances import (
     OTHER_NEIGHBOUR,
     SUM,
     assert_close,
     assert_same_but_for_neighbours,
     assert_within,
+    entropy_bound,
     linear_gradient_bound,
+    row_loss_bound,
 )
 from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distribute_tensor, init_device_mesh
 from torch.distributed.tensor.debug import CommDebugMode
@@ -309,6 +312,123 @@ def dtensors() -> None:
                 assert x.grad.placements == x.placements
                 bound = expected(c).grad_bound
                 assert_within(x.grad.full_tensor(), expected(c).grad, bound, f"{placement}: gradient")
+
+
+NAMES = ("loss", "nll", "lse", "entropy")
+
+
+def check_rows(c: Case, found: tuple[torch.Tensor, ...], x: torch.Tensor, whole=lambda x: x) -> None:
+    """loss, nll, lse, entropy, argmax of a case against float64, and the gradient of each, by a number of its own for each row."""
+    wanted = token_expected(c)
+    dtype = c.logits.dtype
+    bound = row_loss_bound(dtype, "cpu", z_scale(c))
+    of_rows = dict(zip((*NAMES, "argmax"), found, strict=True))
+    assert_close(whole(of_rows["loss"]), wanted.loss, bound, f"{c.name}: loss")
+    assert_close(whole(of_rows["nll"]), wanted.nll, bound, f"{c.name}: nll")
+    assert_within(whole(of_rows["lse"]), wanted.lse, bound * (wanted.lse.abs() + wanted.nll), f"{c.name}: lse")
+    assert_within(whole(of_rows["entropy"]), wanted.entropy, entropy_bound(wanted, dtype, bound), f"{c.name}: entropy")
+    assert torch.equal(whole(of_rows["argmax"]), wanted.argmax), c.name
+    for names in (*((name,) for name in NAMES), NAMES):
+        grads = {name: incoming(c, 3 + i).to(of_rows[name].dtype) for i, name in enumerate(names)}
+        outputs, given = zip(
+            *((of_rows[name], placed_as(grad, of_rows[name])) for name, grad in grads.items()), strict=True
+        )
+        with counted(0):
+            (grad,) = torch.autograd.grad(outputs, x, given, retain_graph=True)
+        exact, within = wanted.gradient({name: grad.double() for name, grad in grads.items()})
+        if not parallel.is_dtensor(x):
+            exact, within = own(exact), own(within)
+        assert_within(whole(grad), exact, within, f"{c.name}: gradient of {names}")
+
+
+def placed_as(rows: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
+    if not parallel.is_dtensor(like):
+        return rows
+    whole = DTensor.from_local(rows, like.device_mesh, [Replicate()] * like.device_mesh.ndim, run_check=False)
+    return whole.redistribute(placements=like.placements)
+
+
+@case
+def rows_of_a_shared_vocabulary() -> None:
+    """token_statistics and token_losses with group=: one gather in forward, none in backward."""
+    from accumloss import per_token
+
+    for V in (5, 300, 1001, 4096):
+        for options in ("plain", "everything"):
+            for dtype in (torch.bfloat16, torch.float32):
+                c = sample(V, dtype, options, shift=1)
+                x = leaf(own(c.logits))
+                columns = 6 + (c.options.label_smoothing > 0)
+                with counted(1, 8 * (columns * c.labels.numel() + 2)):
+                    found = per_token._statistics(
+                        "token_statistics", x, c.labels, c.weight, 1, c.options, False, True, (dist.group.WORLD, V)
+                    )
+                check_rows(c, found, x)
+    c = sample(1001, torch.float32, shift=1)
+    given = {"shift": 1, "group": dist.group.WORLD, "vocab_size": 1001}
+    x = leaf(own(c.logits))
+    with counted(1, 16 * c.labels.numel() + 16):
+        log_probs = accumloss.token_log_probs(x, c.labels, 0.7, **given)
+    want = accumloss.token_log_probs(c.logits, c.labels, 0.7, shift=1)
+    assert_close(log_probs, want, row_loss_bound(torch.float32, "cpu", 60.0), "log-probabilities")
+    assert torch.equal(accumloss.token_statistics(x, c.labels, 0.7, **given).log_prob, log_probs)
+    logits = x * 1
+    places: list[int] = []
+    logits.register_hook(lambda grad: places.append(grad.data_ptr()))
+    (over,) = torch.autograd.grad(
+        accumloss.token_log_probs(logits, c.labels, 0.7, inplace="backward", **given).sum(), x
+    )
+    assert places == [logits.data_ptr()], "the gradient lies elsewhere"
+    assert torch.equal(over, torch.autograd.grad(log_probs.sum(), x, retain_graph=True)[0])
+    with pytest.raises(RuntimeError, match=r"create_graph=False .* gather them, and leave group= out"):
+        torch.autograd.grad(log_probs.sum(), x, create_graph=True)
+    labels = torch.where(c.labels == -100, -100, 2000)
+    with pytest.raises(IndexError, match=r"in \[0, 1001\)"):
+        accumloss.token_losses(x, labels, group=dist.group.WORLD, vocab_size=1001)
+    with pytest.raises(ValueError, match="token_losses: expected no group with labels that are class probabilities"):
+        accumloss.token_losses(x, x.softmax(-1), group=dist.group.WORLD)
+
+
+@case
+def token_weights_of_a_shared_vocabulary() -> None:
+    c = sample(1001, torch.float32, "weights", shift=1)
+    weights = leaf(torch.rand(c.labels.shape, generator=torch.Generator().manual_seed(1)))
+    results = []
+    for logits, given in ((c.logits, {}), (own(c.logits), {"group": dist.group.WORLD, "vocab_size": 1001})):
+        x = leaf(logits)
+        sums = accumloss.cross_entropy(
+            x, c.labels, weight=c.weight, shift=1, metrics=True, token_weight=weights, z_loss=1e-3, **given
+        )
+        grads = torch.autograd.grad(sums.mean_loss, (x, weights))
+        results.append((sums, grads[0] if given else own(grads[0]), grads[1]))
+    (want, *wanted), (sums, *found) = results
+    for field in ("loss_sum", "total_weight", "entropy_sum", "z_loss_sum"):
+        assert_close(getattr(sums, field), getattr(want, field), SUM, field)
+    assert sums.num_items == want.num_items and sums.num_correct == want.num_correct
+    for a, b in zip(found, wanted, strict=True):
+        assert (a - b).norm() <= 10 * SUM * b.norm()
+    with pytest.raises(ValueError, match="no token_weight beside DTensors"):
+        accumloss.cross_entropy(distribute_tensor(c.logits, mesh(), [Shard(2)]), c.labels, token_weight=weights)
+
+
+@case
+def rows_of_dtensors() -> None:
+    """What is told of the rows is placed as they are."""
+    from accumloss import per_token
+
+    for V, placement in ((1001, Shard(2)), (5, Shard(-1)), (300, Shard(0)), (300, Shard(1)), (300, Replicate())):
+        c = sample(V, torch.bfloat16, "everything")
+        of_rows = Replicate() if placement in (Shard(2), Shard(-1)) else placement
+        x = leaf(distribute_tensor(c.logits, mesh(), [placement]))
+        with counted(1 if of_rows != placement else 0):
+            found = per_token._statistics(
+                "token_statistics", x, c.labels, c.weight, 0, c.options, False, True, (None, None)
+            )
+        assert all(value.placements == (of_rows,) for value in found)
+        check_rows(c, found, x, lambda value: value.full_tensor())
+        y = torch.tanh(leaf(distribute_tensor(c.logits, mesh(), [placement])))  # has saved its output
+        with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+            accumloss.token_log_probs(y, c.labels, inplace="backward").sum().backward()
 
 
 @case

@@ -11,7 +11,7 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 
-from .. import checks, ops, parallel, reference
+from .. import checks, ops, reference
 from ..options import SCHEMA, LossOptions
 from . import compute
 from .compute import Needs
@@ -194,7 +194,7 @@ class LinearGradInForward(torch.autograd.Function):
         found: Any
         if torch.is_grad_enabled():
             if ctx.shard is not None:
-                raise RuntimeError(parallel.NO_SECOND_DERIVATIVE)
+                raise RuntimeError(ops.NO_SECOND_DERIVATIVE)
             found = _differentiable_grads(wanted, inputs, ctx.needs, labels, class_weight, ctx.options)
             return found[0], found[1], None, found[2], *[None] * 7
         if grads is None:
