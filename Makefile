@@ -76,7 +76,7 @@ trainers-census: $(VENV)/.installed-test
 	cp accumloss-census/trainers.csv benchmarks/results/
 
 # Registers, shared memory and spills of every CUDA kernel, and what a model says they can reach, into
-# docs/performance.md. Needs nvcc, no GPU; nvdisasm for the model (the extra cuda-report).
+# docs/internals/cuda-model.md. Needs nvcc, no GPU; nvdisasm for the model (the extra cuda-report).
 cuda-report: $(VENV)/.installed-test
 	PYTHONPATH=tests $(BIN)/python tests/cuda/kernel_resources.py
 
