@@ -35,7 +35,7 @@ DEFAULT_DIVISOR = 512  # with a GradScaler: its first scale, 65536, leaves fp16 
 class Accumulator:
     """Accumulates gradients over micro-batches, whatever their sizes, to those of the one batch that holds them all.
 
-    A window is what one optimizer step sees. Equivalent, where the window fits into one batch, to::
+    A window is what one optimizer step sees. Equivalent, where the window fits into one batch, to:
 
         F.cross_entropy(logits_of_the_window, labels_of_the_window).backward()
 

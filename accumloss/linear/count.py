@@ -39,6 +39,14 @@ class ValidCount:
     """What ``count_valid`` returns: ``int(count)`` is the number, and ``num_valid=count`` takes it.
 
     Whoever asks waits until the device has counted, and for nothing that was queued after that. May be asked again.
+
+    Attributes:
+        is_known: whether nobody would wait who asks now.
+
+    Example:
+        >>> count = accumloss.count_valid(torch.tensor([3, -100]))
+        >>> int(count), count.is_known
+        (1, True)
     """
 
     def __init__(self, transfer: _Transfer, index: int) -> None:
