@@ -24,7 +24,7 @@ class CudaPlan(NamedTuple):
         resident: clusters (of one block: blocks) that the GPU runs at once; staged launches no more. None: not known.
         groups: of the threads of a block, each with a row of its own: packed, warp, staged.
 
-    Example:
+    Examples:
         >>> plan = accumloss.plan(128256, arch="sm_90")
         >>> plan.kernel, plan.cluster
         ('staged', 4)
@@ -72,7 +72,7 @@ def plan(
     Raises:
         ValueError: no V, no floating dtype, a call or an architecture that nobody knows, or none where there is no GPU.
 
-    Example:
+    Examples:
         >>> plan(32000, arch="sm_90").kernel, plan(128256, arch="sm_90").cluster, plan(32000, arch="sm_80").kernel
         ('staged', 4, 'held')
         >>> plan(128256, arch="H200").resident  # clusters of 4 blocks on 132 multiprocessors
@@ -120,7 +120,7 @@ def check() -> None:
     Raises:
         IndexError: such a label, with its row.
 
-    Example:
+    Examples:
         >>> accumloss.check()  # nothing was met
     """
     _C.check()

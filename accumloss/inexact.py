@@ -4,7 +4,7 @@
 class InexactWarning(UserWarning):
     """A training step, or the loss of an evaluation, that is not what the one batch would give; the message says which and why.
 
-    Example:
+    Examples:
         >>> warnings.simplefilter("error", accumloss.InexactWarning)  # makes it an error
     """
 
@@ -12,7 +12,7 @@ class InexactWarning(UserWarning):
 class InexactError(RuntimeError, InexactWarning):
     """The same, where ``register_with_transformers(verify="error")`` was asked for.
 
-    Example:
+    Examples:
         >>> accumloss.register_with_transformers(verify="error")
         >>> try:
         ...     output = trainer.train()

@@ -118,7 +118,7 @@ def cross_entropy(
         IndexError: a label outside [0, V) that is not ignore_index. On CUDA the row's loss is NaN and its gradient zero,
             and the error is raised by the next call, or by check().
 
-    Example:
+    Examples:
         >>> logits = torch.tensor([[2.0, 0.0], [0.0, 1.0], [5.0, 5.0]])
         >>> sums = cross_entropy(logits, torch.tensor([0, 1, -100]), metrics=True)
         >>> sums.num_items.item(), round(sums.loss_sum.item(), 4), sums.accuracy.item()
@@ -199,7 +199,7 @@ def causal_lm_loss(
         TypeError: an unknown keyword, but for those that models of transformers pass along (accumloss/keywords.py).
         ValueError, RuntimeError, IndexError: as cross_entropy, and where num_items_in_batch or inplace do not fit.
 
-    Example:
+    Examples:
         >>> logits = torch.zeros(2, 3, 5)
         >>> labels = torch.tensor([[0, 1, 2], [3, 4, -100]])  # 3 items: the first of a row is none
         >>> loss = accumloss.causal_lm_loss(logits, labels, num_items_in_batch=6)  # half of the step's items
@@ -291,7 +291,7 @@ def linear_cross_entropy(
     Raises:
         ValueError, RuntimeError, IndexError: as cross_entropy.
 
-    Example:
+    Examples:
         >>> hidden, head = torch.eye(3), torch.tensor([[2.0, 0.0, 5.0], [0.0, 1.0, 5.0]])
         >>> sums = linear_cross_entropy(hidden, head, torch.tensor([0, 1, -100]), metrics=True)
         >>> sums.num_items.item(), round(sums.loss_sum.item(), 4), sums.accuracy.item()
@@ -352,7 +352,7 @@ def linear_causal_lm_loss(
     Raises:
         TypeError, ValueError, RuntimeError, IndexError: as causal_lm_loss.
 
-    Example:
+    Examples:
         >>> hidden, head = torch.randn(2, 3, 4), torch.zeros(5, 4)
         >>> loss = accumloss.linear_causal_lm_loss(hidden, head, torch.tensor([[0, 1, 2], [3, 4, 0]]))
         >>> round(loss.item(), 4) == round(math.log(5), 4)
@@ -447,7 +447,7 @@ def masked_lm_loss(
     Raises:
         TypeError, ValueError, RuntimeError, IndexError: as causal_lm_loss.
 
-    Example:
+    Examples:
         >>> logits, labels = torch.zeros(2, 3, 5), torch.tensor([[-100, 1, -100], [3, 4, -100]])
         >>> round(accumloss.masked_lm_loss(logits, labels).item(), 4) == round(math.log(5), 4)  # of 3 items
         True
@@ -505,7 +505,7 @@ def token_classification_loss(
     Raises:
         TypeError, ValueError, RuntimeError, IndexError: as causal_lm_loss.
 
-    Example:
+    Examples:
         >>> logits, labels = torch.tensor([[[2.0, 0.0], [0.0, 1.0]]]), torch.tensor([[0, 1]])
         >>> round(accumloss.token_classification_loss(logits, labels, num_items_in_batch=2).item(), 4)
         0.2201
@@ -574,7 +574,7 @@ def sequence_classification_loss(
     Raises:
         ValueError, RuntimeError, IndexError: as causal_lm_loss, and for an option that the problem has no use for.
 
-    Example:
+    Examples:
         >>> config = types.SimpleNamespace(num_labels=2, problem_type=None)  # of a model of transformers
         >>> loss = accumloss.sequence_classification_loss(torch.tensor([0, 1]), torch.zeros(2, 2), config)
         >>> round(loss.item(), 4), config.problem_type
@@ -675,7 +675,7 @@ def question_answering_loss(
     Raises:
         TypeError, ValueError, RuntimeError: as causal_lm_loss.
 
-    Example:
+    Examples:
         >>> start, end = torch.zeros(2, 8), torch.zeros(2, 8)
         >>> loss = accumloss.question_answering_loss(start, end, torch.tensor([1, 9]), torch.tensor([2, 3]))
         >>> round(loss.item(), 4) == round(math.log(8), 4)  # the start beyond the sequence counts nothing
@@ -771,7 +771,7 @@ def semantic_segmentation_loss(
     Raises:
         TypeError, ValueError, RuntimeError, IndexError: as causal_lm_loss.
 
-    Example:
+    Examples:
         >>> logits, labels = torch.zeros(1, 3, 2, 2), torch.full((1, 4, 4), 255)
         >>> labels[0, 0, 0] = 1  # the one pixel that counts
         >>> round(accumloss.semantic_segmentation_loss(logits, labels).item(), 4) == round(math.log(3), 4)

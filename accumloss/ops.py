@@ -775,7 +775,7 @@ def build_info() -> dict[str, Any]:
         dict with ``version``, ``torch`` (the version whose headers it was built with), ``compiler``, ``cuda`` (version,
         or None in a build without CUDA), ``cuda_architectures`` and ``cpu_capability``.
 
-    Example:
+    Examples:
         >>> accumloss.build_info()["version"] == accumloss.__version__
         True
     """
@@ -793,7 +793,7 @@ def empty_cache() -> int:
     Returns:
         The bytes that waited.
 
-    Example:
+    Examples:
         >>> accumloss.empty_cache() >= 0 and accumloss.empty_cache() == 0
         True
     """

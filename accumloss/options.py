@@ -34,7 +34,7 @@ class LossOptions:
         TypeError: an unknown option.
         ValueError: an option is out of range.
 
-    Example:
+    Examples:
         >>> accumloss.LossOptions(label_smoothing=0.1, softcap=30.0)
         LossOptions(ignore_index=-100, label_smoothing=0.1, z_loss=0.0, softcap=30.0, logit_scale=1.0)
     """

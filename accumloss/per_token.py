@@ -31,7 +31,7 @@ class TokenStatistics(NamedTuple):
         lse: (...) logsumexp of the logits over the temperature; fp64. Carries a gradient.
         argmax: (...) int64, the first of the largest logits.
 
-    Example:
+    Examples:
         >>> found = accumloss.token_statistics(torch.tensor([[2.0, 0.0]]), torch.tensor([-100]))
         >>> found.log_prob.item(), found.argmax.item()  # ignored
         (0.0, -1)
@@ -79,7 +79,7 @@ def token_losses(
     Raises:
         TypeError, ValueError, RuntimeError, IndexError: as cross_entropy. DTensors are refused.
 
-    Example:
+    Examples:
         >>> logits = torch.tensor([[2.0, 0.0], [0.0, 1.0], [5.0, 5.0]])
         >>> [round(loss, 4) for loss in token_losses(logits, torch.tensor([0, 1, -100])).tolist()]
         [0.1269, 0.3133, 0.0]
@@ -123,7 +123,7 @@ def token_log_probs(
     Raises:
         TypeError, ValueError, RuntimeError, IndexError: as cross_entropy. DTensors are refused.
 
-    Example:
+    Examples:
         >>> logits = torch.tensor([[2.0, 0.0], [0.0, 60.0]])
         >>> [f"{value:.4g}" for value in token_log_probs(logits, torch.tensor([1, 1])).tolist()]
         ['-2.127', '-8.757e-27']
@@ -165,7 +165,7 @@ def token_statistics(
     Raises:
         TypeError, ValueError, RuntimeError, IndexError: as cross_entropy. DTensors are refused.
 
-    Example:
+    Examples:
         >>> found = token_statistics(torch.tensor([[2.0, 0.0]]), torch.tensor([1]))
         >>> round(found.entropy.item(), 4), round(found.lse.item(), 4), found.argmax.item()
         (0.3653, 2.1269, 0)
@@ -218,7 +218,7 @@ def distillation(
     Raises:
         TypeError, ValueError, RuntimeError: as cross_entropy. DTensors are refused.
 
-    Example:
+    Examples:
         >>> student, teacher = torch.tensor([[2.0, 0.0], [1.0, 1.0]]), torch.tensor([[0.0, 0.0], [1.0, 1.0]])
         >>> sums = distillation(student, teacher, beta=0.0)
         >>> sums.num_items.item(), round(sums.loss_sum.item(), 4)
@@ -261,7 +261,7 @@ def distillation_loss(
     Raises:
         TypeError, ValueError, RuntimeError: as distillation, and where num_items_in_batch does not fit.
 
-    Example:
+    Examples:
         >>> student, teacher = torch.tensor([[2.0, 0.0], [1.0, 1.0]]), torch.tensor([[0.0, 0.0], [1.0, 1.0]])
         >>> round(accumloss.distillation_loss(student, teacher, beta=0.0, num_items_in_batch=4).item(), 4)
         0.1084
@@ -307,7 +307,7 @@ def linear_distillation(
     Raises:
         TypeError, ValueError, RuntimeError: as linear_cross_entropy. DTensors and torch.compile are refused.
 
-    Example:
+    Examples:
         >>> student, teacher = torch.randn(3, 4), torch.randn(3, 8)
         >>> heads = torch.zeros(5, 4), torch.zeros(5, 8)
         >>> sums = accumloss.linear_distillation(student, heads[0], teacher, heads[1])
@@ -361,7 +361,7 @@ def linear_distillation_loss(
     Raises:
         TypeError, ValueError, RuntimeError: as linear_distillation, and where num_items_in_batch does not fit.
 
-    Example:
+    Examples:
         >>> student, teacher = torch.randn(3, 4), torch.randn(3, 8)
         >>> heads = torch.zeros(5, 4), torch.zeros(5, 8)
         >>> round(accumloss.linear_distillation_loss(student, heads[0], teacher, heads[1], num_items_in_batch=3).item(), 4)
@@ -445,7 +445,7 @@ def linear_token_log_probs(
     Raises:
         TypeError, ValueError, RuntimeError, IndexError: as linear_cross_entropy. DTensors and torch.compile are refused.
 
-    Example:
+    Examples:
         >>> hidden, head = torch.eye(2), torch.tensor([[2.0, 0.0], [0.0, 1.0]])
         >>> [round(value, 4) for value in linear_token_log_probs(hidden, head, torch.tensor([0, -100])).tolist()]
         [-0.1269, 0.0]

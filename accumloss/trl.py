@@ -36,7 +36,7 @@ def register_with_trl() -> None:
         ImportError: TRL is not installed.
         RuntimeError: TRL has none of them under these names.
 
-    Example:
+    Examples:
         >>> accumloss.register_with_trl()  # doctest: +SKIP
         >>> trl.trainer.utils.selective_log_softmax(logits, index)  # doctest: +SKIP
     """
@@ -60,7 +60,7 @@ def register_with_trl() -> None:
 def unregister_from_trl() -> None:
     """Gives TRL its functions back, in every module. Nothing happens where none are registered.
 
-    Example:
+    Examples:
         >>> accumloss.unregister_from_trl()
     """
     _rebind({id(ours): theirs for theirs, ours in _registered.values()})

@@ -63,7 +63,7 @@ class Accumulator:
     The optimizer refuses to step in the middle of a window. Nothing synchronises with the device but a ``finish()`` that
     compares with an int known_total, or on a rank that had no micro-batch.
 
-    Example:
+    Examples:
         >>> weight = torch.nn.Parameter(torch.zeros(2, 2))
         >>> accumulator = Accumulator([weight])
         >>> for x, labels in ([[1.0, 0.0], [0.0, 2.0]], [0, 1]), ([[4.0, 4.0]], [1]):

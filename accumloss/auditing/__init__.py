@@ -46,7 +46,7 @@ def audit(
     Raises:
         AuditError: the model returns no finite loss with a gradient for these rows, or one that is random.
 
-    Example:
+    Examples:
         >>> report = accumloss.audit(model, [batch])  # batch: what model(**batch) takes, of several rows
         >>> report.is_exact(), report.is_exact("stock")
         (True, True)

@@ -43,7 +43,7 @@ class ValidCount:
     Attributes:
         is_known: whether nobody would wait who asks now.
 
-    Example:
+    Examples:
         >>> count = accumloss.count_valid(torch.tensor([3, -100]))
         >>> int(count), count.is_known
         (1, True)
@@ -85,7 +85,7 @@ def count_valid(labels: torch.Tensor, *, ignore_index: int = -100, shift: int = 
     Raises:
         TypeError, ValueError: no labels, or a shift that they have no dimension for.
 
-    Example:
+    Examples:
         >>> labels = torch.tensor([[5, -100, 7, -100]])
         >>> count = count_valid(labels, shift=1)
         >>> int(count)

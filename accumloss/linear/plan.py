@@ -41,7 +41,7 @@ class LinearPlan(NamedTuple):
         product: dtype in which each chunk's product for the weight's gradient leaves the matrix product: fp32 where an fp32
             accumulator takes it unrounded. None without a gradient.
 
-    Example:
+    Examples:
         >>> accumloss.linear_plan(512, 1024, 32000).chunk_rows
         512
     """
@@ -103,7 +103,7 @@ def linear_plan(
     Raises:
         ValueError: a size below 1, or a GPU that nobody knows.
 
-    Example:
+    Examples:
         >>> linear_plan(2048, 2048, 32000).num_chunks
         1
         >>> plan = linear_plan(2048, 1024, 128256)

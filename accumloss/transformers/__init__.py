@@ -84,7 +84,7 @@ def register_with_transformers(
         TypeError: model is no transformers model.
         ValueError: model has a loss of its own, or one that accumloss does not replace; verify is something else.
 
-    Example:
+    Examples:
         >>> accumloss.register_with_transformers()
         >>> accumloss.explain(model).path
         'logits'
@@ -127,7 +127,7 @@ def unregister_from_transformers(model: Any = None) -> None:
     Raises:
         TypeError: model is no transformers model.
 
-    Example:
+    Examples:
         >>> accumloss.register_with_transformers(model)  # one model alone
         >>> accumloss.unregister_from_transformers(model)
     """
@@ -155,7 +155,7 @@ def registered(model: Any = None, **options: Any) -> Iterator[None]:
     Raises:
         RuntimeError, TypeError, ValueError: as register_with_transformers.
 
-    Example:
+    Examples:
         >>> with accumloss.registered(fused_linear=True):
         ...     print(accumloss.explain(model).path)
         fused
@@ -181,7 +181,7 @@ def explain(model: Any) -> Explanation:
     Raises:
         TypeError: model is no transformers model.
 
-    Example:
+    Examples:
         >>> with accumloss.registered():
         ...     print(accumloss.explain(model).reason)
         registered without fused_linear=True
@@ -236,7 +236,7 @@ def verify(trainer: Any) -> Verification:
     Raises:
         TypeError: trainer is no Trainer.
 
-    Example:
+    Examples:
         >>> accumloss.verify(trainer).is_exact
         accumloss: ...
         True

@@ -489,7 +489,7 @@ class Explanation:
         reason: why it is not fused; empty where it is.
         loss: qualified name of the loss function.
 
-    Example:
+    Examples:
         >>> found = accumloss.explain(model)
         >>> found.model, found.path
         ('LlamaForCausalLM', 'stock')

@@ -41,7 +41,7 @@ def compute_loss_func(
         TypeError: an unknown option.
         ValueError: no labels, no logits, or outputs that do not say whether they are shifted.
 
-    Example:
+    Examples:
         >>> hook = functools.partial(accumloss.compute_loss_func, label_smoothing=0.1)
         >>> trainer = Trainer(model, arguments, train_dataset=rows, compute_loss_func=hook)
     """

@@ -77,7 +77,7 @@ def registered_losses() -> dict[str, str]:
     Raises:
         ImportError: transformers is not installed.
 
-    Example:
+    Examples:
         >>> with accumloss.registered():
         ...     losses = accumloss.registered_losses()
         >>> losses["ForCausalLM"], losses["ForCTC"]

@@ -72,7 +72,7 @@ class Verification:
         can_be_exact: whether register_with_transformers(verify=True) makes it exact, which then uses what was measured.
         measured, schemes: what it would use.
 
-    Example:
+    Examples:
         >>> found = accumloss.verify(trainer)
         accumloss: ...
         >>> found.is_exact, [term.averages_over for term in found.terms]

@@ -30,7 +30,7 @@ def vocabulary_parallel_plan(head: str = "lm_head") -> dict[str, str]:
     Raises:
         RuntimeError: a transformers whose tensor parallelism is not by DTensors.
 
-    Example:
+    Examples:
         >>> accumloss.vocabulary_parallel_plan()
         {'lm_head': 'accumloss_vocabulary'}
     """
