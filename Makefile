@@ -1,5 +1,5 @@
-# make demo | test | test-slow | test-all | faults | lint | bench | bench-linear | bench-step | bench-gpu | census | trainers-census | cuda-report
-#      clean
+# make demo | test | test-slow | test-all | faults | lint | docs | bench | bench-linear | bench-step | bench-gpu | census
+#      trainers-census | cuda-report | clean
 #
 # All of it happens in .venv, which the first target that needs it makes. A torch 2.10 or newer that PYTHON already has
 # is used from where it is; otherwise, or where TORCH is given (make test TORCH=torch==2.15.0), it is installed.
@@ -12,7 +12,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check
 SOURCES := pyproject.toml setup.py CMakeLists.txt \
            $(shell find accumloss build_tools csrc -name '*.py' -o -name '*.h' -o -name '*.cpp' -o -name '*.cu*')
 
-.PHONY: demo test test-slow test-all faults lint bench bench-linear bench-step bench-gpu census trainers-census cuda-report clean
+.PHONY: demo test test-slow test-all faults lint docs bench bench-linear bench-step bench-gpu census trainers-census cuda-report clean
 .DELETE_ON_ERROR:
 .SECONDARY:
 
@@ -43,6 +43,10 @@ lint: $(VENV)/.installed-dev
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	find csrc -type f | xargs $(BIN)/clang-format --dry-run --Werror
+
+# The site, into build/site; strict: no dead link, every public name on the API page.
+docs: $(VENV)/.installed-docs
+	$(BIN)/python build_tools/docs.py site
 
 bench: $(VENV)/.installed-bench
 	$(BIN)/python benchmarks/bench_cross_entropy.py $(ARGS)
@@ -76,7 +80,7 @@ trainers-census: $(VENV)/.installed-test
 	cp accumloss-census/trainers.csv benchmarks/results/
 
 # Registers, shared memory and spills of every CUDA kernel, and what a model says they can reach, into
-# docs/performance.md. Needs nvcc, no GPU; nvdisasm for the model (the extra cuda-report).
+# docs/internals/cuda-model.md. Needs nvcc, no GPU; nvdisasm for the model (the extra cuda-report).
 cuda-report: $(VENV)/.installed-test
 	PYTHONPATH=tests $(BIN)/python tests/cuda/kernel_resources.py
 

@@ -12,7 +12,23 @@ from .ops import _C  # whose error says what to do where it is missing
 
 
 class CudaPlan(NamedTuple):
-    """How a call runs on CUDA; ``accumloss.plan`` tells."""
+    """How a call runs on CUDA; ``accumloss.plan`` tells.
+
+    Attributes:
+        kernel: packed, warp, held, staged or block.
+        threads: of a block.
+        cluster: blocks that share a row.
+        stages: rows on chip or on their way to it; staged only.
+        shared_bytes: shared memory of a block.
+        bytes_per_element: of device memory, read and written, where nothing is ignored.
+        resident: clusters (of one block: blocks) that the GPU runs at once; staged launches no more. None: not known.
+        groups: of the threads of a block, each with a row of its own: packed, warp, staged.
+
+    Examples:
+        >>> plan = accumloss.plan(128256, arch="sm_90")
+        >>> plan.kernel, plan.cluster
+        ('staged', 4)
+    """
 
     kernel: str  # packed, warp, held, staged or block
     threads: int  # of a block
@@ -53,10 +69,14 @@ def plan(
         a block a row, visited twice. ``resident`` is what the GPU itself answers where it is asked for, an upper bound
         where one is named, None where an ``sm_`` is.
 
-    >>> plan(32000, arch="sm_90").kernel, plan(128256, arch="sm_90").cluster, plan(32000, arch="sm_80").kernel
-    ('staged', 4, 'held')
-    >>> plan(128256, arch="H200").resident  # clusters of 4 blocks on 132 multiprocessors
-    32
+    Raises:
+        ValueError: no V, no floating dtype, a call or an architecture that nobody knows, or none where there is no GPU.
+
+    Examples:
+        >>> plan(32000, arch="sm_90").kernel, plan(128256, arch="sm_90").cluster, plan(32000, arch="sm_80").kernel
+        ('staged', 4, 'held')
+        >>> plan(128256, arch="H200").resident  # clusters of 4 blocks on 132 multiprocessors
+        32
     """
     if call not in _CALLS:
         raise ValueError(f"plan: expected call to be one of {', '.join(_CALLS)}, got {call!r}")
@@ -96,5 +116,11 @@ def check() -> None:
 
     Such labels never become an index: the row's loss is NaN, its gradient zero, and the first of them is recorded
     without a sync. Call ``torch.cuda.synchronize()`` before, to be sure that the work so far is covered.
+
+    Raises:
+        IndexError: such a label, with its row.
+
+    Examples:
+        >>> accumloss.check()  # nothing was met
     """
     _C.check()

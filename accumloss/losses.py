@@ -88,7 +88,7 @@ def cross_entropy(
 ) -> TokenSums:
     """Sum of the cross-entropies and count of the items, in one pass over the logits.
 
-    Equivalent to, without the copies::
+    Equivalent to, without the copies:
 
         F.cross_entropy(logits.float().flatten(0, -2), labels.flatten(), reduction="sum"), (labels != -100).sum()
 
@@ -118,7 +118,7 @@ def cross_entropy(
         IndexError: a label outside [0, V) that is not ignore_index. On CUDA the row's loss is NaN and its gradient zero,
             and the error is raised by the next call, or by check().
 
-    Example:
+    Examples:
         >>> logits = torch.tensor([[2.0, 0.0], [0.0, 1.0], [5.0, 5.0]])
         >>> sums = cross_entropy(logits, torch.tensor([0, 1, -100]), metrics=True)
         >>> sums.num_items.item(), round(sums.loss_sum.item(), 4), sums.accuracy.item()
@@ -200,6 +200,13 @@ def causal_lm_loss(
     Raises:
         TypeError: an unknown keyword, but for those that models of transformers pass along (accumloss/keywords.py).
         ValueError, RuntimeError, IndexError: as cross_entropy, and where num_items_in_batch or inplace do not fit.
+
+    Examples:
+        >>> logits = torch.zeros(2, 3, 5)
+        >>> labels = torch.tensor([[0, 1, 2], [3, 4, -100]])  # 3 items: the first of a row is none
+        >>> loss = accumloss.causal_lm_loss(logits, labels, num_items_in_batch=6)  # half of the step's items
+        >>> round(loss.item(), 4) == round(math.log(5) * 3 / 6, 4)
+        True
     """
     options = options_of(ignore_index, label_smoothing, z_loss, softcap, logit_scale)
     return causal_lm(
@@ -286,7 +293,7 @@ def linear_cross_entropy(
     Raises:
         ValueError, RuntimeError, IndexError: as cross_entropy.
 
-    Example:
+    Examples:
         >>> hidden, head = torch.eye(3), torch.tensor([[2.0, 0.0, 5.0], [0.0, 1.0, 5.0]])
         >>> sums = linear_cross_entropy(hidden, head, torch.tensor([0, 1, -100]), metrics=True)
         >>> sums.num_items.item(), round(sums.loss_sum.item(), 4), sums.accuracy.item()
@@ -343,6 +350,15 @@ def linear_causal_lm_loss(
 
     Returns:
         0-dim loss, fp32 (fp64 for fp64 hidden states); a DTensor where hidden is one.
+
+    Raises:
+        TypeError, ValueError, RuntimeError, IndexError: as causal_lm_loss.
+
+    Examples:
+        >>> hidden, head = torch.randn(2, 3, 4), torch.zeros(5, 4)
+        >>> loss = accumloss.linear_causal_lm_loss(hidden, head, torch.tensor([[0, 1, 2], [3, 4, 0]]))
+        >>> round(loss.item(), 4) == round(math.log(5), 4)
+        True
     """
     options = options_of(ignore_index, label_smoothing, z_loss, softcap, logit_scale)
     return linear_causal_lm(
@@ -423,11 +439,20 @@ def masked_lm_loss(
     Args:
         logits: (..., V).
         labels: (...) int64 or int32. Logits (N, V) or labels (N,) may be flattened.
-        vocab_size, num_items_in_batch, ignore_index, weight, token_weight (...), label_smoothing, z_loss, softcap, logit_scale, inplace,
-            group: as causal_lm_loss.
+        vocab_size, num_items_in_batch, ignore_index, weight, label_smoothing, z_loss, softcap, logit_scale, inplace, group:
+            as causal_lm_loss.
+        token_weight: (...) a weight for each label, as in cross_entropy.
 
     Returns:
         0-dim loss, fp32 (fp64 for fp64 logits).
+
+    Raises:
+        TypeError, ValueError, RuntimeError, IndexError: as causal_lm_loss.
+
+    Examples:
+        >>> logits, labels = torch.zeros(2, 3, 5), torch.tensor([[-100, 1, -100], [3, 4, -100]])
+        >>> round(accumloss.masked_lm_loss(logits, labels).item(), 4) == round(math.log(5), 4)  # of 3 items
+        True
     """
     options = options_of(ignore_index, label_smoothing, z_loss, softcap, logit_scale)
     return masked_lm(logits, labels, vocab_size, num_items_in_batch, options, weight, inplace, group, token_weight).loss
@@ -478,6 +503,14 @@ def token_classification_loss(
 
     Returns:
         0-dim loss, fp32 (fp64 for fp64 logits).
+
+    Raises:
+        TypeError, ValueError, RuntimeError, IndexError: as causal_lm_loss.
+
+    Examples:
+        >>> logits, labels = torch.tensor([[[2.0, 0.0], [0.0, 1.0]]]), torch.tensor([[0, 1]])
+        >>> round(accumloss.token_classification_loss(logits, labels, num_items_in_batch=2).item(), 4)
+        0.2201
     """
     options = options_of(ignore_index, label_smoothing, z_loss, softcap, logit_scale)
     return token_classification(logits, labels, config, num_items_in_batch, options, weight, inplace, token_weight).loss
@@ -534,13 +567,20 @@ def sequence_classification_loss(
         config: with ``num_labels`` and ``problem_type``.
         num_items_in_batch: items of the whole optimizer step in the unit above; see causal_lm_loss.
         ignore_index, label_smoothing, z_loss, inplace: as causal_lm_loss; single label only.
-        softcap, logit_scale, weight (C,): as causal_lm_loss; not for regression.
+        softcap, logit_scale: as causal_lm_loss; not for regression.
+        weight: (C,) class weights, as causal_lm_loss; not for regression.
 
     Returns:
         0-dim loss, fp32 (fp64 for fp64 logits).
 
     Raises:
         ValueError, RuntimeError, IndexError: as causal_lm_loss, and for an option that the problem has no use for.
+
+    Examples:
+        >>> config = types.SimpleNamespace(num_labels=2, problem_type=None)  # of a model of transformers
+        >>> loss = accumloss.sequence_classification_loss(torch.tensor([0, 1]), torch.zeros(2, 2), config)
+        >>> round(loss.item(), 4), config.problem_type
+        (0.6931, 'single_label_classification')
     """
     options = options_of(ignore_index, label_smoothing, z_loss, softcap, logit_scale)
     return sequence_classification(labels, pooled_logits, config, num_items_in_batch, options, weight, inplace).loss
@@ -633,6 +673,15 @@ def question_answering_loss(
 
     Returns:
         0-dim loss, fp32 (fp64 for fp64 logits), or None.
+
+    Raises:
+        TypeError, ValueError, RuntimeError: as causal_lm_loss.
+
+    Examples:
+        >>> start, end = torch.zeros(2, 8), torch.zeros(2, 8)
+        >>> loss = accumloss.question_answering_loss(start, end, torch.tensor([1, 9]), torch.tensor([2, 3]))
+        >>> round(loss.item(), 4) == round(math.log(8), 4)  # the start beyond the sequence counts nothing
+        True
     """
     if start_positions is None or end_positions is None:
         return None
@@ -720,6 +769,15 @@ def semantic_segmentation_loss(
 
     Returns:
         0-dim loss, fp32 (fp64 for fp64 logits).
+
+    Raises:
+        TypeError, ValueError, RuntimeError, IndexError: as causal_lm_loss.
+
+    Examples:
+        >>> logits, labels = torch.zeros(1, 3, 2, 2), torch.full((1, 4, 4), 255)
+        >>> labels[0, 0, 0] = 1  # the one pixel that counts
+        >>> round(accumloss.semantic_segmentation_loss(logits, labels).item(), 4) == round(math.log(3), 4)
+        True
     """
     options = options_of(ignore_index, label_smoothing, z_loss, softcap, logit_scale)
     first, *auxiliary = semantic_segmentation(

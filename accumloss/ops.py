@@ -783,6 +783,10 @@ def build_info() -> dict[str, Any]:
     Returns:
         dict with ``version``, ``torch`` (the version whose headers it was built with), ``compiler``, ``cuda`` (version,
         or None in a build without CUDA), ``cuda_architectures`` and ``cpu_capability``.
+
+    Examples:
+        >>> accumloss.build_info()["version"] == accumloss.__version__
+        True
     """
     return _C.build_info()
 
@@ -794,5 +798,12 @@ def empty_cache() -> int:
     takes longer than the loss. Two blocks are kept, the largest so far, both together at most an eighth of the machine's
     memory, or of what the control groups of the process (a container's, say) leave of their limits.
     ``ACCUMLOSS_KEEP_MEMORY=0`` in the environment turns that off. torch 2.10 has no way to keep it.
+
+    Returns:
+        The bytes that waited.
+
+    Examples:
+        >>> accumloss.empty_cache() >= 0 and accumloss.empty_cache() == 0
+        True
     """
     return _C.empty_cache()

@@ -14,7 +14,7 @@ from . import keywords
 class LossOptions:
     """What changes a row's loss, besides its logits and label. The list of ``csrc/options.h``, in its order.
 
-    For logits ``x`` (V,), label ``y`` and class weights ``w`` (V,; 1 where none are given)::
+    For logits ``x`` (V,), label ``y`` and class weights ``w`` (V,; 1 where none are given):
 
         z = softcap * tanh(logit_scale * x / softcap) if softcap else logit_scale * x
         lse = logsumexp(z)
@@ -33,6 +33,10 @@ class LossOptions:
     Raises:
         TypeError: an unknown option.
         ValueError: an option is out of range.
+
+    Examples:
+        >>> accumloss.LossOptions(label_smoothing=0.1, softcap=30.0)
+        LossOptions(ignore_index=-100, label_smoothing=0.1, z_loss=0.0, softcap=30.0, logit_scale=1.0)
     """
 
     ignore_index: int = -100

@@ -33,7 +33,19 @@ InPlace = Literal[False, "backward"]
 
 
 class TokenStatistics(NamedTuple):
-    """Of each row, in the shape of labels; the first three carry gradients. Rows that are ignored: 0, and -1 for argmax."""
+    """What token_statistics says of each row, in the shape of labels. Rows that are ignored: 0, and -1 for argmax.
+
+    Attributes:
+        log_prob: (...) log-probability of the label, nats; fp32, or fp64 for fp64 logits. Carries a gradient.
+        entropy: (...) of the distribution, nats; as log_prob. Carries a gradient.
+        lse: (...) logsumexp of the logits over the temperature; fp64. Carries a gradient.
+        argmax: (...) int64, the first of the largest logits.
+
+    Examples:
+        >>> found = accumloss.token_statistics(torch.tensor([[2.0, 0.0]]), torch.tensor([-100]))
+        >>> found.log_prob.item(), found.argmax.item()  # ignored
+        (0.0, -1)
+    """
 
     log_prob: torch.Tensor  # (...) of the label, nats; fp32, or fp64 for fp64 logits
     entropy: torch.Tensor  # (...) of the distribution, nats; as log_prob
@@ -59,7 +71,7 @@ def token_losses(
 ) -> torch.Tensor:
     """The loss of each row, differentiable for any incoming gradient.
 
-    Equivalent to, without the copies::
+    Equivalent to, without the copies:
 
         F.cross_entropy(logits.float().flatten(0, -2), labels.flatten(), reduction="none").view_as(labels)
 
@@ -81,7 +93,7 @@ def token_losses(
     Raises:
         TypeError, ValueError, RuntimeError, IndexError: as cross_entropy.
 
-    Example:
+    Examples:
         >>> logits = torch.tensor([[2.0, 0.0], [0.0, 1.0], [5.0, 5.0]])
         >>> [round(loss, 4) for loss in token_losses(logits, torch.tensor([0, 1, -100])).tolist()]
         [0.1269, 0.3133, 0.0]
@@ -112,7 +124,7 @@ def token_log_probs(
 ) -> torch.Tensor:
     """The log-probability of each label, to 8 units relative at any confidence.
 
-    Equivalent to, without the copies::
+    Equivalent to, without the copies:
 
         (logits.float() / temperature).log_softmax(-1).gather(-1, labels.unsqueeze(-1)).squeeze(-1)
 
@@ -129,7 +141,7 @@ def token_log_probs(
     Raises:
         TypeError, ValueError, RuntimeError, IndexError: as cross_entropy.
 
-    Example:
+    Examples:
         >>> logits = torch.tensor([[2.0, 0.0], [0.0, 60.0]])
         >>> [f"{value:.4g}" for value in token_log_probs(logits, torch.tensor([1, 1])).tolist()]
         ['-2.127', '-8.757e-27']
@@ -154,7 +166,7 @@ def token_statistics(
 ) -> TokenStatistics:
     """Log-probability of the label, entropy, lse and argmax of each row, from one visit of the logits.
 
-    Equivalent to, without the copies::
+    Equivalent to, without the copies:
 
         z = logits.float() / temperature
         log_p = z.log_softmax(-1)
@@ -162,10 +174,19 @@ def token_statistics(
         entropy = -(log_p.exp() * log_p).sum(-1)
         lse, argmax = z.logsumexp(-1), z.argmax(-1)
 
-    Any of the first three may be differentiated, and all of them cost one backward. The temperature concerns all of them.
-    Arguments and errors are those of token_log_probs.
+    Any of the first three may be differentiated, and all of them cost one backward.
 
-    Example:
+    Args:
+        logits, labels, shift, inplace, ignore_index, group, vocab_size: see token_log_probs.
+        temperature: the logits are divided by it, > 0, for all four.
+
+    Returns:
+        TokenStatistics.
+
+    Raises:
+        TypeError, ValueError, RuntimeError, IndexError: as cross_entropy. DTensors are refused.
+
+    Examples:
         >>> found = token_statistics(torch.tensor([[2.0, 0.0]]), torch.tensor([1]))
         >>> round(found.entropy.item(), 4), round(found.lse.item(), 4), found.argmax.item()
         (0.3653, 2.1269, 0)
@@ -193,7 +214,7 @@ def distillation(
     """Sum of the divergences of a student from its teacher and count of the items, from both logits as they are.
 
     Of each row, with probabilities s, t and their mixture m = (1 - beta) s + beta t: ``beta KL(t | m) + (1 - beta) KL(s | m)``,
-    the generalized Jensen-Shannon divergence of trl's GKD. Equivalent to, without the copies::
+    the generalized Jensen-Shannon divergence of trl's GKD. Equivalent to, without the copies:
 
         log_s = (student_logits.float() / temperature).log_softmax(-1)
         log_t = (teacher_logits.float() / temperature).log_softmax(-1)
@@ -219,7 +240,7 @@ def distillation(
     Raises:
         TypeError, ValueError, RuntimeError: as cross_entropy. DTensors are refused.
 
-    Example:
+    Examples:
         >>> student, teacher = torch.tensor([[2.0, 0.0], [1.0, 1.0]]), torch.tensor([[0.0, 0.0], [1.0, 1.0]])
         >>> sums = distillation(student, teacher, beta=0.0)
         >>> sums.num_items.item(), round(sums.loss_sum.item(), 4)
@@ -258,6 +279,14 @@ def distillation_loss(
 
     Returns:
         0-dim loss, fp32 (fp64 for fp64 logits).
+
+    Raises:
+        TypeError, ValueError, RuntimeError: as distillation, and where num_items_in_batch does not fit.
+
+    Examples:
+        >>> student, teacher = torch.tensor([[2.0, 0.0], [1.0, 1.0]]), torch.tensor([[0.0, 0.0], [1.0, 1.0]])
+        >>> round(accumloss.distillation_loss(student, teacher, beta=0.0, num_items_in_batch=4).item(), 4)
+        0.1084
     """
     sums = distillation(
         student_logits, teacher_logits, labels, temperature, beta, token_weight=token_weight, shift=shift,
@@ -299,6 +328,13 @@ def linear_distillation(
 
     Raises:
         TypeError, ValueError, RuntimeError: as linear_cross_entropy. DTensors and torch.compile are refused.
+
+    Examples:
+        >>> student, teacher = torch.randn(3, 4), torch.randn(3, 8)
+        >>> heads = torch.zeros(5, 4), torch.zeros(5, 8)
+        >>> sums = accumloss.linear_distillation(student, heads[0], teacher, heads[1])
+        >>> sums.num_items.item(), round(sums.loss_sum.item(), 4)  # both say the same of 5 classes
+        (3, 0.0)
     """
     name = "linear_distillation"
     tensors = {
@@ -336,7 +372,22 @@ def linear_distillation_loss(
 ) -> torch.Tensor:
     """linear_distillation, divided by the items of the whole optimizer step; None: by those of the call, or their weights.
 
-    Arguments are those of linear_distillation, and num_items_in_batch that of causal_lm_loss.
+    Args:
+        student_hidden, student_weight, teacher_hidden, teacher_weight, labels, temperature, beta: see linear_distillation.
+        num_items_in_batch: see causal_lm_loss.
+        student_bias, teacher_bias, token_weight, shift, ignore_index, max_scratch_bytes: see linear_distillation.
+
+    Returns:
+        0-dim loss, fp32 (fp64 for fp64 hidden states).
+
+    Raises:
+        TypeError, ValueError, RuntimeError: as linear_distillation, and where num_items_in_batch does not fit.
+
+    Examples:
+        >>> student, teacher = torch.randn(3, 4), torch.randn(3, 8)
+        >>> heads = torch.zeros(5, 4), torch.zeros(5, 8)
+        >>> round(accumloss.linear_distillation_loss(student, heads[0], teacher, heads[1], num_items_in_batch=3).item(), 4)
+        0.0
     """
     sums = linear_distillation(
         student_hidden, student_weight, teacher_hidden, teacher_weight, labels, temperature, beta,
@@ -416,7 +467,7 @@ def linear_token_log_probs(
     Raises:
         TypeError, ValueError, RuntimeError, IndexError: as linear_cross_entropy. DTensors and torch.compile are refused.
 
-    Example:
+    Examples:
         >>> hidden, head = torch.eye(2), torch.tensor([[2.0, 0.0], [0.0, 1.0]])
         >>> [round(value, 4) for value in linear_token_log_probs(hidden, head, torch.tensor([0, -100])).tolist()]
         [-0.1269, 0.0]

@@ -24,6 +24,13 @@ class TokenSums:
         entropy_sum: sum of the rows' entropies in nats; None without ``metrics=True``.
         z_loss_sum: what of ``loss_sum`` is the z-loss, with a gradient of its own; None without ``z_loss``, and from hidden
             states or a vocabulary that processes share.
+
+    Examples:
+        >>> logits, labels = torch.tensor([[2.0, 0.0], [0.0, 1.0], [5.0, 5.0]]), torch.tensor([0, 1, 1])
+        >>> parts = [accumloss.cross_entropy(logits[i:j], labels[i:j]) for i, j in ((0, 1), (1, 3))]
+        >>> sums = sum(parts)  # of two micro-batches, one of 1 row and one of 2
+        >>> sums.num_items.item(), round(sums.mean_loss.item(), 4), round(sums.perplexity.item(), 4)
+        (3, 0.3778, 1.459)
     """
 
     loss_sum: torch.Tensor

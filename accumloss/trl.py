@@ -35,6 +35,10 @@ def register_with_trl() -> None:
     Raises:
         ImportError: TRL is not installed.
         RuntimeError: TRL has none of them under these names.
+
+    Examples:
+        >>> accumloss.register_with_trl()  # doctest: +SKIP
+        >>> trl.trainer.utils.selective_log_softmax(logits, index)  # doctest: +SKIP
     """
     if _registered:
         return
@@ -54,7 +58,11 @@ def register_with_trl() -> None:
 
 
 def unregister_from_trl() -> None:
-    """Gives TRL its functions back, in every module. Nothing happens where none are registered."""
+    """Gives TRL its functions back, in every module. Nothing happens where none are registered.
+
+    Examples:
+        >>> accumloss.unregister_from_trl()
+    """
     _rebind({id(ours): theirs for theirs, ours in _registered.values()})
     _registered.clear()
 

@@ -2,7 +2,7 @@
 
     python benchmarks/exactness.py [--accumulation 4]
 
-Tiny random models, very uneven rows, fp32, CPU. The table of the README is what this prints; results/exactness.csv keeps it.
+Tiny random models, very uneven rows, fp32, CPU. README has some of its rows; results/exactness.csv keeps all.
 """
 
 from __future__ import annotations

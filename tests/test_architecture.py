@@ -1,4 +1,4 @@
-"""The imports run one way (docs/design.md): these tests read the sources and name each line that does not."""
+"""The imports run one way (docs/internals/index.md): these tests read the sources and name each line that does not."""
 
 import ast
 import re

@@ -337,10 +337,10 @@ def test_sdist_holds_what_a_build_needs(tmp_path):
         held = {name.partition("/")[2] for name in tar.getnames()}
     wanted = {
         path.relative_to(ROOT).as_posix()
-        for folder in ("accumloss", "build_tools", "csrc", "tests")
+        for folder in ("accumloss", "build_tools", "csrc", "docs", "examples", "tests")
         for path in (ROOT / folder).rglob("*")
         if path.is_file() and path.suffix not in {".pyc", ".so"}
     }
-    wanted |= {"setup.py", "pyproject.toml", "CMakeLists.txt", "README.md", "LICENSE", "Makefile"}
+    wanted |= {"setup.py", "pyproject.toml", "CMakeLists.txt", "README.md", "LICENSE", "Makefile", "zensical.toml"}
     assert wanted - held == set()
     assert [name for name in held if name.endswith((".so", ".pyc", ".o"))] == []

@@ -6,7 +6,6 @@ import pytest
 import recorded_gpu
 import torch
 
-import accumloss
 from accumloss import ValidCount, count_valid, linear_causal_lm_loss, linear_cross_entropy
 from accumloss.linear import count_each
 from accumloss.linear import device as devices
@@ -179,12 +178,3 @@ def test_what_is_queued_for_a_count(monkeypatch):
     host, event = devices.to_host(torch.zeros(3, dtype=torch.int64).as_subclass(OnGpu))
     assert order == [("pinned", (3,), torch.int64, True), ("copy", OnGpu, True), "record"]
     assert isinstance(host, Pinned) and isinstance(event, Event)
-
-
-def test_doctest_of_count_valid():
-    import doctest
-
-    from accumloss.linear import count
-
-    results = doctest.testmod(count, extraglobs={"accumloss": accumloss, "torch": torch})
-    assert results.attempted and not results.failed

@@ -2,7 +2,6 @@
 
 import copy
 import dataclasses
-import doctest
 from types import SimpleNamespace
 
 import pytest
@@ -13,7 +12,7 @@ from oracle import expected
 from tolerances import SUM, UNIT, assert_close, assert_within
 
 import accumloss
-from accumloss import LossOptions, TokenSums, cuda, linear
+from accumloss import LossOptions, TokenSums
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 B, T, V = 8, 12, 61
@@ -440,16 +439,6 @@ def test_bad_input():
 
 def test_check_finds_nothing_on_cpu():
     assert accumloss.check() is None
-
-
-@pytest.mark.parametrize(
-    "module,least",
-    [(accumloss.losses, 3), (accumloss.per_token, 10), (linear.plan, 4), (cuda, 2)],
-    ids=["losses", "per_token", "linear.plan", "cuda"],
-)
-def test_docstring_examples(module, least):
-    results = doctest.testmod(module)
-    assert results.attempted >= least and results.failed == 0
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64])

@@ -1,4 +1,4 @@
-"""Runs the blocks of docs/recipes.md as they stand, each against the one batch of every optimizer step."""
+"""Runs the blocks of docs/loops.md as they stand, each against the one batch of every optimizer step."""
 
 import copy
 import re
@@ -14,7 +14,7 @@ from windows import TinyLM, error, gradients, norm, split, targets, window
 
 import accumloss
 
-PAGE = Path(__file__).resolve().parents[1] / "docs" / "recipes.md"
+PAGE = Path(__file__).resolve().parents[1] / "docs" / "loops.md"
 SECTIONS = dict(section.split("\n", 1) for section in PAGE.read_text().split("\n## ")[1:])
 BLOCKS = {name: text.split("```python\n")[1].split("```")[0] for name, text in SECTIONS.items() if "```python" in text}
 EXACT = ACCUMULATED_GRADIENT[torch.float32]

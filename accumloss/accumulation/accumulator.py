@@ -35,7 +35,7 @@ DEFAULT_DIVISOR = 512  # with a GradScaler: its first scale, 65536, leaves fp16 
 class Accumulator:
     """Accumulates gradients over micro-batches, whatever their sizes, to those of the one batch that holds them all.
 
-    A window is what one optimizer step sees. Equivalent, where the window fits into one batch, to::
+    A window is what one optimizer step sees. Equivalent, where the window fits into one batch, to:
 
         F.cross_entropy(logits_of_the_window, labels_of_the_window).backward()
 
@@ -63,7 +63,7 @@ class Accumulator:
     The optimizer refuses to step in the middle of a window. Nothing synchronises with the device but a ``finish()`` that
     compares with an int known_total, or on a rank that had no micro-batch.
 
-    Example:
+    Examples:
         >>> weight = torch.nn.Parameter(torch.zeros(2, 2))
         >>> accumulator = Accumulator([weight])
         >>> for x, labels in ([[1.0, 0.0], [0.0, 2.0]], [0, 1]), ([[4.0, 4.0]], [1]):

@@ -45,6 +45,11 @@ def audit(
 
     Raises:
         AuditError: the model returns no finite loss with a gradient for these rows, or one that is random.
+
+    Examples:
+        >>> report = accumloss.audit(model, [batch])  # batch: what model(**batch) takes, of several rows
+        >>> report.is_exact(), report.is_exact("stock")
+        (True, True)
     """
     unknown = set(ways) - set(WAYS)
     if unknown:

@@ -16,6 +16,7 @@ import select
 import subprocess
 import sys
 import tempfile
+import textwrap
 import threading
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
@@ -246,15 +247,6 @@ def evaluated(ran: Sequence[Line]) -> dict[str, int]:
     return found
 
 
-def one_sentence(lines: Sequence[Line]) -> str:
-    """What README says of it."""
-    found = summary(lines)
-    return (
-        f"Of the {found['run']} classes of transformers that were run, {found['stock_wrong']} train wrongly under Trainer with "
-        f"stock transformers and {found['run'] - found[EXACT_WITH]} with accumloss."
-    )
-
-
 def by_head(lines: Sequence[Line]) -> list[dict[str, Any]]:
     table = []
     for head in sorted({line["head"] for line in lines if line["head"]}):
@@ -264,6 +256,11 @@ def by_head(lines: Sequence[Line]) -> list[dict[str, Any]]:
     return sorted(table, key=lambda entry: -entry["run"])
 
 
+def wrapped(*sentences: str, width: int = 100) -> list[str]:
+    """The lines of a paragraph of a page."""
+    return textwrap.wrap(" ".join(sentences), width, break_long_words=False, break_on_hyphens=False)
+
+
 def markdown(lines: Sequence[Line], minutes: float | None = None) -> str:
     """docs/census.md"""
     found = summary(lines)
@@ -271,18 +268,26 @@ def markdown(lines: Sequence[Line], minutes: float | None = None) -> str:
     text = [
         "# Census",
         "",
-        "Every class of transformers that computes a loss, as a tiny random model, under the real Trainer: one optimizer step over 8 very uneven rows, split",
-        f"into 8 × 1, 4 × 2 and 3 + 3 + 2, against the model's own loss over the one batch of 8. Exact: relative error of gradient and logged loss at most {EXACT:.0e}, fp32, in all",
-        f"three. `python -m accumloss audit --all` repeats it. {versions()}, {datetime.date.today().isoformat()}"
-        + (f", {minutes:.0f} minutes" if minutes else "")
-        + ".",
+        *wrapped(
+            "Every class of transformers that computes a loss, as a tiny random model, under the real Trainer: one optimizer step "
+            "over 8 very uneven rows, split into 8 × 1, 4 × 2 and 3 + 3 + 2, against the model's own loss over the one batch of 8. "
+            f"Exact: relative error of gradient and logged loss at most {EXACT:.0e}, fp32, in all three. "
+            f"`python -m accumloss audit --all` repeats it. {versions()}, {datetime.date.today().isoformat()}"
+            + (f", {minutes:.0f} minutes" if minutes else "")
+            + "."
+        ),
         "",
-        f"{found['classes']} classes, {found['run']} run ({found['run'] / max(found['classes'], 1):.1%}). Stock: {found['stock_exact']} exact, "
-        f"{found['stock_wrong']} wrong. accumloss: {found[EXACT_WITH]} of the {possible} that can be exact, "
-        f"{found[COUPLED]} cannot be, {found[WRONG]} wrong.",
+        *wrapped(
+            f"{found['classes']} classes, {found['run']} run ({found['run'] / max(found['classes'], 1):.1%}). Stock: "
+            f"{found['stock_exact']} exact, {found['stock_wrong']} wrong. accumloss: {found[EXACT_WITH]} of the {possible} that can "
+            f"be exact, {found[COUPLED]} cannot be, {found[WRONG]} wrong."
+        ),
         "",
-        f"Evaluation: {found['evaluated']} of them, those that cannot be exact aside, give an eval_loss. In batches of 1, 2 and 3 rows it differs by more than {SAME_LOSS:.0e} from that",
-        f"in one batch for {found['stock_depends']} with stock transformers, and for {found['accumloss_depends']} with accumloss.",
+        *wrapped(
+            f"Evaluation: {found['evaluated']} of them, those that cannot be exact aside, give an eval_loss. In batches of 1, 2 "
+            f"and 3 rows it differs by more than {SAME_LOSS:.0e} from that in one batch for {found['stock_depends']} with stock "
+            f"transformers, and for {found['accumloss_depends']} with accumloss."
+        ),
         "",
         "| head | run | stock exact | stock wrong | accumloss exact | cannot be exact | wrong | not run |",
         "|---|---:|---:|---:|---:|---:|---:|---:|",

@@ -17,7 +17,6 @@ import math
 import os
 import sys
 import tempfile
-import textwrap
 import time
 import warnings
 from collections import Counter
@@ -221,7 +220,7 @@ def markdown(lines: Sequence[Line], minutes: float | None = None) -> str:
     text = [
         "# Trainers",
         "",
-        *_wrapped(
+        *census.wrapped(
             "Every loss of every Trainer of TRL and sentence-transformers, and Seq2SeqTrainer: tiny random models, rows of uneven "
             f"lengths made on the spot. One optimizer step over {trainer_cases.ROWS} rows as 4 micro-batches of 2, 8 of 1, and "
             "3 + 3 + 2, against the Trainer's own step over the one batch of 8 with stock transformers; and its eval_loss in "
@@ -229,15 +228,16 @@ def markdown(lines: Sequence[Line], minutes: float | None = None) -> str:
             f"{versions()}, {datetime.date.today().isoformat()}{took}.",
         ),
         "",
-        *_wrapped(
+        *census.wrapped(
             f"{len(ran)} run. Stock: {sum(stock)} exact in training and evaluation, {len(stock) - sum(stock)} not. accumloss: "
             f"{found[EXACT_WITH]} exact, of which nothing is said; {found[TOLD]} cannot be, and an `InexactWarning` says why, once; "
             f"{found[SILENT]} inexact without a word, {found[FALSE_ALARM]} told though exact. Exact: {EXACT:.0e} of the gradient, "
             f"{SAME_LOSS:.0e} of the logged loss and {SAME_EVALUATION:.0e} of the eval_loss, fp32.",
         ),
         "",
-        "The columns are the relative error of the gradient by split, and how much eval_loss depends on the",
-        "batch size.",
+        *census.wrapped(
+            "The columns are the relative error of the gradient by split, and how much eval_loss depends on the batch size."
+        ),
     ]
     for library in trainer_cases.LIBRARIES:
         of = [line for line in ran if line["module"] == library]
@@ -262,7 +262,7 @@ def markdown(lines: Sequence[Line], minutes: float | None = None) -> str:
     ]
     text += ["", "## Remarks"]
     for remark in REMARKS:
-        text += [("- " if i == 0 else "  ") + part for i, part in enumerate(_wrapped(remark, width=98))]
+        text += [("- " if i == 0 else "  ") + part for i, part in enumerate(census.wrapped(remark, width=98))]
     not_run = [line for line in lines if verdict(line) == NOT_RUN]
     if not_run:
         text += ["", "## Not run", "", "| trainer | why |", "|---|---|"]
@@ -284,10 +284,6 @@ REMARKS = (
     "Metrics that a Trainer logs by itself (`mean_token_accuracy`, `rewards/chosen`) are means of the micro-batches' means. "
     "With `metrics=True`, `token_accuracy` and `token_entropy` over all tokens stand beside them in the logs of SFT.",
 )
-
-
-def _wrapped(*sentences: str, width: int = 100) -> list[str]:
-    return textwrap.wrap(" ".join(sentences), width, break_long_words=False, break_on_hyphens=False)
 
 
 def _cell(value: str) -> str:

@@ -39,6 +39,14 @@ class ValidCount:
     """What ``count_valid`` returns: ``int(count)`` is the number, and ``num_valid=count`` takes it.
 
     Whoever asks waits until the device has counted, and for nothing that was queued after that. May be asked again.
+
+    Attributes:
+        is_known: whether nobody would wait who asks now.
+
+    Examples:
+        >>> count = accumloss.count_valid(torch.tensor([3, -100]))
+        >>> int(count), count.is_known
+        (1, True)
     """
 
     def __init__(self, transfer: _Transfer, index: int) -> None:
@@ -77,7 +85,7 @@ def count_valid(labels: torch.Tensor, *, ignore_index: int = -100, shift: int = 
     Raises:
         TypeError, ValueError: no labels, or a shift that they have no dimension for.
 
-    Example:
+    Examples:
         >>> labels = torch.tensor([[5, -100, 7, -100]])
         >>> count = count_valid(labels, shift=1)
         >>> int(count)

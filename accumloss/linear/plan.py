@@ -40,6 +40,10 @@ class LinearPlan(NamedTuple):
         row_stride: elements from one row of a chunk's logits to the next: V, on CUDA rounded up to a multiple of 64.
         product: dtype in which each chunk's product for the weight's gradient leaves the matrix product: fp32 where an fp32
             accumulator takes it unrounded. None without a gradient.
+
+    Examples:
+        >>> accumloss.linear_plan(512, 1024, 32000).chunk_rows
+        512
     """
 
     chunk_rows: int
@@ -93,18 +97,25 @@ def linear_plan(
     each, and more are rounded once each before an fp32 accumulator takes them. The budget is exceeded, by as little as
     possible, where it would take more than three bf16 roundings.
 
-    >>> linear_plan(2048, 2048, 32000).num_chunks
-    1
-    >>> plan = linear_plan(2048, 1024, 128256)
-    >>> plan.num_chunks, plan.chunk_rows, plan.parked_rows, plan.scratch_bytes
-    (2, 1024, 1024, 262668288)
-    >>> linear_plan(8192, 1024, 128256).num_chunks, linear_plan(8192, 1024, 128256, max_scratch_bytes=2**30).num_chunks
-    (8, 2)
-    >>> plan = linear_plan(16384, 4096, 151936, device="H200")
-    >>> plan.num_chunks, plan.chunk_rows, plan.accumulator, plan.product
-    (4, 4096, torch.float32, torch.float32)
-    >>> linear_plan(4096, 2048, 50257, device="H200").row_stride
-    50304
+    Returns:
+        LinearPlan.
+
+    Raises:
+        ValueError: a size below 1, or a GPU that nobody knows.
+
+    Examples:
+        >>> linear_plan(2048, 2048, 32000).num_chunks
+        1
+        >>> plan = linear_plan(2048, 1024, 128256)
+        >>> plan.num_chunks, plan.chunk_rows, plan.parked_rows, plan.scratch_bytes
+        (2, 1024, 1024, 262668288)
+        >>> linear_plan(8192, 1024, 128256).num_chunks, linear_plan(8192, 1024, 128256, max_scratch_bytes=2**30).num_chunks
+        (8, 2)
+        >>> plan = linear_plan(16384, 4096, 151936, device="H200")
+        >>> plan.num_chunks, plan.chunk_rows, plan.accumulator, plan.product
+        (4, 4096, torch.float32, torch.float32)
+        >>> linear_plan(4096, 2048, 50257, device="H200").row_stride
+        50304
     """
     sizes = rows < 0 or hidden_size < 1 or vocab_size < 1 or (max_scratch_bytes is not None and max_scratch_bytes < 1)
     if sizes or (free_bytes is not None and free_bytes < 0):

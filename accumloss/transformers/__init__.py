@@ -83,6 +83,14 @@ def register_with_transformers(
         RuntimeError: transformers is missing, or lacks something that has to be replaced. Nothing is changed then.
         TypeError: model is no transformers model.
         ValueError: model has a loss of its own, or one that accumloss does not replace; verify is something else.
+
+    Examples:
+        >>> accumloss.register_with_transformers()
+        >>> accumloss.explain(model).path
+        'logits'
+        >>> accumloss.unregister_from_transformers()
+        >>> accumloss.explain(model).path
+        'stock'
     """
     if verify not in (False, True, "error"):
         raise ValueError(f'register_with_transformers: expected verify to be False, True or "error", got {verify!r}')
@@ -115,6 +123,13 @@ def unregister_from_transformers(model: Any = None) -> None:
 
     Args:
         model: one that was registered by itself. None: everything, the models included.
+
+    Raises:
+        TypeError: model is no transformers model.
+
+    Examples:
+        >>> accumloss.register_with_transformers(model)  # one model alone
+        >>> accumloss.unregister_from_transformers(model)
     """
     if model is not None:
         registration.uncover_model(_base(model, "unregister_from_transformers"))
@@ -128,7 +143,23 @@ def unregister_from_transformers(model: Any = None) -> None:
 @functools.partial(checked, also=named_by(register_with_transformers))
 @contextmanager
 def registered(model: Any = None, **options: Any) -> Iterator[None]:
-    """register_with_transformers for the length of a with block; afterwards everything is as it was before."""
+    """register_with_transformers for the length of a with block; afterwards everything is as it was before.
+
+    Args:
+        model: a model, or None: all; see register_with_transformers.
+        **options: of register_with_transformers.
+
+    Returns:
+        A context manager. What is registered around the block is so again behind it.
+
+    Raises:
+        RuntimeError, TypeError, ValueError: as register_with_transformers.
+
+    Examples:
+        >>> with accumloss.registered(fused_linear=True):
+        ...     print(accumloss.explain(model).path)
+        fused
+    """
     before = registration.snapshot()
     register_with_transformers(model, **options)
     try:
@@ -149,6 +180,11 @@ def explain(model: Any) -> Explanation:
 
     Raises:
         TypeError: model is no transformers model.
+
+    Examples:
+        >>> with accumloss.registered():
+        ...     print(accumloss.explain(model).reason)
+        registered without fused_linear=True
     """
     base = _base(model, "explain")
     loss = mapping.loss_of(base)
@@ -199,6 +235,11 @@ def verify(trainer: Any) -> Verification:
 
     Raises:
         TypeError: trainer is no Trainer.
+
+    Examples:
+        >>> accumloss.verify(trainer).is_exact
+        accumloss: ...
+        True
     """
     _check_transformers()
     from transformers import Trainer

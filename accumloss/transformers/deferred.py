@@ -488,6 +488,11 @@ class Explanation:
             transformers' own loss.
         reason: why it is not fused; empty where it is.
         loss: qualified name of the loss function.
+
+    Examples:
+        >>> found = accumloss.explain(model)
+        >>> found.model, found.path
+        ('LlamaForCausalLM', 'stock')
     """
 
     model: str

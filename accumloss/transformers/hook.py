@@ -40,6 +40,10 @@ def compute_loss_func(
     Raises:
         TypeError: an unknown option.
         ValueError: no labels, no logits, or outputs that do not say whether they are shifted.
+
+    Examples:
+        >>> hook = functools.partial(accumloss.compute_loss_func, label_smoothing=0.1)
+        >>> trainer = Trainer(model, arguments, train_dataset=rows, compute_loss_func=hook)
     """
     if labels is None:
         raise ValueError(

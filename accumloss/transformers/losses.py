@@ -337,7 +337,7 @@ def make_loss(kind: str = "causal_lm", **given: Any) -> Loss:
         TypeError: an option that the loss has not.
         ValueError: an unknown kind, or an option out of range.
 
-    Example:
+    Examples:
         >>> loss = make_loss("causal_lm", label_smoothing=0.1, z_loss=1e-4)
         >>> logits = torch.zeros(1, 3, 5)
         >>> round(loss(logits, torch.tensor([[0, 1, 2]]), 5, num_items_in_batch=2).item(), 4)

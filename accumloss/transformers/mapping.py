@@ -71,9 +71,17 @@ def replacement_for(loss: Loss | None) -> Loss | None:
 def registered_losses() -> dict[str, str]:
     """Every loss_type of transformers and the function that computes it now; ours are those of accumloss.
 
-    Example::
+    Returns:
+        loss_type -> qualified name of the function.
 
-        {"ForCausalLM": "accumloss.transformers.losses.causal_lm_loss", ..., "ForCTC": "transformers.loss.loss_ctc.ForCTCLoss"}
+    Raises:
+        ImportError: transformers is not installed.
+
+    Examples:
+        >>> with accumloss.registered():
+        ...     losses = accumloss.registered_losses()
+        >>> losses["ForCausalLM"], losses["ForCTC"]
+        ('accumloss.transformers.losses.causal_lm_loss', 'transformers.loss.loss_ctc.ForCTCLoss')
     """
     return {key: qualified_name(loss) for key, loss in loss_mapping().items()}
 

@@ -111,7 +111,7 @@ def bypassing_library(trainer: Any) -> str | None:
     places += [cls.__module__ for cls in type(model).__mro__]
     places += [getattr(type(trainer).compute_loss, "__module__", ""), type(trainer).__module__]
     for library in REMEDIES:
-        if any(place.split(".")[0] == library for place in places):
+        if any(place and place.split(".")[0] == library for place in places):  # None: of code that has no module
             return library
     return "liger_kernel" if getattr(trainer.args, "use_liger_kernel", False) else None
 

@@ -65,10 +65,18 @@ class Verification:
         is_exact: whether a step over micro-batches is that of the one batch; None: it could not be measured.
         reason: why not, or why it could not be measured.
         terms: of the loss.
-        rows: that were used, and the cuts of them.
+        rows: how many were used.
+        cuts: the sizes of the parts that they were cut into.
         error: the largest relative difference between the loss of the rows and that of their parts.
         forwards: calls of compute_loss that it took.
         can_be_exact: whether register_with_transformers(verify=True) makes it exact, which then uses what was measured.
+        measured, schemes: what it would use.
+
+    Examples:
+        >>> found = accumloss.verify(trainer)
+        accumloss: ...
+        >>> found.is_exact, [term.averages_over for term in found.terms]
+        (True, [...])
     """
 
     trainer: str

@@ -14,7 +14,7 @@ def vocabulary_parallel_plan(head: str = "lm_head") -> dict[str, str]:
     """The rule of a tensor-parallel plan by which the head gathers no logits: its output is a DTensor, sharded over the vocabulary.
 
     The losses that register_with_transformers() installs take such logits, and communicate 16 bytes a row. Every other rule
-    of the model's plan stays. For training: what else reads the logits gets a DTensor (``.full_tensor()`` gathers it)::
+    of the model's plan stays. For training: what else reads the logits gets a DTensor (``.full_tensor()`` gathers it):
 
         accumloss.register_with_transformers()
         model = AutoModelForCausalLM.from_pretrained(
@@ -29,6 +29,10 @@ def vocabulary_parallel_plan(head: str = "lm_head") -> dict[str, str]:
 
     Raises:
         RuntimeError: a transformers whose tensor parallelism is not by DTensors.
+
+    Examples:
+        >>> accumloss.vocabulary_parallel_plan()
+        {'lm_head': 'accumloss_vocabulary'}
     """
     try:
         from torch.distributed.tensor import Shard

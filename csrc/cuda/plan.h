@@ -246,7 +246,7 @@ inline Plan table(const PlanRequest& request) {
 
 // Clusters of a plan that such a GPU runs at once, at most.
 inline int64_t resident_on(const Gpu& gpu, const Plan& plan, Pass pass) {
-  // What __launch_bounds__ allows, or what ptxas takes where that is more than it takes: docs/performance.md.
+  // What __launch_bounds__ allows, or what ptxas takes where that is more than it takes: docs/internals/cuda-model.md.
   const bool is_tile = plan.kernel == Kernel::kPacked || plan.kernel == Kernel::kWarp;
   const int registers = plan.kernel == Kernel::kBlock || (is_tile && pass == Pass::kForward) ? 64 : 96;
   const int64_t kept = shared_bytes_kept(gpu.capability);

@@ -1,4 +1,4 @@
-"""What a kernel can reach, before a GPU says it. ``make cuda-report`` prints it into docs/performance.md.
+"""What a kernel can reach, before a GPU says it. ``make cuda-report`` prints it into docs/internals/cuda-model.md.
 
 Instructions, bytes and waits are read off the machine code, the rates of the chips are published ones, and none is
 fitted. The time of a row on a multiprocessor is at least

@@ -1,6 +1,6 @@
 """The CUDA backend on the CPU: builds csrc/cuda with g++ and the emulator, and calls it on torch tensors.
 
-docs/testing-cuda.md says what this can and cannot find.
+docs/internals/testing-cuda.md says what this can and cannot find.
 """
 
 from __future__ import annotations

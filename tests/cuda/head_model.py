@@ -1,6 +1,6 @@
 """What head and loss together can reach on an H200 by the plans of accumloss.linear_plan, before a GPU says it.
 
-``make cuda-report`` prints it into docs/performance.md. A model, as cost_model.py is one of the loss kernels: three
+``make cuda-report`` prints it into docs/internals/cuda-model.md. A model, as cost_model.py is one of the loss kernels: three
 products at a published rate, and what a plan adds to them. It leaves out tiles that are not full, and what the clocks of
 a busy GPU do to both.
 """

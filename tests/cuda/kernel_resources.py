@@ -1,4 +1,4 @@
-"""What nvcc makes of the kernels: registers, shared memory and spills. `make cuda-report` writes it into docs/performance.md."""
+"""What nvcc makes of the kernels: registers, shared memory and spills. `make cuda-report` writes it into docs/internals/cuda-model.md."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import pathlib
 import re
 import shutil
 import subprocess
+import textwrap
 from typing import NamedTuple
 
 import build_cache
@@ -17,7 +18,7 @@ import ptx
 import sass
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
-PAGE = ROOT / "docs" / "performance.md"
+PAGE = ROOT / "docs" / "internals" / "cuda-model.md"
 BEGIN, END = "<!-- make cuda-report: begin -->", "<!-- make cuda-report: end -->"
 HEAD_BEGIN, HEAD_END = "<!-- make cuda-report, head: begin -->", "<!-- make cuda-report, head: end -->"
 CUDA = ROOT / "csrc" / "cuda"
@@ -240,6 +241,17 @@ def ptx_report(compiled_of) -> list[str]:
     return lines
 
 
+def wrapped(text: str) -> str:
+    """The paragraphs of a page at 100 columns; tables as they are."""
+    parts = [
+        part
+        if part.startswith("|")
+        else textwrap.fill(" ".join(part.split()), 100, break_long_words=False, break_on_hyphens=False)
+        for part in text.split("\n\n")
+    ]
+    return "\n\n".join(parts)
+
+
 def main() -> None:
     compiler = nvcc()
     if compiler is None:
@@ -253,6 +265,7 @@ def main() -> None:
             continue
         page = PAGE.read_text()
         before, rest = page.split(begin)
+        text = wrapped(text)
         PAGE.write_text(before + begin + "\n" + text + "\n" + end + rest.split(end)[1])
         print(text)
 

@@ -57,7 +57,7 @@ def test_two_kernels_compile_as_meant():
 
 @functools.cache
 def listed() -> dict[str, set[str]]:
-    """Architecture -> kernels of the table in docs/performance.md."""
+    """Architecture -> kernels of the table in docs/internals/cuda-model.md."""
     table = PAGE.read_text().split(BEGIN)[1].split(END)[0]
     head = re.search(r"^\| kernel \|(.+)$", table, re.MULTILINE)
     assert head is not None

@@ -1,5 +1,5 @@
 // Stands before NVIDIA's header of this name on the include path, so that g++ compiles the kernels and runs them on the
-// CPU: types from NVIDIA, everything that executes from emulator.h. See docs/testing-cuda.md.
+// CPU: types from NVIDIA, everything that executes from emulator.h. See docs/internals/testing-cuda.md.
 #pragma once
 
 #include <cuda_bf16.h>
