@@ -101,6 +101,22 @@ class Exact:
 
         return *tagger(), computes(loss)
 
+    def sum_over_its_own_items_times_a_weight():
+        def loss(self, model, inputs, n):
+            outputs = model(**inputs)
+            logits, labels = flat(outputs, inputs["labels"])
+            other = F.cross_entropy(logits.roll(1, -1), labels, reduction="sum")
+            return outputs.loss + 0.37 * (other / (inputs["labels"] != -100).sum())
+
+        return *tagger(), computes(loss)
+
+    def none_over_the_mask_times_a_weight():
+        def loss(self, model, inputs, n):
+            outputs, mask = model(**inputs), (inputs["labels"] != -100).flatten().float()
+            return outputs.loss + (per_token(outputs, inputs["labels"]) * mask * 0.5).sum() * (1.0 / mask.sum())
+
+        return *tagger(), computes(loss)
+
     def sum_beside_a_mean():
         def loss(self, model, inputs, n):
             outputs = model(**inputs)

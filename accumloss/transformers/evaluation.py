@@ -61,7 +61,7 @@ class Evaluation(steps.Step):
         self.leaves: list[torch.Tensor] = []  # of the means, where they are tracked
         self.leaves_by_hand: list[tuple[torch.Tensor, Term]] = []
         self.fitting: list[set[str]] | None = None  # of what somebody sums: the schemes that fitted all batches so far
-        self.scales: dict[int, float] = {}  # of sums, times what
+        self.scales: dict[tuple[int, str], float] = {}  # the factor that a sum has besides, by scheme
         self.rests: list[torch.Tensor] = []  # of the batches: the loss without its means, its size, what somebody sums
         self.token_sums: TokenSums | None = None
         self.amount: Amount | None = None
@@ -219,12 +219,11 @@ class Evaluation(steps.Step):
         for index, (_, term) in enumerate(self.leaves_by_hand[: len(self.fitting)]):
             coefficient = found[len(self.leaves) + index]
             self.target = term.target
-            schemes = [] if coefficient is None else fitting_schemes(self, term, coefficient.detach(), loss)
+            schemes = {} if coefficient is None else fitting_schemes(self, term, coefficient.detach(), loss)
             self.fitting[index] &= set(schemes)
-            if SCALED in schemes and coefficient is not None:
-                scale = float(coefficient.detach().abs().max() * coefficient.detach().sum().sign())
-                if abs(self.scales.setdefault(index, scale) - scale) > SAME * abs(scale):
-                    self.fitting[index].discard(SCALED)
+            for scheme, scale in schemes.items():
+                if abs(self.scales.setdefault((index, scheme), scale) - scale) > SAME * abs(scale):
+                    self.fitting[index].discard(scheme)
         if agree(bends)[0]:
             self.is_linear, self.coefficients = False, [0.0] * self.num_terms
             self.fitting = [set() for _ in self.fitting]
@@ -271,7 +270,7 @@ class Evaluation(steps.Step):
         return chosen
 
     def _scale(self, index: int, scheme: int) -> float:
-        return self.scales.get(index, 1.0) if SCHEMES[scheme] == SCALED else 1.0
+        return self.scales.get((index, SCHEMES[scheme]), 1.0)
 
     def depends_on_batches(self, chosen: list[int | None]) -> bool:
         """Whether a part of the loss that is no term differs from batch to batch, so that its mean over the rows may be another."""

@@ -7,6 +7,7 @@ the loss, by autograd: 1 / items, 1 / rows, 1 / num_items_in_batch or 1.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -161,8 +162,9 @@ class Schemes:
         for term, coefficient in combination.pairs:
             if not bool(torch.isfinite(coefficient).all()):
                 continue  # nothing, divided by nothing: another micro-batch will tell
-            fitting = _fitting(step, term, coefficient, number, is_taken)
-            if _may_be_of_his_own(loss, term, coefficient, fitting):
+            factors = _fitting(step, term, coefficient, number, is_taken, loss)
+            fitting = list(factors)
+            if _may_be_of_his_own(loss, term, coefficient, factors):
                 fitting = [SCALED, *fitting]
                 reasons.add(
                     f"the factor of the {term.name} that is added up may be one of its own, or one over its items or rows; it is "
@@ -192,6 +194,8 @@ class Schemes:
                         self.units.setdefault(term.call, []).append(unit[0])
                 elif number is None:
                     reasons.add(f"the {term.name} without a reduction is averaged in a way that is not recognised")
+            elif self.found[term.call] in MEANS and term.reduction != "mean":
+                self.units.setdefault(term.call, []).append(factors.get(self.found[term.call], 1.0))
             elif self.found[term.call] == SCALED:
                 unit = _unit(term, coefficient)
                 self.units.setdefault(term.call, []).append(float("nan") if unit is None else unit[0])
@@ -286,6 +290,48 @@ def _is_averaged(loss: torch.Tensor, value: torch.Tensor) -> bool:
     return False
 
 
+def _divisors(loss: torch.Tensor, value: torch.Tensor) -> list[float]:
+    """The numbers that a term is divided by on its way to the loss, or multiplied by one over."""
+    wanted = torch.autograd.graph.get_gradient_edge(value).node
+    seen: set[Any] = set()
+    found: list[float] = []
+    waiting: list[Any] = [loss.grad_fn]
+    while waiting and len(seen) <= MOST_NODES:
+        node = waiting.pop()
+        if node is None or node in seen or node is wanted or not _leads_to(node, wanted):
+            continue
+        seen.add(node)
+        if node.name().startswith("Div"):
+            found += _saved(node, "_saved_other")
+        elif node.name().startswith("Mul"):
+            found += [1 / number for name in ("_saved_other", "_saved_self") for number in _saved(node, name, True)]
+        elif node.name().startswith("Mean") and not is_mean_of_scalar(node):
+            found.append(_size_of_mean(node))
+        waiting += [following for following, _ in node.next_functions]
+    return found
+
+
+def _saved(node: Any, name: str, is_tensor: bool = False) -> list[float]:
+    """A number that a node has kept for its backward; none where it was written over since. is_tensor: only one that was a
+    tensor, and no number of Python's, which autograd keeps in fp64."""
+    try:
+        kept = getattr(node, name, None)
+    except RuntimeError:
+        return []
+    if not isinstance(kept, torch.Tensor) or kept.numel() != 1 or (is_tensor and kept.dtype == torch.float64):
+        return []
+    number = float(kept.detach())
+    return [number] if math.isfinite(number) and number != 0 else []
+
+
+def _size_of_mean(node: Any) -> float:
+    """How many numbers a mean is of."""
+    sizes = tuple(getattr(node, "_saved_self_sym_sizes", ()))
+    dims = getattr(node, "_saved_dim", None) or range(len(sizes))
+    signed = [dim - 2**64 if dim >= 2**63 else dim for dim in dims]  # autograd keeps a negative one so
+    return float(math.prod(int(sizes[dim]) for dim in signed))
+
+
 def _function_between(loss: torch.Tensor, values: list[torch.Tensor]) -> type | None:
     """An autograd.Function of somebody's own that a gradient of the loss by these values would run through."""
     wanted = {torch.autograd.graph.get_gradient_edge(value).node for value in values}
@@ -350,8 +396,13 @@ def _tolerance(value: torch.Tensor) -> float:
     return max(1e-5, 4 * torch.finfo(value.dtype).eps)
 
 
-def _fitting(step: Step, term: Term, coefficient: torch.Tensor, number: Any, is_taken: bool) -> list[str]:
-    """The schemes that a coefficient fits, the likeliest first."""
+def _fitting(
+    step: Step, term: Term, coefficient: torch.Tensor, number: Any, is_taken: bool, loss: torch.Tensor | None = None
+) -> dict[str, float]:
+    """The schemes that a coefficient fits, the likeliest first, each with the factor that the term has besides.
+
+    Where that is not 1 the loss tells: its graph has a division by what is counted.
+    """
 
     def is_one(value: Any) -> bool:
         return abs(float(value) - 1) <= _tolerance(coefficient)
@@ -359,50 +410,56 @@ def _fitting(step: Step, term: Term, coefficient: torch.Tensor, number: Any, is_
     here = None if term.rule is None else step.held(term.rule)
     if term.reduction == "mean":
         if number is None or here is None or is_one(coefficient):
-            return []
+            return {}
         whole = number * (step.micro_batches if is_taken else 1)
-        return [COUNTED] if here > 0 and is_one(float(coefficient) * float(whole) / float(here)) else []
+        return {COUNTED: 1.0} if here > 0 and is_one(float(coefficient) * float(whole) / float(here)) else {}
     unit = _unit(term, coefficient)
     if unit is None:
-        return []
+        return {}
     scale, used = unit
     by_number = []
     if number is not None and not is_taken:
         by_number += [NUMBER] if is_one(scale * float(number) / step.among) else []
         by_number += [SHORT] if step.among != 1 and is_one(scale * float(number)) else []
     if used is not None or scale == 0:
-        return by_number
-    fitting = []
+        return dict.fromkeys(by_number, 1.0)
+    counts = {}
     if here is None and term.target is not None:
         here = Rule("labels", 0, term.ignore_index).total({"labels": term.target})
     if here is not None and term.rule is not None and term.rule.weight is not None:
         unweighted = step.held(term.rule._replace(weight=None))
-        fitting += [WEIGHTS] if is_one(scale * float(here)) else []
+        counts[WEIGHTS] = float(here)
         here = unweighted
-    if here is not None and is_one(scale * float(here)):
-        fitting.append(ITEMS)
+    if here is not None:
+        counts[ITEMS] = float(here)
+    counts[ROWS] = float(num_rows(step.inputs))
+    if term.target is not None and term.rule is not None:
+        counts[ELEMENTS] = float(term.target.numel())
+    fitting = [scheme for scheme, count in counts.items() if scheme in (WEIGHTS, ITEMS) and is_one(scale * count)]
     fitting += by_number
     if is_taken and is_one(scale * float(number) * step.micro_batches):
         fitting.append(TAKEN)
-    if is_one(scale * num_rows(step.inputs)):
-        fitting.append(ROWS)
-    if term.target is not None and term.rule is not None and is_one(scale * term.target.numel()):
-        fitting.append(ELEMENTS)
+    fitting += [scheme for scheme, count in counts.items() if scheme in (ROWS, ELEMENTS) and is_one(scale * count)]
     if is_one(scale):
         fitting.append(SUM)
-    elif not fitting and number is None and _is_written_down(step, scale):
-        fitting.append(SCALED)
-    return fitting
+    divisors = [] if loss is None or number is not None else _divisors(loss, term.value)
+    divided = {s: scale * n for s, n in counts.items() if any(abs(divisor - n) <= 1e-6 * n for divisor in divisors)}
+    if divided:  # what the graph says goes before what may be chance
+        ordered = sorted(divided, key=lambda scheme: not is_one(divided[scheme]))
+        return {**{scheme: divided[scheme] for scheme in ordered}, **{s: 1.0 for s in fitting if s not in divided}}
+    if not fitting and number is None and _is_written_down(step, scale):
+        return {SCALED: scale}
+    return dict.fromkeys(fitting, 1.0)
 
 
-def _may_be_of_his_own(loss: torch.Tensor, term: Term, coefficient: torch.Tensor, fitting: list[str]) -> bool:
+def _may_be_of_his_own(loss: torch.Tensor, term: Term, coefficient: torch.Tensor, fitting: dict[str, float]) -> bool:
     """Whether a coefficient that fits one over a count may be a factor like 0.5 as well: nothing on the way divides."""
-    if term.reduction == "mean" or not fitting or fitting[0] not in MEANS:
+    if term.reduction == "mean" or not fitting or next(iter(fitting)) not in MEANS:
         return False
     unit = _unit(term, coefficient)
     if unit is None or unit[0] in (0.0, 1.0) or abs(float(f"{unit[0]:.2g}") / unit[0] - 1) > 1e-6:
         return False
-    return not _is_averaged(loss, term.value)
+    return not _is_averaged(loss, term.value) and not _divisors(loss, term.value)
 
 
 def _is_written_down(step: Step, scale: float) -> bool:
@@ -413,12 +470,15 @@ def _is_written_down(step: Step, scale: float) -> bool:
     return not is_count and abs(float(f"{scale:.2g}") / scale - 1) <= 1e-6
 
 
-def fitting_schemes(step: Step, term: Term, coefficient: torch.Tensor, loss: torch.Tensor) -> list[str]:
-    """The schemes that a coefficient of a term that somebody averages fits; a sum over one row or item is told by its graph."""
-    fitting = _fitting(step, term, coefficient, None, False)
+def fitting_schemes(step: Step, term: Term, coefficient: torch.Tensor, loss: torch.Tensor) -> dict[str, float]:
+    """The schemes that a coefficient of a term that somebody averages fits, with the factor that the term has besides; a sum
+    over one row or item is told by its graph."""
+    fitting = _fitting(step, term, coefficient, None, False, loss)
     if _may_be_of_his_own(loss, term, coefficient, fitting):
-        return [SCALED]
-    return [SUM] if SUM in fitting and not _is_averaged(loss, term.value) else fitting
+        unit = _unit(term, coefficient)
+        assert unit is not None
+        return {SCALED: unit[0]}
+    return {SUM: 1.0} if SUM in fitting and not _is_averaged(loss, term.value) else fitting
 
 
 def _factor(step: Step, term: Term, coefficient: torch.Tensor, scheme: str) -> Any:
