@@ -220,7 +220,8 @@ def how_to_get_nvcc(cuda: str) -> str:
     if wheels:
         return f"pip install {' '.join(map(shlex.quote, wheels))}"
     return (
-        f"install CUDA {cuda}'s, which no wheel holds (conda install -c nvidia cuda-nvcc={cuda}, or NVIDIA's packages), "
+        f"install that of CUDA {cuda}, which no wheel holds (conda's cuda-nvcc={cuda}, or NVIDIA's package "
+        f"cuda-toolkit-{cuda.replace('.', '-')}), "
         f"or a driver of {DRIVER_OF_13} or newer, whose nvcc is fetched"
     )
 

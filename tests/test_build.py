@@ -250,7 +250,7 @@ def test_pip_says_whether_it_can_fetch(tmp_path):
 
 @pytest.mark.parametrize(
     ("cuda", "remedy"),
-    [("13.0", "pip install 'nvidia-cuda-nvcc==13.0.*'"), ("12.8", "conda install -c nvidia cuda-nvcc=12.8")],
+    [("13.0", "pip install 'nvidia-cuda-nvcc==13.0.*'"), ("12.8", "cuda-toolkit-12-8")],
 )
 def test_build_without_nvcc_goes_on_for_the_cpu_and_says_so(tmp_path, cuda, remedy):
     pytest.importorskip("pybind11", reason="pybind11 is not installed")
@@ -471,6 +471,89 @@ def test_version_has_one_source():
     assert in_pyproject[1] == importlib.metadata.version("accumloss") == accumloss.build_info()["version"]
 
 
+def test_every_error_of_the_build_is_in_its_documentation():
+    cmake = re.findall(r'FATAL_ERROR "accumloss: ([^"]*)"', (ROOT / "CMakeLists.txt").read_text())
+    messages = [[part for part in re.split(r"\$\{\w+\}", message) if part] for message in cmake]
+    for path in TOOLS.glob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.Call) and ast.unparse(node.func) in ("fail", "native.fail"):
+                messages.append([part.value for part in ast.walk(node.args[0]) if isinstance(part, ast.Constant)])
+    # of each its first words that are more than a name, up to what is no longer the same in every case
+    parts = [next((part for part in message if len(part) > 7), "") for message in messages]
+    heads = {re.split("[:,(]", part)[0].strip() for part in parts} - {""}
+    assert len(heads) > 12, heads
+    documented = (ROOT / "docs" / "install.md").read_text()
+    assert [head for head in heads if head not in documented] == []
+
+
+def test_readme_for_an_index_has_nothing_relative():
+    """By the metadata that setuptools makes."""
+    pytest.importorskip("setuptools", minversion="77", reason="setuptools 77 is not installed")
+    code = "import runpy, setuptools; d = []; setuptools.setup = lambda **k: d.append(k); runpy.run_path('setup.py'); "
+    made = subprocess.run(
+        [sys.executable, "-c", code + "print(d[0]['long_description'])"],
+        capture_output=True,
+        text=True,
+        check=True,
+        cwd=ROOT,
+    ).stdout
+    text = re.sub(r"^```.*?^```$|`[^`\n]+`", "", made, flags=re.MULTILINE | re.DOTALL)
+    assert len(text) > 1000
+    targets = re.findall(r"\]\(([^)]+)\)|(?:src|href)=[\"']([^\"']+)", text)
+    assert [
+        target for pair in targets for target in pair if target and not re.match(r"https?://|#|mailto:", target)
+    ] == []
+
+
+@pytest.mark.parametrize(
+    ("written", "shown"),
+    [
+        ("see [the `x`](docs/x.md#y).", "see the `x` (docs/x.md#y)."),
+        ("[docs/x.md](docs/x.md), [`x.md`](x.md)", "docs/x.md, `x.md`"),
+        ("[w](https://a.b/c) [t](#top)", "[w](https://a.b/c) [t](#top)"),
+        ("a![p](a.png)b<img width=3 src='b.png'>c", "abc"),
+        (
+            '![p](https://a.b/c.png) <img src="https://a.b/d.png">',
+            '![p](https://a.b/c.png) <img src="https://a.b/d.png">',
+        ),
+        ("`x[i](j)`\n```python\nx[i](j)\n```\n[x](j)", "`x[i](j)`\n```python\nx[i](j)\n```\nx (j)"),
+    ],
+)
+def test_readme_for_an_index(monkeypatch, written, shown):
+    monkeypatch.syspath_prepend(str(TOOLS))
+    assert importlib.import_module("readme").for_an_index(written) == shown
+
+
+def test_workflow_of_the_wheels_agrees_with_the_project(tmp_path):
+    yaml = pytest.importorskip("yaml", reason="PyYAML is not installed")
+    path = ROOT / ".github" / "workflows" / "wheels.yml"
+    jobs = yaml.safe_load(path.read_text())["jobs"]
+    kinds = jobs["wheels"]["strategy"]["matrix"]["include"]
+    assert {kind["contents"]: (kind["environment"], kind["label"]) for kind in kinds} == {
+        "cuda13": ("ACCUMLOSS_CUDA=ON", ""),
+        "cpu": ("ACCUMLOSS_CUDA=OFF", "+cpu"),
+    }
+    assert "Not run:" in path.read_text().partition("\nname:")[0]
+    # its label is a version that CMake and setuptools read
+    (relabel,) = [step["run"] for step in jobs["wheels"]["steps"] if step.get("name") == "Label the version"]
+    shutil.copy(ROOT / "pyproject.toml", tmp_path)
+    subprocess.run(relabel.replace("${{ matrix.label }}", "+cpu"), shell=True, check=True, cwd=tmp_path)
+    labelled = (tmp_path / "pyproject.toml").read_text()
+    assert re.search(r'^version = "[0-9.]+\+cpu"$', labelled, re.MULTILINE)
+    assert labelled.replace("+cpu", "") == (ROOT / "pyproject.toml").read_text().replace("+cpu", "")
+    # the Pythons of the wheels are those of the classifiers
+    (built,) = re.findall(r'^build = "cp3\{([0-9,]+)\}-manylinux_x86_64"$', labelled, re.MULTILINE)
+    assert built.split(",") == re.findall(r'"Programming Language :: Python :: 3\.(\d+)"', labelled)
+
+
+def test_no_dependency_has_an_upper_bound():
+    """A release that is out cannot take one back; what the tests need is theirs."""
+    for requirement in importlib.metadata.requires("accumloss"):
+        wanted, _, marker = requirement.partition(";")
+        if not re.search(r"extra == .(test|dev|wheel|bench|cuda-report).", marker):
+            assert "<" not in wanted and "==" not in wanted, requirement
+
+
 def test_sdist_holds_what_a_build_needs(tmp_path):
     pytest.importorskip("setuptools", minversion="77", reason="setuptools 77 is not installed")
     source = tmp_path / "source"
@@ -487,6 +570,6 @@ def test_sdist_holds_what_a_build_needs(tmp_path):
         for path in (ROOT / folder).rglob("*")
         if path.is_file() and path.suffix not in {".pyc", ".so"}
     }
-    wanted |= {"setup.py", "pyproject.toml", "CMakeLists.txt", "README.md", "LICENSE", "Makefile"}
+    wanted |= {"setup.py", "pyproject.toml", "CMakeLists.txt", "README.md", "LICENSE", "Makefile", "CHANGELOG.md"}
     assert wanted - held == set()
     assert [name for name in held if name.endswith((".so", ".pyc", ".o"))] == []
