@@ -296,7 +296,7 @@ def build(destination: Path) -> None:
         f"-DPython_EXECUTABLE={sys.executable}",
         f"-Dpybind11_DIR={pybind11}",
         f"-DACCUMLOSS_TORCH_DIR={torch}",
-        *([f"-DCMAKE_CUDA_COMPILER={nvcc}"] if nvcc else []),
+        f"-DACCUMLOSS_NVCC={nvcc or ''}",
         *shlex.split(os.environ.get("CMAKE_ARGS", "")),
     ]
     programs = [shutil.which(name) for name in ("c++", "nvcc")]

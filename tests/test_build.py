@@ -260,10 +260,10 @@ import pathlib, unittest.mock
 native.ROOT, native.run = pathlib.Path({str(tmp_path)!r}), unittest.mock.Mock()
 (native.ROOT / "build" / f"{{sys.implementation.cache_tag}}-torch2.13.0").mkdir(parents=True, exist_ok=True)
 native.build(native.ROOT)
-print(native.run.call_count)"""
+print(native.run.call_count, "-DACCUMLOSS_NVCC=" in native.run.call_args_list[0].args[0])"""
     result = run_python(code, **environment)
     said, calls = result.stdout.splitlines()
-    assert calls == "3", result.stderr  # configured, built, installed
+    assert calls == "3 True", result.stderr  # configured, built, installed
     assert f"torch has CUDA {cuda}, but nvcc was not found: this build is for the CPU alone" in said
     assert remedy in said and "ACCUMLOSS_CUDA=OFF" in said
     assert_one_line(run_python(code, **environment, ACCUMLOSS_CUDA="ON"), "ACCUMLOSS_CUDA=ON, but nvcc", remedy)
@@ -341,7 +341,8 @@ def test_configure_cuda_on_needs_nvcc(tmp_path):
         tmp_path, f"-DCMAKE_IGNORE_PATH={';'.join(hidden)}", ACCUMLOSS_CUDA="ON", CUDA_HOME=None, CUDA_PATH=None
     )
     assert_one_line(result, "ACCUMLOSS_CUDA=ON", "nvcc was not found", "CUDACXX")
-    result = configure(tmp_path, "-DACCUMLOSS_CUDA=AUTO", CUDA_HOME=None, CUDA_PATH=None)
+    # what native.py has not found CMake does not look for, in places of its own
+    result = configure(tmp_path, "-DACCUMLOSS_CUDA=AUTO", "-DACCUMLOSS_NVCC=", "-DCMAKE_IGNORE_PATH=")
     assert "CPU only: nvcc was not found" in result.stdout, result.stdout + result.stderr
 
 
