@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
 # Installs accumloss in every way that this machine has, each into an environment of its own, and prints a table.
 #   build_tools/matrix.sh [WAY ...]        a way or the begin of its name: gcc clang pip uv build editable ...; default: all
+# What a way needs and the machine has not got is named in its line.
 # torch is that of PYTHON (default python3). CMAKE_ARGS is passed on: -DCMAKE_CXX_COMPILER_LAUNCHER=ccache saves most of the
 # time. Needs a network, but for the offline ways. Logs and environments go below WHERE (default: a temporary folder).
 set -u
@@ -103,12 +104,18 @@ compiler() {  # CC CXX
   check cuda=None
 }
 
-with_pip() {  # REQUIREMENT [OPTION ...]
+with_pip() {  # REQUIREMENT
   sources source && environment "$1"
-  shift
-  "$venv/bin/pip" --version
-  ACCUMLOSS_CUDA=OFF "$venv/bin/pip" install --no-deps "$@" ./source
-  check cuda=None
+  ACCUMLOSS_CUDA=OFF "$venv/bin/pip" install --no-deps ./source
+  echo "$(check cuda=None), $("$venv/bin/pip" --version | cut -d ' ' -f 1-2)"
+}
+
+other_python() {  # PROGRAM: a wheel for it, beside the torch of PYTHON, whose headers are all that is used
+  needs "$1"
+  sources source
+  "$(command -v "$1")" -m venv "$venv"
+  ACCUMLOSS_TORCH_DIR=$TORCH ACCUMLOSS_CUDA=OFF "$venv/bin/pip" wheel --no-deps --wheel-dir dist ./source
+  (cd dist && echo ./*.whl)
 }
 
 with_uv() {
@@ -219,8 +226,9 @@ printf '| %-38s | %-72s | %4s |\n|---|---|---:|\n' "way" "result" "s"
 for version in 11 12; do way "gcc $version" compiler gcc-$version g++-$version; done
 for version in 14 19; do way "clang $version" compiler clang-$version clang++-$version; done
 way "pip 23.2" with_pip "pip==23.2"
-way "pip, newest" with_pip "pip>=25" --upgrade-strategy=eager
+way "pip, newest" with_pip "pip>=25"
 way "uv" with_uv
+for version in 3.10 3.11 3.12 3.13 3.14; do way "Python $version, compiled" other_python python$version; done
 way "build: sdist, and wheel from it" sdist_and_wheel
 way "editable" editable
 way "editable, no isolation" not_isolated -e
