@@ -180,7 +180,8 @@ def compiler_wheels(cuda: str) -> list[str]:
 def can_fetch(requirements: list[str]) -> bool:
     """Whether the installer would find them, which alone knows its indices. Where it cannot be asked: yes."""
     text = "\n".join(requirements)
-    commands = [[os.environ["UV"], "pip", "compile", "--no-deps", "--quiet", "-"]] if os.environ.get("UV") else []
+    # with dependencies: offline uv would else be content with the list of versions in its cache
+    commands = [[os.environ["UV"], "pip", "compile", "--quiet", "-"]] if os.environ.get("UV") else []
     pip = ["-m", "pip", "install", "--dry-run", "--ignore-installed", "--no-deps", "--no-input", "--quiet"]
     pythons = [sys.executable, *([f"{os.environ['VIRTUAL_ENV']}/bin/python"] if os.environ.get("VIRTUAL_ENV") else [])]
     # -E: inside of pip's isolated build its own pip is hidden by PYTHONPATH
