@@ -1,5 +1,5 @@
 # make demo | test | test-slow | test-all | faults | lint | docs | bench | bench-linear | bench-step | bench-gpu | census
-#      trainers-census | cuda-report | clean
+#      trainers-census | cuda-report | wheel | matrix | clean
 #
 # All of it happens in .venv, which the first target that needs it makes. A torch 2.10 or newer that PYTHON already has
 # is used from where it is; otherwise, or where TORCH is given (make test TORCH=torch==2.15.0), it is installed.
@@ -12,7 +12,8 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check
 SOURCES := pyproject.toml setup.py CMakeLists.txt \
            $(shell find accumloss build_tools csrc -name '*.py' -o -name '*.h' -o -name '*.cpp' -o -name '*.cu*')
 
-.PHONY: demo test test-slow test-all faults lint docs bench bench-linear bench-step bench-gpu census trainers-census cuda-report clean
+.PHONY: demo test test-slow test-all faults lint docs bench bench-linear bench-step bench-gpu census trainers-census \
+        cuda-report wheel matrix clean
 .DELETE_ON_ERROR:
 .SECONDARY:
 
@@ -83,6 +84,14 @@ trainers-census: $(VENV)/.installed-test
 # docs/internals/cuda-model.md. Needs nvcc, no GPU; nvdisasm for the model (the extra cuda-report).
 cuda-report: $(VENV)/.installed-test
 	PYTHONPATH=tests $(BIN)/python tests/cuda/kernel_resources.py
+
+# A wheel for this Python in dist/, tagged by what auditwheel finds in it.
+wheel: $(VENV)/.installed-wheel
+	BIN=$(BIN) build_tools/wheel.sh . dist
+
+# Every way to install that this machine has, and the compilers, as a table; some 15 minutes on 2 cores. ARGS="gcc uv": these.
+matrix: $(VENV)/.torch
+	PYTHON=$(BIN)/python build_tools/matrix.sh $(ARGS)
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info accumloss-demo accumloss-census accumloss/_C.*.so

@@ -1,4 +1,4 @@
-"""Builds accumloss._C by CMake and Ninja, nothing else: metadata is in pyproject.toml, the build in CMakeLists.txt."""
+"""Builds accumloss._C by CMake and Ninja: metadata, but the README's, is in pyproject.toml, the build in CMakeLists.txt."""
 
 import sys
 from pathlib import Path
@@ -9,6 +9,7 @@ from setuptools.command.build_ext import build_ext
 sys.path.insert(0, str(Path(__file__).parent / "build_tools"))  # for a plain `python setup.py`
 
 import native
+import readme
 
 
 class CMakeBuild(build_ext):
@@ -16,4 +17,9 @@ class CMakeBuild(build_ext):
         native.build(Path(self.get_ext_fullpath(ext.name)).resolve().parent)
 
 
-setup(ext_modules=[Extension("accumloss._C", sources=[])], cmdclass={"build_ext": CMakeBuild})
+setup(
+    ext_modules=[Extension("accumloss._C", sources=[])],
+    cmdclass={"build_ext": CMakeBuild},
+    long_description=readme.for_an_index((Path(__file__).parent / "README.md").read_text(encoding="utf-8")),
+    long_description_content_type="text/markdown",
+)

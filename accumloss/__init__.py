@@ -68,7 +68,7 @@ The machine
 from typing import TYPE_CHECKING, Any
 
 from .accumulation import Accumulator
-from .cuda import CudaPlan, check, plan
+from .cuda import CudaPlan, check, plan, warn_without_kernels
 from .inexact import InexactError, InexactWarning
 from .linear import LinearPlan, ValidCount, count_valid, linear_plan
 from .losses import (
@@ -115,6 +115,7 @@ if TYPE_CHECKING:
     from .auditing import audit
 
 __version__ = build_info()["version"]
+warn_without_kernels()
 
 __all__ = [
     "Accumulator",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from typing import NamedTuple
 
 import torch
@@ -124,3 +125,16 @@ def check() -> None:
         >>> accumloss.check()  # nothing was met
     """
     _C.check()
+
+
+def warn_without_kernels() -> None:
+    """Says at import that this build lacks the kernels of the GPUs that torch sees, unless it was asked for without them."""
+    if _C.build_info()["without_cuda"] != "nvcc was not found" or torch.version.cuda is None:
+        return
+    if torch.cuda.device_count():  # by NVML: CUDA itself stays as it is, for whoever forks
+        warnings.warn(
+            f"accumloss was built without its CUDA kernels, since nvcc was not found; torch has CUDA {torch.version.cuda} and "
+            "sees a GPU: install it again with an nvcc, or online, where nvcc is fetched (docs/install.md)",
+            UserWarning,
+            stacklevel=3,
+        )

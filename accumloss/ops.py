@@ -782,7 +782,8 @@ def build_info() -> dict[str, Any]:
 
     Returns:
         dict with ``version``, ``torch`` (the version whose headers it was built with), ``compiler``, ``cuda`` (version,
-        or None in a build without CUDA), ``cuda_architectures`` and ``cpu_capability``.
+        or None in a build without CUDA), ``cuda_architectures``, ``without_cuda`` (why the build has no CUDA kernels:
+        ``"ACCUMLOSS_CUDA=OFF"`` or ``"nvcc was not found"``; None where it has them) and ``cpu_capability``.
 
     Examples:
         >>> accumloss.build_info()["version"] == accumloss.__version__

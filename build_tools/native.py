@@ -28,11 +28,31 @@ MINIMUM = {"torch": (2, 10), "cmake": (3, 24), "ninja": (1, 10)}  # cmake: --fre
 # What CMake reads from the environment only once: a change asks for a fresh configuration.
 ENVIRONMENT = ["ACCUMLOSS_CUDA", "CC", "CXX", "CXXFLAGS", "LDFLAGS"]
 ENVIRONMENT += ["CUDACXX", "CUDAHOSTCXX", "CUDAFLAGS", "CUDAARCHS", "TORCH_CUDA_ARCH_LIST", "CUDA_HOME", "CUDA_PATH"]
+# NVIDIA's wheels that make a compiler together, beside a host compiler. Those of CUDA 12 hold ptxas and no nvcc.
+COMPILER_WHEELS = ("nvidia-cuda-nvcc", "nvidia-cuda-crt", "nvidia-nvvm", "nvidia-cuda-cccl", "nvidia-cuda-runtime")
+COMPILER_FILES = (
+    "bin/nvcc",
+    "include/crt/host_config.h",
+    "nvvm/bin/cicc",
+    "include/nv/target",
+    "lib/libcudart_static.a",
+)
+FIRST_WHEELS = "13.0"
+DEFAULT_TOOLKIT = "/usr/local/cuda"
+DRIVER_OF_13 = 580  # the first driver that runs what CUDA 13 has compiled, whatever CUDA torch has
 
 
 def fail(message: str) -> NoReturn:
     sys.stdout.flush()  # the message comes last, also where both streams end in one pipe
     raise SystemExit(f"accumloss: {message}")
+
+
+def notice(message: str) -> None:
+    """A line for the user. pip and uv show what a build prints only where it fails, so the terminal gets it as well."""
+    print(f"accumloss: {message}", flush=True)
+    if not sys.stdout.isatty():
+        with contextlib.suppress(OSError), open("/dev/tty", "w", encoding="utf-8") as terminal:
+            terminal.write(f"\naccumloss: {message}\n")
 
 
 def parse_version(text: str) -> tuple[int, ...] | None:
@@ -73,6 +93,12 @@ def torch_version(torch: Path) -> str:
     return version
 
 
+def torch_cuda(torch: Path) -> str | None:
+    """The CUDA version that the torch package in that folder was built for; None of a build for the CPU or for ROCm."""
+    found = re.search(r"^cuda\b[^=]*= ['\"](\d+\.\d+)", (torch / "version.py").read_text(), re.MULTILINE)
+    return found[1] if found else None
+
+
 def find_tool(name: str) -> str | None:
     """A cmake or ninja that is new enough and runs: inside an isolated build the environment's own launcher may not."""
     for directory in [*os.get_exec_path(), sysconfig.get_path("scripts")]:
@@ -91,12 +117,83 @@ def check_compiler() -> None:
         chosen = shlex.split(os.environ.get("CXX", ""))[:1]
     except ValueError as error:
         fail(f"CXX={os.environ['CXX']} is no command: {error}")
-    nvcc = os.environ.get("CUDACXX", "")
-    if nvcc and os.environ.get("ACCUMLOSS_CUDA") != "OFF" and not shutil.which(nvcc):
+    setting, nvcc = cuda_setting(), os.environ.get("CUDACXX", "")
+    if nvcc and setting != "OFF" and not shutil.which(nvcc):
         fail(f"CUDACXX={nvcc} was not found: name an nvcc, or set ACCUMLOSS_CUDA=OFF to build for CPU only")
     if not any(map(shutil.which, chosen or ["c++", "g++", "clang++"])):
         found = f"CXX={chosen[0]} was not found" if chosen else "none was found"
         fail(f"a C++17 compiler is needed, {found}: apt install g++ (conda: cxx-compiler), or set CXX to one")
+
+
+def cmake_argument(name: str) -> str | None:
+    """What CMAKE_ARGS sets a variable to."""
+    found = re.findall(rf"(?:^|\s)['\"]?-D{name}(?::\w+)?=(\S*)", os.environ.get("CMAKE_ARGS", ""))
+    return found[-1].strip("'\"") if found else None
+
+
+def cuda_setting() -> str:
+    setting = cmake_argument("ACCUMLOSS_CUDA") or os.environ.get("ACCUMLOSS_CUDA") or "AUTO"
+    if setting not in ("AUTO", "ON", "OFF"):
+        fail(f"ACCUMLOSS_CUDA is AUTO, ON or OFF, got {setting}")
+    return setting
+
+
+def find_nvcc(torch: Path | None) -> Path | None:
+    """The nvcc of this machine; else that of NVIDIA's wheels, in this Python or beside torch, where they are complete."""
+    given = cmake_argument("CMAKE_CUDA_COMPILER") or os.environ.get("CUDACXX")
+    if given:
+        return Path(shutil.which(given) or given)
+    toolkits = [Path(os.environ[name], "bin") for name in ("CUDA_HOME", "CUDA_PATH") if os.environ.get(name)]
+    for folder in [*os.get_exec_path(), *toolkits, f"{DEFAULT_TOOLKIT}/bin"]:
+        found = shutil.which("nvcc", path=str(folder))
+        if found:
+            return Path(found)
+    sites = [*map(Path, filter(None, sys.path)), *([torch.parent] if torch else [])]
+    for toolkit in (toolkit for site in sites for toolkit in sorted(site.glob("nvidia/cu*"))):
+        if all((toolkit / name).exists() for name in COMPILER_FILES):
+            return toolkit / "bin" / "nvcc"
+    return None
+
+
+def missing_cuda(torch: Path | None) -> str | None:
+    """The CUDA version of which an nvcc is wanted and not found; None: it is found, or nobody wants it."""
+    setting = cuda_setting()
+    if setting == "OFF" or find_nvcc(torch):
+        return None
+    return (torch_cuda(torch) if torch else None) or (FIRST_WHEELS if setting == "ON" else None)
+
+
+def compiler_wheels(cuda: str) -> list[str]:
+    """What pip has to install for an nvcc of a CUDA version, or for one whose code this machine's driver runs as well.
+
+    Empty where there is none.
+    """
+    if int(cuda.split(".")[0]) < int(FIRST_WHEELS.split(".")[0]):
+        if (parse_version(query_gpus("driver_version")) or (0, 0)) < (DRIVER_OF_13, 0):
+            return []
+        cuda = FIRST_WHEELS
+    major = cuda.split(".")[0]
+    # of cccl only headers are used; since 13.3 its wheels are numbered by releases of its own
+    return [f"{name}=={major if name == 'nvidia-cuda-cccl' else cuda}.*" for name in COMPILER_WHEELS]
+
+
+def can_fetch(requirements: list[str]) -> bool:
+    """Whether the installer would find them, which alone knows its indices. Where it cannot be asked: yes."""
+    text = "\n".join(requirements)
+    # with dependencies: offline uv would else be content with the list of versions in its cache
+    commands = [[os.environ["UV"], "pip", "compile", "--quiet", "-"]] if os.environ.get("UV") else []
+    pip = ["-m", "pip", "install", "--dry-run", "--ignore-installed", "--no-deps", "--no-input", "--quiet"]
+    pythons = [sys.executable, *([f"{os.environ['VIRTUAL_ENV']}/bin/python"] if os.environ.get("VIRTUAL_ENV") else [])]
+    # -E: inside of pip's isolated build its own pip is hidden by PYTHONPATH
+    commands += [[python, "-E", *pip, "--retries=1", "--timeout=15", *requirements] for python in pythons]
+    for command in filter(lambda command: shutil.which(command[0]), commands):
+        answer = subprocess.run(command, input=text, capture_output=True, text=True, cwd=tempfile.gettempdir())
+        if answer.returncode == 0:
+            return True
+        if answer.returncode == 1 and "No module named" not in answer.stderr:
+            print(answer.stderr, end="", flush=True)
+            return False
+    return True
 
 
 def missing_requirements() -> list[str]:
@@ -107,13 +204,34 @@ def missing_requirements() -> list[str]:
         torch_version(torch)
     missing = [] if torch else ["torch"]
     missing += [name for name in ("cmake", "ninja") if not find_tool(name)]
-    return ["{}>={}.{}".format(name, *MINIMUM[name]) for name in missing]
+    required = ["{}>={}.{}".format(name, *MINIMUM[name]) for name in missing]
+    cuda = missing_cuda(torch)
+    wheels = compiler_wheels(cuda) if cuda else []
+    if wheels and can_fetch(wheels):  # else the build itself says what it lacks
+        notice(
+            f"nvcc was not found: this build fetches NVIDIA's, {' '.join(wheels)} (105 MB); "
+            "ACCUMLOSS_CUDA=OFF builds for the CPU alone, without it"
+        )
+        required += wheels
+    return required
 
 
-def run(command: list[str]) -> None:
+def how_to_get_nvcc(cuda: str) -> str:
+    wheels = compiler_wheels(cuda)
+    if wheels:
+        return f"pip install {' '.join(map(shlex.quote, wheels))}"
+    return (
+        f"install that of CUDA {cuda}, which no wheel holds (conda's cuda-nvcc={cuda}, or NVIDIA's package "
+        f"cuda-toolkit-{cuda.replace('.', '-')}), "
+        f"or a driver of {DRIVER_OF_13} or newer, whose nvcc is fetched"
+    )
+
+
+def run(command: list[str], environment: dict[str, str] | None = None) -> None:
     """Runs a command and shows its output; where it fails, our own message in that output becomes the last line."""
     output = ""
-    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, encoding="utf-8") as process:
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
+    with subprocess.Popen(command, **pipes, encoding="utf-8", env=environment) as process:
         for line in process.stdout or ():
             print(line, end="", flush=True)
             output += line
@@ -123,12 +241,12 @@ def run(command: list[str]) -> None:
         fail(" ".join(message.split()))
 
 
-def gpus() -> str:
-    """Compute capabilities of the GPUs here: CMake builds for them where nothing else is asked for."""
+def query_gpus(field: str) -> str:
+    """What nvidia-smi says of the GPUs here, a line for each; empty where there is none."""
     program = shutil.which("nvidia-smi")
     if program is None:
         return ""
-    command = [program, "--query-gpu=compute_cap", "--format=csv,noheader"]
+    command = [program, f"--query-gpu={field}", "--format=csv,noheader"]
     return subprocess.run(command, capture_output=True, text=True).stdout
 
 
@@ -138,6 +256,8 @@ class Prerequisites(NamedTuple):
     cmake: str
     ninja: str
     pybind11: str  # the folder of its CMake configuration
+    nvcc: Path | None
+    missing_cuda: str | None  # where there is no nvcc, though torch has CUDA
 
 
 def prerequisites() -> Prerequisites:
@@ -150,12 +270,25 @@ def prerequisites() -> Prerequisites:
         import pybind11
     except ImportError:
         fail("pybind11 is needed: pip install pybind11")
-    return Prerequisites(torch, version, cmake, ninja, pybind11.get_cmake_dir())
+    nvcc = None if cuda_setting() == "OFF" else find_nvcc(torch)
+    cuda = missing_cuda(torch)
+    if cuda and cuda_setting() == "ON":
+        fail(f"ACCUMLOSS_CUDA=ON, but nvcc was not found: {how_to_get_nvcc(cuda)}, or set CUDACXX to one")
+    return Prerequisites(torch, version, cmake, ninja, pybind11.get_cmake_dir(), nvcc, cuda)
 
 
 def build(destination: Path) -> None:
     """Builds _C and puts it into a folder. A second build with the same settings is incremental."""
-    torch, version, cmake, ninja, pybind11 = prerequisites()
+    torch, version, cmake, ninja, pybind11, nvcc, cuda = prerequisites()
+    if cuda:
+        notice(
+            f"torch has CUDA {cuda}, but nvcc was not found: this build is for the CPU alone. For CUDA kernels "
+            f"{how_to_get_nvcc(cuda)}, then install again; ACCUMLOSS_CUDA=OFF, where none are wanted"
+        )
+    environment = dict(os.environ)
+    if nvcc and nvcc.parents[2].name == "nvidia":  # a wheel's, which looks into lib64 for what lies in lib
+        libraries = [str(nvcc.parents[1] / "lib"), os.environ.get("LIBRARY_PATH", "")]
+        environment["LIBRARY_PATH"] = os.pathsep.join(filter(None, libraries))
     directory = ROOT / "build" / f"{sys.implementation.cache_tag}-torch{version}"
     configure = [
         *(cmake, "-S", str(ROOT), "-B", str(directory), "-G", "Ninja"),
@@ -164,15 +297,18 @@ def build(destination: Path) -> None:
         f"-DPython_EXECUTABLE={sys.executable}",
         f"-Dpybind11_DIR={pybind11}",
         f"-DACCUMLOSS_TORCH_DIR={torch}",
+        f"-DACCUMLOSS_NVCC={nvcc or ''}",
         *shlex.split(os.environ.get("CMAKE_ARGS", "")),
     ]
     programs = [shutil.which(name) for name in ("c++", "nvcc")]
-    settings = json.dumps([configure, version, programs, gpus(), {name: os.environ.get(name) for name in ENVIRONMENT}])
+    settings = json.dumps(
+        [configure, version, programs, query_gpus("compute_cap"), {name: os.environ.get(name) for name in ENVIRONMENT}]
+    )
     previous = directory / "settings.json"
     same = previous.is_file() and previous.read_text() == settings
-    run([*configure, *([] if same else ["--fresh"])])
+    run([*configure, *([] if same else ["--fresh"])], environment)
     previous.write_text(settings)
-    run([cmake, "--build", str(directory)])
+    run([cmake, "--build", str(directory)], environment)
     run([cmake, "--install", str(directory), "--prefix", str(destination), "--strip"])
 
 

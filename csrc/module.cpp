@@ -56,9 +56,11 @@ pybind11::dict build_info() {
 #if defined(ACCUMLOSS_WITH_CUDA)
   info["cuda"] = ACCUMLOSS_CUDA_VERSION;
   info["cuda_architectures"] = ACCUMLOSS_CUDA_ARCHITECTURES;
+  info["without_cuda"] = pybind11::none();
 #else
   info["cuda"] = pybind11::none();
   info["cuda_architectures"] = pybind11::none();
+  info["without_cuda"] = ACCUMLOSS_WITHOUT_CUDA;
 #endif
   info["cpu_capability"] = cpu::instruction_set_name();
   return info;

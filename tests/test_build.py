@@ -1,15 +1,20 @@
 """The build: one line where it cannot work, the right files in the sdist, a module inside the stable ABI."""
 
+import ast
 import concurrent.futures
+import contextlib
 import importlib.metadata
 import importlib.util
 import os
+import pty
 import re
 import shlex
 import shutil
 import subprocess
 import sys
 import tarfile
+import types
+import zipfile
 from pathlib import Path
 
 import pytest
@@ -20,12 +25,14 @@ TOOLS = ROOT / "build_tools"
 
 def run_python(code, **environment):
     """Runs code with build_tools on the path and the environment changed: None removes a variable."""
-    merged = {**os.environ, "ACCUMLOSS_CUDA": None, "CXX": None, "CMAKE_ARGS": None, **environment}
+    unset = dict.fromkeys(["ACCUMLOSS_CUDA", "CXX", "CMAKE_ARGS", "UV"])
+    merged = {**os.environ, **unset, **environment}
     return subprocess.run(
         [sys.executable, "-c", f"import sys; sys.path.insert(0, {str(TOOLS)!r})\n{code}"],
         capture_output=True,
         text=True,
         env={name: str(value) for name, value in merged.items() if value is not None},
+        start_new_session=True,  # what is said to the terminal stays away from that of the tests
     )
 
 
@@ -45,9 +52,10 @@ def make_program(folder, name, script):
     return program
 
 
-def make_torch(folder, version):
+def make_torch(folder, version, cuda=None):
     folder.mkdir()
-    (folder / "version.py").write_text(f"__version__ = '{version}'\n")
+    cuda = f"cuda: Optional[str] = {cuda!r}"  # as torch writes it
+    (folder / "version.py").write_text(f"__version__ = '{version}'\n{cuda}\nhip: Optional[str] = None\n")
     return folder
 
 
@@ -160,6 +168,142 @@ def test_isolated_build_requires_only_what_is_missing(tmp_path):
     assert result.stdout.strip() == "['torch>=2.10']", result.stderr
 
 
+# On a machine without nvcc, whose pip is a program of the test's.
+NO_NVCC = "import native; native.DEFAULT_TOOLKIT = '/nowhere'; "
+WHEELS_13_0 = [f"nvidia-{name}==13.0.*" for name in ("cuda-nvcc", "cuda-crt", "nvvm", "cuda-runtime")]
+WHEELS_13_2 = [wheel.replace("13.0", "13.2") for wheel in WHEELS_13_0]
+
+
+def without_nvcc(tmp_path, cuda, driver="", fetches=True):
+    """The environment of a machine with a torch, perhaps a driver, and no nvcc."""
+    programs = {"c++": "exit 0", "cmake": "echo cmake version 4.0.0", "ninja": "echo 1.11.1"}
+    programs["uv"] = f"/bin/cat > {tmp_path}/asked; exit {int(not fetches)}"
+    programs["nvidia-smi"] = f"echo {driver}"
+    for name, script in programs.items():
+        make_program(tmp_path, name, script)
+    torch = make_torch(tmp_path / "torch", "2.13.0", cuda)
+    unset = dict.fromkeys(["CUDACXX", "CUDA_HOME", "CUDA_PATH"])
+    return {**unset, "PATH": tmp_path, "UV": tmp_path / "uv", "ACCUMLOSS_TORCH_DIR": torch}
+
+
+@pytest.mark.parametrize(
+    ("cuda", "setting", "driver", "expected"),
+    [
+        ("13.0", "AUTO", "", WHEELS_13_0),
+        ("13.2", "AUTO", "", WHEELS_13_2),
+        ("12.8", "AUTO", "580.65.06", WHEELS_13_0),  # runs CUDA 13's code beside a torch of CUDA 12
+        ("12.8", "AUTO", "570.133.07", []),  # NVIDIA's wheels of CUDA 12 hold no nvcc
+        (None, "AUTO", "580.65.06", []),
+        (None, "ON", "", WHEELS_13_0),
+        ("13.0", "OFF", "", []),
+    ],
+)
+def test_isolated_build_requires_nvcc_where_torch_has_cuda(tmp_path, cuda, setting, driver, expected):
+    environment = without_nvcc(tmp_path, cuda, driver)
+    result = run_python(NO_NVCC + "print(native.missing_requirements())", **environment, ACCUMLOSS_CUDA=setting)
+    assert result.returncode == 0, result.stderr
+    *said, required = result.stdout.splitlines()
+    wheels = [*expected, "nvidia-cuda-cccl==13.*"] if expected else []
+    assert sorted(ast.literal_eval(required)) == sorted(wheels)
+    assert len(said) == bool(wheels)
+    if wheels:
+        assert all(wheel in said[0] for wheel in wheels) and "ACCUMLOSS_CUDA=OFF" in said[0]
+        assert sorted((tmp_path / "asked").read_text().split()) == sorted(wheels)
+
+
+def test_isolated_build_requires_no_nvcc_that_is_there_or_cannot_be_had(tmp_path):
+    code = NO_NVCC + "print(native.missing_requirements())"
+    offline = without_nvcc(tmp_path, "13.0", fetches=False)
+    assert run_python(code, **offline).stdout == "[]\n"
+    make_program(tmp_path, "uv", "exit 0")
+    assert "nvidia-cuda-nvcc" in run_python(code, **offline).stdout
+    make_program(tmp_path, "nvcc", "exit 0")
+    assert run_python(code, **offline).stdout == "[]\n"
+
+
+def test_nvcc_of_wheels_is_found_beside_torch_where_they_are_complete(tmp_path):
+    environment = without_nvcc(tmp_path, "13.0")
+    files = ["bin/nvcc", "include/crt/host_config.h", "nvvm/bin/cicc", "include/nv/target", "lib/libcudart_static.a"]
+    toolkit = tmp_path / "nvidia" / "cu13"
+    code = NO_NVCC + "print(native.find_nvcc(native.find_torch()))"
+    for name in files:
+        assert run_python(code, **environment).stdout == "None\n"
+        (toolkit / name).parent.mkdir(parents=True, exist_ok=True)
+        (toolkit / name).touch()
+    assert run_python(code, **environment).stdout == f"{toolkit}/bin/nvcc\n"
+
+
+def test_pip_says_whether_it_can_fetch(tmp_path):
+    """The installed pip, of a folder instead of an index."""
+    pytest.importorskip("pip", reason="pip is not installed")
+    code = "import native; print(native.can_fetch(['accumloss-nowhere==13.0.*']))"
+    pip = {"PIP_NO_INDEX": 1, "PIP_EXTRA_INDEX_URL": "", "PIP_FIND_LINKS": tmp_path, "VIRTUAL_ENV": None}
+    refused = run_python(code, **pip)
+    assert refused.stdout.endswith("False\n"), refused.stderr
+    with zipfile.ZipFile(tmp_path / "accumloss_nowhere-13.0.1-py3-none-any.whl", "w") as wheel:
+        info = "accumloss_nowhere-13.0.1.dist-info"
+        wheel.writestr(f"{info}/METADATA", "Metadata-Version: 2.1\nName: accumloss-nowhere\nVersion: 13.0.1\n")
+        wheel.writestr(f"{info}/WHEEL", "Wheel-Version: 1.0\nRoot-Is-Purelib: true\nTag: py3-none-any\n")
+        wheel.writestr(f"{info}/RECORD", "")
+    assert run_python(code, **pip).stdout.endswith("True\n")
+
+
+@pytest.mark.parametrize(
+    ("cuda", "remedy"),
+    [("13.0", "pip install 'nvidia-cuda-nvcc==13.0.*'"), ("12.8", "cuda-toolkit-12-8")],
+)
+def test_build_without_nvcc_goes_on_for_the_cpu_and_says_so(tmp_path, cuda, remedy):
+    pytest.importorskip("pybind11", reason="pybind11 is not installed")
+    environment = without_nvcc(tmp_path, cuda)
+    code = f"""{NO_NVCC}
+import pathlib, unittest.mock
+native.ROOT, native.run = pathlib.Path({str(tmp_path)!r}), unittest.mock.Mock()
+(native.ROOT / "build" / f"{{sys.implementation.cache_tag}}-torch2.13.0").mkdir(parents=True, exist_ok=True)
+native.build(native.ROOT)
+print(native.run.call_count, "-DACCUMLOSS_NVCC=" in native.run.call_args_list[0].args[0])"""
+    result = run_python(code, **environment)
+    said, calls = result.stdout.splitlines()
+    assert calls == "3 True", result.stderr  # configured, built, installed
+    assert f"torch has CUDA {cuda}, but nvcc was not found: this build is for the CPU alone" in said
+    assert remedy in said and "ACCUMLOSS_CUDA=OFF" in said
+    assert_one_line(run_python(code, **environment, ACCUMLOSS_CUDA="ON"), "ACCUMLOSS_CUDA=ON, but nvcc", remedy)
+
+
+def test_what_pip_hides_reaches_the_terminal():
+    code = f"import sys; sys.path.insert(0, {str(TOOLS)!r}); import native; native.notice('built for the CPU')"
+    child, terminal = pty.fork()
+    if child == 0:
+        with open(os.devnull, "w") as pipe:  # as pip runs a backend
+            os.dup2(pipe.fileno(), 1)
+        os.execv(sys.executable, [sys.executable, "-c", code])
+    seen = b""
+    with contextlib.suppress(OSError):  # the end of a terminal
+        while read := os.read(terminal, 1024):
+            seen += read
+    os.close(terminal)
+    assert os.waitpid(child, 0)[1] == 0
+    assert b"\naccumloss: built for the CPU" in seen, seen
+
+
+def test_a_build_without_kernels_says_so_at_import(monkeypatch):
+    from accumloss import cuda
+
+    def facts(without_cuda):
+        return types.SimpleNamespace(build_info=lambda: {"without_cuda": without_cuda})
+
+    monkeypatch.setattr("torch.version.cuda", "13.0")
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 0)
+    monkeypatch.setattr(cuda, "_C", facts("nvcc was not found"))
+    cuda.warn_without_kernels()  # a warning would be an error
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 1)
+    with pytest.warns(UserWarning, match="nvcc was not found; torch has CUDA 13.0 and sees a GPU") as caught:
+        importlib.reload(sys.modules["accumloss"])
+    assert len(caught) == 1
+    for others in ("ACCUMLOSS_CUDA=OFF", None):
+        monkeypatch.setattr(cuda, "_C", facts(others))
+        cuda.warn_without_kernels()
+
+
 def test_find_tool_passes_over_broken_and_old(tmp_path):
     scripts = {"broken": "exit 1", "old": "echo cmake version 3.18.4", "good": "echo cmake version 3.24.0"}
     for name, script in scripts.items():
@@ -197,13 +341,16 @@ def test_configure_cuda_on_needs_nvcc(tmp_path):
         tmp_path, f"-DCMAKE_IGNORE_PATH={';'.join(hidden)}", ACCUMLOSS_CUDA="ON", CUDA_HOME=None, CUDA_PATH=None
     )
     assert_one_line(result, "ACCUMLOSS_CUDA=ON", "nvcc was not found", "CUDACXX")
+    # what native.py has not found CMake does not look for, in places of its own
+    result = configure(tmp_path, "-DACCUMLOSS_CUDA=AUTO", "-DACCUMLOSS_NVCC=", "-DCMAKE_IGNORE_PATH=")
+    assert "CPU only: nvcc was not found" in result.stdout, result.stdout + result.stderr
 
 
 def test_configure_cuda_off_ignores_nvcc(tmp_path):
     make_program(tmp_path, "nvcc", "exit 3")
     result = configure(tmp_path, ACCUMLOSS_CUDA="OFF", PATH=f"{tmp_path}{os.pathsep}{os.environ['PATH']}")
     assert result.returncode == 0, result.stdout + result.stderr
-    assert "CPU only" in result.stdout
+    assert "CPU only: ACCUMLOSS_CUDA=OFF" in result.stdout
 
 
 def test_configure_takes_a_comma_and_a_space_in_the_path_of_torch(tmp_path):
@@ -325,6 +472,89 @@ def test_version_has_one_source():
     assert in_pyproject[1] == importlib.metadata.version("accumloss") == accumloss.build_info()["version"]
 
 
+def test_every_error_of_the_build_is_in_its_documentation():
+    cmake = re.findall(r'FATAL_ERROR "accumloss: ([^"]*)"', (ROOT / "CMakeLists.txt").read_text())
+    messages = [[part for part in re.split(r"\$\{\w+\}", message) if part] for message in cmake]
+    for path in TOOLS.glob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.Call) and ast.unparse(node.func) in ("fail", "native.fail"):
+                messages.append([part.value for part in ast.walk(node.args[0]) if isinstance(part, ast.Constant)])
+    # of each its first words that are more than a name, up to what is no longer the same in every case
+    parts = [next((part for part in message if len(part) > 7), "") for message in messages]
+    heads = {re.split("[:,(]", part)[0].strip() for part in parts} - {""}
+    assert len(heads) > 12, heads
+    documented = (ROOT / "docs" / "install.md").read_text()
+    assert [head for head in heads if head not in documented] == []
+
+
+def test_readme_for_an_index_has_nothing_relative():
+    """By the metadata that setuptools makes."""
+    pytest.importorskip("setuptools", minversion="77", reason="setuptools 77 is not installed")
+    code = "import runpy, setuptools; d = []; setuptools.setup = lambda **k: d.append(k); runpy.run_path('setup.py'); "
+    made = subprocess.run(
+        [sys.executable, "-c", code + "print(d[0]['long_description'])"],
+        capture_output=True,
+        text=True,
+        check=True,
+        cwd=ROOT,
+    ).stdout
+    text = re.sub(r"^```.*?^```$|`[^`\n]+`", "", made, flags=re.MULTILINE | re.DOTALL)
+    assert len(text) > 1000
+    targets = re.findall(r"\]\(([^)]+)\)|(?:src|href)=[\"']([^\"']+)", text)
+    assert [
+        target for pair in targets for target in pair if target and not re.match(r"https?://|#|mailto:", target)
+    ] == []
+
+
+@pytest.mark.parametrize(
+    ("written", "shown"),
+    [
+        ("see [the `x`](docs/x.md#y).", "see the `x` (docs/x.md#y)."),
+        ("[docs/x.md](docs/x.md), [`x.md`](x.md)", "docs/x.md, `x.md`"),
+        ("[w](https://a.b/c) [t](#top)", "[w](https://a.b/c) [t](#top)"),
+        ("a![p](a.png)b<img width=3 src='b.png'>c", "abc"),
+        (
+            '![p](https://a.b/c.png) <img src="https://a.b/d.png">',
+            '![p](https://a.b/c.png) <img src="https://a.b/d.png">',
+        ),
+        ("`x[i](j)`\n```python\nx[i](j)\n```\n[x](j)", "`x[i](j)`\n```python\nx[i](j)\n```\nx (j)"),
+    ],
+)
+def test_readme_for_an_index(monkeypatch, written, shown):
+    monkeypatch.syspath_prepend(str(TOOLS))
+    assert importlib.import_module("readme").for_an_index(written) == shown
+
+
+def test_workflow_of_the_wheels_agrees_with_the_project(tmp_path):
+    yaml = pytest.importorskip("yaml", reason="PyYAML is not installed")
+    path = ROOT / ".github" / "workflows" / "wheels.yml"
+    jobs = yaml.safe_load(path.read_text())["jobs"]
+    kinds = jobs["wheels"]["strategy"]["matrix"]["include"]
+    assert {kind["contents"]: (kind["environment"], kind["label"]) for kind in kinds} == {
+        "cuda13": ("ACCUMLOSS_CUDA=ON", ""),
+        "cpu": ("ACCUMLOSS_CUDA=OFF", "+cpu"),
+    }
+    assert "Not run:" in path.read_text().partition("\nname:")[0]
+    # its label is a version that CMake and setuptools read
+    (relabel,) = [step["run"] for step in jobs["wheels"]["steps"] if step.get("name") == "Label the version"]
+    shutil.copy(ROOT / "pyproject.toml", tmp_path)
+    subprocess.run(relabel.replace("${{ matrix.label }}", "+cpu"), shell=True, check=True, cwd=tmp_path)
+    labelled = (tmp_path / "pyproject.toml").read_text()
+    assert re.search(r'^version = "[0-9.]+\+cpu"$', labelled, re.MULTILINE)
+    assert labelled.replace("+cpu", "") == (ROOT / "pyproject.toml").read_text().replace("+cpu", "")
+    # the Pythons of the wheels are those of the classifiers
+    (built,) = re.findall(r'^build = "cp3\{([0-9,]+)\}-manylinux_x86_64"$', labelled, re.MULTILINE)
+    assert built.split(",") == re.findall(r'"Programming Language :: Python :: 3\.(\d+)"', labelled)
+
+
+def test_no_dependency_has_an_upper_bound():
+    """A release that is out cannot take one back; what the tests need is theirs."""
+    for requirement in importlib.metadata.requires("accumloss"):
+        wanted, _, marker = requirement.partition(";")
+        if not re.search(r"extra == .(test|dev|wheel|bench|cuda-report).", marker):
+            assert "<" not in wanted and "==" not in wanted, requirement
+
+
 def test_sdist_holds_what_a_build_needs(tmp_path):
     pytest.importorskip("setuptools", minversion="77", reason="setuptools 77 is not installed")
     source = tmp_path / "source"
@@ -341,6 +571,7 @@ def test_sdist_holds_what_a_build_needs(tmp_path):
         for path in (ROOT / folder).rglob("*")
         if path.is_file() and path.suffix not in {".pyc", ".so"}
     }
-    wanted |= {"setup.py", "pyproject.toml", "CMakeLists.txt", "README.md", "LICENSE", "Makefile", "zensical.toml"}
+    wanted |= {"setup.py", "pyproject.toml", "CMakeLists.txt", "README.md", "LICENSE", "Makefile", "CHANGELOG.md"}
+    wanted |= {"zensical.toml"}
     assert wanted - held == set()
     assert [name for name in held if name.endswith((".so", ".pyc", ".o"))] == []

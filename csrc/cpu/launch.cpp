@@ -1,6 +1,7 @@
 // The launchers on CPU. Rows are shared out to threads in tasks whose size depends on V alone, and each task's sums are
 // added in order, so neither the number of threads nor their timing changes a bit. Few long rows are split along V.
 #if defined(__x86_64__)
+#include <cpuid.h>
 #include <emmintrin.h>
 #endif
 
@@ -37,12 +38,19 @@ constexpr int64_t kSplitRows = 8;                      // at most so many rows t
 
 // Selection --------------------------------------------------------------------------------------------------------
 
+#if defined(ACCUMLOSS_X86_ISAS)
+// __builtin_cpu_supports("f16c") does not compile with clang 14.
+bool has_f16c() {
+  unsigned eax = 0, ebx = 0, ecx = 0, edx = 0;
+  return __get_cpuid(1, &eax, &ebx, &ecx, &edx) && (ecx & bit_F16C);
+}
+#endif
+
 const InstructionSet& select_instruction_set() {
   std::vector<const InstructionSet*> supported = {&portable()};
 #if defined(ACCUMLOSS_X86_ISAS)
   __builtin_cpu_init();
-  if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c"))
-    supported.push_back(&avx2());
+  if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && has_f16c()) supported.push_back(&avx2());
   if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
       __builtin_cpu_supports("avx512vl"))
     supported.push_back(&avx512());
