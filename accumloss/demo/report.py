@@ -139,8 +139,19 @@ def print_tables(result: Mapping[str, Any]) -> None:
             console.print(f"{way}: {shows}")
     console.print(
         f"\nHeld against the same sequences as one batch in {TRANSFORMERS}: size of the first step's gradient, loss in nats per\n"
-        "token, weights as a share of the distance trained. Step: median. Peak: of one step, above the process at rest."
+        "token, weights as a share of the distance trained. Step: median. Peak: of one step, above the process at rest.\n"
     )
+    for task, way in (
+        (MASKED_LM, TRANSFORMERS),
+        (CAUSAL_LM, MEAN_OF_MEANS),
+        (MASKED_LM, ACCUMLOSS),
+        (CAUSAL_LM, ACCUMLOSS),
+    ):
+        rows = [Row(**row) for row in result[task]["rows"] if row["way"] == way]
+        off = max(row.max_weight_deviation for row in rows)
+        alike = "all splits train alike" if off < 1e-3 else "the splits train apart"
+        console.print(f"{TITLES[task]}, {way}: {alike}; weights at most {off:.0e} of the distance trained away")
+    console.print("Is your own model exact? python -m accumloss audit MODEL")
     console.print(
         f"{result['seconds']:.0f} s; written to {Path(result['files'][0]).parent}: {', '.join(Path(f).name for f in result['files'])}"
     )
