@@ -424,6 +424,30 @@ def test_blocks_with_a_trainer_run(page, with_trainer, monkeypatch):
     assert ran == (DOCS / f"{page}.md").read_text().count("```python") > 0
 
 
+def test_blocks_of_the_losses_run(capsys):
+    loss_utils = pytest.importorskip("transformers.loss.loss_utils", reason="needs transformers")
+    from training import VOCAB, build, rows
+
+    labels = torch.stack([row["input_ids"] for row in rows()])
+    generator = torch.Generator().manual_seed(0)
+    names = {
+        "accumloss": accumloss,
+        "batches": [(torch.randn(2, 5, 9, generator=generator), torch.randint(9, (2, 5))) for _ in range(3)],
+        "hidden": torch.randn(*labels.shape, 16, generator=generator, requires_grad=True),
+        "head": torch.nn.Linear(16, VOCAB),
+        "labels": labels,
+        "n": labels[:, 1:].numel(),
+        "model": build("LlamaForCausalLM"),
+        "LOSS_MAPPING": dict(loss_utils.LOSS_MAPPING),
+    }
+    found = []
+    for _, block in blocks(DOCS / "losses.md"):
+        exec(block, names)
+        found.append(names.get("loss"))
+    assert len(found) == 4 and torch.equal(found[1], found[2])  # counted, and not
+    assert names["sums"].num_items == names["n"] and len(capsys.readouterr().out.splitlines()) == 2
+
+
 def test_every_block_of_readme_runs():
     assert [heading for heading, _ in blocks(README)] == ["The problem", "With Trainer", "In a loop of your own"]
 
