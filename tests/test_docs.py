@@ -149,6 +149,12 @@ def test_the_site_has_every_page(tmp_path):
         site.relinked("[x](../setup.py)", "docs/x.md", "x.md", {})
 
 
+def test_lists_and_tables_are_spaced_for_the_site():
+    text = "One\n- a\n  more\n  - b\n\nTwo\n| c |\n|---|\n| d |\n```\n- e\n```\n1. f\n   more\nThree"
+    wanted = "One\n\n- a\n    more\n    - b\n\nTwo\n\n| c |\n|---|\n| d |\n```\n- e\n```\n\n1. f\n      more\nThree"
+    assert site.spaced(text) == wanted
+
+
 # Names ----------------------------------------------------------------------------------------------------------------
 
 
