@@ -327,6 +327,7 @@ def test_census_counts(tmp_path):
     text = census.markdown(lines, 12)
     assert "| **all** | 4 | 1 | 3 | 2 | 1 | 1 | 1 |" in text and "12 minutes" in text
     assert "| EForMaskedLM | why |" in text and "| CLIPModel |" in text
+    assert all(len(row) <= 100 or row.startswith("|") for row in text.splitlines())
     census.write_csv(lines, tmp_path / "census.csv")
     with (tmp_path / "census.csv").open() as file:
         written = list(csv.DictReader(file))
@@ -377,5 +378,6 @@ def test_verdicts_of_the_census_of_trainers(wanted, what):
     text = trainers.markdown([line])
     assert f"| A | b | 3.0e+00 | - | - | 5.0e-01 | {line['accumloss']['steps']['4x2']['gradient_error']:.1e} |" in text
     assert ("| A | b | why |" in text) == wanted.startswith("told")
+    assert all(len(row) <= 100 or row.startswith("|") for row in text.splitlines())
     row = trainers.row(line)
     assert (row["stock_4x2"], row["verdict"]) == ("3.0e+00", wanted)
