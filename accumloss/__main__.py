@@ -15,7 +15,7 @@ import torch
 
 import accumloss
 
-from . import demo
+from . import demo, display
 from .auditing import command as audit_command
 
 
@@ -55,9 +55,8 @@ def print_environment(as_json: bool = False) -> int:
         return 0
     build = facts.pop("build")
     lines = {**facts, **{f"build {name}": value for name, value in build.items()}}
-    width = max(map(len, lines))
-    for name, value in lines.items():
-        print(f"{name.replace('_', ' '):<{width}}  {_text(value)}")
+    shown = {name.replace("_", " "): _text(value) for name, value in lines.items() if name != "accumloss"}
+    print(display.answer(f"accumloss {accumloss.__version__}", display.facts(shown)))
     return 0
 
 

@@ -95,6 +95,29 @@ def relinked(text: str, source: str, target: str, places: dict[str, str]) -> str
     return "".join(part if part.startswith("```") else LINK.sub(replaced, part) for part in parts)
 
 
+ITEM = re.compile(r"\s*(?:[-*]|\d+\.) ")
+
+
+def spaced(text: str) -> str:
+    """The page as Python-Markdown takes it, which wants more of a list and a table than GitHub: an empty line before, and four
+    spaces of what belongs to an item."""
+    lines: list[str] = []
+    before, is_code, is_list = "", False, False
+    for line in text.split("\n"):
+        if line.startswith("```"):
+            is_code, is_list = not is_code, False
+        elif not is_code:
+            begins = ITEM.match(line) and not is_list, line.startswith("|") and not before.startswith("|")
+            if any(begins) and before.strip():
+                lines.append("")
+            is_list = bool(ITEM.match(line)) or (is_list and (not line.strip() or line.startswith(" ")))
+            if is_list:
+                line = " " * (len(line) - len(line.lstrip())) + line
+        lines.append(line)
+        before = line
+    return "\n".join(lines)
+
+
 def stage(folder: Path = STAGE) -> None:
     """Writes the pages of the site."""
     shutil.rmtree(folder, ignore_errors=True)
@@ -111,7 +134,7 @@ def stage(folder: Path = STAGE) -> None:
         if source == "examples/README.md":
             text = examples_page(text)
         (folder / target).parent.mkdir(parents=True, exist_ok=True)
-        (folder / target).write_text(relinked(text, source, target, places))
+        (folder / target).write_text(spaced(relinked(text, source, target, places)))
 
 
 def site() -> None:

@@ -209,3 +209,11 @@ def test_demo_peak_memory_sees_a_buffer():
     if peak is None:
         pytest.skip("this system does not tell the peak memory of a process")
     assert 39e6 <= peak < 60e6  # the kernel counts pages in batches
+
+
+def test_demo_says_what_came_out(demo_result, capsys):
+    report.print_tables(demo_result[0])
+    printed = capsys.readouterr().out
+    assert printed.count("accumloss: all splits train alike") == 2
+    assert "transformers: the splits train apart" in printed and "mean of means: the splits train apart" in printed
+    assert "python -m accumloss audit MODEL" in printed

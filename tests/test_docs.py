@@ -57,6 +57,11 @@ def section(text, heading):
     return text.split(f"\n{heading}\n", 1)[1].split("\n## ", 1)[0]
 
 
+def flat(name):
+    """A page of docs/ in one line."""
+    return " ".join((DOCS / name).read_text().split())
+
+
 def table(text):
     """The cells of each row of the tables of a text, without their headings."""
     rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in text.splitlines() if line.startswith("|")]
@@ -144,6 +149,12 @@ def test_the_site_has_every_page(tmp_path):
         site.relinked("[x](../setup.py)", "docs/x.md", "x.md", {})
 
 
+def test_lists_and_tables_are_spaced_for_the_site():
+    text = "One\n- a\n  more\n  - b\n\nTwo\n| c |\n|---|\n| d |\n```\n- e\n```\n1. f\n   more\nThree"
+    wanted = "One\n\n- a\n    more\n    - b\n\nTwo\n\n| c |\n|---|\n| d |\n```\n- e\n```\n\n1. f\n      more\nThree"
+    assert site.spaced(text) == wanted
+
+
 # Names ----------------------------------------------------------------------------------------------------------------
 
 
@@ -226,6 +237,37 @@ def test_what_is_told_is_what_the_code_says():
     assert len(parts) > 10 and [part for part in parts if part not in code] == []
 
 
+def test_messages_of_troubleshooting_are_those_of_the_code():
+    code = "\n".join(path.read_text() for path in (ROOT / "accumloss").rglob("*.py"))
+    code += (ROOT / "csrc" / "ops.cpp").read_text() + (ROOT / "csrc" / "cpu" / "labels.h").read_text()
+    code = re.sub(r'"\s*\n\s*f?"', "", code)
+    rows = table(section((DOCS / "troubleshooting.md").read_text(), "## A warning or an error"))
+    messages = [message for row in rows for message in re.findall(r"`([^`]+)`", row[0])]
+    assert len(messages) > 8 and [message for message in messages if message not in code] == []
+
+
+def test_numbers_in_the_docs_are_those_of_the_code():
+    from accumloss.accumulation import window
+
+    words = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten")
+    doubles = window.KNOWN + 1  # of the packed sums; the last of them
+    assert f"One all_reduce of {words[doubles]} doubles" in flat("internals/accumulator.md")
+    assert f"| one all_reduce a dimension of the mesh | {8 * doubles} |" in flat("many-devices.md")
+    architectures = re.search(r"foreach\(listed ([^)]*)\)", (ROOT / "CMakeLists.txt").read_text())[1]
+    told = re.search(r"compiled for sm_([\d, ]+) and (\d+)", " ".join(README.read_text().split()))
+    assert [*told[1].split(", "), told[2]] == re.findall(r"\d+", architectures)
+
+
+def test_numbers_of_the_trained_heads():
+    pytest.importorskip("transformers", reason="needs transformers")
+    import tolerances
+    from training import HEADS
+
+    assert f"trains {len(HEADS)} heads" in flat("internals/exactness.md")
+    bounds = f"gradient {tolerances.TRAINER_GRADIENT:.0e}, loss {tolerances.TRAINER_LOSS:.0e} relative"
+    assert bounds.replace("e-0", "e-") in flat("internals/exactness.md")
+
+
 def test_api_page():
     page = DOCS / "api.md"
     assert page.read_text() == site.api(), "python build_tools/docs.py api"
@@ -302,8 +344,8 @@ def test_figures_of_the_censuses_are_measured():
     exact = [row for row in ran if row["verdict"] == "exact"]
     readme, problem = README.read_text(), (DOCS / "problem.md").read_text()
     for text in (readme, problem):
-        flat = " ".join(text.split())
-        assert f"{len(exact)} are " in flat and f"other {len(ran) - len(exact)} cannot be" in flat
+        told = " ".join(text.split())
+        assert f"{len(exact)} are " in told and f"other {len(ran) - len(exact)} cannot be" in told
     assert f"Of {len(ran)} classes" in readme and f"[{len(wrong)} train wrongly]" in " ".join(readme.split())
     causes = {row["stock_cause"] for row in wrong}
     counts = {cause: sum(row["stock_cause"] == cause for row in wrong) for cause in causes}
@@ -314,11 +356,18 @@ def test_figures_of_the_censuses_are_measured():
         "the mean of the means": counts["mean of means"],
         "divided by a wrong number": counts["miscounted"],
     }
+    evaluated = [row for row in exact if row["accumloss_evaluation_difference"]]
+    depend = {
+        way: sum(float(row[f"{way}_evaluation_difference"]) > 1e-5 for row in evaluated)
+        for way in ("stock", "accumloss")
+    }
+    told = f"for {depend['stock']} of {len(evaluated)} classes with stock transformers, for none with accumloss"
+    assert told in flat("problem.md") and depend["accumloss"] == 0
     trainers = rows_of("trainers.csv")
     of = {verdict: sum(row["verdict"] == verdict for row in trainers) for verdict in ("exact", "told", "not run")}
-    flat = " ".join(problem.split())
-    assert f"{len(trainers) - of['not run']} ran" in flat
-    assert f"{of['exact']} with accumloss, and the other {of['told']} are told" in flat
+    told = flat("problem.md")
+    assert f"{len(trainers) - of['not run']} ran" in told
+    assert f"{of['exact']} with accumloss, and the other {of['told']} are told" in told
 
 
 def test_figures_of_evaluation_are_measured():
@@ -334,11 +383,11 @@ def test_figures_of_evaluation_are_measured():
 def test_figures_of_the_fused_head_are_measured():
     rows = rows_of("fused_linear_architectures.csv")
     count = {path: sum(row["path"] == path for row in rows) for path in ("fused", "logits")}
-    flat = " ".join((DOCS / "transformers.md").read_text().split())
-    assert f"the {len(rows)} classes" in flat
+    told = flat("transformers.md")
+    assert f"the {len(rows)} classes" in told
     assert (
         f"{count['fused']} are fused, {count['logits']} keep their logits, and {len(rows) - sum(count.values())} could"
-        in flat
+        in told
     )
 
 
@@ -422,6 +471,30 @@ def test_blocks_with_a_trainer_run(page, with_trainer, monkeypatch):
         exec(compile(block, f"docs/{page}.md: {heading}", "exec"), vars(own))
         ran += 1
     assert ran == (DOCS / f"{page}.md").read_text().count("```python") > 0
+
+
+def test_blocks_of_the_losses_run(capsys):
+    loss_utils = pytest.importorskip("transformers.loss.loss_utils", reason="needs transformers")
+    from training import VOCAB, build, rows
+
+    labels = torch.stack([row["input_ids"] for row in rows()])
+    generator = torch.Generator().manual_seed(0)
+    names = {
+        "accumloss": accumloss,
+        "batches": [(torch.randn(2, 5, 9, generator=generator), torch.randint(9, (2, 5))) for _ in range(3)],
+        "hidden": torch.randn(*labels.shape, 16, generator=generator, requires_grad=True),
+        "head": torch.nn.Linear(16, VOCAB),
+        "labels": labels,
+        "n": labels[:, 1:].numel(),
+        "model": build("LlamaForCausalLM"),
+        "LOSS_MAPPING": dict(loss_utils.LOSS_MAPPING),
+    }
+    found = []
+    for _, block in blocks(DOCS / "losses.md"):
+        exec(block, names)
+        found.append(names.get("loss"))
+    assert len(found) == 4 and torch.equal(found[1], found[2])  # counted, and not
+    assert names["sums"].num_items == names["n"] and len(capsys.readouterr().out.splitlines()) == 2
 
 
 def test_every_block_of_readme_runs():

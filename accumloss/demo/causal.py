@@ -133,7 +133,8 @@ def train(windows: Sequence[list[list[int]]], settings: Settings, show: Callable
         compare(runs, start)
         off = {way: largest(run.loss_deviations[-1] for run in runs if run.way == way) for way in ways}
         show(
-            done * len(runs), f"Llama, off: {MEAN_OF_MEANS} {off[MEAN_OF_MEANS]:.0e}, {ACCUMLOSS} {off[ACCUMLOSS]:.0e}"
+            done * len(runs),
+            f"Llama: the loss is off by {off[MEAN_OF_MEANS]:.0e} with the {MEAN_OF_MEANS}, by {off[ACCUMLOSS]:.0e} with {ACCUMLOSS}",
         )
     measure_memory(runs, max(windows, key=lambda window: max(map(len, window)) * len(window)), device)
     return runs

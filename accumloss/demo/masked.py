@@ -77,7 +77,7 @@ class Recorder(TrainerCallback):
         if logs and "loss" in logs:
             self.run.losses.append(logs["loss"])
             self.run.loss_deviations.append(abs(logs["loss"] - self.full.losses[len(self.run.losses) - 1]))
-            self.show(f"BERT, {self.run.way} at {self.run.depth}: loss {logs['loss']:.2f}")
+            self.show(f"BERT, {self.run.way}, {self.run.depth} micro-batches: loss {logs['loss']:.2f}")
 
 
 def make_model(seed: int, device: str) -> Any:

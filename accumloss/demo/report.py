@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from .runs import ACCUMLOSS, CAUSAL_LM, MASKED_LM, MEAN_OF_MEANS, TRANSFORMERS, WAYS, WINDOW, Row, Run
+from .runs import ACCUMLOSS, CAUSAL_LM, MASKED_LM, MEAN_OF_MEANS, TRANSFORMERS, WAYS, WINDOW, Row, Run, largest
 
 Results = dict[str, list[Run]]  # task -> its runs
 Curves = dict[tuple[str, int], dict[str, list[float]]]  # (way, accumulation) -> column -> values by step
@@ -62,6 +62,8 @@ def progress(total: int) -> Iterator[Callable[[int, str], None]]:
 
         yield show
 
+
+TRAINS_ALIKE = 1e-3  # of the distance trained: AdamW divides by gradients near 0, whose rounding shows
 
 CURVE_COLUMNS = ("step", "loss", "loss_deviation", "weight_deviation", "seconds")
 
@@ -139,8 +141,22 @@ def print_tables(result: Mapping[str, Any]) -> None:
             console.print(f"{way}: {shows}")
     console.print(
         f"\nHeld against the same sequences as one batch in {TRANSFORMERS}: size of the first step's gradient, loss in nats per\n"
-        "token, weights as a share of the distance trained. Step: median. Peak: of one step, above the process at rest."
+        "token, weights as a share of the distance trained. Step: median. Peak: of one step, above the process at rest.\n"
     )
+    for task, way in (
+        (MASKED_LM, TRANSFORMERS),
+        (CAUSAL_LM, MEAN_OF_MEANS),
+        (MASKED_LM, ACCUMLOSS),
+        (CAUSAL_LM, ACCUMLOSS),
+    ):
+        deviations = [row["max_weight_deviation"] for row in result[task]["rows"] if row["way"] == way]
+        if deviations:
+            off = largest(deviations)
+            alike = "all splits train alike" if off < TRAINS_ALIKE else "the splits train apart"
+            console.print(
+                f"{task.replace('_', ' ')}, {way}: {alike}; weights off by at most {off:.0e} of the distance trained"
+            )
+    console.print("Is your own model exact? python -m accumloss audit MODEL")
     console.print(
         f"{result['seconds']:.0f} s; written to {Path(result['files'][0]).parent}: {', '.join(Path(f).name for f in result['files'])}"
     )

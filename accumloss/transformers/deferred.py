@@ -20,7 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from .. import _compat
+from .. import _compat, display
 from .registration import ABSENT, Patches, own, registration
 from .settings import settings
 
@@ -480,7 +480,7 @@ def install(patches: Patches) -> None:
 
 @dataclass(frozen=True)
 class Explanation:
-    """How the loss of a model is computed in training; ``str()`` says it in a sentence.
+    """How the loss of a model is computed in training; ``str()`` says it.
 
     Attributes:
         model: name of the model's class.
@@ -506,4 +506,4 @@ class Explanation:
             "logits": "from the logits",
             "stock": "by transformers' own loss",
         }[self.path]
-        return f"{self.model}: {described}" + (f": {self.reason}" if self.reason else "") + f" ({self.loss})"
+        return display.answer(f"{self.model}: {described}", display.facts({"why": self.reason, "loss": self.loss}))

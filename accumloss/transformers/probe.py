@@ -22,6 +22,7 @@ from typing import Any, NamedTuple
 import torch
 from torch.overrides import TorchFunctionMode
 
+from .. import display
 from .._compat import NUM_GPUS, BatchNorm, Dropout, prepared_inputs, without_autocast
 from . import counting, known, objective
 from . import step as steps
@@ -93,20 +94,27 @@ class Verification:
 
     def __str__(self) -> str:
         verdict = {True: "is exact", False: "is NOT exact", None: "could not be measured"}[self.is_exact]
-        lines = [f"accumloss: the step of {self.trainer} over micro-batches {verdict}"]
+        found = {"why": self.reason}
         if self.cuts:
             cuts = ", ".join(" + ".join(map(str, cut)) for cut in self.cuts)
-            lines[0] += (
-                f" ({self.rows} rows as {cuts}: largest difference {self.error:.1e} of the loss; "
-                f"{self.forwards} forwards)"
+            found["rows"] = f"{self.rows}, as {cuts}; {self.forwards} forwards"
+            found["error"] = f"{self.error:.1e} of the loss, between the rows and their parts"
+        terms = [
+            (
+                f"{term.coefficient:.6g} x {term.name}",
+                term.averages_over,
+                term.known_by,
+                "exact" if term.is_exact else "not exact",
             )
-        lines += [f"  {self.reason}"] if self.reason else []
-        for term in self.terms:
-            verdict = "exact" if term.is_exact else "not exact: " + term.reason
-            lines.append(
-                f"  {term.coefficient:.6g} x {term.name}: averages over {term.averages_over} ({term.known_by}): {verdict}"
-            )
-        return "\n".join(lines)
+            for term in self.terms
+        ]
+        return display.answer(
+            f"accumloss: the step of {self.trainer} over micro-batches {verdict}",
+            display.facts(found),
+            display.table(("term of the loss", "averages over", "known by", "over micro-batches"), terms)
+            if terms
+            else "",
+        )
 
 
 class NotMeasured(Exception):

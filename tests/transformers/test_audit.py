@@ -15,7 +15,7 @@ from training import LENGTH, build, rows
 import accumloss
 from accumloss.__main__ import main
 from accumloss.auditing import AuditError, audit_rows, census, measure, trainers, worker
-from accumloss.auditing.report import verdict
+from accumloss.auditing.report import verdict, what_to_do
 
 
 @pytest.fixture(scope="module")
@@ -206,6 +206,23 @@ def test_audit_prints_a_table(capsys):
     assert main(["audit", "BertForMaskedLM", "--batch-sizes", "4", "--groups"]) == 0
     out = capsys.readouterr().out
     assert "2x4" in out and "sum of means" in out and "accumloss: exact" in out and "cls.predictions" in out
+    assert "its size, of that of the one batch: 1 is right" in out  # what the columns are
+    assert " MB" not in out and " ms" not in out  # a tiny model's say nothing
+    assert out.rstrip().splitlines()[-1].startswith("what to do: call accumloss.register_with_transformers()")
+
+
+def test_audit_says_what_to_do():
+    def found(stock, ours, evaluation, **more):
+        steps = [
+            measure.StepResult(way, "4x2", 4, 1.0, error, error, "" if error < 1e-4 else measure.SUM_OF_MEANS, 0.0, 0.0)
+            for way, error in (("stock", stock), ("accumloss", ours))
+        ]
+        return measure.Report("Model", 8, 1.0, 0.0, steps, evaluation={"stock": evaluation}, **more)
+
+    assert what_to_do(found(1e-7, 1e-7, 0.0)).startswith("nothing")
+    assert "eval_loss" in what_to_do(found(1e-7, 1e-7, 1e-2))
+    assert what_to_do(found(3.0, 1e-7, 0.0)).startswith("call accumloss.register_with_transformers()")
+    assert what_to_do(found(3.0, 1.0, 0.0, remedy="a larger batch")) == "a larger batch"
 
 
 def test_audit_of_an_own_model(capsys, tmp_path, monkeypatch):
@@ -218,7 +235,7 @@ def test_audit_of_an_own_model(capsys, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.syspath_prepend(str(tmp_path))
     assert main(["audit", "--factory", "own_audit:make"]) == 1
-    assert "coupled over the batch" in capsys.readouterr().out.replace("\n", " ")
+    assert "coupled over the batch" in " ".join(capsys.readouterr().out.split())
     for factory, message in (
         ("own_audit:wrong", "expected own_audit:wrong() to return (model, batches) or a Trainer, got int"),
         ("own_audit:missing", "expected --factory own_audit:missing to import"),
@@ -310,6 +327,7 @@ def test_census_counts(tmp_path):
     text = census.markdown(lines, 12)
     assert "| **all** | 4 | 1 | 3 | 2 | 1 | 1 | 1 |" in text and "12 minutes" in text
     assert "| EForMaskedLM | why |" in text and "| CLIPModel |" in text
+    assert all(len(row) <= 100 or row.startswith("|") for row in text.splitlines())
     census.write_csv(lines, tmp_path / "census.csv")
     with (tmp_path / "census.csv").open() as file:
         written = list(csv.DictReader(file))
@@ -360,5 +378,6 @@ def test_verdicts_of_the_census_of_trainers(wanted, what):
     text = trainers.markdown([line])
     assert f"| A | b | 3.0e+00 | - | - | 5.0e-01 | {line['accumloss']['steps']['4x2']['gradient_error']:.1e} |" in text
     assert ("| A | b | why |" in text) == wanted.startswith("told")
+    assert all(len(row) <= 100 or row.startswith("|") for row in text.splitlines())
     row = trainers.row(line)
     assert (row["stock_4x2"], row["verdict"]) == ("3.0e+00", wanted)

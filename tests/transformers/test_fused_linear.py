@@ -401,7 +401,9 @@ def test_lora_on_the_body_is_fused_and_on_the_head_is_not():
 
 def test_explain_says_what_is_registered():
     model = llama()
-    assert explained(model).startswith("LlamaForCausalLM: by transformers' own loss: accumloss is not registered")
+    assert explained(model).startswith(
+        "LlamaForCausalLM: by transformers' own loss\n  why   accumloss is not registered"
+    )
     with accumloss.registered():
         assert "registered without fused_linear=True" in explained(model)
     with accumloss.registered(fused_linear=True):
