@@ -4,6 +4,7 @@ from typing import TYPE_CHECKING, Any
 
 from .accumulation import Accumulator
 from .cuda import CudaPlan, check, plan
+from .fallback import FallbackWarning
 from .inexact import InexactError, InexactWarning
 from .linear import LinearPlan, ValidCount, count_valid, linear_plan
 from .losses import (
@@ -55,6 +56,7 @@ __all__ = [
     "Accumulator",
     "CudaPlan",
     "Explanation",
+    "FallbackWarning",
     "InexactError",
     "InexactWarning",
     "LinearPlan",

@@ -113,7 +113,7 @@ class TokenExpected(NamedTuple):
     entropy: torch.Tensor
     argmax: torch.Tensor
 
-    def gradient(self, grads: dict[str, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
+    def gradient(self, grads: dict[str, torch.Tensor], device: str = "cpu") -> tuple[torch.Tensor, torch.Tensor]:
         """(..., V) for gradients (...) that come back to loss, nll, lse and entropy; and its bound."""
         case = self.case
         options = case.options
@@ -146,7 +146,7 @@ class TokenExpected(NamedTuple):
         terms = terms + (of_nll + of_lse + of_entropy) * slope
         terms = torch.where(is_item.unsqueeze(-1), terms, torch.zeros_like(terms))
         is_transformed = options.softcap > 0 or options.logit_scale != 1
-        bound = gradient_bound(grad, z, self.lse, terms, case.logits.dtype, "cpu", is_transformed)
+        bound = gradient_bound(grad, z, self.lse, terms, case.logits.dtype, device, is_transformed)
         # the oracle's own rounding: of an entry it takes differences of what is not as small
         of_p = torch.where(p == 0, p, p * (1 + surprise + self.entropy.unsqueeze(-1))).scatter(
             -1, y, 1 + self.nll.unsqueeze(-1)

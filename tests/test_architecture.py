@@ -33,6 +33,7 @@ LAYERS = [
     {"checks"},
     {"arguments"},
     {"reference"},
+    {"fallback"},
     {"ops"},
     {"parallel", "weighting"},
     {"cuda", "linear"},
