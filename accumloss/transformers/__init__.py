@@ -21,6 +21,7 @@ from .probe import MeasuredTerm, Verification
 from .registration import Part, registration
 from .settings import settings
 from .tensor_parallel import vocabulary_parallel_plan
+from .versions import warn_where_newer
 
 __all__ = [
     "Explanation",
@@ -244,8 +245,9 @@ def _base(model: Any, function: str) -> Any:
 
 def _check_transformers() -> None:
     try:
-        import transformers  # noqa: F401
+        import transformers
     except ImportError as error:
         raise RuntimeError(
             f"register_with_transformers: expected transformers, got: {error}; pip install 'accumloss[transformers]'"
         ) from error
+    warn_where_newer(transformers.__version__)

@@ -7,6 +7,7 @@ from typing import Any, cast
 from .._compat import LOSS_FUNCTION
 from .losses import REPLACEMENTS, Loss, underlying
 from .registration import Patches
+from .versions import TESTED
 
 REQUIRED = ("ForCausalLMLoss", "ForMaskedLMLoss", "ForSequenceClassificationLoss")  # the others came, or may go
 
@@ -30,7 +31,7 @@ def stock_losses() -> dict[str, Loss]:
         if missing:
             raise RuntimeError(
                 f"register_with_transformers: expected transformers.loss.loss_utils to define {', '.join(missing)}, "
-                "got a transformers that does not; transformers 4.57 to 5.24 are supported"
+                f"got a transformers that does not; {TESTED} are supported"
             )
         _stock.update(found)
     return _stock

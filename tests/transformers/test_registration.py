@@ -20,7 +20,7 @@ from transformers.loss.loss_utils import LOSS_MAPPING
 
 import accumloss
 from accumloss.transformers import heads as torch_losses
-from accumloss.transformers import losses, mapping
+from accumloss.transformers import losses, mapping, versions
 from accumloss.transformers.patches import trainer_methods
 from accumloss.transformers.registration import Patches
 
@@ -82,6 +82,23 @@ def test_unregistering_restores_the_very_same_objects():
     assert_same(before, everything())
     accumloss.unregister_from_transformers()  # idempotent too
     assert_same(before, everything())
+
+
+def test_a_newer_transformers_than_the_tested_ones_is_told_of_once(monkeypatch):
+    versions.warn_where_newer.cache_clear()
+    monkeypatch.setattr(warnings, "filters", [])
+    warnings.simplefilter("error")
+    for version in ("4.57.6", "5.24.9", f"{versions.NEWEST[0]}.{versions.NEWEST[1]}.0.dev0"):
+        monkeypatch.setattr(transformers, "__version__", version)
+        with accumloss.registered():
+            pass
+    for version in ("5.25.0", "6.0.0.dev0"):
+        monkeypatch.setattr(transformers, "__version__", version)
+        with pytest.warns(UserWarning, match=rf"4\.57 to 5\.24 .*{version}.*python -m accumloss audit") as caught:
+            accumloss.register_with_transformers()
+        accumloss.register_with_transformers()
+        accumloss.unregister_from_transformers()
+        assert [w.filename for w in caught] == [__file__]
 
 
 def test_registered_as_context():

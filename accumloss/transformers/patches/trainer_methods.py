@@ -46,6 +46,7 @@ from ..ranks import (
 from ..registration import Patches, registration
 from ..settings import settings
 from ..state import Metrics, State, Window, begin, counted_in_step, is_covered, state_of
+from ..versions import TESTED
 from ..watch import look_at, measure_once
 from . import originals
 from .compute_loss import compute_own_loss
@@ -61,7 +62,7 @@ def install(patches: Patches) -> None:
     if missing:
         raise RuntimeError(
             f"register_with_transformers: expected transformers.Trainer to have {', '.join(missing)}, got a "
-            "transformers that does not; transformers 4.57 to 5.24 are supported"
+            f"transformers that does not; {TESTED} are supported"
         )
     for name, ours in METHODS.items():
         if name in patches.stayed and getattr(cls, name) is not originals[name]:
