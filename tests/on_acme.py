@@ -87,6 +87,15 @@ def refuses_where_that_is_asked_for() -> None:
     accumloss.causal_lm_loss(*batch())  # nor did the CPU mind
 
 
+@check
+def env_names_the_device() -> None:
+    from accumloss.environment import environment
+
+    _, device = environment()["devices"]
+    assert (device["device"], device["served_by"]) == ("acme:0", "fallback"), device
+    assert device["why"] == fallback.reason(DEVICE).why
+
+
 def heads(device: str) -> dict[str, torch.Tensor]:
     generator = torch.Generator().manual_seed(1)
     sizes = {"hidden": (B, T, H), "weight": (V, H), "bias": (V,), "other": (V, H)}

@@ -39,7 +39,7 @@ LAYERS = [
     {"cuda", "linear"},
     {"losses", "per_token"},
     {"accumulation", "transformers", "trl"},
-    {"auditing", "demo"},
+    {"auditing", "demo", "environment"},
     {"__init__"},
     {"__main__"},
 ]
