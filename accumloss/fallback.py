@@ -11,6 +11,7 @@ import functools
 import math
 import os
 import re
+import threading
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
@@ -135,21 +136,40 @@ def _announce(function: str, device: torch.device) -> None:
 _bad_labels: dict[torch.device, Tensor] = {}  # (2,) row and label of the first since the last check; row -1: none
 
 
+def _record_of(device: torch.device) -> Tensor | None:
+    """Memory of the device for it; None where a capture has begun before there was any."""
+    if device in _bad_labels:
+        return _bad_labels[device]
+    if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+        return None
+
+    def allocate() -> None:
+        _bad_labels[device] = torch.full((2,), -1, dtype=torch.int64, device=device)
+
+    # It outlives the call: in a thread of its own it is none of the memory of a graph that torch.compile warms up here, nor
+    # an inference tensor.
+    thread = threading.Thread(target=allocate)
+    thread.start()
+    thread.join()
+    return _bad_labels[device]
+
+
 def _record_bad_labels(is_bad: Tensor, labels: Tensor) -> None:
     """Keeps the first of them on the device: to look would be to wait."""
-    if not labels.numel():
+    record = _record_of(labels.device) if labels.numel() else None
+    if record is None:
         return
     row = is_bad.to(torch.float32).argmax()
     first = torch.stack([torch.where(is_bad.any(), row, -1), labels[row.view(1)].squeeze(0)])
-    known = _bad_labels.get(labels.device)
-    _bad_labels[labels.device] = first if known is None else torch.where(known[0] >= 0, known, first)
+    record.copy_(torch.where(record[0] >= 0, record, first))
 
 
 def check_labels() -> None:
     """Raises IndexError where a call in plain PyTorch has met a label outside [0, V) since the last check. Waits for it."""
-    for device in list(_bad_labels):
-        row, label = _bad_labels.pop(device).tolist()
+    for device, record in _bad_labels.items():
+        row, label = record.tolist()
         if row >= 0:
+            record.fill_(-1)
             raise IndexError(
                 f"cross_entropy: expected labels in [0, V) or ignore_index, got {label} for row {row} of an earlier call on "
                 f"{device}; check vocab_size and the value that pads the labels"

@@ -253,6 +253,9 @@ def bad_labels_are_nan_and_told() -> None:
     assert loss.isnan().item()
     grad = leaf.grad.cpu()
     assert not grad[1, 3].any() and grad.isfinite().all() and grad[1, 2].any()
+    labels[2, 0] = -7
+    with torch.no_grad():
+        accumloss.cross_entropy(logits.to(DEVICE), labels)  # the first one stays
     said = fails_with(IndexError, accumloss.check)
     assert f"got {V} for row {T + 3}" in said and "acme" in said, said
     accumloss.check()

@@ -144,6 +144,17 @@ def test_chunks_change_nothing(plain, monkeypatch):
                     assert_close(a, b, SUM, f"output {name}")
 
 
+def test_labels_that_inference_meets_are_told_in_training(plain):
+    """What is recorded in one mode is written to in the other."""
+    x, y = torch.randn(2, 5), torch.tensor([0, 5])
+    with torch.inference_mode():
+        OPS.cross_entropy(x, y)
+    OPS.cross_entropy(x, y - 6)
+    with pytest.raises(IndexError, match=r"got 5 for row 1 of an earlier call on cpu"):
+        accumloss.check()
+    accumloss.check()
+
+
 def test_a_factor_is_not_rounded_to_16_bits(plain, monkeypatch):
     monkeypatch.setattr(fallback, "MAX_SCRATCH_BYTES", 64)  # in several chunks
     values = torch.arange(1, 100).bfloat16()
