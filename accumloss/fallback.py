@@ -64,9 +64,10 @@ def reason(device: torch.device | str) -> Reason | None:
         return Reason("accumloss has no kernels for ROCm", "nothing has to be done, if speed is no matter")
     architectures = _architectures()
     if architectures is None:
+        cause = _build().get("without_cuda")
         return Reason(
-            "this accumloss was built without CUDA",
-            "install it again, from its sources and where nvcc is found, with ACCUMLOSS_CUDA=ON",
+            "this accumloss was built without CUDA" + (f" ({cause})" if cause else ""),
+            "install it again from its sources with ACCUMLOSS_CUDA=ON, which says what is missing",
         )
     if not torch.cuda.is_available():
         return None  # of a GPU of which nothing is known
@@ -75,15 +76,19 @@ def reason(device: torch.device | str) -> Reason | None:
         return None
     return Reason(
         f"this accumloss was built for the architectures {architectures}, and has no image for sm_{major}{minor}",
-        f"install it again, from its sources, with CUDAARCHS={major}{minor}",
+        f"install it again from its sources with CUDAARCHS={major}{minor}",
     )
+
+
+def _build() -> dict[str, Any]:
+    from . import _C  # late: what is said where it is missing is said by ops
+
+    return _C.build_info()
 
 
 def _architectures() -> str | None:
     """As CMake writes them; None in a build without CUDA."""
-    from . import _C
-
-    return _C.build_info()["cuda_architectures"]
+    return _build()["cuda_architectures"]
 
 
 def has_image(architectures: str, major: int, minor: int) -> bool:

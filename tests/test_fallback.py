@@ -18,6 +18,7 @@ from cases import DTYPES, sample_cases, short_cases
 from oracle import check_sums, expected, token_expected, z_scale
 from shards import merged, seven_outputs
 from tolerances import SUM, assert_close, assert_within, entropy_bound, row_loss_bound
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import accumloss
 from accumloss import _compat, fallback, ops, parallel
@@ -156,11 +157,22 @@ def test_labels_that_inference_meets_are_told_in_training(plain):
 
 
 def test_a_factor_is_not_rounded_to_16_bits(plain, monkeypatch):
+    """Where both lie on a device, a product with a 0-dim factor is one of the 16 bits; the CPU takes it for a number."""
+    products = []
+
+    class Products(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            if func.name().startswith("aten::mul"):
+                products.append([arg.dtype for arg in args if isinstance(arg, torch.Tensor)])
+            return func(*args, **(kwargs or {}))
+
     monkeypatch.setattr(fallback, "MAX_SCRATCH_BYTES", 64)  # in several chunks
     values = torch.arange(1, 100).bfloat16()
     wanted = (values.double() * torch.tensor(1 / 3).double()).to(torch.bfloat16)
-    OPS.scale_(values, torch.tensor(1 / 3))
+    with Products():
+        fallback.KERNELS["scale_"](values, torch.tensor(1 / 3))
     assert torch.equal(values, wanted)
+    assert len(products) > 1 and all(dtypes == [torch.float32] * 2 for dtypes in products), products
 
 
 # What the ops owe PyTorch ---------------------------------------------------------------------------------------------------
@@ -275,6 +287,9 @@ def test_reasons_name_the_remedy(monkeypatch):
     assert "none for xpu" in fallback.reason("xpu").why
     monkeypatch.setattr(torch.version, "hip", None)
     monkeypatch.setattr(fallback, "_architectures", lambda: None)
+    monkeypatch.setattr(fallback, "_build", lambda: {"without_cuda": "nvcc was not found"})
+    assert "built without CUDA (nvcc was not found)" in fallback.reason("cuda").why
+    monkeypatch.setattr(fallback, "_build", dict)
     assert "built without CUDA" in fallback.reason("cuda").why and "ACCUMLOSS_CUDA=ON" in fallback.reason("cuda").remedy
     monkeypatch.setattr(fallback, "_architectures", lambda: "80-real 90-real")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
