@@ -62,13 +62,15 @@ The machine
     empty_cache                   returns the memory that is kept between calls
     plan                          the CUDA kernel that serves a call
     CudaPlan                      what plan returns
-    check                         raises where a CUDA call has met a bad label
+    check                         raises where a call on a GPU has met a bad label
+    FallbackWarning               a device without kernels: plain PyTorch serves it, and why
 """
 
 from typing import TYPE_CHECKING, Any
 
 from .accumulation import Accumulator
 from .cuda import CudaPlan, check, plan, warn_without_kernels
+from .fallback import FallbackWarning
 from .inexact import InexactError, InexactWarning
 from .linear import LinearPlan, ValidCount, count_valid, linear_plan
 from .losses import (
@@ -121,6 +123,7 @@ __all__ = [
     "Accumulator",
     "CudaPlan",
     "Explanation",
+    "FallbackWarning",
     "InexactError",
     "InexactWarning",
     "LinearPlan",

@@ -3,60 +3,24 @@
 from __future__ import annotations
 
 import argparse
-import importlib.metadata
 import json
-import platform
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
-
-import torch
-
-import accumloss
 
 from . import demo, display
 from .auditing import command as audit_command
-
-
-def environment() -> dict[str, Any]:
-    """What matters when a result is compared or a bug reported: versions, build, machine."""
-    has_cuda = torch.cuda.is_available()
-    return {
-        "accumloss": accumloss.__version__,
-        "torch": torch.__version__,
-        "transformers": _version("transformers"),  # None: not installed
-        "python": platform.python_version(),
-        "platform": platform.platform(),
-        "threads": torch.get_num_threads(),
-        "torch_cpu_capability": torch.backends.cpu.get_cpu_capability(),
-        "gpus": [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())] if has_cuda else [],
-        "build": accumloss.build_info(),
-    }
-
-
-def _version(package: str) -> str | None:
-    try:
-        return importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:
-        return None
-
-
-def _text(value: Any) -> str:
-    if isinstance(value, list | tuple):
-        return ", ".join(map(str, value)) or "none"
-    return "none" if value is None else str(value)
+from .environment import environment
+from .environment import lines as lines_of
 
 
 def print_environment(as_json: bool = False) -> int:
     facts = environment()
     if as_json:
-        print(json.dumps(facts, indent=2, default=str))
+        print(json.dumps(facts, indent=2))
         return 0
-    build = facts.pop("build")
-    lines = {**facts, **{f"build {name}": value for name, value in build.items()}}
-    shown = {name.replace("_", " "): _text(value) for name, value in lines.items() if name != "accumloss"}
-    print(display.answer(f"accumloss {accumloss.__version__}", display.facts(shown)))
+    shown = {name: text for name, text in lines_of(facts) if name != "accumloss"}
+    print(display.answer(f"accumloss {facts['accumloss']}", display.facts(shown)))
     return 0
 
 
@@ -66,7 +30,7 @@ def make_parser() -> argparse.ArgumentParser:
     )
     commands = parser.add_subparsers(dest="command", metavar="COMMAND")
 
-    env = commands.add_parser("env", help="versions, build, CPU capability, GPUs")
+    env = commands.add_parser("env", help="what a bug report needs: versions, build, what serves each device")
     env.add_argument("--json", action="store_true", help="print JSON")
 
     defaults = demo.Settings()

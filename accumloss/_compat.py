@@ -32,6 +32,7 @@ __all__ = [
     "below_ad_inplace",
     "below_autograd",
     "class_of",
+    "computed_kernel",
     "current_backward",
     "dataloaders_of",
     "direct_apply",
@@ -57,6 +58,7 @@ __all__ = [
     "prepared_inputs",
     "tree_map",
     "uncompiled",
+    "when_cuda_starts",
     "without_autocast",
     "without_subclasses",
 ]
@@ -83,6 +85,16 @@ is_functorch_active = torch._C._are_functorch_transforms_active
 def is_forward_ad_open() -> bool:
     """Whether a level of forward-mode AD is open, outside of which no tensor has a tangent."""
     return forward_ad._current_level >= 0
+
+
+def when_cuda_starts(call: Callable[[], None]) -> None:
+    """Calls when torch starts CUDA in this process; now, where it has."""
+    torch.cuda._lazy_call(call)
+
+
+def computed_kernel(op: str, key: str) -> Callable[..., Any]:
+    """The kernel that the dispatcher has for an op and a key now, to be called with a keyset first."""
+    return torch.library.get_kernel(op, key).call_boxed
 
 
 foreach_mul_, foreach_norm = torch._foreach_mul_, torch._foreach_norm  # many tensors at once, in one kernel on CUDA

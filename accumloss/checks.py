@@ -14,6 +14,7 @@ from torch.autograd import forward_ad
 
 from ._compat import is_forward_ad_open
 from .options import LossOptions
+from .sums import wide_dtype
 
 FLOATS = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 
@@ -128,10 +129,11 @@ def check_grad(function: str, grad_loss_sum: torch.Tensor, logits: torch.Tensor)
 
 def check_totals(function: str, totals: torch.Tensor, logits: torch.Tensor) -> None:
     def message() -> str:
-        return f"contiguous totals (5,) of dtype double, got {totals.dtype} of shape {_shape(totals)}"
+        wide = "double" if wide_dtype(totals.device) == torch.float64 else "float"
+        return f"contiguous totals (5,) of dtype {wide}, got {totals.dtype} of shape {_shape(totals)}"
 
     require(totals.dim() == 1, function, message)
-    require(totals.shape[0] == 5 and totals.dtype == torch.float64, function, message)
+    require(totals.shape[0] == 5 and totals.dtype == wide_dtype(totals.device), function, message)
     require(not _is_known(totals) or totals.is_contiguous(), function, message)
     check_device(function, "totals", totals, logits)
 

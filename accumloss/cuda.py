@@ -7,6 +7,7 @@ from typing import NamedTuple
 
 import torch
 
+from . import fallback
 from .checks import FLOATS
 from .keywords import checked
 from .ops import _C  # whose error says what to do where it is missing
@@ -118,6 +119,8 @@ def check() -> None:
     Such labels never become an index: the row's loss is NaN, its gradient zero, and the first of them is recorded
     without a sync. Call ``torch.cuda.synchronize()`` before, to be sure that the work so far is covered.
 
+    On a device without kernels (``FallbackWarning``) it waits for the calls so far; nothing else raises there.
+
     Raises:
         IndexError: such a label, with its row.
 
@@ -125,6 +128,7 @@ def check() -> None:
         >>> accumloss.check()  # nothing was met
     """
     _C.check()
+    fallback.check_labels()
 
 
 def warn_without_kernels() -> None:

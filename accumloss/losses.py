@@ -30,7 +30,7 @@ from .arguments import (
 )
 from .keywords import checked, checked_loss
 from .options import LossOptions, options_of
-from .sums import TokenSums, at_least_one
+from .sums import TokenSums, at_least_one, widened
 from .weighting import check_token_weight, refuse_token_weight, shifted, soft_sums, sums_of, weighted_sums, z_loss_of
 
 
@@ -953,7 +953,7 @@ def _items_of(part: parallel.Part, options: LossOptions) -> torch.Tensor:
         return part.whole(num_items)
     dtype = ops.accumulation_dtype(part.logits)
     classes = part.labels.clamp(0, part.weight.shape[0] - 1).long()
-    weights = torch.where(is_item, part.weight.to(dtype).double()[classes], 0.0)
+    weights = torch.where(is_item, widened(part.weight.to(dtype))[classes], 0.0)
     return part.whole(weights.sum()).to(dtype)
 
 

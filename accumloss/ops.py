@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch.autograd.function import once_differentiable
 
-from . import checks, reference
+from . import checks, fallback, reference
 from ._compat import (
     after_ad_inplace,
     after_autograd,
@@ -25,7 +25,7 @@ from ._compat import (
     is_functorch_active,
 )
 from .options import LossOptions
-from .sums import at_least_one
+from .sums import at_least_one, wide_dtype
 
 try:
     from . import _C  # registers the ops
@@ -61,7 +61,7 @@ def _fake_sums(logits: torch.Tensor) -> tuple[torch.Tensor, ...]:
 def _(logits, labels, weight=None, **options):
     checks.check_call("cross_entropy", logits, labels, weight, options)
     loss_sum, num_items, total_weight, num_correct, entropy_sum = _fake_sums(logits)
-    lse = logits.new_empty(labels.shape, dtype=torch.float64)
+    lse = logits.new_empty(labels.shape, dtype=wide_dtype(logits.device))
     nll = logits.new_empty(labels.shape, dtype=accumulation_dtype(logits))
     return loss_sum, num_items, total_weight, lse, num_correct, entropy_sum, nll
 
@@ -69,7 +69,7 @@ def _(logits, labels, weight=None, **options):
 def _check_backward(function, grad_loss_sum, logits, labels, lse, nll, weight, options, shard=None):
     checks.check_call(function, logits, labels, weight, options, shard)
     checks.check_grad(function, grad_loss_sum, logits)
-    checks.check_saved(function, "lse", lse, torch.float64, labels, logits)
+    checks.check_saved(function, "lse", lse, wide_dtype(logits.device), labels, logits)
     checks.check_saved(function, "nll", nll, accumulation_dtype(logits), labels, logits)
 
 
@@ -124,7 +124,7 @@ def _(logits, labels, weight=None, *, metrics=False, **options):
     acc = accumulation_dtype(logits)
     sizes = labels.shape if metrics else (0,)
     loss, nll = (logits.new_empty(labels.shape, dtype=acc) for _ in range(2))
-    lse = logits.new_empty(labels.shape, dtype=torch.float64)
+    lse = logits.new_empty(labels.shape, dtype=wide_dtype(logits.device))
     return loss, nll, lse, logits.new_empty(sizes, dtype=acc), logits.new_empty(sizes, dtype=torch.int64)
 
 
@@ -132,7 +132,7 @@ def _check_tokens_backward(function, grads, logits, labels, nll, lse, entropy, w
     options = dict(options)
     shard = options.pop("class_offset", 0), options.pop("vocab_size", 0)
     checks.check_call(function, logits, labels, weight, options, shard)
-    checks.check_saved(function, "lse", lse, torch.float64, labels, logits)
+    checks.check_saved(function, "lse", lse, wide_dtype(logits.device), labels, logits)
     checks.check_saved(function, "nll", nll, accumulation_dtype(logits), labels, logits)
     if grads[3] is not None:
         checks.check_saved(function, "entropy", entropy, accumulation_dtype(logits), labels, logits)
@@ -159,14 +159,15 @@ def _(grad_loss, grad_nll, grad_lse, grad_entropy, logits, labels, nll, lse, ent
 
 def _check_saved_rows(function, saved, labels, logits):
     for name, tensor in saved.items():
-        checks.check_saved(function, name, tensor, torch.float64, labels, logits)
+        checks.check_saved(function, name, tensor, wide_dtype(logits.device), labels, logits)
 
 
 @torch.library.register_fake("accumloss::distillation")
 def _(student_logits, teacher_logits, labels, **options):
     checks.check_distillation("distillation", student_logits, teacher_logits, labels, **options)
     loss = student_logits.new_empty(labels.shape, dtype=accumulation_dtype(student_logits))
-    return loss, *(student_logits.new_empty(labels.shape, dtype=torch.float64) for _ in range(4))
+    wide = wide_dtype(student_logits.device)
+    return loss, *(student_logits.new_empty(labels.shape, dtype=wide) for _ in range(4))
 
 
 def _check_distillation_backward(
@@ -204,7 +205,8 @@ def _check_soft(function, logits, targets, weight, options):
 def _(logits, targets, weight=None, **options):
     label = _check_soft("soft_cross_entropy", logits, targets, weight, options)
     loss, nll = (logits.new_empty(label.shape, dtype=accumulation_dtype(logits)) for _ in range(2))
-    lse, total, of_label = (logits.new_empty(label.shape, dtype=torch.float64) for _ in range(3))
+    wide = wide_dtype(logits.device)
+    lse, total, of_label = (logits.new_empty(label.shape, dtype=wide) for _ in range(3))
     return loss, nll, lse, total, of_label, label
 
 
@@ -231,7 +233,7 @@ def shard_columns(label_smoothing: float, metrics: bool) -> int:
 def _(logits, labels, weight=None, *, class_offset, vocab_size, metrics=False, **options):
     checks.check_call("cross_entropy_shard", logits, labels, weight, options, (class_offset, vocab_size))
     columns = shard_columns(options.get("label_smoothing", 0.0), metrics)
-    return logits.new_empty((columns, *labels.shape), dtype=torch.float64)
+    return logits.new_empty((columns, *labels.shape), dtype=wide_dtype(logits.device))
 
 
 @torch.library.register_fake("accumloss::cross_entropy_shard_backward")
@@ -374,6 +376,7 @@ def _language_model(shift: int) -> Any:
 
 
 _kernels = torch.library.Library("accumloss", "IMPL")
+fallback.register(_kernels)
 _kernels.impl("cross_entropy", _cross_entropy, "Autograd", with_keyset=True)
 _kernels.impl("causal_lm", _language_model(1), "CompositeImplicitAutograd")
 _kernels.impl("masked_lm", _language_model(0), "CompositeImplicitAutograd")
@@ -783,13 +786,14 @@ def build_info() -> dict[str, Any]:
     Returns:
         dict with ``version``, ``torch`` (the version whose headers it was built with), ``compiler``, ``cuda`` (version,
         or None in a build without CUDA), ``cuda_architectures``, ``without_cuda`` (why the build has no CUDA kernels:
-        ``"ACCUMLOSS_CUDA=OFF"`` or ``"nvcc was not found"``; None where it has them) and ``cpu_capability``.
+        ``"ACCUMLOSS_CUDA=OFF"`` or ``"nvcc was not found"``; None where it has them), ``cpu_capability``, and
+        ``fallback``: the types of devices that plain PyTorch has served in this process so far, each with the reason.
 
     Examples:
         >>> accumloss.build_info()["version"] == accumloss.__version__
         True
     """
-    return _C.build_info()
+    return {**_C.build_info(), "fallback": dict(fallback.served)}
 
 
 def empty_cache() -> int:

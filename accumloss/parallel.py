@@ -17,6 +17,7 @@ from . import checks, ops, reference
 from ._compat import all_gather_single
 from .arguments import check_class_weight, check_vocab_size
 from .options import LossOptions
+from .sums import wide_dtype, widened
 
 
 class Shard(NamedTuple):
@@ -91,7 +92,8 @@ def forward(
         except IndexError as error:  # raised when all have met: one that takes the vocabulary to be larger would wait
             bad_label = error
             count = ops.shard_columns(options.label_smoothing, metrics)
-            columns = torch.full((count, *labels.shape), torch.nan, dtype=torch.float64, device=logits.device)
+            wide = wide_dtype(logits.device)
+            columns = torch.full((count, *labels.shape), torch.nan, dtype=wide, device=logits.device)
     leaders = [largest_of(logits, shard).flatten()] if finds_argmax else []
     packed = torch.cat(
         [columns.flatten(), *leaders, columns.new_full((1,), shard.vocab_size), _checksum(labels).view(1)]
@@ -124,17 +126,18 @@ def forward(
 
 
 def largest_of(logits: torch.Tensor, shard: Shard) -> torch.Tensor:
-    """(2, ...) double: the largest of the local logits, and its class."""
+    """(2, ...) in the widest dtype: the largest of the local logits, and its class."""
     if shard.num_classes == 0:
-        return logits.new_full((2, *logits.shape[:-1]), -torch.inf, dtype=torch.float64)
+        return logits.new_full((2, *logits.shape[:-1]), -torch.inf, dtype=wide_dtype(logits.device))
     values, places = logits.detach().max(-1)
-    return torch.stack([values.double(), (places + shard.class_offset).double()])
+    return torch.stack([widened(values), widened(places + shard.class_offset)])
 
 
 def _checksum(labels: torch.Tensor) -> torch.Tensor:
-    """() double: a number that other labels would hardly have, nor the same in another order."""
+    """() in the widest dtype: a number that other labels would hardly have, nor the same in another order."""
     places = torch.arange(1, labels.numel() + 1, device=labels.device) * 2654435761
-    return ((labels.flatten().long() + 1) * places).sum().bitwise_and(2**52 - 1).double()
+    digits = 52 if wide_dtype(labels.device) == torch.float64 else 23
+    return widened(((labels.flatten().long() + 1) * places).sum().bitwise_and(2**digits - 1))
 
 
 def columns_of(
@@ -169,7 +172,7 @@ def merge(
 ) -> Rows:
     """row_result() of csrc/row.h, of all rows at once."""
     is_item = labels != options.ignore_index
-    zero = torch.zeros((), dtype=torch.float64, device=labels.device)
+    zero = torch.zeros((), dtype=gathered.dtype, device=labels.device)
     labels = torch.where(is_item, labels, torch.zeros_like(labels)).long()
     owner = (labels // shard.chunk).clamp(0, shard.size - 1)  # of bad labels too, whose rows are NaN
     each = gathered[:, 0]
@@ -182,7 +185,7 @@ def merge(
     lse = torch.where(gap > 1024, others, target + nll)
     item_weight = zero + 1
     if weight is not None:
-        weights = weight.to(dtype).double()
+        weights = weight.to(dtype).to(gathered.dtype)
         item_weight = weights[labels.clamp(0, shard.vocab_size - 1)]
     loss = (1 - options.label_smoothing) * item_weight * nll
     if options.label_smoothing > 0:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass, fields, replace
 
 import torch
@@ -62,7 +63,7 @@ class TokenSums:
         return replace(self, loss_sum=loss_sum, total_weight=total_weight, z_loss_sum=z_loss_sum)
 
     def all_reduce(self, group: dist.ProcessGroup | None = None) -> TokenSums:
-        """The sums over all ranks of a process group, by one all_reduce in fp64; the result carries no gradient.
+        """The sums over all ranks of a process group, by one all_reduce in the widest dtype of their device, fp64 almost everywhere; the result carries no gradient.
 
         Without a process group, in a process by itself, these are the sums. Every rank must have metrics, or none. Counts
         are exact to 2**53.
@@ -71,7 +72,7 @@ class TokenSums:
             return self.detach()
         present = {field.name: getattr(self, field.name) for field in fields(self)}
         present = {name: value for name, value in present.items() if value is not None}
-        packed = torch.stack([value.detach().to(torch.float64) for value in present.values()])
+        packed = torch.stack([widened(value.detach()) for value in present.values()])
         dist.all_reduce(packed, group=group)
         reduced = zip(present.items(), packed.unbind(), strict=True)
         return replace(self, **{name: total.to(value.dtype) for (name, value), total in reduced})
@@ -106,6 +107,26 @@ class TokenSums:
 def is_distributed() -> bool:
     """Whether this process is one of a group."""
     return dist.is_available() and dist.is_initialized()
+
+
+# Types of devices on which torch has no float64 at all.
+WITHOUT_FLOAT64 = {"mps"}
+
+
+def wide_dtype(device: torch.device) -> torch.dtype:
+    """The widest floating dtype of a device, in which sums are added up and lse is kept: float64, where there is one."""
+    if device.type == "xpu":
+        return torch.float64 if _xpu_has_float64(device.index) else torch.float32
+    return torch.float32 if device.type in WITHOUT_FLOAT64 else torch.float64
+
+
+def widened(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.to(wide_dtype(tensor.device))
+
+
+@functools.cache
+def _xpu_has_float64(index: int | None) -> bool:
+    return torch.xpu.get_device_properties(index).has_fp64
 
 
 def at_least_one(total: torch.Tensor) -> torch.Tensor:

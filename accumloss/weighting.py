@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from . import checks, ops, reference
 from .arguments import check_in_place, of_op
 from .options import LossOptions
-from .sums import TokenSums
+from .sums import TokenSums, widened
 
 
 def check_token_weight(name: str, token_weight: Any, labels: torch.Tensor) -> None:
@@ -79,21 +79,22 @@ def sums_of(
     options: LossOptions,
     metrics: bool,
 ) -> TokenSums:
-    """loss_sum carries gradients to the rows and to token_weight, total_weight to the latter. Summed up in fp64."""
+    """loss_sum carries gradients to the rows and to token_weight, total_weight to the latter. Summed up in the widest dtype."""
     loss, nll, lse, entropy, argmax = rows
     is_item = labels != options.ignore_index
-    of_rows = torch.where(is_item, token_weight.to(loss.device, loss.dtype), 0.0).double()
+    of_rows = torch.where(is_item, token_weight.to(loss.device, loss.dtype), 0.0)
+    of_rows = widened(of_rows)
     of_classes = of_rows
     if weight is not None:
         classes = torch.where(is_item, labels, 0).long().clamp(0, weight.shape[0] - 1)
-        of_classes = of_rows * weight.to(loss.dtype).double()[classes]
-    loss_sum = (loss.double() * of_rows).sum().to(loss.dtype)
+        of_classes = of_rows * widened(weight.to(loss.dtype))[classes]
+    loss_sum = (widened(loss) * of_rows).sum().to(loss.dtype)
     z_loss_sum = z_loss_of(lse, of_rows, options, loss.dtype)
     sums = TokenSums(loss_sum, is_item.sum(), of_classes.sum().to(loss.dtype), z_loss_sum=z_loss_sum)
     if not metrics:
         return sums
     is_correct = (argmax == labels) & is_item & ~nll.isnan()
-    entropy_sum = entropy.detach().double().sum().to(loss.dtype)
+    entropy_sum = widened(entropy.detach()).sum().to(loss.dtype)
     return replace(sums, num_correct=is_correct.sum(), entropy_sum=entropy_sum)
 
 
@@ -149,8 +150,9 @@ def soft_losses(
 
 def sums_of_losses(loss: torch.Tensor, is_item: torch.Tensor, token_weight: torch.Tensor | None) -> TokenSums:
     """The sums of rows (...) that have a loss each, and perhaps a weight: no classes, so no metrics."""
-    of_rows = is_item.double()
+    of_rows = widened(is_item)
     if token_weight is not None:
-        of_rows = torch.where(is_item, token_weight.to(loss.device, loss.dtype), 0.0).double()
-    loss_sum = (loss.double() * of_rows).sum().to(loss.dtype)
+        of_rows = torch.where(is_item, token_weight.to(loss.device, loss.dtype), 0.0)
+        of_rows = widened(of_rows)
+    loss_sum = (widened(loss) * of_rows).sum().to(loss.dtype)
     return TokenSums(loss_sum, is_item.sum(), of_rows.sum().to(loss.dtype))

@@ -10,6 +10,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+import record
 import torch
 
 import accumloss
@@ -102,6 +103,7 @@ class Cuda:
         }
 
     def __init__(self) -> None:
+        record.refuse_fallback("cuda")
         properties = torch.cuda.get_device_properties(0)
         self._flush = torch.empty(4 * properties.L2_cache_size, dtype=torch.int8, device="cuda")
 

@@ -10,8 +10,10 @@ from __future__ import annotations
 
 import argparse
 import sys
+import warnings
 from pathlib import Path
 
+import record
 import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests"))
@@ -20,7 +22,8 @@ from cases import Case
 from oracle import expected, token_expected
 from tolerances import UNIT, UNIT64, ulp
 
-from accumloss import reference
+import accumloss
+from accumloss import fallback, reference
 
 ops = torch.ops.accumloss
 
@@ -126,7 +129,16 @@ def worst_of_tokens(dtype: torch.dtype) -> dict[str, float]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", default="cpu")
-    device = parser.parse_args().device
+    parser.add_argument("--fallback", action="store_true", help="of plain PyTorch in the place of the CPU's kernels")
+    given = parser.parse_args()
+    device = given.device
+    if given.fallback and device != "cpu":
+        parser.error("--fallback: expected the CPU, whose kernels are passed over")
+    record.refuse_fallback(device)
+    library = torch.library.Library("accumloss", "IMPL")
+    if given.fallback:
+        warnings.simplefilter("ignore", accumloss.FallbackWarning)
+        fallback.pass_over(library, "CPU", lambda device: True)
     names = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32, "fp64": torch.float64}
     show({name: worst(dtype, device) for name, dtype in names.items()})
     if device == "cpu":

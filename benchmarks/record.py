@@ -51,6 +51,15 @@ def environment() -> dict[str, object]:
     }
 
 
+def refuse_fallback(device: str) -> None:
+    """SystemExit where no kernel of ours serves a device: figures of plain PyTorch in their place are none of ours."""
+    from accumloss import fallback
+
+    found = fallback.reason(device)
+    if found is not None:
+        raise SystemExit(f"benchmarks: expected a device with kernels, got {device}: {found.why}; {found.remedy}")
+
+
 def commit() -> str | None:
     """The commit that is checked out, marked where files differ from it; None outside a repository."""
     command = ["git", "-C", str(HERE), "describe", "--always", "--abbrev=40", "--dirty"]
@@ -88,7 +97,15 @@ def write_whole(file: Path, text: str) -> None:
 def write(
     folder: Path, name: str, fields: Sequence[str], lines: Iterable[Mapping[str, object]], facts: Mapping[str, object]
 ) -> tuple[Path, Path]:
-    """The table and the notes."""
+    """The table and the notes.
+
+    Raises:
+        RuntimeError: plain PyTorch has stood in for a kernel in this process.
+    """
+    from accumloss import fallback
+
+    if fallback.served:
+        raise RuntimeError(f"benchmarks: expected kernels alone, got plain PyTorch on {', '.join(fallback.served)}")
     table, notes = folder / f"{name}.csv", folder / f"{name}.json"
     write_csv(table, fields, lines)
     write_whole(notes, json.dumps(facts, indent=2) + "\n")

@@ -56,6 +56,7 @@ DEAR = {
     "by_capability": "instruction sets",
     "demo_result": "demo",
     "in_trl": "TRL",
+    "acme": "a device of its own",
 }
 
 

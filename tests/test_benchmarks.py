@@ -576,6 +576,41 @@ def test_gpu_benchmark_refuses_to_write_figures_that_mean_nothing(capsys):
         assert "no GPU is here" in capsys.readouterr().err
 
 
+def test_figures_of_plain_pytorch_are_refused(tmp_path, monkeypatch):
+    """Before they are taken where the device tells, else before they are written."""
+    import devices
+    import record
+
+    from accumloss import fallback
+
+    record.refuse_fallback("cpu")
+    monkeypatch.setattr(torch.version, "hip", None)
+    monkeypatch.setattr(fallback, "_architectures", lambda: None)
+    for refused in (devices.Cuda, lambda: record.refuse_fallback("xpu")):
+        with pytest.raises(SystemExit, match=r"benchmarks: expected a device with kernels, got (cuda|xpu): "):
+            refused()
+    monkeypatch.setitem(fallback.served, "xpu", "a test")
+    with pytest.raises(RuntimeError, match="got plain PyTorch on xpu"):
+        record.write(tmp_path, "figures", ["a"], [{"a": 1}], {})
+    assert not list(tmp_path.iterdir())
+
+
+def test_the_fallback_is_timed_on_its_own(monkeypatch, capsys):
+    import bench_fallback
+
+    from accumloss import fallback
+
+    monkeypatch.setattr(fallback, "served", {})
+    monkeypatch.setattr("sys.argv", ["bench_fallback.py", "--rows", "8", "--vocab", "50", "--rounds", "1"])
+    bench_fallback.main()
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == 2 + 3 * 3
+    assert fallback.served.keys() == {"cpu"}  # that is what was timed
+    logits = torch.randn(3, 700)
+    with pytest.raises(IndexError):  # and the kernels are back
+        torch.ops.accumloss.cross_entropy(logits, torch.full((3,), 700))
+
+
 def test_sanitizer_is_shown_every_kernel():
     """Each kernel in each pass and dtype that the table can choose it for."""
     sys.path.insert(0, str(BENCHMARKS.parent / "tests" / "cuda"))

@@ -56,6 +56,27 @@ class Double(torch.autograd.Function):
         return grad * 2
 
 
+def test_a_kernel_of_the_dispatcher_can_be_kept_and_called():
+    kernel = _compat.computed_kernel("aten::neg", "CPU")
+    one = torch.ones(())
+    assert kernel(torch._C._dispatch_keys(one), one) == -1
+
+
+def test_what_is_to_happen_when_cuda_starts_waits_for_it(monkeypatch):
+    """In a torch without CUDA it is never called; where CUDA has started it is called at once."""
+    calls: list = []
+    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: False)
+    monkeypatch.setattr(torch.cuda, "_queued_calls", [])
+    _compat.when_cuda_starts(lambda: calls.append(1))
+    assert not calls
+    (queued,) = torch.cuda._queued_calls
+    queued[0]()
+    assert calls == [1]
+    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
+    _compat.when_cuda_starts(lambda: calls.append(2))
+    assert calls == [1, 2]
+
+
 def test_a_function_is_applied_without_what_torch_does_in_python():
     leaf = torch.ones((), requires_grad=True)
     doubled = Double.apply(leaf)

@@ -1,4 +1,4 @@
-"""python -m accumloss: help, env, and the one-line errors of demo."""
+"""python -m accumloss: help, what env tells, and the one-line errors of demo."""
 
 import importlib.util
 import json
@@ -11,6 +11,7 @@ import torch
 
 import accumloss
 from accumloss import __main__ as command
+from accumloss import environment, fallback
 
 
 def test_main_without_arguments_prints_help(capsys):
@@ -28,19 +29,124 @@ def test_main_runs_as_a_module():
     assert json.loads(ran.stdout)["accumloss"] == accumloss.__version__
 
 
-def test_env_names_versions_and_build(capsys):
-    assert command.main(["env"]) == 0
-    lines = capsys.readouterr().out.splitlines()
-    for value in (torch.__version__, accumloss.__version__, accumloss.build_info()["cpu_capability"]):
-        assert any(line.split()[-1] == str(value) for line in lines)
+# What a report has, and what its parts are: with a key that goes or changes its meaning SCHEMA is raised.
+TEXT, MAYBE, NUMBER = (str,), (str, type(None)), (int,)
+DEVICE = {
+    "device": TEXT, "name": TEXT, "capability": MAYBE, "served_by": TEXT, "kernels": (dict,), "why": MAYBE, "remedy": MAYBE,
+    "free_bytes": (int, type(None)), "total_bytes": (int, type(None)),
+}  # fmt: skip
+SCHEMA_1 = {
+    "schema": NUMBER, "accumloss": TEXT, "python": TEXT, "torch": TEXT, "torch_cuda": MAYBE, "torch_hip": MAYBE,
+    "packages": dict.fromkeys(("transformers", "accelerate", "peft", "trl", "numpy"), MAYBE),
+    "platform": TEXT, "libc": MAYBE, "cpu": MAYBE, "cores": NUMBER, "threads": NUMBER, "torch_cpu_capability": TEXT,
+    "build": (dict,),  # build_info()
+    "devices": [DEVICE],
+    "transformers": {
+        "installed": MAYBE, "tested": TEXT, "losses": (list,), "warnings": (list,), "error": MAYBE, "said": TEXT,
+    },
+    "variables": (dict,),
+}  # fmt: skip
 
 
-def test_env_json_is_the_environment(capsys):
+def check_schema(facts, schema, where="env"):
+    if isinstance(schema, list):
+        assert facts, where
+        for index, fact in enumerate(facts):
+            check_schema(fact, schema[0], f"{where}[{index}]")
+    elif isinstance(schema, dict):
+        assert facts.keys() == schema.keys(), where
+        for key, value in facts.items():
+            check_schema(value, schema[key], f"{where}.{key}")
+    else:
+        assert type(facts) in schema, f"{where}: {facts!r}"
+
+
+def environment_of(capsys):
     assert command.main(["env", "--json"]) == 0
-    facts = json.loads(capsys.readouterr().out)
+    return json.loads(capsys.readouterr().out)
+
+
+def test_env_json_has_its_schema(capsys, monkeypatch):
+    monkeypatch.setenv("ACCUMLOSS_KEEP_MEMORY", "0")
+    facts = environment_of(capsys)
+    check_schema(facts, SCHEMA_1)
+    assert facts["schema"] == 1
     assert facts["threads"] == torch.get_num_threads()
-    assert len(facts["gpus"]) == (torch.cuda.device_count() if torch.cuda.is_available() else 0)
-    assert facts["build"].keys() == accumloss.build_info().keys()
+    assert facts["build"] == accumloss.build_info()
+    parts = {"version", "torch", "compiler", "cuda", "cuda_architectures", "cpu_capability", "fallback"}
+    assert parts <= facts["build"].keys()
+    assert facts["variables"]["ACCUMLOSS_KEEP_MEMORY"] == "0"
+    cpu = facts["devices"][0]
+    assert (cpu["device"], cpu["served_by"], cpu["why"]) == ("cpu", "kernels", None)
+    assert 0 < cpu["free_bytes"] < cpu["total_bytes"]
+
+
+def test_env_names_versions_build_and_devices(capsys, monkeypatch):
+    monkeypatch.setenv("ACCUMLOSS_KEEP_MEMORY", "0")
+    assert command.main(["env"]) == 0
+    first, *lines = capsys.readouterr().out.splitlines()
+    assert first == f"accumloss {accumloss.__version__}"
+    of: dict[str, str] = {}
+    last = ""
+    for line in lines:  # a long value goes on below itself
+        name, _, text = line[2:].partition("  ")
+        last = name or last
+        of[last] = f"{of.get(last, '')} {text.strip()}".strip()
+    assert of["torch"] == torch.__version__
+    assert of["build cpu capability"] == accumloss.build_info()["cpu_capability"]
+    assert f"kernels ({accumloss.build_info()['cpu_capability']} for any row)" in of["device cpu"]
+    assert "GiB free" in of["device cpu"]
+    assert of["ACCUMLOSS_KEEP_MEMORY"] == "0"
+
+
+def test_env_says_what_registering_does_and_takes_it_back(capsys):
+    transformers = pytest.importorskip("transformers", reason="transformers is not installed")
+    before = accumloss.registered_losses()
+    said = environment_of(capsys)["transformers"]
+    assert said["installed"] == transformers.__version__
+    assert {"ForCausalLM", "ForMaskedLM"} <= set(said["losses"]) and said["error"] is None
+    assert accumloss.registered_losses() == before
+    with accumloss.registered(metrics=True):
+        environment_of(capsys)
+        assert accumloss.registered_losses()["ForCausalLM"].startswith("accumloss.")
+
+
+def test_env_is_there_where_registering_fails(capsys, monkeypatch):
+    """The report of what is wrong must not end in it."""
+    if importlib.util.find_spec("transformers") is not None:
+
+        def registered():
+            raise RuntimeError("expected transformers.Trainer to have train, got a transformers that does not")
+
+        monkeypatch.setattr(environment, "registered", registered)
+        assert "to have train" in environment_of(capsys)["transformers"]["error"]
+    monkeypatch.setattr(environment, "_version", lambda package: None)
+    facts = environment_of(capsys)
+    assert facts["transformers"]["error"] == "transformers is not installed"
+    check_schema(facts, SCHEMA_1)
+
+
+def test_env_says_what_serves_each_gpu(capsys, monkeypatch):
+    """One with an image in the build, one without, of a CUDA that is none."""
+    monkeypatch.setattr(torch.version, "hip", None)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0) if device.index == 0 else (12, 0))
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: f"GPU {device.index}")
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (3 * 2**30, 4 * 2**30))
+    monkeypatch.setattr(fallback, "_architectures", lambda: "90-real")
+    monkeypatch.setattr(environment, "_registration", lambda: {"said": ""})
+    _, served, unserved = environment_of(capsys)["devices"]
+    check_schema([served, unserved], [DEVICE])
+    assert (served["device"], served["capability"], served["served_by"]) == ("cuda:0", "sm_90", "kernels")
+    assert served["kernels"] == {f"V = {V}": accumloss.plan(V, arch="sm_90").kernel for V in (32000, 128256)}
+    assert (unserved["served_by"], unserved["kernels"]) == ("fallback", {})
+    assert "sm_120" in unserved["why"] and "CUDAARCHS=120" in unserved["remedy"]
+    assert unserved["free_bytes"] == 3 * 2**30
+    monkeypatch.setattr(fallback, "_architectures", lambda: None)
+    assert command.main(["env"]) == 0
+    assert "device cuda:0" in (printed := capsys.readouterr().out)
+    assert "GPU 0, sm_90: plain PyTorch: this accumloss was built without CUDA" in printed
 
 
 def test_main_refuses_an_unknown_command(capsys):

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from .. import _compat
+from ..sums import wide_dtype
 
 # A parameter, its gradient, and the gradient's version: whether anything has written to it since. The gradient by a weak
 # reference, so that one that is dropped is freed. A plain tuple, since there is one for each parameter and micro-batch.
@@ -72,19 +73,19 @@ def multiply_(grads: list[torch.Tensor], factor: torch.Tensor) -> None:
 
 @torch.no_grad()
 def norm_of(grads: list[torch.Tensor], device: torch.device) -> torch.Tensor:
-    """() float64 2-norm of all gradients together; of DTensors, over all of their shards."""
+    """() 2-norm, in the widest dtype, of all gradients together; of DTensors, over all of their shards."""
     groups = defaultdict(list)
     for grad in grads:
         if grad.is_sparse:
             grad = grad.coalesce()._values()
         groups[grad.device, grad.dtype, getattr(grad, "device_mesh", None)].append(grad)
-    norms = [torch.zeros((), dtype=torch.float64, device=device)]
+    norms = [torch.zeros((), dtype=wide_dtype(device), device=device)]
     for (_, dtype, _), group in groups.items():
         accumulated = torch.promote_types(dtype, torch.float32)  # in fp16, the norm of a sum would be infinite
         norm: Any = torch.linalg.vector_norm(torch.stack(_compat.foreach_norm(group, 2, dtype=accumulated)))
         if hasattr(norm, "full_tensor"):
             norm = norm.full_tensor()
-        norms.append(norm.to(device, torch.float64))
+        norms.append(norm.to(device, wide_dtype(device)))
     return torch.linalg.vector_norm(torch.stack(norms))
 
 

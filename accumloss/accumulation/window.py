@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from .. import _compat
-from ..sums import TokenSums
+from ..sums import TokenSums, wide_dtype
 from .gradients import Marks, is_unchanged, marks, version_of
 
 # what is packed into the one all_reduce: the fields of TokenSums, and how many micro-batches were divided by known_total
@@ -113,7 +113,7 @@ class Window:
             )
 
     def pack(self, device: torch.device) -> torch.Tensor:
-        """(8,) float64, on the device of the losses; on ``device`` where there is none. The same layout on all ranks."""
+        """(8,) in the widest dtype, on the device of the losses; on ``device`` where there is none. The same layout on all ranks."""
         if self.sums:
             device = self.sums[0].loss_sum.device
         micro_batches = len(self.sums)
@@ -122,7 +122,7 @@ class Window:
             _add_up([getattr(sums, name) for sums in self.sums], device)
             for name in ("loss_sum", "num_items", "total_weight", "num_correct", "entropy_sum", "z_loss_sum")
         ]
-        counts = (torch.full((), n, dtype=torch.float64, device=device) for n in (micro_batches, known))
+        counts = (torch.full((), n, dtype=wide_dtype(device), device=device) for n in (micro_batches, known))
         return torch.stack([*rows, *counts])
 
     def unpack(self, packed: torch.Tensor) -> TokenSums:
@@ -147,11 +147,11 @@ class Window:
 
 
 def _add_up(values: list[torch.Tensor | None], device: torch.device) -> torch.Tensor:
-    """() float64; NaN where some of the values are missing, 0 of none."""
+    """() in the widest dtype; NaN where some of the values are missing, 0 of none."""
     present = [value.to(device, non_blocking=True) for value in values if value is not None]
     if len(present) < len(values) or not present:
-        return torch.full((), float("nan") if values else 0.0, dtype=torch.float64, device=device)
-    return torch.stack(present).sum(dtype=torch.float64)
+        return torch.full((), float("nan") if values else 0.0, dtype=wide_dtype(device), device=device)
+    return torch.stack(present).sum(dtype=wide_dtype(device))
 
 
 def as_sums(name: str, sums: Any, num_items: Any, has_graph: bool = True) -> TokenSums:

@@ -14,6 +14,7 @@ import torch
 
 from .. import ops, parallel
 from ..options import LossOptions
+from ..sums import wide_dtype, widened
 from . import device as devices
 from .plan import ROWS_ALIGNED, LinearPlan, chunks, linear_plan
 
@@ -88,7 +89,7 @@ def run(
             grad_weight.zero_()
     if needs.bias:
         grad_bias = torch.zeros(V, dtype=acc, device=weight.device)
-    totals = torch.zeros(len(SUM_DTYPES), dtype=torch.float64, device=hidden.device)
+    totals = torch.zeros(len(SUM_DTYPES), dtype=wide_dtype(hidden.device), device=hidden.device)
     is_smaller = most_classes > V and not devices.is_cuda(hidden.device)  # a shard than that of the plan
     buffer = ops.scratch(hidden, plan.chunk_rows if n else 0, V if is_smaller else plan.row_stride)
     for part in chunks(n, plan):
@@ -149,7 +150,7 @@ def _of_shard(
     rows = parallel.forward(name, logits, labels, class_weight, shard, loss_options, options["metrics"])
     if factor is not None:
         parallel.backward(factor, logits, labels, rows.lse, rows.nll, class_weight, shard, loss_options, in_place=True)
-    return torch.stack([value.double() for value in rows.sums])
+    return torch.stack([widened(value) for value in rows.sums])
 
 
 def product_of_logits(

@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 
 from .. import checks, ops
+from ..sums import wide_dtype
 from . import compute
 from .compute import Needs, Place
 from .op import autocast, check, needs_of
@@ -46,7 +47,7 @@ class LinearTokens(torch.autograd.Function):
         ctx.set_materialize_grads(False)
         N, acc, device = labels.numel(), ops.accumulation_dtype(hidden), hidden.device
         of_metrics = N if options["metrics"] else 0
-        outputs = [torch.zeros(N, dtype=dtype, device=device) for dtype in (acc, acc, torch.float64)]
+        outputs = [torch.zeros(N, dtype=dtype, device=device) for dtype in (acc, acc, wide_dtype(device))]
         outputs += [torch.zeros(of_metrics, dtype=acc, device=device), torch.full((of_metrics,), -1, device=device)]
 
         def turn(logits: torch.Tensor, targets: torch.Tensor, place: Place) -> None:

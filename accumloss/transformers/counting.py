@@ -13,6 +13,7 @@ import torch
 
 from ..linear import ValidCount, count_each
 from ..linear import device as devices
+from ..sums import wide_dtype, widened
 
 
 class Rule(NamedTuple):
@@ -43,7 +44,7 @@ class Rule(NamedTuple):
         return entry[..., self.shift : entry.shape[-1] - self.last]
 
     def total(self, batch: Mapping[str, Any]) -> torch.Tensor:
-        """The items of one micro-batch, or their total weight: () float64 on the device of the entry."""
+        """The items of one micro-batch, or their total weight: () in the widest dtype on the device of the entry."""
         labels = self.labels(batch)
         if self.length_of is not None:
             length = batch[self.length_of].shape[1] + self.longer_by
@@ -51,7 +52,7 @@ class Rule(NamedTuple):
         elif self.ignore_index is not None:
             is_item = labels != self.ignore_index
         elif self.mask is None and self.filled is None:
-            return torch.full((), labels.numel(), dtype=torch.float64, device=labels.device)
+            return torch.full((), labels.numel(), dtype=wide_dtype(labels.device), device=labels.device)
         else:
             is_item = torch.ones_like(labels, dtype=torch.bool)
         if self.mask is not None:
@@ -59,8 +60,8 @@ class Rule(NamedTuple):
         if self.filled is not None:
             is_item = is_item & (labels != self.filled)
         if self.weight is None:
-            return is_item.sum().double() * self.copies
-        weight = self.weight.to(labels.device, torch.float64)
+            return widened(is_item.sum()) * self.copies
+        weight = self.weight.to(labels.device, wide_dtype(labels.device))
         return weight[torch.where(is_item, labels, 0).long()].masked_fill(~is_item, 0).sum() * self.copies
 
     def weighted(self, weight: torch.Tensor | None) -> Rule:

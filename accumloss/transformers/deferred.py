@@ -336,7 +336,7 @@ def _why_not_weight(head: nn.Linear) -> str | None:
             continue
         if type(tensor) not in (torch.Tensor, nn.Parameter):
             return f"its head's {what} is a {type(tensor).__name__}"
-        if not tensor.is_floating_point() or tensor.device.type not in ("cpu", "cuda"):
+        if not tensor.is_floating_point() or tensor.device.type == "meta":
             return f"its head's {what} is {tensor.dtype} on {tensor.device.type}"
     return None
 

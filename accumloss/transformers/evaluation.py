@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import torch
 
 from .._compat import not_compiled
-from ..sums import TokenSums
+from ..sums import TokenSums, wide_dtype, widened
 from . import counting
 from . import step as steps
 from .terms import ELEMENTS, ITEMS, ROWS, SCALED, SUM, WEIGHTS, Term, fitting_schemes, is_contrastive
@@ -105,7 +105,7 @@ class Evaluation(steps.Step):
         """The items of the call, whatever was given."""
         self.calls += 1
         if length is not None:
-            items = (labels.clamp(0, length) != length).sum().double()
+            items = widened((labels.clamp(0, length) != length).sum())
         else:
             items = counting.Rule("labels", shift, ignore_index, weight=weight).total({"labels": labels})
         are_indices = ignore_index is not None and length is None and not labels.is_floating_point()
@@ -122,7 +122,7 @@ class Evaluation(steps.Step):
         return not any(counting.same_values(entry, labels) for entry in entries)
 
     def observe(self, loss: torch.Tensor, items: torch.Tensor, sums: TokenSums | None = None) -> torch.Tensor:
-        self.means.append((loss.detach().double(), items.to(loss.device)))
+        self.means.append((widened(loss.detach()), _number(items, loss.device)))
         if sums is not None:
             self.token_sums = sums
         if not self.is_looking or torch.compiler.is_compiling():
@@ -155,8 +155,8 @@ class Evaluation(steps.Step):
             SCALED: 1.0,
         }
         counts[WEIGHTS] = rule.total({"labels": target}) if weight is not None else counts[ITEMS]
-        over = [torch.as_tensor(counts[scheme], dtype=torch.float64).to(value.device) for scheme in SCHEMES]
-        self.summed.append((value.detach().double().sum(), torch.stack(over)))
+        over = [_number(counts[scheme], value.device) for scheme in SCHEMES]
+        self.summed.append((widened(value.detach()).sum(), torch.stack(over)))
         if not self.is_looking:
             return value
         leaf, handed_out = leaf_and_tracked(value)
@@ -233,25 +233,25 @@ class Evaluation(steps.Step):
         assert self.num_terms is not None and self.fitting is not None
         loss = untracked(loss)
         device = loss.device
-        loss = loss.detach().double()
-        empty = torch.zeros((), dtype=torch.float64, device=device)
-        times, over = (torch.as_tensor(value, dtype=torch.float64).to(device) for value in amount)
+        loss, wide = widened(loss.detach()), wide_dtype(device)
+        empty = torch.zeros((), dtype=wide, device=device)
+        times, over = (_number(value, device) for value in amount)
         row, rest = [loss * times, over], loss
         for index in range(self.num_terms):
             mean, items = self.means[index] if index < len(self.means) else (empty, empty)
-            mean, items = mean.to(device), items.to(device, torch.float64)
+            mean, items = mean.to(device), items.to(device, wide)
             row += [mean * items, items, mean * times]
             rest = rest - self.coefficients[index] * mean if self.coefficients else rest
         of_batch = []
         for index in range(len(self.fitting)):
             total, counts = self.summed[index] if index < len(self.summed) else (empty, torch.zeros(len(SCHEMES)))
-            total, counts = total.to(device), counts.to(device, torch.float64)
+            total, counts = total.to(device), counts.to(device, wide)
             means = total / torch.where(counts > 0, counts, torch.ones_like(counts))
             row += [total, *counts, *(means * times)]
             of_batch += list(means)
         sums = self.token_sums
         for value in (None, None, None) if sums is None else (sums.num_items, sums.num_correct, sums.entropy_sum):
-            row.append(empty if value is None else value.to(device, torch.float64))
+            row.append(empty if value is None else value.to(device, wide))
         added = torch.stack(row)
         if not is_real:
             added = torch.zeros_like(added)
@@ -319,6 +319,12 @@ def _bends(coefficient: torch.Tensor | None, leaves: list[torch.Tensor]) -> bool
         return False
     again = torch.autograd.grad(coefficient.sum(), leaves, retain_graph=True, allow_unused=True)
     return any(second is not None and bool((second != 0).any()) for second in again)
+
+
+def _number(value: Any, device: torch.device) -> torch.Tensor:
+    """() in the widest dtype of a device, on it."""
+    wide = wide_dtype(device)
+    return torch.as_tensor(value, dtype=None if isinstance(value, torch.Tensor) else wide).to(wide).to(device)
 
 
 def _ratio(total: float, items: float) -> float:

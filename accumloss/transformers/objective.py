@@ -17,6 +17,7 @@ import torch
 from .. import _compat
 from .._compat import tree_map
 from ..inexact import InexactError, InexactWarning
+from ..sums import widened
 from . import known
 from . import step as steps
 from .coupled import ROUTER_LOSSES
@@ -165,7 +166,7 @@ _OF_WHOLE = {
 
 def per_micro_batch(num_items: Any, micro_batches: int) -> torch.Tensor:
     """The items of a step by its micro-batches: as many dimensions, fp32."""
-    return (steps.at_least_one(torch.as_tensor(num_items).double()) / micro_batches).to(torch.float32)
+    return (steps.at_least_one(widened(torch.as_tensor(num_items))) / micro_batches).to(torch.float32)
 
 
 def micro_batches(trainer: Any, current: int, asked: int) -> Patches:
@@ -242,11 +243,11 @@ class Check:
         if is_touched(step) and not is_followed(step) and not (isinstance(step.items, Items) and step.items.is_taken):
             return  # what else there is honours the number that it was given, as far as can be seen
         with torch.no_grad():
-            rest = combination.rest(loss.double(), schemes.left_in_rest())
+            rest = combination.rest(widened(loss), schemes.left_in_rest())
             if combination.by_number is not None:  # what is divided by the number is a part of the step's as it is
                 rest = rest - combination.by_number + combination.divided_by_number(schemes)
             self._rests.append(rest)
-        self._scale.append(loss.detach().double().abs())
+        self._scale.append(widened(loss.detach()).abs())
         followed = step.items.seen.precision if isinstance(step.items, Items) else 0.0
         self._precision = max(self._precision, 8 * torch.finfo(loss.dtype).eps, followed)
 

@@ -24,6 +24,7 @@ from torch.overrides import TorchFunctionMode
 
 from .. import display
 from .._compat import NUM_GPUS, BatchNorm, Dropout, prepared_inputs, without_autocast
+from ..sums import widened
 from . import counting, known, objective
 from . import step as steps
 from .counting import Rule
@@ -453,7 +454,7 @@ class Probe:
         combination = Combination(step, raw)
         terms = []
         with torch.no_grad():
-            rest = combination.rest(raw.mean().double(), self.schemes.left_in_rest())
+            rest = combination.rest(widened(raw.mean()), self.schemes.left_in_rest())
             for term, coefficient in combination.pairs:
                 if term.reduction == "mean":
                     terms.append(

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from ..sums import wide_dtype
 from . import counting
 
 
@@ -39,16 +40,20 @@ def over_ranks(trainer: Any, total: torch.Tensor) -> torch.Tensor:
     args = trainer.args
     if args.average_tokens_across_devices:
         return over_all_ranks(trainer, total)
-    total = total.to(args.device)
+    total = _on(total, args.device)
     return (total // args.n_gpu if args.n_gpu > 1 else total) / same_batch(trainer)
 
 
 def over_all_ranks(trainer: Any, total: torch.Tensor) -> torch.Tensor:
     """A count of this rank, or several (n,), of all ranks. float64 of the same shape, no sync."""
-    total = total.to(trainer.args.device)
+    total = _on(total, trainer.args.device)
     if trainer.args.world_size > 1:
         total = trainer.accelerator.gather(total.reshape(1, -1)).sum(0).reshape(total.shape)
     return total / same_batch(trainer)
+
+
+def _on(count: torch.Tensor, device: torch.device) -> torch.Tensor:
+    return count.to(wide_dtype(device)).to(device) if count.is_floating_point() else count.to(device)
 
 
 def averaged_ranks(trainer: Any) -> int:

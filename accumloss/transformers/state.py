@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from .._compat import not_compiled
-from ..sums import TokenSums
+from ..sums import TokenSums, wide_dtype, widened
 from . import counting, known, losses, mapping, objective, probe, terms
 from . import step as steps
 from .exchange import Exchange
@@ -117,13 +117,14 @@ class Metrics:
         if sums is not None and step is not None and step.observer is self:
             step.observer = None  # the first cross-entropy of a micro-batch is its main one; the others need no metrics
             values = (sums.num_items, sums.num_correct, sums.entropy_sum)
-            added = torch.stack([value.double() for value in values if value is not None])
+            added = torch.stack([widened(value) for value in values if value is not None])
             self.sums = added if self.sums is None else self.sums + added.to(self.sums.device)
         return loss
 
     def collect(self, trainer: Any) -> None:
         """Adds the sums up over the ranks, for the log that follows. Every rank calls it."""
-        sums = torch.zeros(3, dtype=torch.float64, device=trainer.args.device) if self.sums is None else self.sums
+        device = trainer.args.device
+        sums = torch.zeros(3, dtype=wide_dtype(device), device=device) if self.sums is None else self.sums
         items, correct, entropy = sum_over_ranks(trainer, sums).tolist()
         self.sums = None
         self.to_log = {"token_accuracy": correct / items, "token_entropy": entropy / items} if items else {}

@@ -19,7 +19,7 @@ import torch
 
 from .._compat import not_compiled
 from ..linear import ValidCount
-from ..sums import TokenSums, at_least_one
+from ..sums import TokenSums, at_least_one, widened
 from .counting import (
     COUNTED,
     Counted,
@@ -337,9 +337,9 @@ class Step:
         if rule is None and not measured and ignore_index is None and length is None:
             rule = self._rule_of_size(labels)
         if rule is None and measured and length is None:
-            here = at_least_one(Rule("labels", shift, ignore_index, weight=weight).total({"labels": labels}).double())
+            here = at_least_one(Rule("labels", shift, ignore_index, weight=weight).total({"labels": labels}))
             self.share_found = self.share_of_weights(measured, ("measured", self.calls), ("mean", self.calls))
-            return Divisor((here / self.share_found).to(torch.float64), self.expected_grad, observer)
+            return Divisor(widened(here / self.share_found), self.expected_grad, observer)
         main = None if self.main is None or ignore_index is None or length is not None else self.main
         counted = main if rule is None else rule
         total = self._total_of_call(None if counted is None else counted.weighted(weight), is_compiled=is_compiled)

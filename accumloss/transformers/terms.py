@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 
 from .._compat import engines_at_rest, function_of, is_mean_of_scalar
+from ..sums import widened
 from .counting import Rule, half_of, num_rows
 
 if TYPE_CHECKING:
@@ -100,7 +101,7 @@ class Combination:
             self.pairs = [(term, c.detach()) for term, c in zip(terms, found, strict=False) if c is not None]
             if number is not None:  # x / n changes by -x / n^2
                 slope = torch.zeros_like(number) if found[-1] is None else found[-1]
-                self.by_number = -(number.detach().double() * slope.double()).sum().to(loss.device)
+                self.by_number = -(widened(number.detach()) * widened(slope)).sum().to(loss.device)
 
     @property
     def uses_a_mean(self) -> bool:
@@ -119,7 +120,7 @@ class Combination:
         theirs = [
             (t, c) for t, c in self.pairs if schemes.found.get(t.call) in (*BY_NUMBER, COUNTED) and t.call not in left
         ]
-        return sum(((c.double() * t.value.double()).sum() for t, c in theirs), torch.zeros((), dtype=torch.float64))
+        return sum(((widened(c) * widened(t.value)).sum() for t, c in theirs), torch.zeros((), dtype=torch.float64))
 
 
 class Fit(NamedTuple):

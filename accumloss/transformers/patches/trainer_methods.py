@@ -27,7 +27,7 @@ import torch
 
 from ..._compat import LOSS_FUNCTION, class_of, has_steps_to_log, is_compiled, labels_as_they_are
 from ...inexact import InexactWarning
-from ...sums import TokenSums
+from ...sums import TokenSums, widened
 from .. import counting, deferred, known, losses, objective, rebind
 from .. import step as steps
 from ..models import base_model, counted_labels, trainer_module
@@ -164,7 +164,7 @@ def get_batch_samples(self: Any, *args: Any, **kwargs: Any) -> Any:
         if is_ours and isinstance(num_items_in_batch, torch.Tensor) and num_items_in_batch.dim() == 0:
             # counted just now, over all ranks: the usual loss needs no second count
             window.totals[counted_in_step(self, window, window.batches[0])] = steps.at_least_one(
-                num_items_in_batch.double()
+                widened(num_items_in_batch)
             )
     return batch_samples, num_items_in_batch
 
