@@ -128,18 +128,21 @@ def _accelerators() -> list[torch.device]:
 
 
 def _accelerator(device: torch.device) -> dict[str, Any]:
-    reason = fallback.reason(device)
-    of_type = torch.get_device_module(device)
     name, capability = device.type, None
     free = total = None
     kernels: dict[str, str] = {}
+    try:
+        reason, of_type = fallback.reason(device), torch.get_device_module(device)
+    except Exception as error:  # a GPU that is busy, or fell off
+        reason = fallback.Reason(f"{type(error).__name__}: {error}", "torch itself cannot ask it")
+        of_type = None
     with contextlib.suppress(
         Exception
     ):  # what a driver or a backend does not tell must not cost the rest of the report
         name = of_type.get_device_name(device)
     with contextlib.suppress(Exception):
         free, total = of_type.mem_get_info(device)
-    if device.type == "cuda" and torch.version.hip is None:
+    if device.type == "cuda" and torch.version.hip is None and of_type is not None:
         major, minor = torch.cuda.get_device_capability(device)
         capability = f"sm_{major}{minor}"
         if reason is None:

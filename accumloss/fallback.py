@@ -26,7 +26,7 @@ from .sums import wide_dtype
 
 Tensor = torch.Tensor
 MAX_SCRATCH_BYTES = 256 * 2**20
-_BUFFERS = 4  # of a chunk's logits in the dtype of the accumulation that exist together, at most
+_OF_PAIRS = 7  # buffers of a chunk where there are a student and a teacher
 
 
 # Which devices, and why -----------------------------------------------------------------------------------------------
@@ -131,13 +131,13 @@ def _announce(function: str, device: torch.device) -> None:
             f"{function}: expected tensors on a device that kernels serve, since ACCUMLOSS_FALLBACK=error, got {device}: "
             f"{why}; {remedy}"
         )
-    served[device.type] = why
     warnings.warn(
         f"accumloss: on {device} losses are computed in plain PyTorch, slower than by kernels: {why}; {remedy} "
         "(ACCUMLOSS_FALLBACK=error refuses)",
         FallbackWarning,
         stacklevel=3,
     )
+    served[device.type] = why  # not where the warning is an error: then the next call raises too
 
 
 # Labels outside of the classes ----------------------------------------------------------------------------------------
@@ -265,8 +265,11 @@ class _Call:
         return value.reshape(-1).to(self.wide)
 
 
-def _chunks(*tensors: Tensor) -> Iterator[tuple[slice, list[Tensor]]]:
-    """Ranges of the rows of tensors (..., V), and those of each tensor, (b, t, V): where they lie, if two strides reach them."""
+def _chunks(*tensors: Tensor, buffers: int = 4) -> Iterator[tuple[slice, list[Tensor]]]:
+    """Ranges of the rows of tensors (..., V), and those of each tensor, (b, t, V): where they lie, if two strides reach them.
+
+    buffers: of a chunk's logits in the dtype of the accumulation that exist together, at most.
+    """
     like = tensors[0]
     V = like.shape[-1]
     if not like.numel():
@@ -276,7 +279,7 @@ def _chunks(*tensors: Tensor) -> Iterator[tuple[slice, list[Tensor]]]:
         T = like.numel() // V
     as_rows = [tensor.reshape(-1, T, V) for tensor in tensors]
     B = as_rows[0].shape[0]
-    most = max(MAX_SCRATCH_BYTES // (V * _accumulation_dtype(like).itemsize * _BUFFERS), 1)
+    most = max(MAX_SCRATCH_BYTES // (V * _accumulation_dtype(like).itemsize * buffers), 1)
     if most >= T:
         step = most // T
         for b in range(0, B, step):
@@ -647,7 +650,7 @@ def token_statistics(logits: Tensor, labels: Tensor, weight: Tensor | None = Non
             if value is not None:
                 output.view(-1)[rows] = _items(call, rows, value).to(output.dtype)
         if call.metrics:
-            argmax.view(-1)[rows] = _items(call, rows, x.argmax(-1).view(-1), -1)
+            argmax.view(-1)[rows] = torch.where(call.is_known[rows], x.argmax(-1).view(-1), -1)
     return loss, nll, lse, entropy, argmax
 
 
@@ -778,7 +781,7 @@ def distillation(student_logits: Tensor, teacher_logits: Tensor, labels: Tensor,
     beta, wide = _of_pair(given)[0], call.wide
     loss = call.empty(call.acc)
     lse, teacher_lse, of_student, of_teacher = (call.empty(wide) for _ in range(4))
-    for rows, (x, t) in _chunks(student_logits, teacher_logits):
+    for rows, (x, t) in _chunks(student_logits, teacher_logits, buffers=_OF_PAIRS):
         log_s, log_t = (_transformed(each, call.acc, call.options) for each in (x, t))
         row_lse, row_teacher_lse = _row_lse(log_s, wide), _row_lse(log_t, wide)
         log_s, log_t = _log_probabilities(log_s, row_lse), _log_probabilities(log_t, row_teacher_lse)
@@ -816,7 +819,7 @@ def _distillation_into(
     of = {name: call.rows(value) for name, value in saved.items()}
     grad = call.rows(grad_loss) * (call.options.logit_scale * (1 - beta if 0 < beta < 1 else 1))
     is_written = call.is_item & (grad != 0)
-    for rows, (x, t, to) in _chunks(student, teacher, out):
+    for rows, (x, t, to) in _chunks(student, teacher, out, buffers=_OF_PAIRS):
         log_s = _log_probabilities(_transformed(x, call.acc, call.options), of["lse"][rows])
         log_t = _log_probabilities(_transformed(t, call.acc, call.options), of["teacher_lse"][rows])
         if beta == 0:

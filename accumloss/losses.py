@@ -1021,6 +1021,8 @@ def _linear(
         hidden, weight, bias = linear.autocast(hidden, weight, bias)
         if divisor is None:
             divisor = torch.ones((), dtype=ops.accumulation_dtype(hidden), device=hidden.device)
+        # one that follows what is made of it sees the division, and not the autograd.Function
+        followed, divisor = divisor, divisor.as_subclass(torch.Tensor)
         needs = linear.needs_of(hidden, weight, bias)
         # asked as late as possible
         limits = (int(num_valid) if isinstance(num_valid, linear.ValidCount) else num_valid, max_scratch_bytes)
@@ -1037,6 +1039,8 @@ def _linear(
             limits,
             (shard, is_summed),
         )
+        if type(followed) is not torch.Tensor:
+            loss = loss * divisor / followed
     if part is not None:
         loss, sums = part.wrap(loss), [part.wrap(of_rows) for of_rows in sums]
     return loss, TokenSums(*sums) if metrics else TokenSums(*sums[:3])

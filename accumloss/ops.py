@@ -728,7 +728,10 @@ def _scale_to(grad: torch.Tensor, grad_loss: torch.Tensor, expected_grad: float)
         return  # asked on the host, which waits for no device here
     factor = grad_loss if expected_grad == 1 else grad_loss / torch.full_like(grad_loss, expected_grad)
     with below_ad_inplace():
-        _ops.scale_(grad, factor)
+        if grad.is_contiguous():
+            _ops.scale_(grad, factor)
+        else:  # over logits as they lay
+            grad.mul_(factor)
 
 
 class InPlaceBackward(torch.autograd.Function):

@@ -112,7 +112,7 @@ def forward(
     if bad_label is not None:
         raise bad_label
     dtype = ops.accumulation_dtype(logits)
-    of_rows = gathered[:, :-2].view(shard.size, -1, *labels.shape)
+    of_rows = gathered[:, :-2].view(shard.size, len(columns) + 2 * finds_argmax, *labels.shape)
     rows = merge(of_rows[:, : len(columns)], labels, weight, shard, options, metrics, dtype)
     # elsewhere it cannot be known without a sync
     is_one = (sizes == shard.vocab_size).all() & (checksums == checksums[0]).all()

@@ -293,7 +293,7 @@ struct Call {
         const Tensor wide = torch::stable::to(*weight, ScalarType::Double);
         weight_sum = torch::stable::sum(wide, std::vector<int64_t>{0});
         inputs.weight_sum = static_cast<const double*>(weight_sum->data_ptr());
-        if (vocab_size != inputs.logits.V) {
+        if (options.vocab_size != 0) {  // a shard, of all classes too
           AtenTensorHandle of_shard = nullptr;
           const int64_t stride = 1;
           TORCH_ERROR_CODE_CHECK(aoti_torch__reinterpret_tensor(wide.get(), 1, &inputs.logits.V, &stride,

@@ -284,6 +284,37 @@ def a_group_of_one() -> None:
         accumloss.cross_entropy(x, c.labels, shift=1, group=group).loss_sum.backward()
         results.append(x.grad)
     assert_close(results[1], results[0], 2.0**-7, "gradient")
+    for V in (1, 5, 300):  # one class of a shard that has them all
+        c = (
+            sample(V, torch.float32, "everything")
+            if V > 1
+            else Case(
+                "V=1",
+                torch.randn(2, 3, 1),
+                torch.zeros(2, 3, dtype=torch.int64),
+                torch.rand(1),
+                LossOptions(label_smoothing=0.1),
+            )
+        )
+        kwargs = {**c.kwargs, "weight": c.weight}
+        want = accumloss.cross_entropy(c.logits, c.labels, **kwargs).loss_sum
+        assert_close(accumloss.cross_entropy(c.logits, c.labels, group=alone, **kwargs).loss_sum, want, SUM, "loss_sum")
+        rows = accumloss.token_losses(c.logits, c.labels, group=alone, **kwargs)
+        assert_close(rows.sum(), want, SUM, "sum of the rows")
+
+
+@case
+def no_rows() -> None:
+    """As without a group."""
+    for shape in ((0,), (2, 0)):
+        x, labels = leaf(torch.zeros(*shape, 7)), torch.zeros(shape, dtype=torch.int64)
+        given = {"group": dist.group.WORLD, "vocab_size": 7 * dist.get_world_size()}
+        found = accumloss.token_statistics(x, labels, **given)
+        assert all(value.shape == shape for value in (found.log_prob, found.entropy, found.lse, found.argmax))
+        sums = accumloss.cross_entropy(x, labels, metrics=True, **given)
+        assert sums.num_items == 0 and sums.loss_sum == 0
+        (grad,) = torch.autograd.grad(found.log_prob.sum() + sums.loss_sum, x)
+        assert grad.shape == x.shape
 
 
 @case

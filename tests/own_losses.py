@@ -12,6 +12,8 @@ from torch import nn
 from training import CLASSES, COUNTS_POSITION_0, GIVES_THE_NUMBER, LABELS, build, make_trainer, rows
 from transformers import Trainer
 
+import accumloss
+
 
 @functools.cache
 def tagger():
@@ -167,6 +169,13 @@ class Exact:
             return self.label_smoother({"logits": outputs.logits}, inputs["labels"], shift_labels=True)
 
         return build("LlamaForCausalLM"), rows(), {**computes(loss), "label_smoothing_factor": 0.1}
+
+    def of_hidden_states_over_the_number():
+        def loss(self, model, inputs, n):
+            hidden = model.model(inputs["input_ids"], attention_mask=inputs["attention_mask"])[0]
+            return accumloss.linear_causal_lm_loss(hidden, model.lm_head.weight, inputs["labels"], n)
+
+        return build("LlamaForCausalLM"), rows(), computes(loss)
 
     def compute_loss_func_that_is_a_mean():
         def loss(outputs, labels, num_items_in_batch=None):

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from cases import Case
 from oracle import expected
-from tolerances import SUM, UNIT, assert_close, assert_within
+from tolerances import SUM, UNIT, assert_close, assert_within, fp32_gradient_limit
 
 import accumloss
 from accumloss import LossOptions, TokenSums
@@ -259,6 +259,20 @@ def test_fp16_gradient_survives_a_scaler():
     loss = accumloss.causal_lm_loss(leaf, labels, num_items_in_batch=4096)
     (loss * 65536).backward()
     assert_within(leaf.grad[0, 0, 5].float(), torch.tensor(65536 / 4096 / 50000), 1e-3 * 16 / 50000, "p * scale / N")
+
+
+@pytest.mark.parametrize("inplace", ["backward", "forward"])
+def test_in_place_over_logits_with_gaps(inplace):
+    """For an incoming gradient that was not expected too."""
+    wide = torch.randn(2, 3, 8, generator=torch.Generator().manual_seed(2))
+    labels = torch.tensor([[1, 2, 3], [4, 0, 1]])
+    grads = []
+    for way in (False, inplace):
+        leaf = wide.clone().requires_grad_()
+        view = (leaf * 1)[..., :5]
+        (2 * accumloss.masked_lm_loss(view, labels, num_items_in_batch=4, inplace=way)).backward()
+        grads.append(leaf.grad)
+    assert_close(grads[1], grads[0], fp32_gradient_limit(), "gradient")
 
 
 @pytest.mark.parametrize("inplace", ["backward", "forward"])

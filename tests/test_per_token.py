@@ -366,6 +366,20 @@ def test_dtensors_are_refused_by_name():
         accumloss.cross_entropy(logits, Y, token_weight=torch.ones(2, 3))
 
 
+@pytest.mark.parametrize("V", [2, 40, 1500])
+def test_argmax_of_rows_with_nan_and_infinities_is_torchs(V):
+    """Also where the label leads all that are numbers."""
+    generator = torch.Generator().manual_seed(V)
+    logits = torch.randn(60, V, generator=generator)
+    labels = torch.randint(0, V, (60,), generator=generator)
+    special = torch.tensor([torch.nan, torch.inf, -torch.inf])
+    logits[torch.arange(60), torch.randint(0, V, (60,), generator=generator)] = special.repeat(20)
+    logits[::2].scatter_(1, labels[::2, None], 50.0)
+    for dtype in (torch.float32, torch.bfloat16, torch.float64):
+        found = token_statistics(logits.to(dtype), labels).argmax
+        assert torch.equal(found, logits.to(dtype).argmax(-1)), dtype
+
+
 def test_gradients_of_another_shape_are_refused():
     _, nll, lse, entropy, _ = ops.token_statistics(X, Y, metrics=True)
     with pytest.raises(RuntimeError, match=r"expected grad_lse of shape \(2, 3\) as labels, got \(3,\)"):

@@ -155,10 +155,10 @@ struct Rows {
   // torch.argmax of the row, others_max the largest z but the label's: a search, and only where the label does not
   // lead.
   int64_t argmax(double others_max, double nll, int64_t row, int64_t y, double target_logit) const {
-    if (target_logit > others_max) return y;
+    const bool is_nan = nll != nll;
+    if (target_logit > others_max && !is_nan) return y;
     const char* const x = row_data(inputs.logits, row);
     const bool is_identity = inputs.options.softcap == 0 && inputs.options.logit_scale == 1;
-    const bool is_nan = nll != nll;
     // z is as large in several classes as a cap makes it; of NaN and +inf the former is torch's largest
     const double largest = is_nan ? kInfinity : is_identity ? others_max : kernels.max_logit(x, V);
     const int64_t first = kernels.first_not_below(x, 0, V, largest);

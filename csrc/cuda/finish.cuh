@@ -59,8 +59,8 @@ __device__ __forceinline__ RowState<double> exact_state(const RowState<Acc>& sta
   return exact;
 }
 
-// The one place where a row is finished: what it adds, and what is told of it.
-template <typename Acc>
+// The one place where a row is finished: what it adds, and what is told of it. kTokens: TokenRows.
+template <bool kTokens, typename Acc>
 __device__ __forceinline__ Partial finish_row(const FinishArgs<Acc>& args, int64_t row) {
   const CrossEntropyInputs& inputs = args.inputs;
   const LossOptions& options = inputs.options;
@@ -95,7 +95,7 @@ __device__ __forceinline__ Partial finish_row(const FinishArgs<Acc>& args, int64
     args.lse[row] = result.lse;
     args.nll[row] = static_cast<Acc>(result.nll);
   }
-  if (args.tokens.loss != nullptr) {
+  if constexpr (kTokens) {
     static_cast<Acc*>(args.tokens.loss)[row] = static_cast<Acc>(found.loss);
     if (options.metrics) {
       static_cast<Acc*>(args.tokens.entropy)[row] = static_cast<Acc>(found.entropy);
@@ -125,13 +125,13 @@ __device__ __forceinline__ Partial block_sum(Partial total, Partial* shared) {
   return total;
 }
 
-template <typename Acc>
+template <typename Acc, bool kTokens>
 __global__ void __launch_bounds__(256) finish_kernel(const __grid_constant__ FinishArgs<Acc> args) {
   Partial* const shared = reinterpret_cast<Partial*>(dynamic_shared());  // (kWarp,)
   const int64_t row = blockIdx.x * static_cast<int64_t>(blockDim.x) + threadIdx.x;
   Partial total = {};
-  if (row < row_count(args.inputs.logits)) total = finish_row(args, row);
-  if (args.tokens.loss != nullptr) return;
+  if (row < row_count(args.inputs.logits)) total = finish_row<kTokens>(args, row);
+  if constexpr (kTokens) return;
   total = block_sum(total, shared);
   if (gridDim.x > 1) {
     bool is_last = false;

@@ -153,8 +153,8 @@ struct Launchers {
     }
     const FinishArgs<Acc> finish = {args.inputs, general, args.records, partials, args.ended,
                                     sums,        lse,     nll,          tokens,   bad_label_record()};
-    launch(what, finish_kernel<Acc>, Grid{blocks, static_cast<int>(threads), kWarp * sizeof(Partial)}, context.stream(),
-           finish);
+    const auto kernel = tokens.loss == nullptr ? finish_kernel<Acc, false> : finish_kernel<Acc, true>;
+    launch(what, kernel, Grid{blocks, static_cast<int>(threads), kWarp * sizeof(Partial)}, context.stream(), finish);
   }
 
   static void forward(const CrossEntropyInputs& inputs, const CrossEntropySums& sums, double* lse, void* nll) {

@@ -161,6 +161,12 @@ struct LogProbs {
   __device__ __forceinline__ explicit LogProbs(double lse)
       : high(static_cast<Acc>(lse)), low(static_cast<Acc>(static_cast<double>(high) - lse)) {}
   __device__ __forceinline__ Acc operator()(Acc z) const { return (z - high) + low; }
+  __device__ __forceinline__ void load(const AnyRow<Acc>& row, int64_t j, int length, const Transform<Acc>& transform,
+                                       Acc (&log_p)[kPiece<Acc>]) const {
+    row.load_z(j, length, transform, log_p);
+#pragma unroll
+    for (int i = 0; i < kPiece<Acc>; ++i) log_p[i] = (*this)(log_p[i]);
+  }
 };
 
 // log s - log m and log t - log m for m = (1 - beta) s + beta t, from both and their logarithms; anything where both
@@ -259,13 +265,8 @@ __global__ void __launch_bounds__(kMaxThreads, 1)
   for_each_piece(group, pieces, [&](int64_t j, int length) {
     using std::exp;
     Acc log_s[kPiece<Acc>], log_t[kPiece<Acc>];
-    student.load_z(j, length, args.transform, log_s);
-    teacher.load_z(j, length, args.transform, log_t);
-#pragma unroll
-    for (int i = 0; i < kPiece<Acc>; ++i) {
-      log_s[i] = log_s_of(log_s[i]);
-      log_t[i] = log_t_of(log_t[i]);
-    }
+    log_s_of.load(student, j, length, args.transform, log_s);
+    log_t_of.load(teacher, j, length, args.transform, log_t);
     // A class of probability 0 adds nothing, whatever its logarithm.
     if (beta == 0) {
 #pragma unroll
@@ -318,13 +319,8 @@ __global__ void __launch_bounds__(kMaxThreads, 1)
   for_each_piece(group, student.pieces(V), [&](int64_t j, int length) {
     using std::exp;
     Acc log_s[kPiece<Acc>], log_t[kPiece<Acc>];
-    student.load_z(j, length, args.transform, log_s);
-    teacher.load_z(j, length, args.transform, log_t);
-#pragma unroll
-    for (int i = 0; i < kPiece<Acc>; ++i) {
-      log_s[i] = log_s_of(log_s[i]);
-      log_t[i] = log_t_of(log_t[i]);
-    }
+    log_s_of.load(student, j, length, args.transform, log_s);
+    log_t_of.load(teacher, j, length, args.transform, log_t);
     if (beta == 0) {
 #pragma unroll
       for (int i = 0; i < kPiece<Acc>; ++i) log_s[i] = factor * (exp(log_s[i]) - exp(log_t[i]));

@@ -131,7 +131,7 @@ FENCE = "membar.gl;"
         ("scale_kernel<float>", [LOAD, STORE]),
         ("targets_kernel<float>", [LOAD]),
         ("distillation_backward_kernel<float>", [LOAD, STORE]),
-        ("finish_kernel<float>", ["ld.global.f64 %fd1, [%rd1];", FENCE]),
+        ("finish_kernel<float, false>", ["ld.global.f64 %fd1, [%rd1];", FENCE]),
     ],
 )  # fmt: skip
 def test_ptx_reader_accepts_whole_vectors_and_misses_each(name, loop):
