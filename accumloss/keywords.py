@@ -35,7 +35,7 @@ FROM_MODELS = frozenset(
 
 def refuse(function: str, unknown: str, known: Collection[str], remedy: str = "") -> None:
     """Raises TypeError for a keyword that the function has not, and names the nearest that it has."""
-    nearest = difflib.get_close_matches(unknown, known, n=1, cutoff=0.0)
+    nearest = difflib.get_close_matches(unknown, known, n=1, cutoff=0.5)
     hint = f" (the nearest is {nearest[0]!r})" if nearest else ""
     raise TypeError(f"{function}: expected keyword arguments {', '.join(known)}, got {unknown!r}{hint}{remedy}")
 

@@ -42,7 +42,12 @@ def register_with_trl() -> None:
     """
     if _registered:
         return
-    import trl.trainer.utils as utils
+    try:
+        import trl.trainer.utils as utils
+    except ImportError as error:
+        raise ImportError(
+            f"register_with_trl: expected trl, got: {error}; pip install 'accumloss[trainers]'"
+        ) from error
 
     missing = [name for name in NAMES if not callable(vars(utils).get(name))]
     if missing:

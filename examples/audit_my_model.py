@@ -42,4 +42,5 @@ if __name__ == "__main__":
         )
     print("stock exact:", report.is_exact("stock"))
     print("accumloss exact:", report.is_exact())
-    print(report.reason, report.remedy)
+    if not report.is_exact():
+        print(report.reason, report.remedy)

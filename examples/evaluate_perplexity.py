@@ -29,4 +29,4 @@ with torch.no_grad():
         total += accumloss.cross_entropy(logits, some_labels, shift=1, metrics=True)
 sums = total.all_reduce()  # over all processes; alone it changes nothing
 print(f"{sums.num_items} tokens, accuracy {sums.accuracy:.2%}, entropy {sums.mean_entropy:.4f} nats")
-print(f"losses {sums.mean_loss:.4f} perplexity {sums.perplexity:.3f}")
+print(f"losses {sums.mean_loss:.4f} perplexity {sums.perplexity:.3f}")  # of weights that nobody has trained

@@ -119,6 +119,32 @@ class Exact:
 
         return *tagger(), computes(loss)
 
+    def mean_of_the_rows_own_means():
+        def loss(self, model, inputs, n):
+            logits = model(**{**inputs, "labels": None}).logits
+            return torch.stack([F.cross_entropy(x, y) for x, y in zip(logits, inputs["labels"], strict=True)]).mean()
+
+        return *tagger(), computes(loss)
+
+    def mean_of_the_rows_own_means_by_hand():
+        def loss(self, model, inputs, n):
+            outputs, labels = model(**inputs), inputs["labels"]
+            of_rows = per_token(outputs, labels).view(labels.shape).sum(1) / (labels != -100).sum(1)
+            return outputs.loss + 0.3 * of_rows.mean()
+
+        return *tagger(), computes(loss)
+
+    def mean_of_the_rows_own_means_in_a_module():
+        def loss(self, logits, labels):
+            values = F.cross_entropy(logits.flatten(0, 1), labels.flatten(), reduction="none").view(labels.shape)
+            return (values.sum(1) / (labels != -100).sum(1)).sum() / len(labels)
+
+        class NoKeywords(Head):
+            def forward(self, input_ids, attention_mask=None, labels=None):
+                return super().forward(input_ids, labels=labels)
+
+        return NoKeywords(loss), rows(), {}
+
     def sum_beside_a_mean():
         def loss(self, model, inputs, n):
             outputs = model(**inputs)

@@ -63,6 +63,24 @@ class OverTheNumber(transformers.Trainer):
         return F.cross_entropy(logits.flatten(0, 1), labels.flatten(), reduction="sum") / num_items_in_batch
 
 
+class PartlyOverTheNumber(transformers.Trainer):
+    """Beside a mean, with a weight of its own; multiplied by the ranks where they are several, or not."""
+
+    is_multiplied = False
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        outputs, labels = model(**inputs), inputs["labels"].flatten()
+        total = F.cross_entropy(outputs.logits.flatten(0, 1).roll(1, -1), labels, reduction="sum")
+        part = 0.3 * (total / num_items_in_batch)
+        if self.is_multiplied:
+            part = part * self.accelerator.num_processes
+        return F.cross_entropy(outputs.logits.flatten(0, 1), labels) + part
+
+
+class PartlyOverTheNumberTimesTheRanks(PartlyOverTheNumber):
+    is_multiplied = True
+
+
 class OverTheNumberMeasured(OverTheNumber):
     """The same, with verify=True."""
 

@@ -54,6 +54,8 @@ def audit(
     unknown = set(ways) - set(WAYS)
     if unknown:
         raise AuditError(f"audit: expected ways of {', '.join(WAYS)}, got {', '.join(sorted(unknown))}")
+    if not len(batches):
+        raise AuditError("audit: expected batches of one optimizer step, got none")
     rows = measure.rows_of(batches)
     return audit_rows(model, rows, batch_sizes=batch_sizes, ways=ways, groups=groups, progress=progress)
 

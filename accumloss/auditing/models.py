@@ -66,7 +66,10 @@ def from_factory(path: str) -> Subject:
         function = getattr(importlib.import_module(module_name), function_name)
     except (ImportError, AttributeError) as error:
         raise AuditError(f"audit: expected --factory {path} to import, got: {error}") from error
-    made = function()
+    try:
+        made = function()
+    except Exception as error:  # whatever somebody's code raises: nothing was measured
+        raise AuditError(f"audit: --factory {path} raised {type(error).__name__}: {error}") from error
     if any(cls.__module__ == "transformers.trainer" for cls in type(made).__mro__):
         return Subject(type(made).__name__, made.model, [], trainer=made)
     if not isinstance(made, tuple) or len(made) != 2 or not isinstance(made[0], torch.nn.Module):

@@ -16,7 +16,7 @@ from .._compat import not_compiled
 from ..sums import TokenSums, wide_dtype, widened
 from . import counting
 from . import step as steps
-from .terms import ELEMENTS, ITEMS, ROWS, SCALED, SUM, WEIGHTS, Term, fitting_schemes, is_contrastive
+from .terms import ELEMENTS, ITEMS, ROWS, SCALED, SUM, WEIGHTS, Term, fitting_schemes, is_contrastive, is_mean_of_rows
 from .tracked import leaf_and_tracked, untracked
 
 # what somebody may divide a sum by, in the order in which they are tried
@@ -213,7 +213,11 @@ class Evaluation(steps.Step):
             found = list(torch.autograd.grad(loss, leaves, create_graph=True, retain_graph=True, allow_unused=True))
         bends = int(any(_bends(coefficient, leaves) for coefficient in found))
         if self.coefficients is None:
+            rows = counting.num_rows(self.inputs)
             coefficients = [0.0 if c is None else float(c.detach()) for c in found[: len(self.leaves)]]
+            in_mean = [is_mean_of_rows(loss, leaf, rows) for leaf in self.leaves]
+            if sum(in_mean) == rows:  # of rows that have a mean each: as Trainer averages them
+                coefficients = [0.0 if of_rows else c for c, of_rows in zip(coefficients, in_mean, strict=True)]
             self.coefficients = [*coefficients, *[0.0] * (self.num_terms - len(coefficients))]
         assert self.fitting is not None
         for index, (_, term) in enumerate(self.leaves_by_hand[: len(self.fitting)]):

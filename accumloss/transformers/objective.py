@@ -22,7 +22,7 @@ from . import known
 from . import step as steps
 from .coupled import ROUTER_LOSSES
 from .registration import Patches
-from .terms import BY_NUMBER, MEANS, SUMS, UNKNOWN, Combination, Schemes
+from .terms import BY_NUMBER, MEANS, ROWS, SUMS, UNKNOWN, Combination, Schemes
 
 # a rest of the loss that is the same for all micro-batches to so much, relatively, depends on none of them
 SAME = 1e-6
@@ -219,7 +219,11 @@ class Check:
         if not isinstance(loss, torch.Tensor) or not loss.requires_grad or loss.dim():
             self._reasons.add("what compute_loss returned is no loss with a gradient")
             return
-        if step.unknown and not step.coupled:
+        of_rows = sum(
+            term.reduction == "mean" and term.rule is None and schemes.found.get(term.call) == ROWS
+            for term, _ in combination.pairs
+        )
+        if step.unknown > of_rows and not step.coupled:
             self._reasons.add("the labels of a loss come from no entry of the batch: it is averaged as its rows")
         self._reasons |= step.coupled
         self._reasons |= {

@@ -8,7 +8,7 @@ the loss, by autograd: 1 / items, 1 / rows, 1 / num_items_in_batch or 1.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -163,6 +163,13 @@ class Schemes:
         for term, coefficient in combination.pairs:
             if not bool(torch.isfinite(coefficient).all()):
                 continue  # nothing, divided by nothing: another micro-batch will tell
+            if _is_in_mean_of_rows(step, term, loss):
+                if self.found.get(term.call, ROWS) not in (ROWS, UNKNOWN):
+                    reasons.add(f"the {term.name} of a row was averaged over something else in a micro-batch before")
+                elif step.exchange is not None and term.reduction != "mean" and term.call not in self.found:
+                    self.new[term.call] = Fit([ROWS], True, term.rule)
+                self._fitting[term.call], self.found[term.call] = [ROWS], ROWS
+                continue
             factors = _fitting(step, term, coefficient, number, is_taken, loss)
             fitting = list(factors)
             if _may_be_of_his_own(loss, term, coefficient, factors):
@@ -170,6 +177,11 @@ class Schemes:
                 reasons.add(
                     f"the factor of the {term.name} that is added up may be one of its own, or one over its items or rows; it is "
                     "taken for the former, divide by the latter"
+                )
+            if is_taken and step.among != 1 and TAKEN in fitting:
+                reasons.add(
+                    "num_items_in_batch is divided by as a number of Python's, which counts the labels of all ranks, whose "
+                    "gradients are averaged: multiply by the ranks, or divide by the tensor"
                 )
             before = self.found.get(term.call)
             if before is None:
@@ -257,7 +269,7 @@ class Schemes:
                 is_ready = NUMBER in _fitting(step, term, coefficient, number, False)
                 scheme = self.found[term.call] = NUMBER if is_ready else SHORT
             factor = _factor(step, term, coefficient, scheme) if scheme in ACTED_ON else 1.0
-            if term.call[:2] in corrections and (term.rule is not None or term.share is not None):
+            if term.call[:2] in corrections and scheme != ROWS and (term.rule is not None or term.share is not None):
                 factor = factor * corrections[term.call[:2]]
             if isinstance(factor, torch.Tensor) or factor != 1.0:
                 loss = loss + ((factor - 1) * (coefficient * term.value).sum()).to(loss.device, loss.dtype)
@@ -291,25 +303,77 @@ def _is_averaged(loss: torch.Tensor, value: torch.Tensor) -> bool:
     return False
 
 
-def _divisors(loss: torch.Tensor, value: torch.Tensor) -> list[float]:
-    """The numbers that a term is divided by on its way to the loss, or multiplied by one over."""
+def _on_the_way(loss: torch.Tensor, value: torch.Tensor) -> Iterator[Any]:
+    """The nodes of the graph between a term and the loss, the loss's first."""
     wanted = torch.autograd.graph.get_gradient_edge(value).node
     seen: set[Any] = set()
-    found: list[float] = []
     waiting: list[Any] = [loss.grad_fn]
     while waiting and len(seen) <= MOST_NODES:
         node = waiting.pop()
         if node is None or node in seen or node is wanted or not _leads_to(node, wanted):
             continue
         seen.add(node)
+        yield node
+        waiting += [following for following, _ in node.next_functions]
+
+
+def _divisors(loss: torch.Tensor, value: torch.Tensor) -> list[float]:
+    """The numbers that a term is divided by on its way to the loss, or multiplied by one over."""
+    found: list[float] = []
+    for node in _on_the_way(loss, value):
         if node.name().startswith("Div"):
             found += _saved(node, "_saved_other")
         elif node.name().startswith("Mul"):
             found += [1 / number for name in ("_saved_other", "_saved_self") for number in _saved(node, name, True)]
         elif node.name().startswith("Mean") and not is_mean_of_scalar(node):
             found.append(_size_of_mean(node))
-        waiting += [following for following, _ in node.next_functions]
     return found
+
+
+def _multipliers(loss: torch.Tensor, value: torch.Tensor) -> list[float]:
+    """The numbers that a term is multiplied by on its way to the loss."""
+    return [
+        number
+        for node in _on_the_way(loss, value)
+        if node.name().startswith("Mul")
+        for name in ("_saved_other", "_saved_self")
+        for number in _saved(node, name)
+    ]
+
+
+def _is_divided_by(loss: torch.Tensor, value: torch.Tensor, number: Any) -> bool:
+    return any(abs(divisor - float(number)) <= 1e-6 * abs(float(number)) for divisor in _divisors(loss, value))
+
+
+def _is_in_mean_of_rows(step: Step, term: Term, loss: torch.Tensor) -> bool:
+    """Whether what a loss is the mean of is a number for each row, which this term is one of, or all of which it is made into:
+    ``torch.stack([cross_entropy(x, y) for x, y in rows]).mean()``, ``(values.sum(1) / lengths).mean()``."""
+    rows = num_rows(step.inputs)
+    if tuple(term.value.shape) == (rows,):
+        return False  # its own mean tells by its coefficient
+    of_a_row = term.rule is None or (term.rule.half is not None and term.rule.of == rows)
+    if term.value.dim() == 0 and rows > 1 and not of_a_row:
+        return False  # two heads of two rows
+    length = term.target.shape[-1] if term.target is not None and term.target.dim() > 1 else 0
+    if length > 1 and any(abs(divisor - length) < 1e-6 * length for divisor in _divisors(loss, term.value)):
+        return False  # over padding too
+    return is_mean_of_rows(loss, term.value, rows)
+
+
+def is_mean_of_rows(loss: torch.Tensor, value: torch.Tensor, rows: int) -> bool:
+    """Whether there is a mean over a tensor (rows,) between a term and the loss, or its sum and a division by as many; and that
+    tensor is a sum over each row, or a stack of numbers. A mean over each row is one over padding too, and something else."""
+    sums = means = is_made_of_rows = False
+    for node in _on_the_way(loss, value):
+        sizes, name = tuple(getattr(node, "_saved_self_sym_sizes", ())), node.name()
+        if sizes == (rows,):
+            means |= name.startswith("Mean")
+            sums |= name.startswith("Sum")
+        elif name.startswith("Mean") and len(sizes) > 1:
+            return False
+        is_made_of_rows |= name.startswith(("Stack", "Cat", "Unsqueeze")) or (name.startswith("Sum") and len(sizes) > 1)
+    divisors = _divisors(loss, value) if is_made_of_rows and not means else []
+    return is_made_of_rows and (means or (sums and any(abs(divisor - rows) < 1e-6 * rows for divisor in divisors)))
 
 
 def _saved(node: Any, name: str, is_tensor: bool = False) -> list[float]:
@@ -422,6 +486,9 @@ def _fitting(
     if number is not None and not is_taken:
         by_number += [NUMBER] if is_one(scale * float(number) / step.among) else []
         by_number += [SHORT] if step.among != 1 and is_one(scale * float(number)) else []
+        if not by_number and step.among != 1 and loss is not None and _is_divided_by(loss, term.value, number):
+            is_ready = step.among in _multipliers(loss, term.value)
+            return {NUMBER if is_ready else SHORT: scale * float(number) / (step.among if is_ready else 1)}
     if used is not None or scale == 0:
         return dict.fromkeys(by_number, 1.0)
     counts = {}
@@ -474,6 +541,8 @@ def _is_written_down(step: Step, scale: float) -> bool:
 def fitting_schemes(step: Step, term: Term, coefficient: torch.Tensor, loss: torch.Tensor) -> dict[str, float]:
     """The schemes that a coefficient of a term that somebody averages fits, with the factor that the term has besides; a sum
     over one row or item is told by its graph."""
+    if _is_in_mean_of_rows(step, term, loss):
+        return {}  # it stays what Trainer makes of it, who averages by rows
     fitting = _fitting(step, term, coefficient, None, False, loss)
     if _may_be_of_his_own(loss, term, coefficient, fitting):
         unit = _unit(term, coefficient)
@@ -490,6 +559,9 @@ def _factor(step: Step, term: Term, coefficient: torch.Tensor, scheme: str) -> A
         return float(step.among)
     if scheme == COUNTED:  # the mean has been divided by what the step holds already
         return torch.where(coefficient == 0, 1.0, 1 / coefficient)
+    if scheme == ROWS and term.reduction == "mean":  # it has been made a part of the step by its items
+        share = step.share_of_mean(term)
+        return step.share_of_rows() / share if float(share) else 1.0
     if scheme == ROWS:
         return step.share_of_rows()
     return step.share_of_call_by_hand(term.call, None if term.rule is None else rule_of_scheme(term.rule, scheme))

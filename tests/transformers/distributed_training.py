@@ -18,6 +18,8 @@ from some_ranks import (
     OnSomeRanksLater,
     OverTheNumber,
     OverTheNumberMeasured,
+    PartlyOverTheNumber,
+    PartlyOverTheNumberTimesTheRanks,
     rows_filled_on_second_rank,
     rows_of_second_rank,
 )
@@ -79,6 +81,8 @@ RUNS = {
     "filled": ("token classes", True, True, FilledOnSomeRanks),
     "over the number": ("token classes", True, True, OverTheNumber),
     "over the number, measured": ("token classes", True, True, OverTheNumberMeasured),
+    "partly over the number": ("token classes", True, True, PartlyOverTheNumber),
+    "partly over the number, times the ranks": ("token classes", True, True, PartlyOverTheNumberTimesTheRanks),
     "later": ("token classes", True, True, OnSomeRanksLater, 5),
 }
 

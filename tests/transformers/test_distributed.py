@@ -4,7 +4,14 @@ from pathlib import Path
 
 import pytest
 import torch
-from some_ranks import ON_SOME_RANKS, FilledOnSomeRanks, OnSomeRanks, rows_filled_on_second_rank, rows_of_second_rank
+from some_ranks import (
+    ON_SOME_RANKS,
+    FilledOnSomeRanks,
+    OnSomeRanks,
+    PartlyOverTheNumber,
+    rows_filled_on_second_rank,
+    rows_of_second_rank,
+)
 from tolerances import TRAINER_GRADIENT, TRAINER_LOSS
 from torchrun import torchrun
 from training import COUNTS_POSITION_0, Step, error, loss_error, model_and_rows, train
@@ -62,6 +69,15 @@ def test_losses_whose_labels_or_divisor_are_those_of_all_ranks(name, two_ranks):
         full = train(model, rows_filled_on_second_rank(), 1, trainer_class=FilledOnSomeRanks)
     else:
         full = train(model, examples, 1)
+    assert error(two_ranks[name], full) <= TRAINER_GRADIENT
+    assert not any(two_ranks[name].weights)  # told
+
+
+@pytest.mark.parametrize("name", ["partly over the number", "partly over the number, times the ranks"])
+def test_a_part_that_is_divided_by_the_number_of_all_ranks(name, two_ranks):
+    """Without the ranks' factor stock has half of that part."""
+    model, examples = model_and_rows("token classes")
+    full = train(model, examples, 1, trainer_class=PartlyOverTheNumber)
     assert error(two_ranks[name], full) <= TRAINER_GRADIENT
     assert not any(two_ranks[name].weights)  # told
 
