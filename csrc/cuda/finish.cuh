@@ -67,6 +67,9 @@ __device__ __forceinline__ Partial finish_row(const FinishArgs<Acc>& args, int64
   const int64_t label = row_label(inputs, row_at(inputs.logits, row));
   Partial found = {};
   RowResult result = {};
+  if constexpr (kTokens) {
+    if (options.metrics && !is_item(inputs, label)) args.tokens.argmax[row] = -1;
+  }
   if (is_item(inputs, label)) {
     RowRecord<Acc, true> record = {};
     if (args.general) {
@@ -97,10 +100,7 @@ __device__ __forceinline__ Partial finish_row(const FinishArgs<Acc>& args, int64
   }
   if constexpr (kTokens) {
     static_cast<Acc*>(args.tokens.loss)[row] = static_cast<Acc>(found.loss);
-    if (options.metrics) {
-      static_cast<Acc*>(args.tokens.entropy)[row] = static_cast<Acc>(found.entropy);
-      if (!is_item(inputs, label)) args.tokens.argmax[row] = -1;
-    }
+    if (options.metrics) static_cast<Acc*>(args.tokens.entropy)[row] = static_cast<Acc>(found.entropy);
   }
   return found;
 }
@@ -126,7 +126,7 @@ __device__ __forceinline__ Partial block_sum(Partial total, Partial* shared) {
 }
 
 template <typename Acc, bool kTokens>
-__global__ void __launch_bounds__(256) finish_kernel(const __grid_constant__ FinishArgs<Acc> args) {
+__global__ void __launch_bounds__(256, 1) finish_kernel(const __grid_constant__ FinishArgs<Acc> args) {
   Partial* const shared = reinterpret_cast<Partial*>(dynamic_shared());  // (kWarp,)
   const int64_t row = blockIdx.x * static_cast<int64_t>(blockDim.x) + threadIdx.x;
   Partial total = {};
