@@ -113,10 +113,12 @@ def find_tool(name: str) -> str | None:
 def check_compiler() -> None:
     if not sys.platform.startswith("linux"):
         fail(f"Linux on x86_64 or aarch64 is supported, this is {sys.platform}: use a container, or WSL 2 on Windows")
-    try:
-        chosen = shlex.split(os.environ.get("CXX", ""))[:1]
-    except ValueError as error:
-        fail(f"CXX={os.environ['CXX']} is no command: {error}")
+    for name in ("CXX", "CMAKE_ARGS"):
+        try:
+            shlex.split(os.environ.get(name, ""))
+        except ValueError as error:
+            fail(f"{name}={os.environ[name]} is no command: {error}")
+    chosen = shlex.split(os.environ.get("CXX", ""))[:1]
     setting, nvcc = cuda_setting(), os.environ.get("CUDACXX", "")
     if nvcc and setting != "OFF" and not shutil.which(nvcc):
         fail(f"CUDACXX={nvcc} was not found: name an nvcc, or set ACCUMLOSS_CUDA=OFF to build for CPU only")
@@ -237,7 +239,8 @@ def run(command: list[str], environment: dict[str, str] | None = None) -> None:
             output += line
     if process.returncode:
         own = re.search(r"^\s*accumloss:\s+(.+?)(\n\s*\n|\Z)", output, re.DOTALL | re.MULTILINE)  # CMake wraps it
-        message = own[1] if own else "the build failed, the reason is above; ACCUMLOSS_CUDA=OFF builds without CUDA"
+        remedy = "" if cuda_setting() == "OFF" else "; ACCUMLOSS_CUDA=OFF builds without CUDA"
+        message = own[1] if own else f"the build failed, the reason is above{remedy}"
         fail(" ".join(message.split()))
 
 

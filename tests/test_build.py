@@ -100,6 +100,9 @@ def test_build_says_in_one_line_what_is_wrong_with_a_compiler(code):
         run_python(code, CXX="g++ 'unfinished"), "CXX=g++ 'unfinished is no command", "No closing quotation"
     )
     assert_one_line(
+        run_python(code, CMAKE_ARGS="-DX='open"), "CMAKE_ARGS=-DX='open is no command", "No closing quotation"
+    )
+    assert_one_line(
         run_python(code, CUDACXX="/nowhere/nvcc"), "CUDACXX=/nowhere/nvcc was not found", "ACCUMLOSS_CUDA=OFF"
     )
     assert_one_line(run_python("import sys; sys.platform = 'darwin'; " + code), "Linux on x86_64 or aarch64", "darwin")

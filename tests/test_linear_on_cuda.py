@@ -114,9 +114,7 @@ def test_plans_on_cuda_without_a_product_into_fp32(monkeypatch):
 
 def test_plans_for_no_device_are_refused():
     for device in ("gpu", "H2000", "sm_", "meta"):
-        with pytest.raises(
-            ValueError, match=r'linear_plan: expected device "cpu", "cuda", such as "sm_90", or one of A1'
-        ):
+        with pytest.raises(ValueError, match=r"linear_plan: expected a device of torch .* or a name with one of A100"):
             linear_plan(1, 1, 1, device=device)
     with pytest.raises(ValueError, match="linear_plan: expected rows and free_bytes >= 0"):
         linear_plan(1, 1, 1, device="cuda", free_bytes=-1)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 import torch
@@ -47,8 +48,21 @@ def _kind(device: torch.device | str) -> str:
         return device.partition(":")[0]
     if device in _C.gpus() or (device.startswith("sm_") and device[3:].isdigit()):
         return device
-    names = ", ".join(sorted(_C.gpus()))
-    raise ValueError(f'linear_plan: expected device "cpu", "cuda", such as "sm_90", or one of {names}, got {device!r}')
+    # "NVIDIA H100 80GB HBM3"
+    named = [name for name in _C.gpus() if re.search(rf"\b{re.escape(name)}\b", device, re.IGNORECASE)]
+    if named:
+        return max(named, key=len)
+    try:
+        is_known = torch.device(device).type != "meta"
+    except RuntimeError:
+        is_known = False
+    if not is_known:
+        names = ", ".join(sorted(_C.gpus()))
+        raise ValueError(
+            f'linear_plan: expected a device of torch ("cpu", "cuda:0"), a capability ("sm_90"), or a name with one of {names} '
+            f"in it, got {device!r}"
+        )
+    return "cpu"  # a device without kernels of ours: plain PyTorch, by the plan for the CPU
 
 
 def waits(device: torch.device) -> bool:
