@@ -145,6 +145,20 @@ class Exact:
 
         return NoKeywords(loss), rows(), {}
 
+    def sum_over_twice_its_items():
+        def loss(self, model, inputs, n):
+            total = F.cross_entropy(*flat(model(**inputs), inputs["labels"]), reduction="sum")
+            return total / (2 * (inputs["labels"] != -100).sum())
+
+        return *tagger(), computes(loss)
+
+    def mean_over_a_constant():
+        def loss(self, model, inputs, n):
+            logits = model(**inputs).logits
+            return 2 * F.mse_loss(logits, logits.detach().flip(-1), reduction="none").mean() / 3
+
+        return *tagger(), computes(loss)
+
     def sum_beside_a_mean():
         def loss(self, model, inputs, n):
             outputs = model(**inputs)

@@ -511,12 +511,15 @@ def _fitting(
     if is_one(scale):
         fitting.append(SUM)
     divisors = [] if loss is None or number is not None else _divisors(loss, term.value)
-    divided = {s: scale * n for s, n in counts.items() if any(abs(divisor - n) <= 1e-6 * n for divisor in divisors)}
-    if divided:  # what the graph says goes before what may be chance
-        ordered = sorted(divided, key=lambda scheme: not is_one(divided[scheme]))
+    places = {s: [i for i, d in enumerate(divisors) if abs(d - n) <= 1e-6 * n] for s, n in counts.items()}
+    divided = {scheme: scale * counts[scheme] for scheme, found in places.items() if found}
+    if divided:  # what the graph says goes before what may be chance, and what is divided by first before the rest
+        ordered = sorted(divided, key=lambda scheme: (not is_one(divided[scheme]), -places[scheme][-1]))
         return {**{scheme: divided[scheme] for scheme in ordered}, **{s: 1.0 for s in fitting if s not in divided}}
     if not fitting and number is None and _is_written_down(step, scale):
         return {SCALED: scale}
+    if not fitting:  # by some times a count, as 2 * items is
+        return {s: scale * n for s, n in counts.items() if n and any(d / n in range(2, 65) for d in divisors)}
     return dict.fromkeys(fitting, 1.0)
 
 
