@@ -71,6 +71,7 @@ class Evaluation(steps.Step):
         self.is_by_number = False  # what of the loss is no term honours the number
         self.num_terms: int | None = None  # of a batch
         self.coefficients: list[float] | None = None  # of the terms in the loss
+        self.of_rows: list[float] = []  # the same of terms that are a row's, times the rows: Trainer averages by rows
         self.totals_of_set: torch.Tensor | None = None  # float64, see add()
 
     @property
@@ -217,6 +218,7 @@ class Evaluation(steps.Step):
             coefficients = [0.0 if c is None else float(c.detach()) for c in found[: len(self.leaves)]]
             in_mean = [is_mean_of_rows(loss, leaf, rows) for leaf in self.leaves]
             if sum(in_mean) == rows:  # of rows that have a mean each: as Trainer averages them
+                self.of_rows = [c * rows if of_rows else 0.0 for c, of_rows in zip(coefficients, in_mean, strict=True)]
                 coefficients = [0.0 if of_rows else c for c, of_rows in zip(coefficients, in_mean, strict=True)]
             self.coefficients = [*coefficients, *[0.0] * (self.num_terms - len(coefficients))]
         assert self.fitting is not None
@@ -246,6 +248,8 @@ class Evaluation(steps.Step):
             mean, items = mean.to(device), items.to(device, wide)
             row += [mean * items, items, mean * times]
             rest = rest - self.coefficients[index] * mean if self.coefficients else rest
+            if index < len(self.of_rows):
+                rest = rest - self.of_rows[index] / counting.num_rows(self.inputs) * mean
         of_batch = []
         for index in range(len(self.fitting)):
             total, counts = self.summed[index] if index < len(self.summed) else (empty, torch.zeros(len(SCHEMES)))
