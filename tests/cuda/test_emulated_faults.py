@@ -57,6 +57,7 @@ FAULTS = {
             GENERAL,
             "    if (inputs.options.metrics && z_label == state.max) wins = wins_tie(group, x, V, label);\n"
             "    if (group.rank() == 0) record_row<true>(args, row, state, z_label, wins);\n"
+            "    if (args.argmax != nullptr) write_argmax(group, x, V, label, wins && state.sum == state.sum, args.argmax + row);\n"
             "    if (!args.writes()) return;\n"
             "    group.order();\n"
             "    factor = factors.of(state, z_label, weight);\n",
