@@ -238,7 +238,8 @@ def test_nvcc_of_wheels_is_found_beside_torch_where_they_are_complete(tmp_path):
 
 def test_pip_says_whether_it_can_fetch(tmp_path):
     """The installed pip, of a folder instead of an index."""
-    pytest.importorskip("pip", reason="pip is not installed")
+    if importlib.util.find_spec("pip") is None:  # not imported: setuptools would give up its distutils in this process
+        pytest.skip("pip is not installed")
     code = "import native; print(native.can_fetch(['accumloss-nowhere==13.0.*']))"
     pip = {"PIP_NO_INDEX": 1, "PIP_EXTRA_INDEX_URL": "", "PIP_FIND_LINKS": tmp_path, "VIRTUAL_ENV": None}
     refused = run_python(code, **pip)
