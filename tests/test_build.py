@@ -4,7 +4,6 @@ import ast
 import concurrent.futures
 import contextlib
 import importlib.metadata
-import importlib.util
 import os
 import pty
 import re
@@ -238,7 +237,8 @@ def test_nvcc_of_wheels_is_found_beside_torch_where_they_are_complete(tmp_path):
 
 def test_pip_says_whether_it_can_fetch(tmp_path):
     """The installed pip, of a folder instead of an index."""
-    if importlib.util.find_spec("pip") is None:  # not imported: setuptools would give up its distutils in this process
+    # Neither imported nor searched for: setuptools would give up its distutils in this process.
+    if not list(importlib.metadata.distributions(name="pip")):
         pytest.skip("pip is not installed")
     code = "import native; print(native.can_fetch(['accumloss-nowhere==13.0.*']))"
     pip = {"PIP_NO_INDEX": 1, "PIP_EXTRA_INDEX_URL": "", "PIP_FIND_LINKS": tmp_path, "VIRTUAL_ENV": None}

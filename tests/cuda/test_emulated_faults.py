@@ -255,7 +255,7 @@ HELD_FAULTS = {
     "held_row_not_rounded_out": [
         ("cuda/plan.h", "round_up(request.V * size + kVector - size, kVector)", "request.V * size / kVector * kVector")
     ],
-    "merges_of_two_rows_in_one_place": [("cuda/group.cuh", "merges % 2 * (4 * kWarp)", "0 * (4 * kWarp)")],
+    "merges_of_two_rows_in_one_place": [("cuda/group.cuh", "merges % 2 * (4 * kWarp);", "0 * (4 * kWarp);")],
     "copies_not_waited_for": [(BLOCK, "      copies_wait(kParts - 1 - p);\n", "")],
     "copies_waited_for_too_late": [(BLOCK, "copies_wait(kParts - 1 - p)", "copies_wait(kParts - p)")],
     "copies_not_committed": [(BLOCK, "      copies_commit();\n    }\n  }\n};", "    }\n  }\n};")],
