@@ -96,7 +96,7 @@ def test_demo_shows_the_mean_of_means_and_that_accumloss_has_it_not(demo_result)
         assert well[depth]["gradient_ratio"] == pytest.approx(1, abs=TRAINER_GRADIENT)
         if depth > 1:
             assert sick[depth]["max_loss_deviation"] > 100 * rounding
-            assert sick[depth]["max_weight_deviation"] > 20 * well[depth]["max_weight_deviation"]
+            assert sick[depth]["max_weight_deviation"] > 100 * well[depth]["max_weight_deviation"]
 
 
 def test_demo_full_batch_deviates_from_nothing(demo_result):
