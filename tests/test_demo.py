@@ -19,6 +19,7 @@ for package in demo.PACKAGES:
 from accumloss.demo import causal, masked, measure, pictures, report, runs, text  # noqa: E402  they import those packages
 
 STEPS = 2
+PYTHONS_TEXT = text.read_text
 
 
 def paragraphs() -> list[str]:
@@ -48,6 +49,12 @@ def demo_result(small, tmp_path_factory):
 
 def rows_of(demo_result, task, way):
     return {row["accumulation"]: row for row in demo_result[0][task]["rows"] if row["way"] == way}
+
+
+def test_demo_reads_pythons_language_reference():
+    found = PYTHONS_TEXT()
+    assert len(found) > 1000 and all(part.strip() for part in found)
+    assert any("generator" in part for part in found)
 
 
 def test_demo_writes_its_files(demo_result):

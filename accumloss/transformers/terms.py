@@ -342,6 +342,7 @@ def _multipliers(loss: torch.Tensor, value: torch.Tensor) -> list[float]:
 
 
 def _is_divided_by(loss: torch.Tensor, value: torch.Tensor, number: Any) -> bool:
+    """Whether the graph shows a division of a term by this number."""
     return any(abs(divisor - float(number)) <= 1e-6 * abs(float(number)) for divisor in _divisors(loss, value))
 
 
@@ -354,10 +355,11 @@ def _is_in_mean_of_rows(step: Step, term: Term, loss: torch.Tensor) -> bool:
     of_a_row = term.rule is None or (term.rule.half is not None and term.rule.of == rows)
     if term.value.dim() == 0 and rows > 1 and not of_a_row:
         return False  # two heads of two rows
+    if not is_mean_of_rows(loss, term.value, rows):
+        return False
     length = term.target.shape[-1] if term.target is not None and term.target.dim() > 1 else 0
-    if length > 1 and any(abs(divisor - length) < 1e-6 * length for divisor in _divisors(loss, term.value)):
-        return False  # over padding too
-    return is_mean_of_rows(loss, term.value, rows)
+    # a row's own mean over its length is one over padding too
+    return length <= 1 or not _is_divided_by(loss, term.value, length)
 
 
 def is_mean_of_rows(loss: torch.Tensor, value: torch.Tensor, rows: int) -> bool:
@@ -372,8 +374,7 @@ def is_mean_of_rows(loss: torch.Tensor, value: torch.Tensor, rows: int) -> bool:
         elif name.startswith("Mean") and len(sizes) > 1:
             return False
         is_made_of_rows |= name.startswith(("Stack", "Cat", "Unsqueeze")) or (name.startswith("Sum") and len(sizes) > 1)
-    divisors = _divisors(loss, value) if is_made_of_rows and not means else []
-    return is_made_of_rows and (means or (sums and any(abs(divisor - rows) < 1e-6 * rows for divisor in divisors)))
+    return is_made_of_rows and (means or (sums and _is_divided_by(loss, value, rows)))
 
 
 def _saved(node: Any, name: str, is_tensor: bool = False) -> list[float]:
