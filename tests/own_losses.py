@@ -145,6 +145,13 @@ class Exact:
 
         return NoKeywords(loss), rows(), {}
 
+    def sum_that_was_complex():
+        def loss(self, model, inputs, n):
+            total = F.cross_entropy(*flat(model(**inputs), inputs["labels"]), reduction="sum")
+            return (total * torch.tensor(1 + 1j)).real / (inputs["labels"] != -100).sum()
+
+        return *tagger(), computes(loss)
+
     def sum_over_twice_its_items():
         def loss(self, model, inputs, n):
             total = F.cross_entropy(*flat(model(**inputs), inputs["labels"]), reduction="sum")

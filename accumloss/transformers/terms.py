@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 
 from .._compat import engines_at_rest, function_of, is_mean_of_scalar
+from ..parallel import is_dtensor
 from ..sums import widened
 from .counting import Rule, half_of, num_rows
 
@@ -384,7 +385,10 @@ def _saved(node: Any, name: str, is_tensor: bool = False) -> list[float]:
         kept = getattr(node, name, None)
     except RuntimeError:
         return []
-    if not isinstance(kept, torch.Tensor) or kept.numel() != 1 or (is_tensor and kept.dtype == torch.float64):
+    # of a DTensor the ranks would have to meet
+    if not isinstance(kept, torch.Tensor) or is_dtensor(kept) or kept.is_complex() or kept.numel() != 1:
+        return []
+    if is_tensor and kept.dtype == torch.float64:
         return []
     number = float(kept.detach())
     return [number] if math.isfinite(number) and number != 0 else []
