@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 from tolerances import TRAINER_GRADIENT
+from torchrun import torchrun
 
 import accumloss
 
@@ -41,15 +42,12 @@ def losses_of(printed):
 def run(name, rows, capsys, source=None):
     """What an example prints. Those of several ranks, and those that need libraries with patches of their own, in processes."""
     file = EXAMPLES / f"{name}.py"
-    if name in ON_TWO_RANKS or name in NEEDS:
-        launch = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"] if name in ON_TWO_RANKS else []
+    if name in ON_TWO_RANKS:
+        return torchrun(file, rows)
+    if name in NEEDS:
         environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
         done = subprocess.run(
-            [sys.executable, *launch, str(file), str(rows)],
-            env=environment,
-            capture_output=True,
-            text=True,
-            timeout=300,
+            [sys.executable, str(file), str(rows)], env=environment, capture_output=True, text=True, timeout=300
         )
         assert done.returncode == 0, done.stderr[-3000:]
         return done.stdout

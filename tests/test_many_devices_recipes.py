@@ -16,13 +16,12 @@ SECTIONS = dict(section.split("\n", 1) for section in PAGE.read_text().split("\n
 RECIPES = [name for name, text in SECTIONS.items() if "\ntorchrun " in text]
 WINDOWS = 2
 MINE = """
-import atexit, os
+import os
 os.environ["ACCELERATE_USE_CPU"] = "true"
 import many_devices
 from distributed_meshes import FirstHalf, MixtureLM, SecondHalf
 from windows import TinyLM as make_model, split, window
 
-atexit.register(os._exit, 0)  # without the destructors of gloo, whose threads sometimes wait for each other for ever
 ranks_of_devices = many_devices.as_accelerators()
 ranks_of_devices.__enter__()
 

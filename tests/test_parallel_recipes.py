@@ -13,12 +13,10 @@ from windows import TinyLM, error, gradients, norm, targets, window
 PAGE = Path(__file__).resolve().parents[1] / "docs" / "vocabulary-parallel.md"
 SECTIONS = dict(section.split("\n", 1) for section in PAGE.read_text().split("\n## ")[1:])
 MINE = """
-import atexit, os
 import torch
 from windows import TinyLM as make_model, split, window
 
 DEALT = [[0, 2, 4, 7], [1, 3, 5, 6]]  # rows of few labels, and of many
-atexit.register(os._exit, 0)  # without the destructors of gloo, whose threads sometimes wait for each other for ever
 torch.manual_seed(0)
 
 
