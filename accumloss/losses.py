@@ -15,7 +15,7 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 
-from . import linear, ops, parallel, reference
+from . import inside, linear, ops, parallel, reference
 from .arguments import (
     NumItems,
     check_class_weight,
@@ -135,10 +135,24 @@ def cross_entropy(
             "shift": shift, "metrics": metrics, "group": group, "vocab_size": vocab_size, "DTensor": is_dtensor,
         }  # fmt: skip
         return soft_sums("cross_entropy", logits, labels, weight, token_weight, options, given)
+    sums = _sums(logits, labels, weight, token_weight, shift, metrics, (group, vocab_size), options)
+    return inside.seen("cross_entropy", sums, labels, shift, ignore_index, weight)
+
+
+def _sums(
+    logits: torch.Tensor,
+    labels: torch.Tensor,
+    weight: torch.Tensor | None,
+    token_weight: torch.Tensor | None,
+    shift: int,
+    metrics: bool,
+    shared: tuple[dist.ProcessGroup | None, int | None],  # group, vocab_size
+    options: LossOptions,
+) -> TokenSums:
+    group, vocab_size = shared
     if parallel.is_parallel(logits, labels, group):
         if token_weight is not None and group is None:
             refuse_token_weight("cross_entropy", token_weight, "beside DTensors")
-        shared = group, vocab_size
         return _parallel_sums("cross_entropy", logits, labels, weight, shift, options, metrics, shared, token_weight)
     check_vocab_size("cross_entropy", logits, vocab_size)
     check_class_weight("cross_entropy", "weight", weight, logits.shape[-1:])
@@ -310,7 +324,9 @@ def linear_cross_entropy(
         "linear_cross_entropy", hidden, weight, labels, bias, class_weight, options, shift, metrics, None, num_valid,
         max_scratch_bytes, shared,
     )  # fmt: skip
-    return replace(sums, loss_sum=loss_sum)
+    return inside.seen(
+        "linear_cross_entropy", replace(sums, loss_sum=loss_sum), labels, shift, ignore_index, class_weight
+    )
 
 
 @checked_loss
@@ -388,6 +404,16 @@ def linear_causal_lm(
     targets, shift = (shift_labels, 0) if shift_labels is not None else (labels, 1)
     check_tensors(name, ("labels (B, T)", targets))
     assert targets is not None
+    if given is None and token_weight is None and inside.counting is not None:
+        of_step = inside.counting.mean(name, targets, shift, options.ignore_index, class_weight, None)
+        if of_step is not None:
+            known, observed = of_step
+            return observed(
+                linear_causal_lm(
+                    hidden, weight, labels, shift_labels, known, options, bias, class_weight, num_valid,
+                    max_scratch_bytes, shared,
+                )
+            )  # fmt: skip
     metrics = isinstance(given, Known) and given.metrics
     is_mean = given is None
     if token_weight is not None:
@@ -631,6 +657,11 @@ def sequence_classification(
             f"{name}: expected config.problem_type regression, single_label_classification or "
             f"multi_label_classification, got {problem!r}"
         )
+    if given is None and inside.counting is not None:
+        of_step = inside.counting.mean(name, labels, 0, None, None, None)
+        if of_step is not None:
+            known, observed = of_step
+            return observed(Divided(loss_sum / known.divisor.to(loss_sum.device, loss_sum.dtype)))
     divisor, _, _ = _resolved(name, given, loss_sum)
     return Divided(loss_sum / (max(targets.numel(), 1) if divisor is None else divisor))
 
@@ -838,6 +869,11 @@ def _mean_loss(
         check_token_weight(name, token_weight, labels)
         token_weight = like_rows(name, logits, token_weight, shift)
     labels = like_rows(name, logits, labels, shift)
+    if given is None and token_weight is None and inside.counting is not None:
+        of_step = inside.counting.mean(name, labels, shift, options.ignore_index, weight, logits.shape[-1])
+        if of_step is not None:
+            known, observed = of_step
+            return observed(_mean_loss(name, logits, labels, shift, known, options, weight, inplace, group, vocab_size))
     if parallel.is_parallel(logits, labels, group):
         refuse_token_weight(name, token_weight, "where processes share the vocabulary, or beside DTensors")
         return _parallel_mean_loss(name, logits, labels, shift, given, options, weight, inplace, group, vocab_size)
@@ -884,7 +920,7 @@ def _parallel_sums(
 ) -> TokenSums:
     part = parallel.checked_part_of(name, logits, labels, weight, shift, options, *shared)
     if part.shard is None:
-        found = cross_entropy(part.logits, part.labels, weight=part.weight, metrics=metrics, **options.as_kwargs())
+        found = _sums(part.logits, part.labels, part.weight, None, 0, metrics, (None, None), options)
         return TokenSums(*(part.wrap(getattr(found, field.name)) for field in fields(TokenSums)))
     if token_weight is not None:
         check_token_weight(name, token_weight, labels)

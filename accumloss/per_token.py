@@ -12,7 +12,7 @@ from typing import Any, Literal, NamedTuple
 import torch
 import torch.distributed as dist
 
-from . import linear, ops, reference
+from . import inside, linear, ops, reference
 from .arguments import (
     NumItems,
     check_in_place,
@@ -107,7 +107,8 @@ def token_losses(
         given = {"shift": shift, "inplace": inplace, "group": group, "vocab_size": vocab_size}
         return soft_losses("token_losses", logits, labels, weight, options, given)
     shared = group, vocab_size
-    return _statistics("token_losses", logits, labels, weight, shift, options, inplace, False, shared)[0]
+    losses = _statistics("token_losses", logits, labels, weight, shift, options, inplace, False, shared)[0]
+    return inside.seen_rows("token_losses", losses, labels, shift, ignore_index, weight)
 
 
 @checked
@@ -149,7 +150,8 @@ def token_log_probs(
     options = _at_temperature("token_log_probs", temperature, ignore_index)
     shared = group, vocab_size
     nll = _statistics("token_log_probs", logits, labels, None, shift, options, inplace, False, shared)[1]
-    return 0.0 - nll  # -nll would have -0 in rows that are ignored
+    # -nll would have -0 in rows that are ignored
+    return 0.0 - inside.seen_rows("token_log_probs", nll, labels, shift, ignore_index, None)
 
 
 @checked
@@ -253,7 +255,8 @@ def distillation(
     options = _distillation_options(name, temperature, beta, student_logits)
     mask = _mask_of(name, labels, student_logits, shift, ignore_index)
     losses = ops.distillation(student_logits, teacher_logits, mask, **options)[0]
-    return _sums_of_mask(name, losses, mask, token_weight, shift)
+    sums = _sums_of_mask(name, losses, mask, token_weight, shift)
+    return sums if labels is None else inside.seen(name, sums, labels, shift, ignore_index, None)
 
 
 @checked_loss
@@ -349,7 +352,8 @@ def linear_distillation(
     student = (student_hidden, student_weight, student_bias)
     teacher = (teacher_hidden, teacher_weight, teacher_bias)
     losses = linear.distillation_rows(name, student, teacher, mask, options, max_scratch_bytes)
-    return _sums_of_mask(name, losses, mask, token_weight, shift)
+    sums = _sums_of_mask(name, losses, mask, token_weight, shift)
+    return sums if labels is None else inside.seen(name, sums, labels, shift, ignore_index, None)
 
 
 @checked

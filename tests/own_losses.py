@@ -75,6 +75,114 @@ def of(kind):
 class Exact:
     """name -> model, examples, options of train(); the name says what people do."""
 
+    def mean_of_accumloss():
+        def loss(self, model, inputs, n):
+            return accumloss.masked_lm_loss(model(**inputs).logits, inputs["labels"])
+
+        return *tagger(), computes(loss)
+
+    def mean_of_accumloss_beside_another():
+        def loss(self, model, inputs, n):
+            outputs = model(**inputs)
+            weight = torch.linspace(0.5, 2, LABELS)
+            shifted = accumloss.causal_lm_loss(outputs.logits, inputs["labels"], weight=weight)
+            return outputs.loss + 0.3 * shifted
+
+        return *tagger(), computes(loss)
+
+    def sums_of_accumloss():
+        def loss(self, model, inputs, n):
+            return accumloss.cross_entropy(model(**inputs).logits, inputs["labels"], shift=1).mean_loss
+
+        return *tagger(), computes(loss)
+
+    def sums_of_accumloss_with_class_weights():
+        def loss(self, model, inputs, n):
+            weight = torch.linspace(0.5, 2, LABELS)
+            return accumloss.cross_entropy(model(**inputs).logits, inputs["labels"], weight=weight).mean_loss
+
+        return *tagger(), computes(loss)
+
+    def sums_of_accumloss_over_the_number():
+        def loss(self, model, inputs, n):
+            return accumloss.cross_entropy(model(**inputs).logits, inputs["labels"]).loss_sum / n
+
+        return *tagger(), computes(loss)
+
+    def of_hidden_states():
+        def loss(self, model, inputs, n):
+            hidden = model.bert(**{name: value for name, value in inputs.items() if name != "labels"})[0]
+            head = model.classifier
+            mean = accumloss.linear_causal_lm_loss(hidden, head.weight, inputs["labels"], bias=head.bias)
+            sums = accumloss.linear_cross_entropy(hidden, head.weight, inputs["labels"], bias=head.bias)
+            return 0.5 * mean + sums.mean_loss
+
+        return *tagger(), computes(loss)
+
+    def chunks_of_accumloss_over_one_count():
+        def loss(self, model, inputs, n):
+            logits, labels = model(**inputs).logits.chunk(3, 1), inputs["labels"].chunk(3, 1)
+            return sum(map(accumloss.cross_entropy, logits, labels)).mean_loss
+
+        return *tagger(), computes(loss)
+
+    def chunks_over_one_count():
+        def loss(self, model, inputs, n):
+            logits, labels = model(**inputs).logits[:, :-1].flatten(0, 1), inputs["labels"][:, 1:].flatten()
+            parts = zip(logits.split(7), labels.split(7), strict=True)  # more of them where there are more rows
+            return sum(F.cross_entropy(x, y, reduction="sum") for x, y in parts) / (labels != -100).sum().clamp(min=1)
+
+        return *tagger(), computes(loss)
+
+    def chunks_over_their_weights_beside_a_sum():
+        weight = torch.linspace(0.5, 2, LABELS)
+
+        def loss(self, model, inputs, n):
+            logits, labels = flat(model(**inputs), inputs["labels"])
+            of_all = F.cross_entropy(logits.roll(1, -1), labels, reduction="sum") / (labels != -100).sum()
+            parts = zip(logits.split(5), labels.split(5), strict=True)
+            total = sum(F.cross_entropy(x, y, weight, reduction="sum") for x, y in parts)
+            is_item = labels != -100
+            return 0.5 * of_all + total / weight[labels[is_item]].sum()
+
+        return *tagger(), computes(loss)
+
+    def rows_over_one_count():
+        def loss(self, model, inputs, n):
+            rows = zip(model(**inputs).logits, inputs["labels"], strict=True)
+            return sum(F.cross_entropy(x, y, reduction="sum") for x, y in rows) / (inputs["labels"] != -100).sum()
+
+        return *tagger(), computes(loss)
+
+    def token_losses_over_their_items():
+        def loss(self, model, inputs, n):
+            losses = accumloss.token_losses(model(**inputs).logits, inputs["labels"], shift=1)
+            return losses.sum() / (inputs["labels"][:, 1:] != -100).sum().clamp(min=1)
+
+        return *tagger(), computes(loss)
+
+    def token_log_probs_of_the_items():
+        def loss(self, model, inputs, n):
+            log_probs = accumloss.token_log_probs(model(**inputs).logits, inputs["labels"])
+            return -log_probs[inputs["labels"] != -100].mean()
+
+        return *tagger(), computes(loss)
+
+    def distillation_of_accumloss():
+        def loss(self, model, inputs, n):
+            logits = model(**inputs).logits
+            return accumloss.distillation_loss(logits, (7 * logits.detach()).sin(), inputs["labels"])
+
+        return *tagger(), computes(loss)
+
+    def mean_of_accumloss_in_a_module():
+        return Head(lambda self, logits, labels: accumloss.masked_lm_loss(logits, labels)), tagger()[1], {}
+
+    def loss_function_of_accumloss():
+        model = copy.deepcopy(tagger()[0])
+        model.loss_function = accumloss.token_classification_loss
+        return model, tagger()[1], {}
+
     def none_over_the_mask():
         def loss(self, model, inputs, n):
             return per_token(model(**inputs), inputs["labels"]).sum() / (inputs["labels"] != -100).sum()
@@ -131,6 +239,24 @@ class Exact:
             outputs, labels = model(**inputs), inputs["labels"]
             of_rows = per_token(outputs, labels).view(labels.shape).sum(1) / (labels != -100).sum(1)
             return outputs.loss + 0.3 * of_rows.mean()
+
+        return *tagger(), computes(loss)
+
+    def mean_of_the_rows_own_means_in_a_loop():
+        def loss(self, model, inputs, n):
+            logits, total = model(**inputs).logits, 0
+            for i in range(len(logits)):
+                total = total + F.cross_entropy(logits[i], inputs["labels"][i])
+            return total / len(logits)
+
+        return *tagger(), computes(loss)
+
+    def mean_of_the_rows_own_means_of_accumloss_in_a_loop():
+        def loss(self, model, inputs, n):
+            outputs = model(**inputs)
+            rows = zip(outputs.logits.roll(1, -1), inputs["labels"], strict=True)
+            means = [accumloss.masked_lm_loss(x, y) for x, y in rows]
+            return outputs.loss + 0.3 * sum(means) / len(means)
 
         return *tagger(), computes(loss)
 
@@ -356,7 +482,12 @@ class Exact:
         return Frozen(cross_entropy, nn.BatchNorm1d(8)), rows(), {}
 
 
-WANTS_THE_NUMBER = ("none_over_the_number", "mean_times_its_items_over_the_number", "mean_times_its_items_over_an_int")
+WANTS_THE_NUMBER = (
+    "none_over_the_number",
+    "mean_times_its_items_over_the_number",
+    "mean_times_its_items_over_an_int",
+    "sums_of_accumloss_over_the_number",
+)
 
 
 EXACT = [

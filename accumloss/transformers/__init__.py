@@ -10,7 +10,7 @@ from typing import Any
 
 from .._compat import LOSS_FUNCTION, class_of, is_compiled, uncompiled
 from ..keywords import checked, named_by
-from . import deferred, losses, mapping, objective, rebind, watch
+from . import deferred, losses, mapping, objective, own, rebind, watch
 from .deferred import Explanation
 from .hook import compute_loss_func
 from .losses import make_loss
@@ -42,6 +42,7 @@ __all__ = [
 registration.add(
     Part(lambda state: state.is_active, trainer_methods.install),
     Part(lambda state: state.is_active, loss_names.install_smoother),
+    Part(lambda state: state.is_active, own.install),
     Part(lambda state: state.covers_all, mapping.install),
     Part(lambda state: state.covers_all, loss_names.install_name),
     Part(lambda state: state.is_active and settings.fused_linear, deferred.install),

@@ -16,11 +16,26 @@ from .._compat import not_compiled
 from ..sums import TokenSums, wide_dtype, widened
 from . import counting
 from . import step as steps
-from .terms import ELEMENTS, ITEMS, ROWS, SCALED, SUM, WEIGHTS, Term, fitting_schemes, is_contrastive, is_mean_of_rows
+from .terms import (
+    ELEMENTS,
+    ITEMS,
+    MEANS,
+    ROWS,
+    SCALED,
+    SUM,
+    WEIGHTS,
+    Term,
+    fitting_schemes,
+    has_no_items,
+    is_contrastive,
+    is_divided_by,
+    is_mean_of_rows,
+)
 from .tracked import leaf_and_tracked, untracked
 
 # what somebody may divide a sum by, in the order in which they are tried
 SCHEMES = (WEIGHTS, ITEMS, ROWS, ELEMENTS, SUM, SCALED)
+COUNTED_BY_ITEM = (WEIGHTS, ITEMS, ELEMENTS)  # of two calls they are as many as of both
 SAME = 1e-5  # of the loss: what the rest may differ by from batch to batch
 
 
@@ -59,7 +74,14 @@ class Evaluation(steps.Step):
         self.means: list[tuple[torch.Tensor, torch.Tensor]] = []  # of this batch: mean, items
         self.summed: list[tuple[torch.Tensor, torch.Tensor]] = []  # of this batch, by somebody: sum, counts by scheme
         self.leaves: list[torch.Tensor] = []  # of the means, where they are tracked
+        self.are_rows: list[bool] = []  # whether the labels of each are those of one row
+        self.is_row = False  # the same of the call that is to be observed next
         self.leaves_by_hand: list[tuple[torch.Tensor, Term]] = []
+        # schemes of all that somebody sums together, where its calls may be the chunks of one sum over one count; of one
+        # loss alone
+        self.fitting_together = set(COUNTED_BY_ITEM)
+        self.has_parts = False  # several were seen that it fits
+        self.apart: set[int] = set()  # places of what is averaged by something that is known
         self.fitting: list[set[str]] | None = None  # of what somebody sums: the schemes that fitted all batches so far
         self.scales: dict[tuple[int, str], float] = {}  # the factor that a sum has besides, by scheme
         self.rests: list[torch.Tensor] = []  # of the batches: the loss without its means, its size, what somebody sums
@@ -78,7 +100,8 @@ class Evaluation(steps.Step):
     def is_looking(self) -> bool:
         """Whether the terms of this batch are tracked."""
         is_open = any(len(fitting) > 1 or SCALED in fitting for fitting in self.fitting or ())
-        return self.coefficients is None or is_open
+        may_be_parts = self.fitting is not None and len(self.fitting) > 1 and bool(self.fitting_together)
+        return self.coefficients is None or is_open or may_be_parts
 
     def begin(self, inputs: Any) -> None:
         """Begins a batch."""
@@ -87,6 +110,7 @@ class Evaluation(steps.Step):
         super().begin(inputs)
         self.means, self.summed, self.token_sums, self.amount = [], [], None, None
         self.leaves, self.leaves_by_hand = [], []
+        self.are_rows, self.is_row = [], False
         self.calls = 0
 
     # What losses ask a step --------------------------------------------------------------------------------------------
@@ -112,7 +136,19 @@ class Evaluation(steps.Step):
         are_indices = ignore_index is not None and length is None and not labels.is_floating_point()
         if self.is_looking and not is_compiled and are_indices and self._is_contrastive(labels):
             self.coupled.add(f"{name or 'a loss'} tells each row apart from the others of its batch")
+        self.is_row = self.is_looking and self._is_row(labels, shift)
         return steps.Divisor(steps.at_least_one(items), observer=_Term(self, items))
+
+    def _is_row(self, labels: torch.Tensor, shift: int) -> bool:
+        """Whether these are the labels of one row of the batch, as far as their shape says."""
+        rows = counting.num_rows(self.inputs)
+        if labels.dim() != 1 and labels.shape[:1] != (1,):
+            return False
+        entries = [v for k, v in self.inputs.items() if isinstance(v, torch.Tensor) and counting.may_be_labels(k)]
+        return any(
+            entry.dim() > 1 and entry.shape[0] == rows and 0 <= entry[0].numel() - labels.numel() <= shift + 1
+            for entry in entries
+        )
 
     def _is_contrastive(self, labels: torch.Tensor) -> bool:
         """Whether labels are the numbers of the rows, and no entry of the batch."""
@@ -130,6 +166,7 @@ class Evaluation(steps.Step):
             return loss
         leaf, handed_out = leaf_and_tracked(loss)
         self.leaves.append(leaf)
+        self.are_rows.append(self.is_row)
         return handed_out
 
     def part(self, value: torch.Tensor, share: Any) -> torch.Tensor:
@@ -143,10 +180,12 @@ class Evaluation(steps.Step):
         ignore_index: int | None,
         name: str,
         weight: Any,
+        shift: int = 0,
     ) -> torch.Tensor:
-        """A loss of PyTorch's that its caller averages: its sum, and all that he may divide it by."""
+        """A loss that its caller averages: its sum, and all that he may divide it by."""
         if self.amount is not None:  # over boxes or masks
             return value
+        target = steps.aligned(target, shift, ignore_index)
         rule = counting.Rule("labels", 0, ignore_index, weight=weight)
         counts = {
             ITEMS: rule._replace(weight=None).total({"labels": target}),
@@ -158,14 +197,38 @@ class Evaluation(steps.Step):
         counts[WEIGHTS] = rule.total({"labels": target}) if weight is not None else counts[ITEMS]
         over = [_number(counts[scheme], value.device) for scheme in SCHEMES]
         self.summed.append((widened(value.detach()).sum(), torch.stack(over)))
-        if not self.is_looking:
-            return value
-        leaf, handed_out = leaf_and_tracked(value)
-        term = Term(
-            leaf, name, rule, ("by hand", len(self.summed)), reduction, target=target, ignore_index=ignore_index
-        )
-        self.leaves_by_hand.append((leaf, term))
+        leaf, handed_out = leaf_and_tracked(value) if self.is_looking else (None, value)
+        if leaf is not None:
+            call = "by hand", len(self.summed)
+            term = Term(leaf, name, rule, call, reduction, target=target, ignore_index=ignore_index)
+            self.leaves_by_hand.append((leaf, term))
         return handed_out
+
+    def _together(self) -> tuple[torch.Tensor, torch.Tensor] | None:
+        """What somebody sums in this batch and averages by nothing that is known, as though it were one call."""
+        summed = [one for index, one in enumerate(self.summed) if index not in self.apart]
+        if not summed:
+            return None
+        return torch.stack([total for total, _ in summed]).sum(), torch.stack([counts for _, counts in summed]).sum(0)
+
+    def _look_together(self, found: list[torch.Tensor | None]) -> None:
+        """Whether the sums of this batch that nothing else is known of are divided by one count of all of them."""
+        calls = [
+            (term, c)
+            for i, ((_, term), c) in enumerate(zip(self.leaves_by_hand, found, strict=True))
+            if i not in self.apart
+        ]
+        together = self._together()
+        if together is None or all(has_no_items(term) for term, _ in calls):
+            return
+        scales = [float(c.detach()) for _, c in calls if c is not None and c.dim() == 0]
+        names = {term.name for term, _ in calls}
+        if len(names) != 1 or len(scales) != len(calls) or max(scales) - min(scales) > SAME * max(map(abs, scales)):
+            self.fitting_together = set()
+            return
+        counts = dict(zip(SCHEMES, together[1].tolist(), strict=True))
+        self.fitting_together &= {scheme for scheme, n in counts.items() if abs(scales[0] * n - 1) <= SAME}
+        self.has_parts |= sum(not has_no_items(term) for term, _ in calls) > 1 and bool(self.fitting_together)
 
     def held(self, rule: counting.Rule) -> torch.Tensor:
         return rule.total({"labels": self.target})
@@ -213,10 +276,14 @@ class Evaluation(steps.Step):
         if leaves and loss.requires_grad:
             found = list(torch.autograd.grad(loss, leaves, create_graph=True, retain_graph=True, allow_unused=True))
         bends = int(any(_bends(coefficient, leaves) for coefficient in found))
+        is_first = self.coefficients is None
         if self.coefficients is None:
             rows = counting.num_rows(self.inputs)
             coefficients = [0.0 if c is None else float(c.detach()) for c in found[: len(self.leaves)]]
-            in_mean = [is_mean_of_rows(loss, leaf, rows) for leaf in self.leaves]
+            in_mean = [
+                is_mean_of_rows(loss, leaf, rows) or (is_row and is_divided_by(loss, leaf, rows))
+                for leaf, is_row in zip(self.leaves, self.are_rows, strict=True)
+            ]
             if sum(in_mean) == rows:  # of rows that have a mean each: as Trainer averages them
                 self.of_rows = [c * rows if of_rows else 0.0 for c, of_rows in zip(coefficients, in_mean, strict=True)]
                 coefficients = [0.0 if of_rows else c for c, of_rows in zip(coefficients, in_mean, strict=True)]
@@ -224,15 +291,29 @@ class Evaluation(steps.Step):
         assert self.fitting is not None
         for index, (_, term) in enumerate(self.leaves_by_hand[: len(self.fitting)]):
             coefficient = found[len(self.leaves) + index]
+            if has_no_items(term):
+                continue
             self.target = term.target
             schemes = {} if coefficient is None else fitting_schemes(self, term, coefficient.detach(), loss)
             self.fitting[index] &= set(schemes)
             for scheme, scale in schemes.items():
                 if abs(self.scales.setdefault((index, scheme), scale) - scale) > SAME * abs(scale):
                     self.fitting[index].discard(scheme)
+        if is_first and self.fitting:
+            of_hand = found[len(self.leaves) :]
+            scales = [float(c.detach().sum()) for c in of_hand if c is not None]
+            are_alike = not scales or max(scales) - min(scales) <= SAME * max(map(abs, scales))
+            has_items = [not has_no_items(term) for _, term in self.leaves_by_hand]
+            is_known = [
+                not are_alike and index < len(of_hand) and has_items[index] and not fitting.isdisjoint(MEANS)
+                for index, fitting in enumerate(self.fitting)
+            ]
+            unknown = agree(*(int(not known) for known in is_known))
+            self.apart = {index for index, is_unknown in enumerate(unknown) if not is_unknown}
+        self._look_together(found[len(self.leaves) :])
         if agree(bends)[0]:
             self.is_linear, self.coefficients = False, [0.0] * self.num_terms
-            self.fitting = [set() for _ in self.fitting]
+            self.fitting, self.fitting_together = [set() for _ in self.fitting], set()
 
     def add(self, loss: torch.Tensor, amount: Amount, is_real: bool = True) -> None:
         """Adds this batch to the set. Without a host sync."""
@@ -251,8 +332,11 @@ class Evaluation(steps.Step):
             if index < len(self.of_rows):
                 rest = rest - self.of_rows[index] / counting.num_rows(self.inputs) * mean
         of_batch = []
-        for index in range(len(self.fitting)):
-            total, counts = self.summed[index] if index < len(self.summed) else (empty, torch.zeros(len(SCHEMES)))
+        summed = [*self.summed[: len(self.fitting)]]
+        summed += [(empty, torch.zeros(len(SCHEMES)))] * (len(self.fitting) - len(summed))
+        if self.fitting:
+            summed.append(self._together() or (empty, torch.zeros(len(SCHEMES))))
+        for total, counts in summed:
             total, counts = total.to(device), counts.to(device, wide)
             means = total / torch.where(counts > 0, counts, torch.ones_like(counts))
             row += [total, *counts, *(means * times)]
@@ -270,12 +354,19 @@ class Evaluation(steps.Step):
         self.totals_of_set = added if self.totals_of_set is None else self.totals_of_set + added
 
     def agree_on_schemes(self, agree: Callable[..., list[int]]) -> list[int | None]:
-        """Of what somebody sums, which of SCHEMES fitted all batches of all ranks; None: none did."""
+        """Of what somebody sums, which of SCHEMES fitted all batches of all ranks, and last of all of it together; None: none
+        did."""
+        if not self.fitting:
+            return []
+        misfits = agree(*(int(scheme not in self.fitting_together) for scheme in SCHEMES), int(self.has_parts))
+        together = misfits.index(0) if misfits.pop() and 0 in misfits else None
         chosen: list[int | None] = []
-        for fitting in self.fitting or []:
+        for fitting in self.fitting:
             misfits = agree(*(int(scheme not in fitting) for scheme in SCHEMES))
             chosen.append(misfits.index(0) if 0 in misfits else None)
-        return chosen
+        if together is not None:
+            chosen = [scheme if index in self.apart else None for index, scheme in enumerate(chosen)]
+        return [*chosen, together]
 
     def _scale(self, index: int, scheme: int) -> float:
         return self.scales.get((index, SCHEMES[scheme]), 1.0)

@@ -258,7 +258,7 @@ class Check:
     def blame(self, reason: str) -> None:
         self._reasons.add(reason)
 
-    def end(self) -> str:
+    def end(self) -> set[str]:
         """At the end of a window: why the step may not be exact; empty where it is."""
         self.is_done = True
         if len(self._rests) > 1:
@@ -268,7 +268,7 @@ class Check:
                     "a part of it was computed by none of the losses that accumloss knows, and is averaged over the "
                     "micro-batches as they are"
                 )
-        return "; ".join(sorted(self._reasons))
+        return self._reasons
 
 
 def tell(trainer: Any, warned: set[str], reason: str, raises: bool = False, may: str = "may differ") -> None:
@@ -351,6 +351,8 @@ def _weighed(trainer: Any, step: steps.Step, loss: Any, check: Check | None) -> 
     if not is_looked_at and not may_be_sum and not schemes.are_acted_on and not is_measured and not is_open:
         return loss, ""
     combination = Combination(step, loss, step.items.root if is_looked_at and is_followed(step) else None)
+    combination.merge(step, schemes, loss)
+    step.take_doubts()
     if is_looked_at:
         assert check is not None
         number = step.items if is_touched(step) else step.num_items_in_batch if step.is_known else None

@@ -452,6 +452,7 @@ class Probe:
         if not isinstance(loss, torch.Tensor) or not loss.requires_grad:
             raise NotMeasured("what compute_loss returned is no loss with a gradient")
         combination = Combination(step, raw)
+        combination.merge(step, self.schemes, raw)
         terms = []
         with torch.no_grad():
             rest = combination.rest(widened(raw.mean()), self.schemes.left_in_rest())
@@ -461,7 +462,7 @@ class Probe:
                         (term, float(coefficient), float(term.value) / (float(step.share_of_mean(term)) or 1.0))
                     )
                 elif self.schemes.found.get(term.call) != UNKNOWN:
-                    terms.append((term, 1.0, float((coefficient * term.value).sum())))
+                    terms.append((term, 1.0, float(term.amount(coefficient))))
         return _Part(
             dict(window[index]), float(raw.mean()), float(loss.mean()) * share, float(rest), terms,
             objective.is_touched(step),

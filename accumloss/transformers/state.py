@@ -70,6 +70,7 @@ class State:
         self.windows = 0  # that have been trained on
         self.measured = terms.Measured()
         self.verification: probe.Verification | None = None
+        self.doubts: set[str] | None = None  # about a loss that was measured, in the first window after that
         self.schemes = terms.Schemes()
         self.known: known.Known | None = None  # what is written down of its class
         self.is_looked_up = False
@@ -80,9 +81,7 @@ class State:
         """The window after this one is looked at again where it is the second, fourth, eighth, ...: a loss may change in the
         course of a training."""
         self.windows += 1
-        found = self.verification
-        is_settled = self.known is not None or (found is not None and found.is_exact is not None)
-        if not is_settled and self.windows & (self.windows + 1) == 0:
+        if self.known is None and self.windows & (self.windows + 1) == 0:
             self.check = objective.Check()
 
     def look_up(self, trainer: Any, inputs: Any) -> known.Known | None:

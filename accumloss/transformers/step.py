@@ -19,6 +19,7 @@ import torch
 
 from .._compat import not_compiled
 from ..linear import ValidCount
+from ..reference import shift_labels
 from ..sums import TokenSums, at_least_one, widened
 from .counting import (
     COUNTED,
@@ -179,6 +180,7 @@ class Step:
         )  # of this window: call -> what its labels fitted
         self.ambiguous: set[str] = set()  # where several things fitted, which now are not alike
         self.coupled: set[str] = set()  # why no split of the batch can be exact
+        self.doubts: dict[Any, tuple[int, str]] = {}  # by call: what would be unknown or coupled
         self.versions: dict[str, int] = {}  # of the entries of inputs, before anything ran
         self.terms: list[Term] = []  # what losses of ours returned, and PyTorch's that somebody averages by hand
         self.schemes = Schemes()  # the Trainer's, of what is averaged by hand
@@ -215,23 +217,46 @@ class Step:
         ignore_index: int | None,
         name: str,
         weight: Any,
+        shift: int = 0,
     ) -> torch.Tensor:
-        """Keeps what a loss of PyTorch's returned that its caller averages; he gets a copy, which he may write over."""
+        """Keeps what a loss returned that its caller averages; he gets a copy, which he may write over."""
         self.sums += reduction == "sum"
         call = "by hand", self.by_hand
         self.by_hand += 1
-        is_left = not self.is_watched and self.schemes.found.get(call, UNKNOWN) not in ACTED_ON
+        is_unknown = not self.is_watched and self.schemes.found.get(call, UNKNOWN) not in ACTED_ON
+        is_part = not self.is_watched and self.schemes.is_part(call, name, is_unknown)
+        is_left = is_unknown and not is_part
         self.has_unknown_sums |= is_left and reduction == "sum"
         if is_left or self.is_of_objects or not self.window or not value.requires_grad:
             return value
         if weight is not None:
             self.weigh(call, weight, name)
-        rule = self._rule(target, 0, ignore_index, None, call)
-        if rule is None and self._is_of_pairs(target):
-            self.coupled.add(f"{name} compares the rows of its micro-batch with each other")
+        unknown = self.unknown
+        rule = None if is_part else self._rule(target, shift, ignore_index, None, call)
+        target = aligned(target, shift, ignore_index)
+        is_of_pairs = rule is None and not is_part and self._is_of_pairs(target)
+        if is_of_pairs or self.unknown != unknown:  # unless it is found to be a part of one sum
+            why = f"{name} compares the rows of its micro-batch with each other" if is_of_pairs else ""
+            self.doubts[call], self.unknown = (self.unknown - unknown, why), unknown
         rule = rule if rule is None else rule.weighted(weight)
-        self.terms.append(Term(value, name, rule, call, reduction, target=target, ignore_index=ignore_index))
+        self.terms.append(
+            Term(value, name, rule, call, reduction, target=target, ignore_index=ignore_index, weight=weight)
+        )
         return value.clone()
+
+    def rule_of_parts(self, target: torch.Tensor, first: Term) -> Rule | None:
+        """How the items of several calls are counted that are parts of one sum, of which this is the first."""
+        unknown = self.unknown
+        rule = self._rule(target, 0, first.ignore_index, None, ("parts", first.call))
+        self.unknown = unknown
+        return None if rule is None else rule.weighted(first.weight)
+
+    def take_doubts(self) -> None:
+        """What speaks against losses that are averaged by hand, and are no parts of one sum."""
+        for unknown, why in self.doubts.values():
+            self.unknown += unknown
+            self.coupled |= {why} - {""}
+        self.doubts.clear()
 
     def weigh(self, call: Any, weight: torch.Tensor, name: str) -> None:
         """Looks whether a loss has the same class weights in all micro-batches: the one batch would have others else."""
@@ -706,10 +731,17 @@ def see(
     ignore_index: int | None = None,
     name: str = "",
     weight: torch.Tensor | None = None,
+    shift: int = 0,
 ) -> torch.Tensor:
-    """What a loss of PyTorch's returned with reduction="sum" or "none", for the current step to look at."""
+    """What a loss returned with reduction="sum" or "none", for the current step to look at; value (..., t) of target
+    (..., t + shift)."""
     step = current()
-    return value if step is None else step.see(value, target, reduction, ignore_index, name, weight)
+    return value if step is None else step.see(value, target, reduction, ignore_index, name, weight, shift)
+
+
+def aligned(target: torch.Tensor, shift: int, ignore_index: int | None) -> torch.Tensor:
+    """The target of each value, where value (..., t) is of target (..., t + shift)."""
+    return target if shift == 0 or ignore_index is None else shift_labels(target, shift, ignore_index)
 
 
 @not_compiled

@@ -31,8 +31,20 @@ class Term(NamedTuple):
     call: tuple[Any, ...]  # which of the micro-batch's calls it is: kind, number, and which of what one call returns
     reduction: str = "mean"
     share: Any = None  # of the mean over its own items, in what was returned; None: by its rule
-    target: torch.Tensor | None = None  # without a reduction
+    target: torch.Tensor | None = None  # where somebody averages it
     ignore_index: int | None = None
+    weight: torch.Tensor | None = None  # of the classes
+    more: tuple[torch.Tensor, ...] = ()  # what further calls returned that are parts of the same sum
+
+    def amount(self, coefficient: torch.Tensor, is_wide: bool = False) -> torch.Tensor:
+        """What of the loss it is. (), in the widest dtype where is_wide."""
+        parts = (
+            [(coefficient * value).sum() for value in map(widened, self.more)]
+            if is_wide
+            else [(coefficient * value).sum() for value in self.more]
+        )
+        first = widened(coefficient) * widened(self.value) if is_wide else coefficient * self.value
+        return sum(parts, first.sum())
 
 
 # What a mean was measured to be over: a Rule, or one of these
@@ -104,6 +116,40 @@ class Combination:
                 slope = torch.zeros_like(number) if found[-1] is None else found[-1]
                 self.by_number = -(widened(number.detach()) * widened(slope)).sum().to(loss.device)
 
+    def merge(self, step: Step, schemes: Schemes, loss: Any) -> None:
+        """Makes one term of the calls that are parts of one sum: the chunks of a sequence, or its rows, over one count."""
+        groups: list[tuple[float, list[int]]] = []  # coefficient, places in pairs
+        empty: dict[str, list[int]] = {}  # places of those without an item, whose coefficient says nothing
+        for place, (term, coefficient) in enumerate(self.pairs):
+            if term.call[0] != "by hand" or term.target is None:
+                continue
+            mine = [group for group in groups if self.pairs[group[1][0]][0].name == term.name]
+            if has_no_items(term):
+                (mine[-1][1] if mine else empty.setdefault(term.name, [])).append(place)
+                continue
+            scale, used = _unit(term, coefficient) or (0.0, None)
+            if used is not None or scale == 0 or (scale == 1 and not _is_averaged(loss, term.value)):
+                continue
+            same = [group for group in mine if abs(group[0] - scale) <= _tolerance(coefficient) * abs(scale)]
+            if same:
+                same[0][1].append(place)
+            else:
+                groups.append((scale, [*empty.pop(term.name, []), place]))
+        merged: set[int] = set()
+        for scale, places in groups:
+            terms = [self.pairs[place][0] for place in places]
+            rule = schemes.rule_of_parts(step, terms, scale, loss)
+            if rule is None:
+                continue
+            first, coefficient = self.pairs[places[0]]
+            target = torch.cat([term.target.flatten() for term in terms if term.target is not None])
+            more = tuple(term.value for term in terms[1:])
+            of_all = torch.full((), scale, dtype=coefficient.dtype, device=coefficient.device)
+            whole = first._replace(rule=rule, reduction="sum", target=target, more=more)
+            self.pairs[places[0]] = whole, of_all
+            merged |= set(places[1:])
+        self.pairs = [pair for place, pair in enumerate(self.pairs) if place not in merged]
+
     @property
     def uses_a_mean(self) -> bool:
         return any(term.reduction == "mean" for term, _ in self.pairs)
@@ -112,7 +158,7 @@ class Combination:
         """What is left of the loss without its terms, but for those of the calls that are to be left in it."""
         for term, coefficient in self.pairs:
             if term.call not in left:
-                loss = loss - (coefficient * term.value).sum()
+                loss = loss - term.amount(coefficient)
         return loss
 
     def divided_by_number(self, schemes: Schemes) -> Any:
@@ -121,7 +167,7 @@ class Combination:
         theirs = [
             (t, c) for t, c in self.pairs if schemes.found.get(t.call) in (*BY_NUMBER, COUNTED) and t.call not in left
         ]
-        return sum(((widened(c) * widened(t.value)).sum() for t, c in theirs), torch.zeros((), dtype=torch.float64))
+        return sum((t.amount(c, is_wide=True) for t, c in theirs), torch.zeros((), dtype=torch.float64))
 
 
 class Fit(NamedTuple):
@@ -140,6 +186,7 @@ class Schemes:
         units: call -> the coefficients of this window's micro-batches, where they follow none of them.
         constants: call -> the class weights that it had in this window.
         new: call -> what this rank says of it, where the others are to be asked.
+        of_parts: the first call of several that are parts of one sum -> its name, and how the items of all are counted.
     """
 
     def __init__(self) -> None:
@@ -148,6 +195,37 @@ class Schemes:
         self.units: dict[Any, list[float]] = {}
         self.constants: dict[Any, torch.Tensor] = {}
         self.new: dict[Any, Fit] = {}
+        self.of_parts: dict[Any, tuple[str, Rule]] = {}
+
+    def rule_of_parts(self, step: Step, terms: list[Term], scale: float, loss: Any) -> Rule | None:
+        """How the items of several calls are counted together, which are divided by one count of all of them; None: they are
+        not parts of one sum."""
+        first = terms[0]
+        known = self.of_parts.get(first.call)
+        if not step.is_watched:
+            return None if known is None or known[0] != first.name else known[1]
+        if len(terms) < 2 or not isinstance(loss, torch.Tensor):
+            return None
+        put_together = _joined([term.target for term in terms if term.target is not None])
+        rules = (step.rule_of_parts(target, first) for target in put_together)
+        rule = next((rule for rule in rules if rule is not None), None)
+        if rule is None:
+            return None
+        counts = {float(step.held(one)) for one in (rule, rule._replace(weight=None))}
+        near = _tolerance(first.value)
+        fits = any(
+            abs(scale * count - 1) <= near or is_divided_by(loss, first.value, count) for count in counts if count
+        )
+        if not fits:
+            return None
+        for term in terms:
+            step.doubts.pop(term.call, None)
+        self.of_parts[first.call] = first.name, rule
+        return rule
+
+    def is_part(self, call: Any, name: str, is_unknown: bool) -> bool:
+        """Whether a call is, or may be, one of several that are parts of one sum: how many there are may differ."""
+        return call in self.of_parts or (is_unknown and any(name == known for known, _ in self.of_parts.values()))
 
     @property
     def are_acted_on(self) -> bool:
@@ -162,13 +240,19 @@ class Schemes:
         """
         reasons = set()
         for term, coefficient in combination.pairs:
-            if not bool(torch.isfinite(coefficient).all()):
-                continue  # nothing, divided by nothing: another micro-batch will tell
+            if not bool(torch.isfinite(coefficient).all()) or has_no_items(term):
+                continue  # nothing, divided by nothing, or by a bound: another micro-batch will tell
             if _is_in_mean_of_rows(step, term, loss):
                 if self.found.get(term.call, ROWS) not in (ROWS, UNKNOWN):
                     reasons.add(f"the {term.name} of a row was averaged over something else in a micro-batch before")
                 elif step.exchange is not None and term.reduction != "mean" and term.call not in self.found:
                     self.new[term.call] = Fit([ROWS], True, term.rule)
+                is_new = term.reduction == "mean" and term.call not in self.found
+                if is_new and num_rows(step.inputs) == 2 and _taken_by(term) == "a slice":
+                    reasons.add(
+                        f"the {term.name} of a slice of one row may be a mean over the first or the second half of the rows; it "
+                        "is taken for a row's, index instead of slicing"
+                    )
                 self._fitting[term.call], self.found[term.call] = [ROWS], ROWS
                 continue
             factors = _fitting(step, term, coefficient, number, is_taken, loss)
@@ -273,7 +357,7 @@ class Schemes:
             if term.call[:2] in corrections and scheme != ROWS and (term.rule is not None or term.share is not None):
                 factor = factor * corrections[term.call[:2]]
             if isinstance(factor, torch.Tensor) or factor != 1.0:
-                loss = loss + ((factor - 1) * (coefficient * term.value).sum()).to(loss.device, loss.dtype)
+                loss = loss + ((factor - 1) * term.amount(coefficient)).to(loss.device, loss.dtype)
         return loss
 
     def open_again(self) -> None:
@@ -342,7 +426,7 @@ def _multipliers(loss: torch.Tensor, value: torch.Tensor) -> list[float]:
     ]
 
 
-def _is_divided_by(loss: torch.Tensor, value: torch.Tensor, number: Any) -> bool:
+def is_divided_by(loss: torch.Tensor, value: torch.Tensor, number: Any) -> bool:
     """Whether the graph shows a division of a term by this number."""
     return any(abs(divisor - float(number)) <= 1e-6 * abs(float(number)) for divisor in _divisors(loss, value))
 
@@ -356,11 +440,36 @@ def _is_in_mean_of_rows(step: Step, term: Term, loss: torch.Tensor) -> bool:
     of_a_row = term.rule is None or (term.rule.half is not None and term.rule.of == rows)
     if term.value.dim() == 0 and rows > 1 and not of_a_row:
         return False  # two heads of two rows
+    if term.reduction == "mean" and _taken_by(term) and is_divided_by(loss, term.value, rows):
+        return True  # in a loop over them, which adds up
     if not is_mean_of_rows(loss, term.value, rows):
         return False
     length = term.target.shape[-1] if term.target is not None and term.target.dim() > 1 else 0
     # a row's own mean over its length is one over padding too
-    return length <= 1 or not _is_divided_by(loss, term.value, length)
+    return length <= 1 or not is_divided_by(loss, term.value, length)
+
+
+def _taken_by(term: Term) -> str:
+    """How what a loss was called with was taken from a batch as one row of it; "" where it was not, as far as can be seen."""
+    node = term.value.grad_fn
+    for _ in range(MOST_VIEWS):
+        if node is None:
+            return ""
+        name, saved = node.name(), [getattr(node, f"_saved_{what}", 0) for what in ("dim", "start", "end")]
+        dim = saved[0]
+        if name.startswith("Unbind") or (name.startswith("Select") and dim == 0):
+            return "an index"
+        sizes = getattr(node, "_saved_self_sym_sizes", ())
+        if name.startswith("Slice") and dim == 0 and saved[2] - saved[1] == 1 and len(sizes) > 2:
+            return "a slice"
+        following = [after for after, _ in node.next_functions if after is not None]
+        node = following[0] if following else None
+        if name.startswith(("Addmm", "Mm", "Bmm", "Linear", "AccumulateGrad")):
+            return ""
+    return ""
+
+
+MOST_VIEWS = 12  # operations between a loss and the logits of all rows
 
 
 def is_mean_of_rows(loss: torch.Tensor, value: torch.Tensor, rows: int) -> bool:
@@ -375,7 +484,7 @@ def is_mean_of_rows(loss: torch.Tensor, value: torch.Tensor, rows: int) -> bool:
         elif name.startswith("Mean") and len(sizes) > 1:
             return False
         is_made_of_rows |= name.startswith(("Stack", "Cat", "Unsqueeze")) or (name.startswith("Sum") and len(sizes) > 1)
-    return is_made_of_rows and (means or (sums and _is_divided_by(loss, value, rows)))
+    return is_made_of_rows and (means or (sums and is_divided_by(loss, value, rows)))
 
 
 def _saved(node: Any, name: str, is_tensor: bool = False) -> list[float]:
@@ -455,6 +564,22 @@ def _unit(term: Term, coefficient: torch.Tensor) -> tuple[float, torch.Tensor | 
     return high, None if bool((used == is_item).all()) else used
 
 
+def _joined(targets: list[torch.Tensor]) -> Iterator[torch.Tensor]:
+    """What targets may be chunks of: one behind the other, or along a dimension."""
+    if any(target.dtype != targets[0].dtype for target in targets):
+        return
+    yield torch.cat([target.flatten() for target in targets])
+    for dim in range(1, min(target.dim() for target in targets)):
+        if len({(*target.shape[:dim], *target.shape[dim + 1 :]) for target in targets}) == 1:
+            yield torch.cat(targets, dim)
+
+
+def has_no_items(term: Term) -> bool:
+    if term.reduction == "mean" or term.target is None or term.ignore_index is None:
+        return False
+    return not bool((term.target != term.ignore_index).any())
+
+
 def _is_item(term: Term, coefficient: torch.Tensor) -> torch.Tensor:
     """Which values of a term without a reduction are not ignored; all where that cannot be said."""
     if term.ignore_index is not None and term.target is not None and term.target.shape == coefficient.shape:
@@ -491,7 +616,7 @@ def _fitting(
     if number is not None and not is_taken:
         by_number += [NUMBER] if is_one(scale * float(number) / step.among) else []
         by_number += [SHORT] if step.among != 1 and is_one(scale * float(number)) else []
-        if not by_number and step.among != 1 and loss is not None and _is_divided_by(loss, term.value, number):
+        if not by_number and step.among != 1 and loss is not None and is_divided_by(loss, term.value, number):
             is_ready = step.among in _multipliers(loss, term.value)
             return {NUMBER if is_ready else SHORT: scale * float(number) / (step.among if is_ready else 1)}
     if used is not None or scale == 0:

@@ -48,12 +48,21 @@ def look_at(trainer: Any, state: State, step: steps.Step) -> None:
     why = coupled.why(class_of(base_model(trainer)).__name__, smallest)
     for reason in probe.coupling(base_model(trainer)) | ({why} if why else set()):
         state.check.blame(reason)
-    reason = state.check.end()
+    reasons = state.check.end()
     state.end_window()
+    found = state.verification
+    if found is not None and found.is_exact is not None:
+        before, state.doubts = state.doubts, reasons if state.doubts is None else state.doubts
+        if before is not None and reasons - before:
+            reason = (
+                f"{'; '.join(sorted(reasons - before))}; it was measured before the first step, and has changed since"
+            )
+            objective.tell(trainer, state.warned, reason, settings.verify == "error")
+        return
+    reason = "; ".join(sorted(reasons))
     library = bypassing_library(trainer)
     if reason and library:
         reason += f" ({library} computes the loss of {class_of(base_model(trainer)).__name__}: {REMEDIES[library]})"
-    found = state.verification
     if reason and found is not None:
         reason += f"; it could not be measured: {found.reason}"
     elif reason:
@@ -146,7 +155,7 @@ def measure_once(trainer: Any, state: State, inputs: Any) -> None:
     state.verification = found
     if found.is_exact is None:
         return  # what is known by construction is all there is
-    state.check.is_done, state.schemes = True, found.schemes
+    state.check, state.schemes = objective.Check(), found.schemes
     if averaged_losses(trainer) > 1:
         state.schemes.open_again()
     if found.can_be_exact:

@@ -10,6 +10,7 @@ import warnings
 import numpy
 import pytest
 import torch
+import torch.nn.functional as F
 from own_losses import (
     EXACT,
     MEASURED,
@@ -83,6 +84,64 @@ def test_what_is_coupled_is_told_or_raised(name):
     trainer, _ = make_trainer(copy.deepcopy(model), fresh(examples), 4, **options)
     with pytest.warns(accumloss.InexactWarning, match="differs from that"):
         assert accumloss.verify(trainer).is_exact is False
+
+
+def part_of_nothing(self, outputs, inputs):
+    return outputs.logits.square().mean()
+
+
+def another_divisor(self, outputs, inputs):
+    total = F.cross_entropy(outputs.logits.flatten(0, 1), inputs["labels"].flatten(), reduction="sum")
+    return total / ((inputs["labels"] != -100).sum() + 3)
+
+
+def weights_of_the_micro_batch(self, outputs, inputs):
+    labels = inputs["labels"].flatten()
+    weight = 1.0 + labels[labels != -100].bincount(minlength=outputs.logits.shape[-1])
+    return F.cross_entropy(outputs.logits.flatten(0, 1), labels, weight)
+
+
+@pytest.mark.parametrize("later", [part_of_nothing, another_divisor, weights_of_the_micro_batch])
+def test_a_loss_that_changes_after_it_was_measured_is_told(later):
+    model, examples = tagger()
+
+    def loss(self, model, inputs, n):
+        outputs = model(**inputs)
+        return outputs.loss + (later(self, outputs, inputs) if self.state.global_step > 0 else 0.0)
+
+    with accumloss.registered(verify=True), pytest.warns(accumloss.InexactWarning, match="has changed since"):
+        train(model, fresh(examples), 8, steps=3, **computes(loss))
+    with accumloss.registered(verify="error"), pytest.raises(accumloss.InexactError, match="has changed since"):
+        train(model, fresh(examples), 8, steps=3, **computes(loss))
+
+
+@pytest.mark.parametrize("later", [0.5, "a mean of its own"])
+def test_a_loss_that_changes_and_stays_exact_is_not_told(later):
+    """A weight that is annealed, or a term that is recognised and comes later."""
+    model, examples = tagger()
+
+    def loss(self, model, inputs, n):
+        outputs = model(**inputs)
+        if later == 0.5:
+            return outputs.loss * later**self.state.global_step
+        labels = inputs["labels"].flatten()
+        other = F.cross_entropy(outputs.logits.roll(1, -1).flatten(0, 1), labels, reduction="sum")
+        return outputs.loss + (other / (labels != -100).sum() if self.state.global_step > 0 else 0.0)
+
+    options = computes(loss)
+    full = train(model, fresh(examples), 1, steps=3, **options)
+    with accumloss.registered(verify="error"), warnings.catch_warnings():
+        warnings.simplefilter("error", accumloss.InexactWarning)
+        step = train(model, fresh(examples), 8, steps=3, **options)
+    assert loss_error(step, full) <= 10 * TRAINER_LOSS
+
+
+@pytest.mark.parametrize("name", MEASURED)
+def test_what_was_measured_is_silent_in_later_windows(name):
+    model, examples = tagger()
+    with accumloss.registered(verify=True), warnings.catch_warnings():
+        warnings.simplefilter("error", accumloss.InexactWarning)
+        train(model, fresh(examples), 8, steps=4, **computes(MEASURED[name]))
 
 
 def test_verify_says_what_would_make_it_exact(capsys):
