@@ -41,6 +41,7 @@ class Said(NamedTuple):
 
     counts: dict[Key, Rule]
     fits: dict[Any, Fit]
+    rest: tuple[float, float] | None  # of its loss without its terms, and the size of that; where it was looked at
 
 
 def held(rule: Rule, batches: Sequence[Mapping[str, Any]]) -> torch.Tensor:
@@ -148,7 +149,7 @@ class Exchange:
             step.ambiguous.add(ALONE)
         return total
 
-    def settle(self, step: Step, schemes: Schemes) -> dict[Any, torch.Tensor]:
+    def settle(self, step: Step, schemes: Schemes, rest: tuple[float, float] | None) -> dict[Any, torch.Tensor]:
         """Once in each micro-batch of an open window: tells what this rank has computed, and counts what any has.
 
         Every rank calls it, at the end of its compute_loss, or of its training_step where that called none.
@@ -165,9 +166,11 @@ class Exchange:
         own = Said(
             {key: _on_cpu(rule) for key, rule in mine.items()},
             {call: fit._replace(rule=fit.rule and _on_cpu(fit.rule)) for call, fit in fits.items()},
+            rest,
         )
         said: list[Any] = [None] * dist.get_world_size()
         dist.all_gather_object(said, own)
+        step.rests_of_ranks = [one.rest for one in said]
         wanted: dict[Key, Rule] = {}
         for one in said:
             wanted.update({key: rule for key, rule in one.counts.items() if key not in wanted})

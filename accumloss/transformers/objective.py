@@ -239,21 +239,19 @@ class Check:
                 "run twice to see what it makes of them"
             )
             return
-        if is_summed or step.is_known or not step.terms:
-            if not is_summed and not step.is_known and not step.calls and not is_touched(step):
-                self._reasons.add("nothing that it computes was recognised: it stays what Trainer makes of it")
-            if is_summed or step.is_known or not is_followed(step):
-                return
-        if is_touched(step) and not is_followed(step) and not (isinstance(step.items, Items) and step.items.is_taken):
-            return  # what else there is honours the number that it was given, as far as can be seen
-        with torch.no_grad():
-            rest = combination.rest(widened(loss), schemes.left_in_rest())
-            if combination.by_number is not None:  # what is divided by the number is a part of the step's as it is
-                rest = rest - combination.by_number + combination.divided_by_number(schemes)
-            self._rests.append(rest)
+        if not step.terms and not is_summed and not step.is_known and not step.calls and not is_touched(step):
+            self._reasons.add("nothing that it computes was recognised: it stays what Trainer makes of it")
+        rest = rest_of(step, loss, combination, schemes, is_summed)
+        if rest is None:
+            return
+        self._rests.append(rest)
         self._scale.append(widened(loss.detach()).abs())
         followed = step.items.seen.precision if isinstance(step.items, Items) else 0.0
         self._precision = max(self._precision, 8 * torch.finfo(loss.dtype).eps, followed)
+        others = [said for said in step.rests_of_ranks if said is not None]
+        largest = max([float(self._scale[-1]), *(scale for _, scale in others)])
+        if any(abs(other - float(rest)) > self._precision * largest for other, _ in others):
+            self._reasons.add(NOT_OF_A_TERM.format("ranks"))
 
     def blame(self, reason: str) -> None:
         self._reasons.add(reason)
@@ -264,11 +262,32 @@ class Check:
         if len(self._rests) > 1:
             rests, largest = torch.stack(self._rests), torch.stack(self._scale).max()
             if bool((rests - rests[0]).abs().max() > self._precision * largest):
-                self._reasons.add(
-                    "a part of it was computed by none of the losses that accumloss knows, and is averaged over the "
-                    "micro-batches as they are"
-                )
+                self._reasons.add(NOT_OF_A_TERM.format("micro-batches"))
         return self._reasons
+
+
+NOT_OF_A_TERM = (
+    "a part of it was computed by none of the losses that accumloss knows, and is averaged over the {} as they are"
+)
+
+
+def rest_of(
+    step: steps.Step, loss: Any, combination: Combination, schemes: Schemes, is_summed: bool
+) -> torch.Tensor | None:
+    """What of the loss of a micro-batch is none of its terms, () in the widest dtype; None where that says nothing."""
+    if not isinstance(loss, torch.Tensor) or not loss.requires_grad or loss.dim():
+        return None
+    if step.is_of_objects or combination.once is not None:
+        return None
+    if is_summed or step.is_known or (not step.terms and not is_followed(step)):
+        return None
+    if is_touched(step) and not is_followed(step) and not (isinstance(step.items, Items) and step.items.is_taken):
+        return None  # what else there is honours the number that it was given, as far as can be seen
+    with torch.no_grad():
+        rest = combination.rest(widened(loss), schemes.left_in_rest())
+        if combination.by_number is not None:  # what is divided by the number is a part of the step's as it is
+            rest = rest - combination.by_number + combination.divided_by_number(schemes)
+    return rest
 
 
 def tell(trainer: Any, warned: set[str], reason: str, raises: bool = False, may: str = "may differ") -> None:
@@ -359,10 +378,16 @@ def _weighed(trainer: Any, step: steps.Step, loss: Any, check: Check | None) -> 
         number = number.share if isinstance(number, Items) else number
         for reason in schemes.look(step, loss, combination, number, is_taken) if not step.is_of_objects else ():
             check.blame(reason)
-    corrections = settled(step)
-    # the number may be taken for a log, and a sum beside a mean
-    found = {schemes.found.get(term.call, UNKNOWN) for term, _ in combination.pairs if term.reduction != "mean"}
-    is_summed = may_be_sum and not combination.uses_a_mean and not is_measured and not found & {*MEANS, *BY_NUMBER}
+
+    def summed() -> tuple[set[str], bool]:
+        # the number may be taken for a log, and a sum beside a mean
+        found = {schemes.found.get(term.call, UNKNOWN) for term, _ in combination.pairs if term.reduction != "mean"}
+        is_sum = may_be_sum and not combination.uses_a_mean and not is_measured and not found & {*MEANS, *BY_NUMBER}
+        return found, is_sum
+
+    rest_here = rest_of(step, loss, combination, schemes, summed()[1]) if is_looked_at and is_open else None
+    corrections = settled(step, None if rest_here is None else (float(rest_here), abs(float(loss))))
+    found, is_summed = summed()
     if is_looked_at:
         assert check is not None
         check.add(step, loss, combination, schemes, is_summed)
@@ -375,10 +400,14 @@ def _weighed(trainer: Any, step: steps.Step, loss: Any, check: Check | None) -> 
     return loss, "" if not is_summed else SUMMED if is_known_sum else LEFT
 
 
-def settled(step: steps.Step) -> dict[Any, torch.Tensor]:
-    """Where the ranks meet at the end of this compute_loss: what its terms are to be multiplied by for what the others hold."""
+def settled(step: steps.Step, rest: tuple[float, float] | None = None) -> dict[Any, torch.Tensor]:
+    """Where the ranks meet at the end of this compute_loss: what its terms are to be multiplied by for what the others hold.
+
+    Args:
+        rest: what of the loss is none of its terms, and how large that is, for the others to compare.
+    """
     exchange = step.exchange
-    return exchange.settle(step, step.schemes) if exchange is not None and exchange.is_open_to(step) else {}
+    return exchange.settle(step, step.schemes, rest) if exchange is not None and exchange.is_open_to(step) else {}
 
 
 def _with_rest(step: steps.Step, loss: Any, rest: torch.Tensor) -> Any:

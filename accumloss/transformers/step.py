@@ -141,6 +141,7 @@ class Step:
     depth = 0  # of compute_loss, which may call another
     is_computed = False  # whether a compute_loss was called
     is_settled = False  # whether the ranks have told each other of it
+    rests_of_ranks: Sequence[tuple[float, float] | None] = ()  # what they said of their losses without the terms
     calls = 0  # losses of ours
     smoothed = 0  # of them, those that label_smoothing applied to
     unknown = 0  # of them, those whose labels are of no known origin

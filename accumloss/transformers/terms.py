@@ -269,6 +269,9 @@ class Schemes:
                     "gradients are averaged: multiply by the ranks, or divide by the tensor"
                 )
             before = self.found.get(term.call)
+            if before == OPEN:  # until now
+                before = next((scheme for scheme in (NUMBER, SHORT) if scheme in fitting), OPEN)
+                self.found[term.call] = before
             if before is None:
                 is_averaged = SUM not in fitting or _is_averaged(loss, term.value)
                 if step.exchange is not None and term.reduction != "mean":
@@ -280,7 +283,7 @@ class Schemes:
             elif term.reduction == "mean":
                 if before == UNKNOWN and fitting:
                     self.found[term.call] = fitting[0]  # its factor was 1, so far
-            elif before != UNKNOWN and before not in fitting:
+            elif before not in (UNKNOWN, OPEN) and before not in fitting:
                 still = [scheme for scheme in self._fitting[term.call] if scheme in fitting]
                 self._fitting[term.call], self.found[term.call] = still, still[0] if still else UNKNOWN
                 reasons.add(f"the {term.name} that is divided by hand fitted another divisor in a micro-batch before")

@@ -59,6 +59,26 @@ class AnotherOnOneRank(ByHand):
         return loss * len(inputs["labels"]) if is_measured else loss
 
 
+class PartOfNothing(transformers.Trainer):
+    """A mean over the items by nothing that is known, of one micro-batch on each rank."""
+
+    accumulation = 1
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        outputs = model(**inputs)
+        return outputs.loss + 0.1 * outputs.logits[inputs["labels"] != -100].square().mean()
+
+
+class PenaltyOnWeights(transformers.Trainer):
+    """The same on all ranks."""
+
+    accumulation = 1
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        penalty = sum(weight.square().mean() for weight in self.accelerator.unwrap_model(model).parameters())
+        return model(**inputs).loss + 0.1 * penalty
+
+
 class Last(Recorder):
     """Keeps the gradients that the last optimizer step finds."""
 
@@ -78,6 +98,8 @@ RUNS = {
     "measured": ("token classes", True, True, ByHand),
     "measured to be another": ("token classes", True, True, AnotherOnOneRank),
     **{name: ("token classes", True, True, cls) for name, cls in ON_SOME_RANKS.items()},
+    "a part of nothing": ("token classes", True, True, PartOfNothing),
+    "a penalty on the weights": ("token classes", True, True, PenaltyOnWeights),
     "filled": ("token classes", True, True, FilledOnSomeRanks),
     "over the number": ("token classes", True, True, OverTheNumber),
     "over the number, measured": ("token classes", True, True, OverTheNumberMeasured),
@@ -102,14 +124,15 @@ def train(head: str, is_registered: bool, average: bool, cls: type = transformer
     )
     with registered, warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always", accumloss.InexactWarning)
+        accumulation = getattr(cls, "accumulation", 2)
         # dealt so that each rank takes two rows of every four: the ranks hold very different numbers of labels
         trainer, recorder = make_trainer(
             build(name, **config),
             rows_of(cls, targets),
-            accumulation=2,
+            accumulation,
             steps=steps,
             trainer_class=cls,
-            batch_size=2,
+            batch_size=4 // accumulation,
             ddp_backend="gloo",
             average_tokens_across_devices=average,
             ddp_find_unused_parameters=False,

@@ -91,6 +91,13 @@ def test_a_loss_that_some_ranks_compute_later_is_told_and_then_exact(two_ranks):
     assert len(on_second) == 1 and "no window before had on any rank" in on_second[0]
 
 
+def test_a_part_that_nothing_recognises_is_compared_between_the_ranks(two_ranks):
+    """One micro-batch a step on each of them: only the other rank has another."""
+    for told in two_ranks["a part of nothing"].weights:
+        assert len(told) == 1 and "none of the losses that accumloss knows, and is averaged over the ranks" in told[0]
+    assert not any(two_ranks["a penalty on the weights"].weights)
+
+
 def test_trap_11_ranks_that_count_for_themselves(two_ranks):
     """average_tokens_across_devices=False averages the ranks' means: inexact on uneven ranks, by the user's choice, and
     the same with accumloss as without it."""
