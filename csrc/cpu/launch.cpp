@@ -248,7 +248,8 @@ class RowLists {
   RowState<double> push(int64_t i, double target_logit, void* exps, void* references) const {
     RowState<double> state;
     std::vector<RowState<double>> parts(is_split() ? static_cast<size_t>(num_segments()) : 0);
-    for_each_segment(i, target_logit, [&](const RowSegment& segment, int64_t part) {
+    for_each_segment(i, target_logit, [&](RowSegment segment, int64_t part) {
+      count_from_block(segment);
       rows_.kernels.push(segment, rows_.inputs.options, parts.empty() ? &state : &parts[part], exps, references);
     });
     for (const RowState<double>& part : parts) state.merge(part);
@@ -278,6 +279,17 @@ class RowLists {
   int64_t num_counted() const { return static_cast<int64_t>(counted_.size()); }
   int64_t num_ignored() const { return static_cast<int64_t>(ignored_.size()); }
   int64_t num_segments() const { return (rows_.V + kSplitElements - 1) / kSplitElements; }
+  // Counts the classes of a shard from the block of the whole row that it begins in, so that sums have its blocks.
+  void count_from_block(RowSegment& segment) const {
+    const LossOptions& options = rows_.inputs.options;
+    const int64_t before = options.class_offset % kAligned;
+    if (before == 0 || !is_plain(options)) return;
+    segment.x = static_cast<const char*>(segment.x) - before * size();
+    segment.begin += before;
+    segment.end += before;
+    segment.target += before;
+    segment.turn = (segment.turn + before + kLanes - 1) / kLanes * kLanes;
+  }
   int64_t size() const { return element_size(rows_.inputs.logits.dtype); }
   const char* data(int64_t i) const { return row_data(rows_.inputs.logits, counted_[i].row); }
   // A whole row. What it fetches ahead are rows that count.

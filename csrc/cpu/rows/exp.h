@@ -120,13 +120,12 @@ ACCUMLOSS_INLINE void exps_of_differences(const typename Vectors<Acc>::Real* z, 
   }
 }
 
-// exp(z - origin) of the logits of a row, z at most some 80 above the origin. The origin is what the caller asked for,
-// give or take a rounding.
+// exp(z - origin) of the logits of a row, z at most some 80 above the origin. The origin is near what the caller asked
+// for.
 template <typename T>
 struct ExpFrom {
   using Acc = typename std::conditional<std::is_same<T, double>::value, double, float>::type;
   using Real = typename Vectors<Acc>::Real;
-  static constexpr double kUnit = 1;            // of u in z
   static constexpr bool kClampsAlways = false;  // whether u exp() is 0 at -inf also where exps() is not asked to clamp
   const Acc origin_;
   const ExpConstants<Acc> constants_;
@@ -134,70 +133,76 @@ struct ExpFrom {
   template <typename Keep = AsItIs>
   ACCUMLOSS_INLINE explicit ExpFrom(Acc origin, const Keep& keep = Keep()) : origin_(origin), constants_(keep) {}
   ACCUMLOSS_INLINE double origin() const { return origin_; }
-  // u = (z - origin) / kUnit; where kClamps, raised to where the exponential is zero, so that u exp() is 0 at -inf
-  template <bool kClamps, int kCount>
+  ACCUMLOSS_INLINE double u_origin() const { return origin_; }
+  static constexpr bool is_far() { return false; }
+  // u = z - u_origin(); where kClamps, raised to where the exponential is zero, so that u exp() is 0 at -inf
+  template <bool kClamps, int kCount, bool kIsFar>
   ACCUMLOSS_INLINE void exps(const Real* z, Real* u, Real* e) const {
     exps_of_differences<T, Acc, kCount>(z, broadcast(origin_), u, e, constants_);
     for (int k = 0; kClamps && k < kCount; ++k) u[k] = u[k] < constants_.lowest ? constants_.lowest : u[k];
   }
 };
 
-// bf16 logits, whose gradient keeps 8 bits: 2^(2u) with u = z log2(e) / 2 + offset in one rounding, where the machine
-// has such. The half keeps the product and the offset of the largest bf16 finite. The exponential is within 1e-7, and
-// 7e-8 |z - origin|.
+// bf16 logits, whose gradient keeps 8 bits: 2^(n - k) exp(z - n log(2)), n the whole number next to z / log(2), and k
+// that of the origin. Another k gives the same digits, so that the sums of a row from several origins are the same. The
+// exponential is within 2e-7 wherever z is.
 template <>
 struct ExpFrom<BFloat16> {
   using Acc = float;
   using Real = Vectors<float>::Real;
   using Int = Vectors<float>::Int;
-  static constexpr float kScale = 0.72134752f;
-  static constexpr double kUnit = 1.0 / static_cast<double>(kScale);
   static constexpr bool kClampsAlways = true;
-  static constexpr float kLowest = -63.5f;     // the exponent field of 2^-127 is that of zero: u is raised to it
-  static constexpr float kMagic = 6291519.5f;  // 1.5 * 2^22 + 127 / 2: adding it rounds to halves, biased
-  // From here on two bf16 are equal or 2^12 apart, and the rounding of the offset would not be small any more: the
-  // origin is a bf16 then, and a difference from it 0 or large in any unit.
-  static constexpr float kFar = 0x1p20f;
+  static constexpr float kLog2e = 1.44269502f;
+  // From here on two bf16 are equal or 16 apart, and their difference is exact: the origin is a bf16, and is subtracted
+  // first.
+  static constexpr float kFar = 0x1p12f;
+  // What remainder() takes for log(2) is too small by so much: exp(z) comes out exp(n kLost) times as large.
 #if defined(__FMA__) || defined(__ARM_FEATURE_FMA)
-  static constexpr bool kFused = true;
+  static constexpr double kLost = 0.6931471805599453 - static_cast<double>(Vectors<float>::kLn2);
 #else
-  static constexpr bool kFused = false;
+  static constexpr double kLost = 0;
 #endif
-  float scale_, offset_;
-  Real lowest_, magic_, coefficients_[6];  // of 2^(2f) on [-1/4, 1/4], minimax, 9e-8; the highest first
+  bool is_far_;
+  float origin_, k_;
+  Real lowest_, magic_, log2e_, coefficients_[6];  // of exp(r) on |r| <= ln(2) / 2, minimax, 9e-8; the highest first
 
   template <typename Keep = AsItIs>
   ACCUMLOSS_INLINE explicit ExpFrom(float origin, const Keep& keep = Keep())
-      : scale_(kScale), lowest_(keep(broadcast(float(kLowest)))), magic_(keep(broadcast(float(kMagic)))) {
-    constexpr float kCoefficients[] = {0.0424471274018f, 0.154744207859f, 0.444058686495f,
-                                       0.960889697075f,  1.3862940073f,   1.0f};
+      : is_far_(!(std::fabs(origin) < kFar)), origin_(origin), k_(0), log2e_(keep(broadcast(float(kLog2e)))) {
+    constexpr float kCoefficients[] = {0.008290272f, 0.04189816f, 0.16667639f, 0.49999148f, 0.9999997f, 1.0f};
     for (int i = 0; i < 6; ++i) coefficients_[i] = keep(broadcast(kCoefficients[i]));
-    if (!(std::fabs(origin) < kFar)) {
-      scale_ = 1;
+    if (is_far_) {
       uint32_t bits;
       std::memcpy(&bits, &origin, sizeof bits);
       bits = (bits + 0x8000u) & 0xffff0000u;
-      std::memcpy(&origin, &bits, sizeof bits);
+      std::memcpy(&origin_, &bits, sizeof bits);
+    } else {
+      k_ = std::nearbyint(origin * kLog2e);
     }
-    offset_ = kFused ? -origin * scale_ : -origin;
+    magic_ = keep(broadcast(Vectors<float>::kMagic - k_));
+    lowest_ = keep(broadcast((k_ - 127) * Vectors<float>::kLn2));  // the exponent field of 2^-127 is that of zero
   }
   ACCUMLOSS_INLINE double origin() const {
-    return -static_cast<double>(offset_) / (kFused ? static_cast<double>(scale_) : 1.0);
+    if (is_far_) return origin_;
+    // n kLost of some n near k, 64 from it at most: the same for all origins that a row is likely to have
+    return static_cast<double>(k_) * 0.6931471805599453 - 128 * std::nearbyint(k_ / 128) * kLost;
   }
+  ACCUMLOSS_INLINE double u_origin() const { return origin_; }
+  ACCUMLOSS_INLINE bool is_far() const { return is_far_; }
   // kCount of them, side by side in each step: what waits for a result waits outside of the core's schedulers.
-  template <bool kClamps, int kCount>
+  template <bool kClamps, int kCount, bool kIsFar>
   ACCUMLOSS_INLINE void exps(const Real* z, Real* u, Real* e) const {
-    Real shifted[kCount], f[kCount], p[kCount];
-    for (int k = 0; k < kCount; ++k) u[k] = kFused ? z[k] * scale_ + offset_ : (z[k] + offset_) * scale_;
-    for (int k = 0; k < kCount; ++k) u[k] = maximum(lowest_, u[k]);  // a NaN stays
-    for (int k = 0; k < kCount; ++k) shifted[k] = u[k] + magic_;
-    for (int k = 0; k < kCount; ++k) f[k] = shifted[k] - magic_;
-    for (int k = 0; k < kCount; ++k) f[k] = u[k] - f[k];
-    for (int k = 0; k < kCount; ++k) p[k] = f[k] * coefficients_[0] + coefficients_[1];
+    Real x[kCount], shifted[kCount], r[kCount], p[kCount];
+    for (int k = 0; k < kCount; ++k) x[k] = kIsFar ? z[k] - origin_ : z[k];
+    for (int k = 0; k < kCount; ++k) x[k] = maximum(lowest_, x[k]);  // a NaN stays
+    for (int k = 0; k < kCount; ++k) shifted[k] = x[k] * log2e_ + magic_;
+    for (int k = 0; k < kCount; ++k) r[k] = remainder(x[k], shifted[k] - magic_);
+    for (int k = 0; k < kCount; ++k) p[k] = r[k] * coefficients_[0] + coefficients_[1];
     for (int i = 2; i < 6; ++i)
-      for (int k = 0; k < kCount; ++k) p[k] = p[k] * f[k] + coefficients_[i];
+      for (int k = 0; k < kCount; ++k) p[k] = p[k] * r[k] + coefficients_[i];
     for (int k = 0; k < kCount; ++k)
       e[k] = p[k] * reinterpret_cast<Real>(reinterpret_cast<Int>(shifted[k]) << Vectors<float>::kMantissaBits);
+    for (int k = 0; k < kCount; ++k) u[k] = kIsFar ? x[k] : x[k] - origin_;
   }
 };
 

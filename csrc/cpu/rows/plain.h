@@ -17,13 +17,15 @@ constexpr int64_t kSpan = std::is_same<T, BFloat16>::value ? 2 * kBlock : kBlock
 template <int kCount>
 using Count = std::integral_constant<int, kCount>;
 
-// copy = the classes [begin, begin + kLanes), with -inf for the label and past the end.
+// copy = the classes [group, group + kLanes), with -inf for the label, before the begin and past the end.
 template <typename T>
-ACCUMLOSS_NOINLINE void copy_masked(const RowSegment& row, int64_t begin, T* copy) {
-  const int64_t n = row.end - begin < kLanes ? row.end - begin : kLanes;
-  for (int64_t i = n; i < kLanes; ++i) copy[i] = negative_infinity(T{});
-  std::memcpy(copy, static_cast<const T*>(row.x) + begin, static_cast<size_t>(n) * sizeof(T));
-  if (row.target >= begin && row.target < begin + n) copy[row.target - begin] = negative_infinity(T{});
+ACCUMLOSS_NOINLINE void copy_masked(const RowSegment& row, int64_t group, T* copy) {
+  const int64_t begin = row.begin > group ? row.begin : group;
+  const int64_t end = row.end - group < kLanes ? row.end : group + kLanes;
+  for (int64_t i = 0; i < kLanes; ++i) copy[i] = negative_infinity(T{});
+  std::memcpy(copy + (begin - group), static_cast<const T*>(row.x) + begin,
+              static_cast<size_t>(end - begin) * sizeof(T));
+  if (row.target >= begin && row.target < end) copy[row.target - group] = negative_infinity(T{});
 }
 
 // What the groups of a row come to: of sums and products, those of one span.
@@ -55,7 +57,7 @@ ACCUMLOSS_NOINLINE void sum_groups(const T* from, typename Lanes<T>::Acc* to, in
     sums[k] = total.sums[k];
     if (kWeighted) products[k] = total.products[k];
   }
-  const auto visit = [&](auto groups) __attribute__((always_inline)) {
+  const auto visit = [&](auto groups, auto is_far) __attribute__((always_inline)) {
     constexpr int kCount = decltype(groups)::value * kVectors;
     Real v[kCount], u[kCount], e[kCount];
     for (int g = 0; g < kCount / kVectors; ++g) {
@@ -63,7 +65,7 @@ ACCUMLOSS_NOINLINE void sum_groups(const T* from, typename Lanes<T>::Acc* to, in
       Lanes<T>::load(from + g * kLanes, v + g * kVectors);
     }
     for (int k = 0; k < kCount; ++k) max[k % kMax] = maximum(v[k], max[k % kMax]);
-    exp_from.template exps<kClamps, kCount>(v, u, e);
+    exp_from.template exps<kClamps, kCount, decltype(is_far)::value>(v, u, e);
     for (int k = 0; k < kCount; ++k) {
       sums[k % kVectors] += e[k];
       if (kWeighted) products[k % kVectors] += e[k] * u[k];
@@ -72,10 +74,12 @@ ACCUMLOSS_NOINLINE void sum_groups(const T* from, typename Lanes<T>::Acc* to, in
     from += kCount / kVectors * kLanes;
     if (kStores) to += kCount / kVectors * kLanes;
   };
+  if (exp_from.is_far())
+    for (; count > 0; --count) visit(Count<1>(), std::true_type());
   if constexpr (kStep > 1) {
-    for (; count >= kStep; count -= kStep) visit(Count<kStep>());
+    for (; count >= kStep; count -= kStep) visit(Count<kStep>(), std::false_type());
   }
-  for (; count > 0; --count) visit(Count<1>());
+  for (; count > 0; --count) visit(Count<1>(), std::false_type());
 #pragma GCC unroll 16
   for (int k = 0; k < kMax; ++k) total.max[k] = max[k];
 #pragma GCC unroll 16
@@ -102,18 +106,18 @@ ACCUMLOSS_NOINLINE void max_groups(const T* from, int64_t count, PlainSums<T>& t
   for (int k = 0; k < kMax; ++k) total.max[k] = max[k];
 }
 
-// work(logits, exponentials, count, ahead, is_copy) for the groups of [begin, end), in runs. A group that was copied
-// has -inf in it, for the label and past the end. exps: at class 0, or null; where they may take the place of the
-// logits they end with the row.
+// work(logits, exponentials, count, ahead, is_copy) for the groups of [begin, end), in runs; begin may be that of a group
+// that the row begins in. A group that was copied has -inf in it, for the label and outside of the row. exps: at class
+// 0, or null; where they may take the place of the logits they end with the row.
 template <typename T, typename Acc, typename Work>
 ACCUMLOSS_INLINE void for_each_run(const RowSegment& row, int64_t begin, int64_t end, Acc* exps, const Work& work) {
   constexpr bool kMayBeLogits = std::is_same<T, Acc>::value;
-  const int64_t target_group = row.begin + (row.target - row.begin) / kLanes * kLanes;
+  const int64_t target_group = row.target / kLanes * kLanes;
   alignas(64) T copy[kLanes];
   alignas(64) Acc rest[kLanes];
   for (int64_t i = begin; i < end;) {
     Acc* const to = exps != nullptr ? exps + i : nullptr;
-    if (i == target_group || i + kLanes > end) {
+    if (i == target_group || i < row.begin || i + kLanes > end) {
       copy_masked(row, i, copy);
       const bool is_apart = kMayBeLogits && i + kLanes > end;
       work(copy, is_apart ? rest : to, 1, 0, true);
@@ -147,16 +151,18 @@ void push_plain(const RowSegment& row, bool metrics, RowState<double>* state, ty
   PlainSums<T> span;
   for (Real& max : span.max) max = broadcast<Acc>(-kInfinity);
   Acc reference = 0;
-  double sum = 0, weighted = 0;  // in units of exp(origin)
+  double sum = 0, weighted = 0;  // in units of exp(origin), weighted about u_origin
   const auto origin = [&] { return ExpFrom<T>(reference).origin(); };
+  const auto u_origin = [&] { return ExpFrom<T>(reference).u_origin(); };
   const auto raise_reference = [&] {
     const Acc largest = max_lanes<Acc, PlainSums<T>::kMax>(span.max);
     if (largest == -kInfinity) return;  // any finite reference makes every exponential zero
-    const double before = origin();
+    const double before = origin(), u_before = u_origin();
     reference = largest;
     if (sum == 0) return;
-    const double change = before - origin(), factor = std::exp(change);
-    weighted = factor == 0 ? 0 : (weighted + sum * change) * factor;  // of doubles that far below it may be infinite
+    const double factor = std::exp(before - origin());
+    weighted = factor == 0 ? 0 : (weighted + sum * (u_before - u_origin())) * factor;  // of doubles that far below it
+                                                                                       // may be infinite
     sum *= factor;
   };
   const auto visit = [&](int64_t begin, int64_t end, bool clamps) {
@@ -167,12 +173,15 @@ void push_plain(const RowSegment& row, bool metrics, RowState<double>* state, ty
     });
   };
 
-  for (int64_t begin = row.begin; begin < row.end; begin += kSpan<T>) {
-    const int64_t end = row.end - begin < kSpan<T> ? row.end : begin + kSpan<T>;
-    if (begin == row.begin || is_over_logits) {
+  // spans and groups are those of the whole row wherever a shard of it begins
+  const int64_t first = row.begin / kLanes * kLanes;
+  for (int64_t begin = first, end; begin < row.end; begin = end) {
+    end = (begin / kSpan<T> + 1) * kSpan<T>;
+    if (row.end < end) end = row.end;
+    if (begin == first || is_over_logits) {
       for_each_run<T, Acc>(row, begin, end, nullptr,
                            [&](const T* from, Acc*, int64_t count, int64_t, bool) { max_groups(from, count, span); });
-      if (begin == row.begin || any_above<Acc, PlainSums<T>::kMax>(span.max, reference + kHeadroom)) raise_reference();
+      if (begin == first || any_above<Acc, PlainSums<T>::kMax>(span.max, reference + kHeadroom)) raise_reference();
     }
     visit(begin, end, false);
     if (any_above<Acc, PlainSums<T>::kMax>(span.max, reference + kHeadroom)) {
@@ -186,7 +195,7 @@ void push_plain(const RowSegment& row, bool metrics, RowState<double>* state, ty
         visit(begin, end, true);
         products = sum_lanes<Acc>(span.products);
       }
-      weighted += products * ExpFrom<T>::kUnit;
+      weighted += products;
     }
     if (stores) references[begin / kBlock] = reference;
     sum += sum_lanes<Acc>(span.sums);
@@ -194,7 +203,7 @@ void push_plain(const RowSegment& row, bool metrics, RowState<double>* state, ty
   state->max = max_lanes<Acc, PlainSums<T>::kMax>(span.max);
   const double factor = state->max == -kInfinity ? 1.0 : std::exp(origin() - state->max);
   state->sum = sum * factor;  // a NaN stays one where every other logit is -inf
-  state->weighted = (weighted + sum * (origin() - row.reference)) * factor;
+  state->weighted = (weighted + sum * (u_origin() - row.reference)) * factor;
 }
 
 template <typename T>
@@ -206,26 +215,32 @@ void write_grad_plain(const RowSegment& row, const RowGrad<double>& gradient, T*
   const T* x = static_cast<const T*>(row.x);
   const ExpFrom<T> exp_from(static_cast<Acc>(gradient.lse_high), Held());
   const Acc probability = static_cast<Acc>(gradient.probability * std::exp(exp_from.origin() - gradient.lse_high));
-  const auto visit = [&](const T* from, T* to) {
-    Real v[kVectors];
-    Lanes<T>::load(from, v);
-    Real u[kVectors], e[kVectors];
-    exp_from.template exps<false, kVectors>(v, u, e);
-    for (int k = 0; k < kVectors; ++k) v[k] = e[k] * probability;
-    Lanes<T>::store(v, to);
+  const auto write = [&](auto is_far) __attribute__((always_inline)) {
+    const auto visit = [&](const T* from, T* to) __attribute__((always_inline)) {
+      Real v[kVectors];
+      Lanes<T>::load(from, v);
+      Real u[kVectors], e[kVectors];
+      exp_from.template exps<false, kVectors, decltype(is_far)::value>(v, u, e);
+      for (int k = 0; k < kVectors; ++k) v[k] = e[k] * probability;
+      Lanes<T>::store(v, to);
+    };
+    int64_t i = row.begin;
+    for (; i + kLanes <= row.end; i += kLanes) {
+      prefetch(x + i, row.ahead(i));
+      visit(x + i, grad + (i - row.begin));
+    }
+    if (i < row.end) {
+      T tail[kLanes] = {};
+      const size_t bytes = static_cast<size_t>(row.end - i) * sizeof(T);
+      std::memcpy(tail, x + i, bytes);
+      visit(tail, tail);
+      std::memcpy(grad + (i - row.begin), tail, bytes);
+    }
   };
-  int64_t i = row.begin;
-  for (; i + kLanes <= row.end; i += kLanes) {
-    prefetch(x + i, row.ahead(i));
-    visit(x + i, grad + (i - row.begin));
-  }
-  if (i < row.end) {
-    T tail[kLanes] = {};
-    const size_t bytes = static_cast<size_t>(row.end - i) * sizeof(T);
-    std::memcpy(tail, x + i, bytes);
-    visit(tail, tail);
-    std::memcpy(grad + (i - row.begin), tail, bytes);
-  }
+  if (exp_from.is_far())
+    write(std::true_type());
+  else
+    write(std::false_type());
   set_target(row, gradient, grad);
 }
 

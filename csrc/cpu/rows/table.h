@@ -20,6 +20,9 @@ constexpr int64_t kGroup = 32;
 // How far ahead of the loads logits are fetched.
 constexpr int64_t kPrefetchBytes = 8192;
 
+// Of rows without options the sums of a shard have the blocks of the whole row, at most so many classes each.
+constexpr int64_t kAligned = 2 * kBlock;
+
 constexpr int64_t num_blocks(int64_t V) { return (V + kBlock - 1) / kBlock; }
 
 // Whether a logit passes through no transform and is not smoothed: rows then take a shorter way.
