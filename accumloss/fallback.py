@@ -371,13 +371,16 @@ def _of_label(others: _Others) -> tuple[Tensor, ...]:
 def _result(call: _Call, rows: slice, others: _Others) -> _Result:
     options = call.options
     top, total, lse, nll = _of_label(others)
+    is_far = top - others.target > 1024
     is_bad = (call.is_item & ~call.is_known)[rows]
     lse, nll = lse.masked_fill_(is_bad, math.nan), nll.masked_fill_(is_bad, math.nan)
     loss = (1 - options.label_smoothing) * nll
     if call.item_weight is not None:
         loss = loss * call.item_weight[rows]
     if others.linear is not None:
-        spread = call.weight_sum * (lse - others.origin) - others.linear
+        # lse less the origin, which may be so large that it would swallow the rest
+        less = torch.where(is_far, top - others.origin + total.log(), others.target - others.origin + nll)
+        spread = call.weight_sum * less - others.linear
         loss = loss + options.label_smoothing / call.V * spread
     if options.z_loss > 0:
         loss = loss + options.z_loss * lse * lse
@@ -964,17 +967,19 @@ def cross_entropy_shard(
 ) -> Tensor:
     call = _Call("cross_entropy_shard", logits, labels, weight, given, (class_offset, vocab_size))
     smooths = call.options.label_smoothing > 0
-    count = 2 + smooths + 2 * call.metrics
+    count = 3 + smooths + 2 * call.metrics
     columns = torch.empty(count, *labels.shape, dtype=call.wide, device=logits.device)
     of_shard: Any = call.V if call.weight is None else call.weight.sum(dtype=call.wide)
     for rows, (x,) in _chunks(logits):
         has_label = call.has_label[rows]
         others = _reduce(call, rows, _transformed(x, call.acc, call.options), smooths)
         is_none = others.max.isnan() | (others.max == math.inf)
-        log_sum = torch.where(others.sum == 0, -math.inf, others.max + others.sum.log())
-        found = [log_sum.masked_fill(is_none, math.nan), torch.where(has_label, others.target, math.nan)]
+        log_sum = torch.where(others.sum == 0, -math.inf, others.sum.log()).masked_fill(is_none, math.nan)
+        found = [others.max, log_sum, torch.where(has_label, others.target, math.nan)]
         if others.linear is not None:
-            found.append(others.linear + of_shard * others.origin)
+            about = torch.where(has_label & others.target.isfinite(), others.target, 0)
+            about = torch.where(others.max.isfinite(), others.max, about)
+            found.append(others.linear + of_shard * (others.origin - about))
         if others.below is not None:
             found.append(torch.where(others.sum == 0, 0, others.sum.log() - others.below / others.sum))
             best, first = x.max(-1)

@@ -226,7 +226,7 @@ def _(grad_loss, logits, targets, loss, nll, lse, total, of_label, label, weight
 
 def shard_columns(label_smoothing: float, metrics: bool) -> int:
     """How many numbers a shard has to tell of a row: ShardColumns of csrc/row.h."""
-    return 2 + (label_smoothing > 0) + 2 * metrics
+    return 3 + (label_smoothing > 0) + 2 * metrics
 
 
 @torch.library.register_fake("accumloss::cross_entropy_shard")

@@ -82,7 +82,8 @@ def forward(
     finds_argmax: bool = False,
 ) -> Rows:
     """One read of the logits, and one all_gather of 16 bytes a row and process: 8 more with smoothing, 16 with metrics, 16 with
-    the argmax; and 16 a call, by which the processes see that they have the same vocabulary and labels."""
+    the argmax, 8 for logits of float64; and 16 a call, by which the processes see that they have the same vocabulary and
+    labels."""
     bad_label: IndexError | None = None
     if torch.compiler.is_compiling():
         columns = columns_of(logits, labels, weight, shard, options, metrics)
@@ -95,6 +96,9 @@ def forward(
             wide = wide_dtype(logits.device)
             columns = torch.full((count, *labels.shape), torch.nan, dtype=wide, device=logits.device)
     leaders = [largest_of(logits, shard).flatten()] if finds_argmax else []
+    has_pairs = columns.dtype == torch.float64 != logits.dtype
+    if has_pairs:
+        columns = _paired(columns)
     packed = torch.cat(
         [columns.flatten(), *leaders, columns.new_full((1,), shard.vocab_size), _checksum(labels).view(1)]
     )
@@ -113,7 +117,8 @@ def forward(
         raise bad_label
     dtype = ops.accumulation_dtype(logits)
     of_rows = gathered[:, :-2].view(shard.size, len(columns) + 2 * finds_argmax, *labels.shape)
-    rows = merge(of_rows[:, : len(columns)], labels, weight, shard, options, metrics, dtype)
+    of_shards = of_rows[:, : len(columns)]
+    rows = merge(_unpaired(of_shards) if has_pairs else of_shards, labels, weight, shard, options, metrics, dtype)
     # elsewhere it cannot be known without a sync
     is_one = (sizes == shard.vocab_size).all() & (checksums == checksums[0]).all()
     loss_sum, loss = (torch.where(is_one, value, float("nan")) for value in (rows.sums[0], rows.loss))
@@ -131,6 +136,18 @@ def largest_of(logits: torch.Tensor, shard: Shard) -> torch.Tensor:
         return logits.new_full((2, *logits.shape[:-1]), -torch.inf, dtype=wide_dtype(logits.device))
     values, places = logits.detach().max(-1)
     return torch.stack([widened(values), widened(places + shard.class_offset)])
+
+
+def _paired(columns: torch.Tensor) -> torch.Tensor:
+    """The bits of (columns, ...) double, of which max and target are float: those two as one number."""
+    both = torch.stack([columns[0], columns[2]], -1).float().view(torch.float64).squeeze(-1)
+    return torch.cat([both.unsqueeze(0), columns[1:2], columns[3:]])
+
+
+def _unpaired(gathered: torch.Tensor) -> torch.Tensor:
+    """What _paired() was given, of each process: (size, columns, ...)."""
+    both = gathered[:, :1].contiguous().unsqueeze(-1).view(torch.float32).double()
+    return torch.cat([both[..., 0], gathered[:, 1:2], both[..., 1], gathered[:, 2:]], 1)
 
 
 def _checksum(labels: torch.Tensor) -> torch.Tensor:
@@ -154,8 +171,8 @@ def columns_of(
     # a vocabulary of fewer classes than processes; labels are compared as elsewhere, or the others would wait
     one = {"class_offset": 0, "vocab_size": shard.vocab_size, **options.as_kwargs(), "metrics": metrics}
     columns = ops.cross_entropy_shard(logits.new_zeros(*labels.shape, 1), labels, weight, **one).zero_()
-    columns[0] = -torch.inf
-    columns[1] = torch.nan
+    columns[:2] = -torch.inf
+    columns[2] = torch.nan
     if metrics:
         columns[-1] = -torch.inf
     return columns
@@ -175,22 +192,31 @@ def merge(
     zero = torch.zeros((), dtype=gathered.dtype, device=labels.device)
     labels = torch.where(is_item, labels, torch.zeros_like(labels)).long()
     owner = (labels // shard.chunk).clamp(0, shard.size - 1)  # of bad labels too, whose rows are NaN
-    each = gathered[:, 0]
-    others = torch.logsumexp(each, 0)
-    target = gathered[:, 1].gather(0, owner.unsqueeze(0)).squeeze(0)  # NaN where the processes have other labels
-    is_finite = torch.maximum(others, target).isfinite()
-    gap = others - target
-    nll = torch.where(is_finite, torch.logaddexp(gap, zero), float("nan"))
+    target = gathered[:, 2].gather(0, owner.unsqueeze(0)).squeeze(0)  # NaN where the processes have other labels
+    largest = torch.maximum(gathered[:, 0].amax(0), target)
+    top = torch.where(largest.isfinite(), largest, zero)
+    # log-sum-exps about top, so that what is far from 0 swallows none of them
+    each = (gathered[:, 0] - top) + gathered[:, 1]
+    others, own = torch.logsumexp(each, 0), target - top
+    gap = others - own
+    nll = torch.where(largest.isfinite(), torch.logaddexp(gap, zero), float("nan"))
     # a label that far below adds nothing, and would swallow the digits of lse
-    lse = torch.where(gap > 1024, others, target + nll)
+    is_far_below = gap > 1024
+    lse = torch.where(is_far_below, top + others, target + nll)
+    lse_about_top = torch.where(is_far_below, others, own + nll)
     item_weight = zero + 1
     if weight is not None:
         weights = weight.to(dtype).to(gathered.dtype)
         item_weight = weights[labels.clamp(0, shard.vocab_size - 1)]
     loss = (1 - options.label_smoothing) * item_weight * nll
     if options.label_smoothing > 0:
-        total = shard.vocab_size if weight is None else weights.sum()
-        loss = loss + options.label_smoothing / shard.vocab_size * (total * lse - gathered[:, 2].sum(0))
+        of_classes = weights if weight is not None else gathered.new_ones(shard.vocab_size)
+        of_classes = torch.nn.functional.pad(of_classes, (0, shard.size * shard.chunk - shard.vocab_size))
+        weight_sums = of_classes.view(shard.size, *[1] * labels.dim(), shard.chunk).sum(-1)
+        about = torch.where(gathered[:, 2].isfinite(), gathered[:, 2], zero)
+        about = torch.where(gathered[:, 0].isfinite(), gathered[:, 0], about)
+        spread = (weight_sums * (lse_about_top + (top - about)) - gathered[:, 3]).sum(0)
+        loss = loss + options.label_smoothing / shard.vocab_size * spread
     if options.z_loss > 0:
         loss = loss + options.z_loss * lse * lse
     num_items = is_item.sum()
@@ -198,8 +224,8 @@ def merge(
     num_correct, entropy_sum, entropy_of_rows = torch.zeros_like(num_items), zero, zero.new_empty(0)
     if metrics:
         entropy, best = gathered[:, -2], gathered[:, -1]
-        share, own_share = torch.exp(each - lse), torch.exp(-nll)
-        parts = torch.where(share == 0, zero, share * (entropy + (lse - each))).sum(0)
+        share, own_share = torch.exp(each - lse_about_top), torch.exp(-nll)
+        parts = torch.where(share == 0, zero, share * (entropy + (lse_about_top - each))).sum(0)
         of_rows = parts + torch.where(own_share == 0, zero, own_share * nll)
         entropy_of_rows = torch.where(is_item, of_rows, zero)
         entropy_sum = entropy_of_rows.sum()

@@ -141,12 +141,14 @@ ACCUMLOSS_HD RowResult row_result(const RowState<Acc>& others, double target, do
   // S in units of exp(max), and nll = log((S + e_y) / e_y)
   const double sum = others.sum == 0 ? 0.0 : static_cast<double>(others.sum) * exp(others_max - max);
   row.nll = target == max ? log1p(sum) : (max - target) + log(sum + exp(target - max));
-  row.lse = is_far_below(target, max) ? max + log(sum) : target + row.nll;
+  const bool is_far = is_far_below(target, max);
+  row.lse = is_far ? max + log(sum) : target + row.nll;
   row.loss = (1.0 - options.label_smoothing) * target_weight * row.nll;
   if (options.label_smoothing > 0) {
     const double reference = row_reference(target);
     const double linear = others.linear + target_weight * (target - reference);
-    row.loss += options.label_smoothing / static_cast<double>(V) * (weight_sum * (row.lse - reference) - linear);
+    const double lse = is_far ? (max - reference) + log(sum) : (target - reference) + row.nll;  // less the reference
+    row.loss += options.label_smoothing / static_cast<double>(V) * (weight_sum * lse - linear);
   }
   if (options.z_loss > 0) row.loss += options.z_loss * row.lse * row.lse;
   // H = log Z - sum_j p_j (z_j - max), Z in units of exp(max): a sum of terms that are not negative, whichever class
@@ -166,15 +168,22 @@ ACCUMLOSS_HD RowResult row_result(const RowState<Acc>& others, double target, do
 }
 
 // What the classes of a shard add to a row of the whole vocabulary: accumloss/parallel.py merges them. The label's
-// class is one of the shard's, or of another's.
+// class is one of the shard's, or of another's. Logarithms are about `max`: of logits such as 1e38 a sum with it would
+// keep nothing of them.
 struct ShardRow {
-  double others;   // log sum_j exp(z_j) over the shard's classes other than the label; -inf where there are none
+  double max;      // of z_j over the shard's classes other than the label; -inf where there are none
+  double log_sum;  // log sum_j exp(z_j - max) of the same classes; -inf where they have no probability, NaN for +inf
   double target;   // z_y; NaN where another shard has the label
-  double linear;   // sum_j w_j z_j over all classes of the shard; label smoothing only
+  double linear;   // sum_j w_j (z_j - shard_reference()) over all classes of the shard; label smoothing only
   double entropy;  // of the others among themselves; metrics only
   double best;     // the caller's, metrics only: the largest x_j; x_y where it is the first of them, else NaN, if the
                    // shard has the label
 };
+
+// The first of the two that is finite, else 0.
+ACCUMLOSS_HD double shard_reference(double max, double target) {
+  return max - max == 0 ? max : row_reference(target);
+}
 
 // origin: z_y, or where another shard has the label the z of any class. others.linear is relative to
 // row_reference(origin), others.weighted to entropy_reference(origin, others.max). target_weight: w_y, 0 where another
@@ -185,17 +194,19 @@ ACCUMLOSS_HD ShardRow shard_row(const RowState<Acc>& others, bool has_label, dou
   using std::log;
   ShardRow row;
   const double max = others.max, sum = others.sum;
-  row.others = sum == 0 || max == kInfinity ? (max == kInfinity ? kNaN : -kInfinity) : max + log(sum);
+  row.max = max;
+  row.log_sum = max == kInfinity ? kNaN : sum == 0 ? -kInfinity : log(sum);
   row.target = has_label ? origin : kNaN;
   row.linear = row.entropy = row.best = 0;
   if (options.label_smoothing > 0) {
-    const double reference = row_reference(origin);
-    row.linear = static_cast<double>(others.linear) + (weight_sum - target_weight) * reference;
-    if (has_label) row.linear += target_weight * origin;
+    const double reference = row_reference(origin), about = shard_reference(max, row.target);
+    row.linear = static_cast<double>(others.linear) + (weight_sum - target_weight) * (reference - about);
+    if (has_label) row.linear += target_weight * (origin - about);
   }
-  // -sum_j q_j log q_j of q_j = exp(z_j - row.others)
+  // -sum_j q_j log q_j of q_j = exp(z_j - max - row.log_sum)
   if (options.metrics && sum != 0)
-    row.entropy = (row.others - entropy_reference(origin, max)) - static_cast<double>(others.weighted) / sum;
+    row.entropy =
+        row.log_sum + ((max - entropy_reference(origin, max)) - static_cast<double>(others.weighted) / sum);
   return row;
 }
 
@@ -205,11 +216,12 @@ struct ShardColumns {
   int64_t N;
 
   ACCUMLOSS_HD static int count(const LossOptions& options) {
-    return 2 + (options.label_smoothing > 0 ? 1 : 0) + (options.metrics ? 2 : 0);
+    return 3 + (options.label_smoothing > 0 ? 1 : 0) + (options.metrics ? 2 : 0);
   }
   ACCUMLOSS_HD void write(int64_t row, const ShardRow& values, const LossOptions& options) const {
     double* at = data + row;
-    *at = values.others;
+    *at = values.max;
+    *(at += N) = values.log_sum;
     *(at += N) = values.target;
     if (options.label_smoothing > 0) *(at += N) = values.linear;
     if (!options.metrics) return;
@@ -222,6 +234,7 @@ struct ShardColumns {
 //   dL/dz_j = C p_j - (e / V) w_j,                                     j != y,  C = (1 - e) w_y + (e / V) W + 2 z_loss
 //   lse dL/dz_y = (C - (1 - e) w_y) p_y - (1 - e) w_y (1 - p_y) - (e / V) w_y
 // all times grad, and times transform.slope(x_j) for dL/dx_j.
+constexpr double kSwallowed = 64;  // more is no sum of classes that are near the label's
 template <typename Acc>
 struct RowGrad {
   Acc lse_high, lse_low;  // lse in two pieces: |lse| must not cost the exponent its low bits
@@ -229,6 +242,7 @@ struct RowGrad {
   Acc smoothing;          // grad * e / V
   Acc target;             // grad * dL/dz_y
   Acc entropy = 0;        // p_j times it times (lse - z_j) comes to the gradient of each class but the label
+  double swallowed = 0;   // nll where lse = z_y + nll is z_y to the last bit, of logits such as 1e38; it is in the factors
 
   ACCUMLOSS_HD RowGrad(double lse, double nll, double target_weight, double weight_sum, int64_t V, double grad,
                        const LossOptions& options) {
@@ -239,7 +253,8 @@ struct RowGrad {
     const double soft = share * weight_sum + 2.0 * options.z_loss * lse;
     lse_high = static_cast<Acc>(lse);
     lse_low = static_cast<Acc>(lse - static_cast<double>(lse_high));
-    probability = static_cast<Acc>(grad * (hard + soft));
+    if (lse - nll == lse && nll < kSwallowed) swallowed = nll;
+    probability = static_cast<Acc>(grad * (hard + soft) * exp(-swallowed));
     smoothing = static_cast<Acc>(grad * share);
     target = static_cast<Acc>(grad * (soft * exp(-nll) + hard * expm1(-nll) - share * target_weight));
   }
@@ -250,9 +265,10 @@ struct RowGrad {
     using std::exp;
     using std::expm1;
     const double p_y = exp(-nll);
-    probability += static_cast<Acc>(grad_nll + grad_lse - grad_entropy * H);
+    const double share = exp(-swallowed);
+    probability += static_cast<Acc>((grad_nll + grad_lse - grad_entropy * (H - swallowed)) * share);
     target += static_cast<Acc>(grad_nll * expm1(-nll) + (p_y == 0 ? 0.0 : p_y * (grad_lse + grad_entropy * (nll - H))));
-    entropy = static_cast<Acc>(grad_entropy);
+    entropy = static_cast<Acc>(grad_entropy * share);
   }
 };
 

@@ -15,7 +15,7 @@ import torch
 import torch.distributed as dist
 from cases import Case
 from oracle import expected, token_expected, z_scale
-from shards import merged, part, shards_of
+from shards import extreme_rows, merged, part, shards_of
 from test_per_token import incoming
 from tolerances import (
     OTHER_NEIGHBOUR,
@@ -301,6 +301,24 @@ def a_group_of_one() -> None:
         assert_close(accumloss.cross_entropy(c.logits, c.labels, group=alone, **kwargs).loss_sum, want, SUM, "loss_sum")
         rows = accumloss.token_losses(c.logits, c.labels, group=alone, **kwargs)
         assert_close(rows.sum(), want, SUM, "sum of the rows")
+
+
+@case
+def extreme_rows_on_ranks() -> None:
+    """Of logits as large as there are, -inf, +inf and NaN, on one rank or on all but one: each row's loss is the whole kernel's."""
+    group, size = dist.group.WORLD, dist.get_world_size()
+    for dtype in (torch.bfloat16, torch.float16, torch.float32, torch.float64):
+        logits = extreme_rows(1001, size, dtype)
+        for label in (0, 334, 1000):
+            labels = torch.full(logits.shape[:1], label)
+            for options in ({}, {"label_smoothing": 0.1}):
+                want = accumloss.token_losses(logits, labels, **options)
+                found = accumloss.token_losses(own(logits), labels, group=group, vocab_size=1001, **options)
+                assert all(torch.equal(found.nan_to_num(), other.nan_to_num()) for other in gathered(found))
+                is_number = want.isfinite()
+                assert torch.equal(found[~is_number].nan_to_num(), want[~is_number].nan_to_num()), (dtype, label)
+                bound = 2 * row_loss_bound(dtype, "cpu", 20.0) * want[is_number].double()
+                assert_within(found[is_number], want[is_number], bound, f"{dtype}, label {label}")
 
 
 @case

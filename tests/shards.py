@@ -44,3 +44,23 @@ def seven_outputs(rows: parallel.Rows) -> tuple[torch.Tensor, ...]:
     """As torch.ops.accumloss.cross_entropy returns them."""
     loss_sum, num_items, total_weight, num_correct, entropy_sum = rows.sums
     return loss_sum, num_items, total_weight, rows.lse, num_correct, entropy_sum, rows.nll
+
+
+def extreme_rows(V: int, size: int, dtype: torch.dtype) -> torch.Tensor:
+    """(rows, V): everything, one shard or all but it at the ends of a dtype's range, -inf; NaN and +inf in one shard."""
+    # the difference of the ends of float64 is no number, nor that of float32's in the kernel for short rows
+    ends = torch.finfo(torch.float32 if dtype == torch.float64 else dtype)
+    lowest, highest = (end / 4 if V <= 512 else end for end in (ends.min, ends.max))
+    usual = (torch.randn(V, generator=torch.Generator().manual_seed(V)) * 2).to(dtype)
+    rows = [torch.full((V,), value, dtype=dtype) for value in (lowest, highest, -torch.inf)]
+    for shard in shards_of(V, size):
+        if shard.num_classes == 0:
+            continue
+        classes = slice(shard.class_offset, shard.class_offset + shard.num_classes)
+        for rest in (usual, *rows[:3:2]):
+            for value in (lowest, highest, -torch.inf, torch.nan, torch.inf, 0.5):
+                for places in (classes, shard.class_offset):
+                    row = rest.clone()
+                    row[places] = value
+                    rows.append(row)
+    return torch.stack(rows)

@@ -143,3 +143,42 @@ def test_a_whole_evaluation_survives_one_masked_label():
 def test_masked_classes_of_every_length_match_float64(name, dtype):
     for V in (2, 9, 10, 11, 64, 511, 512, 1024, 1025, 3000, 40001):
         check(dtype, V, name, weighted=V % 2 == 1)
+
+
+@pytest.mark.parametrize("options", [LossOptions(), LossOptions(softcap=300.0)], ids=["plain", "softcap"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize("rows", [1, 20])  # one is shared by the threads
+def test_a_row_may_begin_with_masked_classes_and_lie_far_below_zero(dtype, rows, options):
+    """-inf for more classes than a block has, and logits of -200 after them: the sums' origin is not 0."""
+    x = torch.full((rows, 20000), -200.0, dtype=dtype)
+    x[:, :9000] = -torch.inf
+    x[:, -1] = -190
+    case = Case(f"{dtype}", x, torch.full((rows,), 19000), None, options)
+    wanted = expected(case)
+    one = torch.ones((), dtype=torch.float64 if dtype == torch.float64 else torch.float32)
+    kwargs = options.as_kwargs()
+    found = ops.cross_entropy(x, case.labels, **kwargs)
+    assert_close(found[0], wanted.rows.loss.sum(), SUM, "loss_sum")
+    backward = ops.cross_entropy_backward(one, x, case.labels, found[3], found[6], **kwargs)
+    assert_within(backward, wanted.grad, wanted.grad_bound, "backward")
+    assert_within(
+        ops.cross_entropy_with_grad(one, x, case.labels, **kwargs)[5], wanted.grad, wanted.grad_bound, "in forward"
+    )
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32, torch.float64], ids=str)
+def test_rows_of_nothing_but_the_lowest_number(dtype):
+    """All classes alike: nll is log(V), each has its share of the gradient, and smoothing changes nothing."""
+    V = 2051
+    x, label = torch.full((1, V), torch.finfo(dtype).min, dtype=dtype), torch.tensor([700])
+    one = torch.ones((), dtype=torch.float64 if dtype == torch.float64 else torch.float32)
+    for options in (LossOptions(), LossOptions(label_smoothing=0.1)) if dtype != torch.float64 else (LossOptions(),):
+        kwargs = options.as_kwargs()
+        found = ops.cross_entropy(x, label, **kwargs)
+        assert_close(found[0], torch.tensor(V, dtype=torch.float64).log(), SUM, "loss_sum")
+        exact = torch.full((1, V), (1 - options.label_smoothing) / V, dtype=torch.float64)
+        exact[0, 700] -= 1 - options.label_smoothing
+        backward = ops.cross_entropy_backward(one, x, label, found[3], found[6], **kwargs)
+        with_grad = ops.cross_entropy_with_grad(one, x, label, **kwargs)[5]
+        for grad in (backward, with_grad):
+            assert_within(grad, exact, torch.finfo(dtype).eps * exact.abs() + 1e-6 / V, "gradient")

@@ -9,12 +9,12 @@ import pytest
 import torch
 from cases import DTYPES, Case, sample_cases, short_cases
 from oracle import check_sums, expected
-from shards import merged, part, seven_outputs
-from tolerances import OTHER_NEIGHBOUR, assert_same_but_for_neighbours, assert_within
+from shards import extreme_rows, merged, part, seven_outputs
+from tolerances import OTHER_NEIGHBOUR, assert_same_but_for_neighbours, assert_within, row_loss_bound
 from torchrun import torchrun
 
 import accumloss
-from accumloss import parallel
+from accumloss import LossOptions, parallel
 
 HERE = Path(__file__).resolve().parent
 
@@ -55,6 +55,57 @@ def test_shards_match_float64(dtype, size):
         for in_place in (False, True):
             found = gradient(case, rows, labels, shards, 0.25, in_place)
             assert_within(found, wanted.grad, wanted.grad_bound, f"{case.name}: gradient of {size} shards")
+
+
+@pytest.mark.parametrize("rows, V, size", [(256, 4096, 2), (64, 32768, 8), (4, 32768, 2)])
+def test_bits_are_the_same_where_shards_have_whole_blocks(rows, V, size):
+    """bf16 without options, shards of a multiple of 1024 classes: lse to rounding in double, no entry of the gradient differs."""
+    generator = torch.Generator().manual_seed(V + size)
+    for scale in (1, 8):
+        logits = (torch.randn(rows, V, generator=generator) * scale).bfloat16()
+        case = Case("", logits, torch.randint(0, V, (rows,), generator=generator))
+        whole = logits.clone().requires_grad_()
+        (accumloss.cross_entropy(whole, case.labels).loss_sum / 11).backward()
+        found, labels, shards = merged(case, size, metrics=False)
+        lse = torch.ops.accumloss.cross_entropy(logits, case.labels)[3]
+        assert_within(found.lse, lse, 8 * torch.finfo(torch.float64).eps * lse.abs(), "lse")
+        assert torch.equal(gradient(case, found, labels, shards, 1 / 11), whole.grad)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("options", [{}, {"label_smoothing": 0.1}, {"softcap": 20.0}, {"logit_scale": 0.5}], ids=str)
+def test_extreme_rows_are_those_of_the_whole_kernel(dtype, options):
+    """loss, nll and lse where logits are as large as there are, -inf, +inf or NaN, in one shard or in all but one; counts too."""
+    bound = row_loss_bound(dtype, "cpu", 20.0)
+    for V, size in ((700, 2), (2051, 3), (5, 3)):
+        logits = extreme_rows(V, size, dtype)
+        chunk = -(-V // size)
+        for label in sorted({0, chunk, V - 1}):
+            case = Case(
+                f"V={V} in {size}, label {label}",
+                logits,
+                torch.full(logits.shape[:1], label),
+                None,
+                LossOptions(**options),
+            )
+            rows, *_ = merged(case, size)
+            loss, nll, lse, entropy, _ = torch.ops.accumloss.token_statistics(
+                logits, case.labels, metrics=True, **case.options.as_kwargs()
+            )
+            for name, found, wanted in (("loss", rows.loss, loss), ("nll", rows.nll, nll), ("lse", rows.lse, lse)):
+                is_number = wanted.isfinite()
+                assert torch.equal(found[~is_number].nan_to_num(), wanted[~is_number].nan_to_num()), (
+                    f"{case.name}: {name}"
+                )
+                scale = wanted[is_number].double().abs().clamp(min=1) if name == "lse" else wanted[is_number].double()
+                assert_within(found[is_number], wanted[is_number], 2 * bound * scale, f"{case.name}: {name}")
+            if dtype != torch.float64:  # whose lowest numbers have differences beyond it
+                assert torch.equal(rows.entropy.isnan(), entropy.isnan()), case.name
+                assert_within(rows.entropy.nan_to_num(), entropy.nan_to_num(), 20 * bound, f"{case.name}: entropy")
+            assert (
+                rows.sums[3]
+                == torch.ops.accumloss.cross_entropy(logits, case.labels, metrics=True, **case.options.as_kwargs())[4]
+            )
 
 
 # Ranks ----------------------------------------------------------------------------------------------------------------

@@ -30,7 +30,7 @@ __global__ void __launch_bounds__(kMaxThreads, 1)
     if (!first) return;
     const bool ignored = class_of_all == options.ignore_index;
     const double value = ignored ? 0.0 : kNaN;
-    args.columns.write(row, {value, value, value, value, value}, options);
+    args.columns.write(row, {value, value, value, value, value, value}, options);
     if (!ignored) *args.bad_label = BadLabel{row + 1, class_of_all};
     return;
   }

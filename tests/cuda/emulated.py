@@ -430,7 +430,7 @@ class Backend:
     def forward_shard(self, logits, labels, weight=None, **options) -> torch.Tensor:
         """ShardColumns (., B, T). options: class_offset and vocab_size too; weight (vocab_size,)."""
         inputs, _ = self._inputs(logits, labels, weight, options)
-        count = 2 + (options.get("label_smoothing", 0) > 0) + 2 * options.get("metrics", False)
+        count = 3 + (options.get("label_smoothing", 0) > 0) + 2 * options.get("metrics", False)
         columns = torch.full((count, *labels.shape), 1e30, dtype=torch.float64)
         self._call("forward_shard", ctypes.byref(inputs), ctypes.c_void_p(columns.data_ptr()))
         return columns

@@ -45,7 +45,7 @@ void push_general(const RowSegment& row, const LossOptions& options, RowState<do
     }
     // all -inf so far: any finite reference makes every exponential zero (and keeps a NaN)
     const Acc reference = state->max == -kInfinity ? Acc(0) : static_cast<Acc>(state->max);
-    if (exps != nullptr) references[begin / kBlock] = reference;
+    if (exps != nullptr) references[begin / kBlock] = static_cast<Acc>(state->max);  // of -inf the factor is 0
     Acc* const e = exps != nullptr ? exps + begin : z;
     Acc weighted = 0;
     const Acc sum = options.metrics ? sum_exps<true>(z, padded, reference, e, &weighted)

@@ -151,6 +151,7 @@ void push_plain(const RowSegment& row, bool metrics, RowState<double>* state, ty
   PlainSums<T> span;
   for (Real& max : span.max) max = broadcast<Acc>(-kInfinity);
   Acc reference = 0;
+  bool has_reference = false;    // not while all logits are -inf
   double sum = 0, weighted = 0;  // in units of exp(origin), weighted about u_origin
   const auto origin = [&] { return ExpFrom<T>(reference).origin(); };
   const auto u_origin = [&] { return ExpFrom<T>(reference).u_origin(); };
@@ -159,6 +160,7 @@ void push_plain(const RowSegment& row, bool metrics, RowState<double>* state, ty
     if (largest == -kInfinity) return;  // any finite reference makes every exponential zero
     const double before = origin(), u_before = u_origin();
     reference = largest;
+    has_reference = true;
     if (sum == 0) return;
     const double factor = std::exp(before - origin());
     weighted = factor == 0 ? 0 : (weighted + sum * (u_before - u_origin())) * factor;  // of doubles that far below it
@@ -174,14 +176,13 @@ void push_plain(const RowSegment& row, bool metrics, RowState<double>* state, ty
   };
 
   // spans and groups are those of the whole row wherever a shard of it begins
-  const int64_t first = row.begin / kLanes * kLanes;
-  for (int64_t begin = first, end; begin < row.end; begin = end) {
+  for (int64_t begin = row.begin / kLanes * kLanes, end; begin < row.end; begin = end) {
     end = (begin / kSpan<T> + 1) * kSpan<T>;
     if (row.end < end) end = row.end;
-    if (begin == first || is_over_logits) {
+    if (!has_reference || is_over_logits) {
       for_each_run<T, Acc>(row, begin, end, nullptr,
                            [&](const T* from, Acc*, int64_t count, int64_t, bool) { max_groups(from, count, span); });
-      if (begin == first || any_above<Acc, PlainSums<T>::kMax>(span.max, reference + kHeadroom)) raise_reference();
+      if (!has_reference || any_above<Acc, PlainSums<T>::kMax>(span.max, reference + kHeadroom)) raise_reference();
     }
     visit(begin, end, false);
     if (any_above<Acc, PlainSums<T>::kMax>(span.max, reference + kHeadroom)) {
@@ -197,7 +198,7 @@ void push_plain(const RowSegment& row, bool metrics, RowState<double>* state, ty
       }
       weighted += products;
     }
-    if (stores) references[begin / kBlock] = reference;
+    if (stores) references[begin / kBlock] = has_reference ? reference : -kInfinity;  // whose factor is 0 then
     sum += sum_lanes<Acc>(span.sums);
   }
   state->max = max_lanes<Acc, PlainSums<T>::kMax>(span.max);
