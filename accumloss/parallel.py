@@ -29,6 +29,7 @@ class Shard(NamedTuple):
     class_offset: int
     num_classes: int
     vocab_size: int
+    refusal: Exception | None = None  # why this process takes no part; raised by forward(), when all have heard of it
 
     @property
     def kwargs(self) -> dict[str, int]:
@@ -39,8 +40,10 @@ class Shard(NamedTuple):
 def shard_of(name: str, what: str, num_classes: int, group: Any, vocab_size: int | None) -> Shard:
     """The classes of this process, num_classes of them. what: the tensor that has them, for the error.
 
+    Where vocab_size is not cut as torch.chunk cuts it, which may be so in this process alone, it is a refusal.
+
     Raises:
-        ValueError: vocab_size is no size, or not cut as torch.chunk cuts it.
+        ValueError: vocab_size is no size.
     """
     size, rank = dist.get_world_size(group), dist.get_rank(group)
     if rank < 0:
@@ -52,12 +55,26 @@ def shard_of(name: str, what: str, num_classes: int, group: Any, vocab_size: int
     chunk = -(-vocab_size // size)
     begin = min(rank * chunk, vocab_size)
     count = min(chunk, vocab_size - begin)
-    if num_classes != count or vocab_size == 0:
-        raise ValueError(
+    shard = Shard(group, size, chunk, begin, num_classes, vocab_size)
+    if num_classes == count and vocab_size > 0:
+        return shard
+    return _refused(
+        shard,
+        ValueError(
             f"{name}: expected {what} with {count} classes, [{begin}, {begin + count}) of vocab_size {vocab_size}, on rank "
             f"{rank} of {size}, cut as torch.chunk cuts, got {num_classes}"
-        )
-    return Shard(group, size, chunk, begin, num_classes, vocab_size)
+        ),
+    )
+
+
+REFUSED = -1  # in the place of vocab_size
+
+
+def _refused(shard: Shard, error: Exception) -> Shard:
+    """The shard with an error that this process may be alone with: the others would wait for one that raises at once."""
+    if torch.compiler.is_compiling():
+        raise error
+    return shard if shard.refusal is not None else shard._replace(refusal=error)
 
 
 class Rows(NamedTuple):
@@ -84,37 +101,46 @@ def forward(
     """One read of the logits, and one all_gather of 16 bytes a row and process: 8 more with smoothing, 16 with metrics, 16 with
     the argmax, 8 for logits of float64; and 16 a call, by which the processes see that they have the same vocabulary and
     labels."""
-    bad_label: IndexError | None = None
+    error: Exception | None = None
     if torch.compiler.is_compiling():
         columns = columns_of(logits, labels, weight, shard, options, metrics)
     else:
         try:
+            if shard.refusal is not None:
+                raise shard.refusal
             columns = columns_of(logits, labels, weight, shard, options, metrics)
-        except IndexError as error:  # raised when all have met: one that takes the vocabulary to be larger would wait
-            bad_label = error
+        except Exception as raised:  # told when all have met: the others would wait
+            error = raised
             count = ops.shard_columns(options.label_smoothing, metrics)
             wide = wide_dtype(logits.device)
             columns = torch.full((count, *labels.shape), torch.nan, dtype=wide, device=logits.device)
-    leaders = [largest_of(logits, shard).flatten()] if finds_argmax else []
+    # of a label that only looks bad, since the vocabulary is another, the sizes tell more
+    refusal = None if isinstance(error, IndexError) else error
+    leaders = [(columns[:2] if error else largest_of(logits, shard)).flatten()] if finds_argmax else []
     has_pairs = columns.dtype == torch.float64 != logits.dtype
     if has_pairs:
         columns = _paired(columns)
     packed = torch.cat(
         [columns.flatten(), *leaders, columns.new_full((1,), shard.vocab_size), _checksum(labels).view(1)]
     )
+    if refusal is not None:
+        packed = _written_over(packed, f"{type(refusal).__name__}: {refusal}")
     gathered = packed.new_empty(shard.size * packed.numel())
     all_gather_single(gathered, packed, group=shard.group)
+    if refusal is not None:
+        raise refusal
     gathered = gathered.view(shard.size, packed.numel())
     sizes, checksums = gathered[:, -2], gathered[:, -1]
     if gathered.is_cpu and not torch.compiler.is_compiling():
+        _tell_refusals(name, gathered)
         _refuse_sizes(name, sizes, shard)
         if (checksums != checksums[0]).any():
             raise ValueError(
                 f"{name}: expected the same labels in all processes that share the vocabulary, got others on some; the data is "
                 "shared out over other processes than the vocabulary"
             )
-    if bad_label is not None:
-        raise bad_label
+    if error is not None:
+        raise error
     dtype = ops.accumulation_dtype(logits)
     of_rows = gathered[:, :-2].view(shard.size, len(columns) + 2 * finds_argmax, *labels.shape)
     of_shards = of_rows[:, : len(columns)]
@@ -128,6 +154,25 @@ def forward(
     values, classes = of_rows[:, -2], of_rows[:, -1]
     first = classes.gather(0, values.argmax(0, keepdim=True)).squeeze(0).long()  # NaN is the largest
     return rows._replace(argmax=torch.where(labels == options.ignore_index, -1, first))
+
+
+def _written_over(packed: torch.Tensor, text: str) -> torch.Tensor:
+    """What a process sends that takes no part: REFUSED, and as much of the text as the rows have bytes."""
+    said = torch.zeros(packed.numel() * packed.element_size(), dtype=torch.uint8)
+    letters = text.encode()[: said.numel() - 2 * packed.element_size()]
+    said[: len(letters)] = torch.tensor(list(letters), dtype=torch.uint8)
+    said = said.view(packed.dtype)
+    said[-2] = REFUSED
+    return said.to(packed.device)
+
+
+def _tell_refusals(name: str, gathered: torch.Tensor) -> None:
+    """Raises what another process of the group has refused."""
+    refused = (gathered[:, -2] == REFUSED).nonzero().flatten().tolist()
+    if refused:
+        letters = gathered[refused[0], :-2].contiguous().view(torch.uint8).tolist()
+        said = bytes(letters).rstrip(b"\0").decode(errors="ignore")
+        raise RuntimeError(f"{name}: rank {refused[0]} of the group takes no part in this call: {said}")
 
 
 def largest_of(logits: torch.Tensor, shard: Shard) -> torch.Tensor:
@@ -463,7 +508,12 @@ def checked_part_of(
         raise RuntimeError(f"{name}: expected logits of shape (..., V), got a 0-dim tensor")
     part = part_of(name, logits, labels, weight, shift, options.ignore_index, group, vocab_size)
     num_classes = part.logits.shape[-1] if part.shard is None else part.shard.vocab_size
-    check_class_weight(name, "weight", part.weight, torch.Size([num_classes]))
+    try:
+        check_class_weight(name, "weight", part.weight, torch.Size([num_classes]))
+    except (RuntimeError, TypeError) as error:
+        if part.shard is None:
+            raise
+        part = part._replace(shard=_refused(part.shard, error))
     device = part.logits.device
     weight = part.weight if part.weight is None else part.weight.to(device, non_blocking=True)
     return part._replace(labels=part.labels.to(device, non_blocking=True), weight=weight)

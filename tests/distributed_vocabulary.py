@@ -275,6 +275,52 @@ def errors() -> None:
 
 
 @case
+def errors_of_one_rank() -> None:
+    """What one rank alone refuses, all hear of in the one gather: that rank by its own error, the others by rank and reason."""
+    group, rank = dist.group.WORLD, dist.get_rank()
+    c = sample(1001)
+    x, alone = own(c.logits), rank == dist.get_world_size() - 1
+
+    def losses(logits, vocab_size=1001, weight=None):
+        yield lambda: accumloss.cross_entropy(logits, c.labels, group=group, vocab_size=vocab_size, weight=weight)
+        yield lambda: accumloss.causal_lm_loss(logits, c.labels, vocab_size, 7, group=group, weight=weight)
+        yield lambda: accumloss.causal_lm_loss(
+            leaf(logits) * 1 if logits.is_floating_point() else logits, c.labels, vocab_size, 7, group=group,
+            weight=weight, inplace="forward",
+        )  # fmt: skip
+        yield lambda: accumloss.token_losses(logits, c.labels, group=group, vocab_size=vocab_size, weight=weight)
+
+    def heads_of(H):
+        hidden, weight, _, labels = heads(1001, torch.float32)
+        w = own_rows(weight)
+        yield lambda: accumloss.linear_cross_entropy(
+            hidden, w[:-1] if alone else w, labels, group=group, vocab_size=1001, max_scratch_bytes=H
+        )
+
+    last = dist.get_world_size() - 1
+    for calls, error, message in (
+        (losses(x[..., :-1] if alone else x), ValueError, f"on rank {last} of .*, cut as torch.chunk cuts, got"),
+        (losses(x, 2000 if alone else 1001), ValueError, "of vocab_size 2000"),
+        (losses(x, weight=torch.ones(7 if alone else 1001)), RuntimeError, r"weight of shape \(V,\) = \(1001,\)"),
+        (losses(x.long() if alone else x), RuntimeError, "float"),
+        (heads_of(2**28), ValueError, f"on rank {last} of .*, cut as torch.chunk cuts, got"),
+        (heads_of(40000), ValueError, f"on rank {last} of .*, cut as torch.chunk cuts, got"),
+    ):
+        for call in calls:
+            with CommDebugMode() as mode:
+                if alone:
+                    with pytest.raises(error, match=message):
+                        call()
+                else:
+                    with pytest.raises(
+                        RuntimeError,
+                        match=f": rank {last} of the group takes no part in this call: {error.__name__}.*{message}",
+                    ):
+                        call()
+            assert mode.get_total_counts() == 1, mode.get_comm_counts()
+
+
+@case
 def a_group_of_one() -> None:
     c = sample(300, torch.bfloat16, shift=1)
     alone = [dist.new_group([rank]) for rank in range(dist.get_world_size())][dist.get_rank()]
