@@ -291,6 +291,17 @@ def _rows_are_apart(B: int, T: int, V: int, stride_b: int, stride_t: int) -> boo
 # Forward-mode AD ------------------------------------------------------------------------------------------------------
 
 
+def refuse_dtensor(function: str, *tensors: Any) -> None:
+    """RuntimeError for a DTensor: which part of a row is here, the op cannot know; the function of the package can."""
+    for tensor in tensors:
+        if type(tensor) is not torch.Tensor and hasattr(tensor, "device_mesh"):
+            placements = ", ".join(map(repr, tensor.placements))
+            raise RuntimeError(
+                f"torch.ops.accumloss.{function}: expected plain tensors, got a DTensor placed ({placements}); call "
+                "accumloss.cross_entropy, causal_lm_loss or masked_lm_loss, which take DTensors and gather no logits"
+            )
+
+
 def refuse_forward_ad(function: str, *tensors: Any) -> None:
     """RuntimeError where a tensor carries a tangent: the ops have no formula for it, and would drop it."""
     if not is_forward_ad_open():

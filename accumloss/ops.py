@@ -362,6 +362,7 @@ def _first_outputs(num_outputs, keyset, logits, labels, weight, options):
 
 
 def _cross_entropy(keyset, logits, labels, weight=None, **options):
+    checks.refuse_dtensor("cross_entropy", logits, labels)
     return _first_outputs(7, keyset, logits, labels, weight, options)
 
 
@@ -370,6 +371,7 @@ def _language_model(shift: int) -> Any:
     of_shift = {"shift": shift} if shift else {}
 
     def kernel(logits, labels, weight=None, **options):
+        checks.refuse_dtensor("causal_lm" if shift else "masked_lm", logits, labels)
         return _first_outputs(2, None, logits, labels, weight, {**of_shift, **options})
 
     return kernel

@@ -126,7 +126,16 @@ def forward(
     if refusal is not None:
         packed = _written_over(packed, f"{type(refusal).__name__}: {refusal}")
     gathered = packed.new_empty(shard.size * packed.numel())
-    all_gather_single(gathered, packed, group=shard.group)
+    if torch.compiler.is_compiling():
+        all_gather_single(gathered, packed, group=shard.group)
+    else:
+        try:
+            all_gather_single(gathered, packed, group=shard.group)
+        except RuntimeError as failed:
+            raise refusal or RuntimeError(
+                f"{name}: the all_gather of {packed.numel()} numbers failed; expected as many rows, the same dtype, metrics and "
+                "label smoothing in all processes of the group; TORCH_DISTRIBUTED_DEBUG=DETAIL says what the others sent"
+            ) from failed
     if refusal is not None:
         raise refusal
     gathered = gathered.view(shard.size, packed.numel())

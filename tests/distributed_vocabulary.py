@@ -321,6 +321,16 @@ def errors_of_one_rank() -> None:
 
 
 @case
+def ops_refuse_dtensors() -> None:
+    c = sample(300)
+    x, labels = (distribute_tensor(value, mesh(), [Shard(0)]) for value in (c.logits, c.labels))
+    for name in ("cross_entropy", "causal_lm", "masked_lm"):
+        for given in ((x, labels), (x, c.labels), (leaf(x), labels)):
+            with pytest.raises(RuntimeError, match=rf"accumloss.{name}: .*\(Shard\(dim=0\)\); call accumloss.cross_entropy, causal_lm_loss"):
+                getattr(torch.ops.accumloss, name)(*given)
+
+
+@case
 def a_group_of_one() -> None:
     c = sample(300, torch.bfloat16, shift=1)
     alone = [dist.new_group([rank]) for rank in range(dist.get_world_size())][dist.get_rank()]
