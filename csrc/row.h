@@ -181,9 +181,7 @@ struct ShardRow {
 };
 
 // The first of the two that is finite, else 0.
-ACCUMLOSS_HD double shard_reference(double max, double target) {
-  return max - max == 0 ? max : row_reference(target);
-}
+ACCUMLOSS_HD double shard_reference(double max, double target) { return max - max == 0 ? max : row_reference(target); }
 
 // origin: z_y, or where another shard has the label the z of any class. others.linear is relative to
 // row_reference(origin), others.weighted to entropy_reference(origin, others.max). target_weight: w_y, 0 where another
@@ -205,8 +203,7 @@ ACCUMLOSS_HD ShardRow shard_row(const RowState<Acc>& others, bool has_label, dou
   }
   // -sum_j q_j log q_j of q_j = exp(z_j - max - row.log_sum)
   if (options.metrics && sum != 0)
-    row.entropy =
-        row.log_sum + ((max - entropy_reference(origin, max)) - static_cast<double>(others.weighted) / sum);
+    row.entropy = row.log_sum + ((max - entropy_reference(origin, max)) - static_cast<double>(others.weighted) / sum);
   return row;
 }
 
@@ -242,7 +239,8 @@ struct RowGrad {
   Acc smoothing;          // grad * e / V
   Acc target;             // grad * dL/dz_y
   Acc entropy = 0;        // p_j times it times (lse - z_j) comes to the gradient of each class but the label
-  double swallowed = 0;   // nll where lse = z_y + nll is z_y to the last bit, of logits such as 1e38; it is in the factors
+  double swallowed =
+      0;  // nll where lse = z_y + nll is z_y to the last bit, of logits such as 1e38; it is in the factors
 
   ACCUMLOSS_HD RowGrad(double lse, double nll, double target_weight, double weight_sum, int64_t V, double grad,
                        const LossOptions& options) {

@@ -326,7 +326,10 @@ def ops_refuse_dtensors() -> None:
     x, labels = (distribute_tensor(value, mesh(), [Shard(0)]) for value in (c.logits, c.labels))
     for name in ("cross_entropy", "causal_lm", "masked_lm"):
         for given in ((x, labels), (x, c.labels), (leaf(x), labels)):
-            with pytest.raises(RuntimeError, match=rf"accumloss.{name}: .*\(Shard\(dim=0\)\); call accumloss.cross_entropy, causal_lm_loss"):
+            with pytest.raises(
+                RuntimeError,
+                match=rf"accumloss.{name}: .*\(Shard\(dim=0\)\); call accumloss.cross_entropy, causal_lm_loss",
+            ):
                 getattr(torch.ops.accumloss, name)(*given)
 
 

@@ -106,9 +106,9 @@ ACCUMLOSS_NOINLINE void max_groups(const T* from, int64_t count, PlainSums<T>& t
   for (int k = 0; k < kMax; ++k) total.max[k] = max[k];
 }
 
-// work(logits, exponentials, count, ahead, is_copy) for the groups of [begin, end), in runs; begin may be that of a group
-// that the row begins in. A group that was copied has -inf in it, for the label and outside of the row. exps: at class
-// 0, or null; where they may take the place of the logits they end with the row.
+// work(logits, exponentials, count, ahead, is_copy) for the groups of [begin, end), in runs; begin may be that of a
+// group that the row begins in. A group that was copied has -inf in it, for the label and outside of the row. exps: at
+// class 0, or null; where they may take the place of the logits they end with the row.
 template <typename T, typename Acc, typename Work>
 ACCUMLOSS_INLINE void for_each_run(const RowSegment& row, int64_t begin, int64_t end, Acc* exps, const Work& work) {
   constexpr bool kMayBeLogits = std::is_same<T, Acc>::value;
