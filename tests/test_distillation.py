@@ -2,6 +2,10 @@
 
 import functools
 import math
+import os
+import subprocess
+import sys
+from pathlib import Path
 from typing import NamedTuple
 
 import pytest
@@ -68,6 +72,13 @@ def pairs(dtype):
     masked, other = logits_of(4, 600, dtype=dtype), logits_of(4, 600, dtype=dtype, seed=1)
     masked[:, :300] = other[:, :300] = -torch.inf
     found.append(("a masked vocabulary", masked, other, None))
+    low = logits_of(2, 2300, dtype=dtype) + torch.tensor([[-100.0], [-1000.0]]).to(dtype)
+    found.append(("low", low, logits_of(2, 2300, dtype=dtype, seed=1), None))
+    masked, other = low.clone(), low.flip(1)
+    masked[:, :1100] = other[:, :1100] = -torch.inf  # a block, of bf16 two
+    found.append(("low after a block that is masked", masked, other, None))
+    rising = torch.linspace(-25, 25, 2300).expand(2, -1).to(dtype)
+    found.append(("rising", rising, rising.flip(1).contiguous(), None))
     return found
 
 
@@ -186,6 +197,85 @@ def test_what_a_student_excludes_costs_infinity():
     assert losses[0].isinf()
 
 
+def gradients_of_pairs(x, other):
+    """The gradients of divergences from the other rows, and of a loss against their probabilities."""
+    leaf, none = x.detach().requires_grad_(), torch.zeros(len(x), dtype=torch.int64)
+    for beta in (0.0, 0.3, 1.0):
+        losses = ops.distillation(leaf, other, none, beta=beta, logit_scale=1.0 if beta else 0.7)[0]
+        yield losses.detach(), torch.autograd.grad(losses.sum(), leaf)[0]
+    losses = accumloss.token_losses(leaf, other.float().softmax(-1).to(x.dtype))
+    yield losses.detach(), torch.autograd.grad(losses.sum(), leaf)[0]
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+def test_large_gradients_have_the_bits_of_small_ones(dtype):
+    """From 32 MiB on they go past the caches, in whole lines, wherever a row begins."""
+    V = 8193
+    rows = 2**25 // (V * dtype.itemsize) + 1
+    x, other = (
+        torch.randn(rows, V, generator=torch.Generator().manual_seed(seed)).mul_(3).to(dtype) for seed in (0, 1)
+    )
+    parts = [slice(0, 5), slice(5, 6), slice(rows - 3, rows)]
+    whole = list(gradients_of_pairs(x, other))
+    for part in parts:
+        for (losses, grad), (few, small) in zip(whole, gradients_of_pairs(x[part], other[part]), strict=True):
+            assert torch.equal(losses[part], few) and torch.equal(grad[part], small)
+
+
+CAPABILITY_PROGRAM = """
+import sys, torch, accumloss
+sys.path.insert(0, sys.argv[1])
+import test_distillation as t
+assert accumloss.build_info()["cpu_capability"] == sys.argv[2]
+found = [[*t.gradients_of_pairs(*(t.logits_of(9, V, dtype=dtype, seed=seed) for seed in (0, 1)))]
+         for dtype in t.DTYPES for V in (33, 1100, 2311)]
+torch.save(found, sys.argv[3])
+"""
+
+
+def test_avx2_and_avx512_give_the_same_bits_of_pairs(tmp_path):
+    found = []
+    for name in ("avx2", "avx512"):
+        command = [sys.executable, "-P", "-c", CAPABILITY_PROGRAM, str(Path(__file__).parent), name, tmp_path / name]
+        environment = {**os.environ, "ACCUMLOSS_CPU_CAPABILITY": name}
+        done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+        if done.returncode != 0 and "expected one of" in done.stderr:
+            pytest.skip(f"this machine has no {name}: {done.stderr.strip().splitlines()[-1]}")
+        assert done.returncode == 0, done.stderr
+        found.append(torch.load(tmp_path / name))
+    for ours, others in zip(*found, strict=True):
+        for a, b in zip(ours, others, strict=True):
+            assert all(map(torch.equal, a, b))
+
+
+@pytest.mark.parametrize("beta", BETAS)
+def test_bf16_logits_beyond_any_unit(beta):
+    """Logits of more than 2^12, whose exponentials have an origin of another kind, on either side."""
+    far, near = logits_of(3, 2300, scale=4e6).bfloat16(), logits_of(3, 2300, dtype=torch.bfloat16, seed=1)
+    for student, teacher in ((far, near), (near, far), (far, far.flip(0)), (far, far)):
+        _, _, wanted = exact(student, teacher, None, beta, 1.0)
+        leaf = student.clone().requires_grad_()
+        found = ops.distillation(leaf, teacher, torch.zeros(3, dtype=torch.int64), beta=beta)[0]
+        bound = 8 * unit_of(torch.bfloat16) * (1 + wanted.detach())
+        assert_within(found, wanted, bound, "losses")
+        assert torch.autograd.grad(found.sum(), leaf)[0].isfinite().all()
+
+
+def test_what_is_nothing_beside_later_classes_costs_nothing():
+    """Where the student excludes classes that the teacher only puts far below the others, wherever in the row they are."""
+    student, teacher = logits_of(2, 2300, dtype=torch.float32), logits_of(2, 2300, dtype=torch.float32, seed=1)
+    for excluded in (slice(0, 1100), slice(1200, 2300)):
+        s, t = student.clone(), teacher.clone()
+        s[:, excluded], t[:, excluded] = -torch.inf, -1000.0
+        rest = torch.ones(2300, dtype=torch.bool)
+        rest[excluded] = False
+        found, wanted = (
+            ops.distillation(a, b, torch.zeros(2, dtype=torch.int64), beta=0.0)[0]
+            for a, b in ((s, t), (s[:, rest], t[:, rest]))
+        )
+        assert_close(found, wanted.double(), 4 * SUM, "losses")
+
+
 @pytest.mark.parametrize("beta", [0.5, *(pytest.param(beta, marks=OTHER_BETA) for beta in (0.0, 1.0))])
 def test_distillation_owes_pytorch(beta):
     student, teacher = logits_of(3, 9).requires_grad_(), logits_of(3, 9, seed=1).requires_grad_()
@@ -265,6 +355,46 @@ def test_soft_targets(dtype, options):
         assert_close(found, case.losses, 2 * row_loss_bound(dtype, "cpu", case.z_scale), f"V={case.V}: losses")
         (of_ours,) = torch.autograd.grad(found, leaf, case.grad.to(found.dtype))
         assert_within(of_ours, case.of_logits, case.bound, f"V={case.V}: gradient")
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_soft_targets_whose_largest_class_moves(dtype):
+    """Each block has a larger probability than those before: their classes are no label any more, whatever their logit."""
+    V = 5000
+    rising = torch.linspace(1e-3, 1.0, V).expand(6, V)
+    logits = logits_of(6, V, dtype=dtype)
+    logits[1, ::511] = 40.0  # beyond what was the largest logit without them
+    logits[2] = torch.linspace(-60, 60, V).to(dtype)
+    logits[3] = -logits[2]
+    logits[4] = logits[0] - 1000.0
+    logits[5, :1100] = -torch.inf
+    targets = (rising / rising.sum(-1, keepdim=True)).to(dtype)
+    targets[5, :1100] = 0.0
+    leaf, wide = logits.clone().requires_grad_(), logits.double().requires_grad_()
+    found = accumloss.token_losses(leaf, targets)
+    log_p = wide.log_softmax(-1)
+    wanted = -torch.where(targets == 0, 0.0, targets.double() * log_p).sum(-1)
+    assert_close(found, wanted, 2 * row_loss_bound(dtype, "cpu"), "losses")
+    (of_ours,) = torch.autograd.grad(found.sum(), leaf)
+    (of_exact,) = torch.autograd.grad(wanted.sum(), wide)
+    distance = (
+        8 + log_p.detach().clamp(min=-1e4).abs() + 1000 * (dtype == torch.float64)
+    )  # of which the oracle has a unit
+    bound = 4 * unit_of(dtype) * distance * (2 * log_p.detach().exp() + targets.double()) + ulp(of_exact, dtype)
+    assert_within(of_ours, of_exact, bound, "gradient")
+    one = F.one_hot(torch.tensor([0, 700, 1500, 4999, 0, 1200]), V).to(dtype)
+    hard = accumloss.token_losses(logits, torch.tensor([0, 700, 1500, 4999, 0, 1200]))
+    assert_close(accumloss.token_losses(logits, one), hard.double(), 2 * row_loss_bound(dtype, "cpu"), "one-hot")
+
+
+@pytest.mark.parametrize("probability", [torch.nan, -torch.inf])
+def test_soft_targets_that_are_no_numbers_are_seen(probability):
+    logits = logits_of(2, 1500, dtype=torch.float32)
+    for at in (slice(3, 4), slice(1499, 1500), slice(None)):
+        targets = torch.full((2, 1500), 1e-3)
+        targets[0, at] = probability
+        losses = accumloss.token_losses(logits, targets)
+        assert not losses[0].isfinite() and losses[1].isfinite()
 
 
 def test_soft_targets_are_f_cross_entropys():

@@ -613,11 +613,16 @@ void forward_with_grad(const CrossEntropyInputs& inputs, const CrossEntropySums&
 
 // Rows of two tensors ------------------------------------------------------------------------------------------------
 
-// lse of a row, NaN where it is no distribution.
-double lse_of(const Rows& rows, int64_t row) {
-  RowState<double> state;
-  rows.kernels.push(rows.segment(row, -1, 0, rows.V, 0.0), rows.inputs.options, &state, nullptr, nullptr);
+// lse of what push_pair found, NaN where it is no distribution.
+double lse_of(const RowState<double>& state) {
   return state.max - state.max == 0 ? state.max + std::log(state.sum) : kNaN;
+}
+
+// sum_j t_j (log t_j - log s_j)
+double divergence_of(const PairSums& found) {
+  const RowState<double>&teacher = found.teacher, &student = found.student;
+  if (!(teacher.max - teacher.max == 0 && student.max - student.max == 0)) return kNaN;
+  return found.weighted / teacher.sum - (std::log(teacher.sum) - std::log(student.sum));
 }
 
 // write(row) for each row that counts, ignore(row) for each other.
@@ -638,21 +643,12 @@ void for_each_row(const RowLists& lists, const Write& write, const Ignore& ignor
 // A call's teacher beside its student.
 struct Pair {
   const DistillationInputs& inputs;
-  CrossEntropyInputs of_teacher;
-  Rows student, teacher;
+  Rows student;
 
-  explicit Pair(const DistillationInputs& inputs)
-      : inputs(inputs), of_teacher(teacher_of(inputs)), student(inputs.student), teacher(of_teacher) {}
+  explicit Pair(const DistillationInputs& inputs) : inputs(inputs), student(inputs.student) {}
   PairRow row(int64_t row, double lse, double teacher_lse) const {
     return {
         row_data(inputs.student.logits, row), row_data(inputs.teacher, row), student.V, lse, teacher_lse, inputs.beta};
-  }
-
- private:
-  static CrossEntropyInputs teacher_of(const DistillationInputs& inputs) {
-    CrossEntropyInputs of_teacher = inputs.student;
-    of_teacher.logits = inputs.teacher;
-    return of_teacher;
   }
 };
 
@@ -660,18 +656,28 @@ void forward_distillation(const DistillationInputs& inputs, const DistillationRo
   const Pair pair(inputs);
   const RowLists lists(pair.student);
   const Dtype dtype = inputs.student.logits.dtype;
+  const RowKernels& kernels = pair.student.kernels;
+  const LossOptions& options = inputs.student.options;
   const double beta = inputs.beta;
   for_each_row(
       lists,
       [&](int64_t row) {
-        to.lse[row] = lse_of(pair.student, row);
-        to.teacher_lse[row] = lse_of(pair.teacher, row);
-        pair.student.kernels.push_divergence(pair.row(row, to.lse[row], to.teacher_lse[row]), inputs.student.options,
-                                             &to.of_student[row], &to.of_teacher[row]);
-        const double loss = beta == 0   ? to.of_teacher[row]
-                            : beta == 1 ? to.of_student[row]
-                                        : beta * to.of_teacher[row] + (1 - beta) * to.of_student[row];
-        set_element(to.loss, dtype, row, loss);
+        const void *student = row_data(inputs.student.logits, row), *teacher = row_data(inputs.teacher, row);
+        if (beta == 1) std::swap(student, teacher);  // KL(s | t): the student weighs
+        PairSums found;
+        kernels.push_pair(student, teacher, pair.student.V, options.logit_scale, &found);
+        to.lse[row] = lse_of(beta == 1 ? found.teacher : found.student);
+        to.teacher_lse[row] = lse_of(beta == 1 ? found.student : found.teacher);
+        to.of_student[row] = to.of_teacher[row] = 0;
+        if (beta == 0)
+          set_element(to.loss, dtype, row, to.of_teacher[row] = divergence_of(found));
+        else if (beta == 1)
+          set_element(to.loss, dtype, row, to.of_student[row] = divergence_of(found));
+        else {
+          kernels.push_divergence(pair.row(row, to.lse[row], to.teacher_lse[row]), options, &to.of_student[row],
+                                  &to.of_teacher[row]);
+          set_element(to.loss, dtype, row, beta * to.of_teacher[row] + (1 - beta) * to.of_student[row]);
+        }
       },
       [&](int64_t row) {
         to.lse[row] = to.teacher_lse[row] = to.of_student[row] = to.of_teacher[row] = 0;
@@ -714,17 +720,29 @@ void forward_targets(const TargetInputs& inputs, const TargetRows& to) {
   of_row.label_smoothing = 0;
   for_all_rows(rows.N, rows.V, [&](int64_t row) {
     // What the loss is of a class that has nearly all of the target would be lost in lse - z of it
-    const void* const targets = row_data(inputs.targets, row);
-    const int64_t found = rows.kernels.first_not_below(targets, 0, rows.V, rows.kernels.max_logit(targets, rows.V));
-    const int64_t y = found < rows.V ? found : 0;
-    const double target_logit = rows.target_logit(row, y);
-    RowState<double> state;
-    rows.kernels.push(rows.segment(row, y, 0, rows.V, target_logit), of_row, &state, nullptr, nullptr);
-    const RowResult result = row_result(state, target_logit, 1.0, 0.0, rows.V, of_row);
-    const TargetRow at = {
-        row_data(inputs.logits.logits, row), targets, inputs.logits.weight, rows.V, y, result.lse, result.nll};
-    double surprise;
-    rows.kernels.push_targets(at, options, &surprise, &to.total[row], &to.of_label[row]);
+    const char* const targets = row_data(inputs.targets, row);
+    const char* const x = row_data(inputs.logits.logits, row);
+    int64_t y;
+    RowResult result;
+    double surprise;  // of the other classes
+    if (is_plain(options) && inputs.logits.weight == nullptr) {
+      PairSums sums;
+      rows.kernels.push_plain_targets(x, targets, rows.V, &sums);
+      y = sums.label;
+      result = row_result(sums.student, rows.target_logit(row, y), 1.0, 0.0, rows.V, of_row);
+      surprise = sums.total * (result.lse - row_reference(sums.student.max)) + sums.weighted;
+      to.of_label[row] = rows.kernels.transform_one(targets + y * element_size(inputs.targets.dtype), LossOptions());
+      to.total[row] = sums.total + to.of_label[row];
+    } else {
+      const int64_t found = rows.kernels.first_not_below(targets, 0, rows.V, rows.kernels.max_logit(targets, rows.V));
+      y = found < rows.V ? found : 0;
+      const double target_logit = rows.target_logit(row, y);
+      RowState<double> state;
+      rows.kernels.push(rows.segment(row, y, 0, rows.V, target_logit), of_row, &state, nullptr, nullptr);
+      result = row_result(state, target_logit, 1.0, 0.0, rows.V, of_row);
+      const TargetRow at = {x, targets, inputs.logits.weight, rows.V, y, result.lse, result.nll};
+      rows.kernels.push_targets(at, options, &surprise, &to.total[row], &to.of_label[row]);
+    }
     double loss = surprise + (to.of_label[row] == 0 ? 0.0 : to.of_label[row] * result.nll);
     if (options.z_loss > 0) loss += options.z_loss * result.lse * result.lse;
     set_element(to.loss, dtype, row, result.nll != result.nll ? kNaN : loss);

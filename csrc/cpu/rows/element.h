@@ -120,6 +120,16 @@ struct Lanes {
   static ACCUMLOSS_INLINE void store(const Real* v, T* x) {
     for (int k = 0; k < kVectors; ++k) cpu::store(v[k], x + k * kWidth);
   }
+  // Past the caches, x at a line.
+  static ACCUMLOSS_INLINE void stream(const Real* v, T* x) {
+    alignas(64) T copy[kLanes];
+    store(v, copy);
+    for (size_t i = 0; i < sizeof copy; i += kVectorBytes) {
+      FloatReal bytes;
+      std::memcpy(&bytes, reinterpret_cast<const char*>(copy) + i, sizeof bytes);
+      stream_bytes(bytes, reinterpret_cast<char*>(x) + i);
+    }
+  }
 };
 
 // A pair of elements is one word: the one of even index its lower half.
@@ -144,6 +154,12 @@ struct Lanes<BFloat16> {
     for (int k = 0; k < kVectors / 2; ++k) {
       const FloatUnsigned low = round_to_bfloat16(v[k]), high = round_to_bfloat16(v[k + kVectors / 2]);
       *reinterpret_cast<UnalignedPairs*>(x + 2 * k * kWidth) = (low >> 16) | (high & 0xffff0000u);
+    }
+  }
+  static ACCUMLOSS_INLINE void stream(const Real* v, BFloat16* x) {
+    for (int k = 0; k < kVectors / 2; ++k) {
+      const FloatUnsigned low = round_to_bfloat16(v[k]), high = round_to_bfloat16(v[k + kVectors / 2]);
+      stream_bytes(reinterpret_cast<Real>((low >> 16) | (high & 0xffff0000u)), x + 2 * k * kWidth);
     }
   }
 };

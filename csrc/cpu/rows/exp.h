@@ -132,14 +132,22 @@ struct ExpFrom {
 
   template <typename Keep = AsItIs>
   ACCUMLOSS_INLINE explicit ExpFrom(Acc origin, const Keep& keep = Keep()) : origin_(origin), constants_(keep) {}
+  // With the constants of another one, in the same registers.
+  ACCUMLOSS_INLINE ExpFrom(Acc origin, const ExpFrom& other) : origin_(origin), constants_(other.constants_) {}
   ACCUMLOSS_INLINE double origin() const { return origin_; }
   ACCUMLOSS_INLINE double u_origin() const { return origin_; }
   static constexpr bool is_far() { return false; }
+  static constexpr bool is_far_at(Acc) { return false; }
   // u = z - u_origin(); where kClamps, raised to where the exponential is zero, so that u exp() is 0 at -inf
   template <bool kClamps, int kCount, bool kIsFar>
   ACCUMLOSS_INLINE void exps(const Real* z, Real* u, Real* e) const {
     exps_of_differences<T, Acc, kCount>(z, broadcast(origin_), u, e, constants_);
     for (int k = 0; kClamps && k < kCount; ++k) u[k] = u[k] < constants_.lowest ? constants_.lowest : u[k];
+  }
+  // Of an origin that is not far: u = z - u_origin() as it is, however low.
+  template <int kCount>
+  ACCUMLOSS_INLINE void exps_and_differences(const Real* z, Real* u, Real* e) const {
+    exps_of_differences<T, Acc, kCount>(z, broadcast(origin_), u, e, constants_);
   }
 };
 
@@ -167,10 +175,22 @@ struct ExpFrom<BFloat16> {
   Real lowest_, magic_, log2e_, coefficients_[6];  // of exp(r) on |r| <= ln(2) / 2, minimax, 9e-8; the highest first
 
   template <typename Keep = AsItIs>
-  ACCUMLOSS_INLINE explicit ExpFrom(float origin, const Keep& keep = Keep())
-      : is_far_(!(std::fabs(origin) < kFar)), origin_(origin), k_(0), log2e_(keep(broadcast(float(kLog2e)))) {
+  ACCUMLOSS_INLINE explicit ExpFrom(float origin, const Keep& keep = Keep()) : log2e_(keep(broadcast(float(kLog2e)))) {
     constexpr float kCoefficients[] = {0.008290272f, 0.04189816f, 0.16667639f, 0.49999148f, 0.9999997f, 1.0f};
     for (int i = 0; i < 6; ++i) coefficients_[i] = keep(broadcast(kCoefficients[i]));
+    start_from(origin, keep);
+  }
+  // With the constants of another one, in the same registers.
+  template <typename Keep = AsItIs>
+  ACCUMLOSS_INLINE ExpFrom(float origin, const ExpFrom& other, const Keep& keep = Keep()) : ExpFrom(other) {
+    start_from(origin, keep);
+  }
+  static ACCUMLOSS_INLINE bool is_far_at(float origin) { return !(std::fabs(origin) < kFar); }
+  template <typename Keep>
+  ACCUMLOSS_INLINE void start_from(float origin, const Keep& keep) {
+    is_far_ = is_far_at(origin);
+    origin_ = origin;
+    k_ = 0;
     if (is_far_) {
       uint32_t bits;
       std::memcpy(&bits, &origin, sizeof bits);
@@ -192,9 +212,24 @@ struct ExpFrom<BFloat16> {
   // kCount of them, side by side in each step: what waits for a result waits outside of the core's schedulers.
   template <bool kClamps, int kCount, bool kIsFar>
   ACCUMLOSS_INLINE void exps(const Real* z, Real* u, Real* e) const {
-    Real x[kCount], shifted[kCount], r[kCount], p[kCount];
+    Real x[kCount];
     for (int k = 0; k < kCount; ++k) x[k] = kIsFar ? z[k] - origin_ : z[k];
     for (int k = 0; k < kCount; ++k) x[k] = maximum(lowest_, x[k]);  // a NaN stays
+    exps_of<kCount>(x, e);
+    for (int k = 0; k < kCount; ++k) u[k] = kIsFar ? x[k] : x[k] - origin_;
+  }
+  // Of an origin that is not far: u = z - u_origin() as it is, however low.
+  template <int kCount>
+  ACCUMLOSS_INLINE void exps_and_differences(const Real* z, Real* u, Real* e) const {
+    Real x[kCount];
+    for (int k = 0; k < kCount; ++k) x[k] = maximum(lowest_, z[k]);
+    exps_of<kCount>(x, e);
+    for (int k = 0; k < kCount; ++k) u[k] = z[k] - origin_;
+  }
+  // x: at least lowest_
+  template <int kCount>
+  ACCUMLOSS_INLINE void exps_of(const Real* x, Real* e) const {
+    Real shifted[kCount], r[kCount], p[kCount];
     for (int k = 0; k < kCount; ++k) shifted[k] = x[k] * log2e_ + magic_;
     for (int k = 0; k < kCount; ++k) r[k] = remainder(x[k], shifted[k] - magic_);
     for (int k = 0; k < kCount; ++k) p[k] = r[k] * coefficients_[0] + coefficients_[1];
@@ -202,7 +237,6 @@ struct ExpFrom<BFloat16> {
       for (int k = 0; k < kCount; ++k) p[k] = p[k] * r[k] + coefficients_[i];
     for (int k = 0; k < kCount; ++k)
       e[k] = p[k] * reinterpret_cast<Real>(reinterpret_cast<Int>(shifted[k]) << Vectors<float>::kMantissaBits);
-    for (int k = 0; k < kCount; ++k) u[k] = kIsFar ? x[k] : x[k] - origin_;
   }
 };
 

@@ -1,8 +1,8 @@
-// Rows of two tensors side by side, block by block, each step over all of a block: divergences of a student from a
-// teacher, and cross-entropies against class probabilities. Both rows have been reduced to their lse before.
+// Rows of two tensors side by side, block by block, each step over all of a block: divergences from a mixture, and
+// cross-entropies against class probabilities with any options. The lse are known.
 #pragma once
 
-#include "block.h"
+#include "plain_pair.h"
 
 namespace accumloss {
 namespace cpu {
@@ -60,12 +60,6 @@ ACCUMLOSS_INLINE Vectors<double>::Real log1p_of(Vectors<double>::Real x) {
   return result;
 }
 
-enum class Mixture {
-  kTeacher,
-  kStudent,
-  kBoth
-};  // beta 0: KL(t | s); beta 1: KL(s | t); else of both from their mixture
-
 // log s_j - log m_j and log t_j - log m_j for m = (1 - beta) s + beta t, from both and their logarithms; anything where
 // both are 0. The larger of the two is taken out of the mixture, so that no difference loses digits.
 template <typename Acc>
@@ -95,7 +89,7 @@ ACCUMLOSS_INLINE void load_transformed(const T* x, int64_t n, const Transform<Ac
 }
 
 // of_student += sum_j s_j (log s_j - log m_j), of_teacher += sum_j t_j (log t_j - log m_j)
-template <Mixture kMixture, typename Acc>
+template <typename Acc>
 ACCUMLOSS_NOINLINE void add_divergences(const Acc* zs, const Acc* zt, int64_t padded, const PairRow& row,
                                         double* of_student, double* of_teacher) {
   constexpr int kWidth = Vectors<Acc>::kWidth;
@@ -110,54 +104,39 @@ ACCUMLOSS_NOINLINE void add_divergences(const Acc* zs, const Acc* zt, int64_t pa
       Real ls[kStep], lt[kStep], s[kStep], t[kStep];
       for (int k = 0; k < kStep; ++k) ls[k] = log_s(load(zs + i + (part + k) * kWidth));
       for (int k = 0; k < kStep; ++k) lt[k] = log_t(load(zt + i + (part + k) * kWidth));
-      if (kMixture != Mixture::kTeacher) exps<Acc, kStep>(ls, s);
-      if (kMixture != Mixture::kStudent) exps<Acc, kStep>(lt, t);
+      exps<Acc, kStep>(ls, s);
+      exps<Acc, kStep>(lt, t);
       // a class of probability 0 adds nothing, whatever its logarithm
       for (int k = 0; k < kStep; ++k) {
-        if constexpr (kMixture == Mixture::kTeacher) {
-          const Real term = t[k] * (lt[k] - ls[k]);
-          teachers[part + k] += t[k] == 0 ? Real{} : term;
-        } else if constexpr (kMixture == Mixture::kStudent) {
-          const Real term = s[k] * (ls[k] - lt[k]);
-          students[part + k] += s[k] == 0 ? Real{} : term;
-        } else {
-          const FromMixture<Acc> from_m(ls[k], lt[k], s[k], t[k], beta);
-          const Real of_s = s[k] * from_m.student, of_t = t[k] * from_m.teacher;
-          students[part + k] += s[k] == 0 ? Real{} : of_s;
-          teachers[part + k] += t[k] == 0 ? Real{} : of_t;
-        }
+        const FromMixture<Acc> from_m(ls[k], lt[k], s[k], t[k], beta);
+        const Real of_s = s[k] * from_m.student, of_t = t[k] * from_m.teacher;
+        students[part + k] += s[k] == 0 ? Real{} : of_s;
+        teachers[part + k] += t[k] == 0 ? Real{} : of_t;
       }
     }
-  if (kMixture != Mixture::kStudent) *of_teacher += sum_lanes<Acc>(teachers);
-  if (kMixture != Mixture::kTeacher) *of_student += sum_lanes<Acc>(students);
+  *of_teacher += sum_lanes<Acc>(teachers);
+  *of_student += sum_lanes<Acc>(students);
 }
 
-// g = factor * dD/dz_s: s_j (log s_j - log m_j - KL(s | m)) times (1 - beta); beta 0: s_j - t_j
-template <Mixture kMixture, typename Acc>
+// g = factor * dD/dz_s: s_j (log s_j - log m_j - KL(s | m)) times 1 - beta
+template <typename Acc>
 ACCUMLOSS_NOINLINE void divergence_grads(const Acc* zs, const Acc* zt, int64_t padded, const PairRow& row,
                                          double factor, Acc* g) {
   constexpr int kWidth = Vectors<Acc>::kWidth;
   using Real = typename Vectors<Acc>::Real;
   const LogProbs<Acc> log_s(row.lse), log_t(row.other_lse);
   const Acc beta = static_cast<Acc>(row.beta), divergence = static_cast<Acc>(row.divergence);
-  const Acc f = static_cast<Acc>(kMixture == Mixture::kBoth ? factor * (1 - row.beta) : factor);
+  const Acc f = static_cast<Acc>(factor * (1 - row.beta));
   constexpr int kStep = kLanes / kWidth < 4 ? kLanes / kWidth : 4;
   for (int64_t i = 0; i < padded; i += kStep * kWidth) {
     Real ls[kStep], lt[kStep], s[kStep], t[kStep];
     for (int k = 0; k < kStep; ++k) ls[k] = log_s(load(zs + i + k * kWidth));
     for (int k = 0; k < kStep; ++k) lt[k] = log_t(load(zt + i + k * kWidth));
     exps<Acc, kStep>(ls, s);
-    if (kMixture != Mixture::kStudent) exps<Acc, kStep>(lt, t);
+    exps<Acc, kStep>(lt, t);
     for (int k = 0; k < kStep; ++k) {
-      Real value;
-      if constexpr (kMixture == Mixture::kTeacher) {
-        value = s[k] - t[k];
-      } else {
-        Real from_m = ls[k] - lt[k];
-        if constexpr (kMixture == Mixture::kBoth) from_m = FromMixture<Acc>(ls[k], lt[k], s[k], t[k], beta).student;
-        const Real term = s[k] * (from_m - divergence);
-        value = s[k] == 0 ? Real{} : term;
-      }
+      const Real term = s[k] * (FromMixture<Acc>(ls[k], lt[k], s[k], t[k], beta).student - divergence);
+      const Real value = s[k] == 0 ? Real{} : term;
       store(value * f, g + i + k * kWidth);
     }
   }
@@ -169,32 +148,28 @@ void push_divergence(const PairRow& row, const LossOptions& options, double* of_
   const Transform<Acc> transform(options);
   alignas(64) Acc zs[kBlock], zt[kBlock];
   *of_student = *of_teacher = 0;
-  const auto add = row.beta == 0   ? add_divergences<Mixture::kTeacher, Acc>
-                   : row.beta == 1 ? add_divergences<Mixture::kStudent, Acc>
-                                   : add_divergences<Mixture::kBoth, Acc>;
   for (int64_t begin = 0; begin < row.V; begin += kBlock) {
     const int64_t n = row.V - begin < kBlock ? row.V - begin : kBlock;
     load_transformed(static_cast<const T*>(row.x) + begin, n, transform, zs);
     load_transformed(static_cast<const T*>(row.other) + begin, n, transform, zt);
-    add(zs, zt, round_up(n, kLanes), row, of_student, of_teacher);
+    add_divergences(zs, zt, round_up(n, kLanes), row, of_student, of_teacher);
   }
 }
 
 template <typename T>
 void write_divergence_grad(const PairRow& row, const LossOptions& options, double factor, bool streams, void* grad) {
   using Acc = typename AccOf<T>::type;
+  if (row.beta == 0 || row.beta == 1)
+    return write_plain_pair_grad<T>(row, options.logit_scale, factor, streams, static_cast<T*>(grad));
   const Transform<Acc> transform(options);
   alignas(64) Acc zs[kBlock], zt[kBlock], g[kBlock];
   alignas(64) T staged[kBlock];
-  const auto write = row.beta == 0   ? divergence_grads<Mixture::kTeacher, Acc>
-                     : row.beta == 1 ? divergence_grads<Mixture::kStudent, Acc>
-                                     : divergence_grads<Mixture::kBoth, Acc>;
   T* const to = static_cast<T*>(grad);
   for (int64_t begin = 0; begin < row.V; begin += kBlock) {
     const int64_t n = row.V - begin < kBlock ? row.V - begin : kBlock;
     load_transformed(static_cast<const T*>(row.x) + begin, n, transform, zs);
     load_transformed(static_cast<const T*>(row.other) + begin, n, transform, zt);
-    write(zs, zt, round_up(n, kLanes), row, factor * options.logit_scale, g);
+    divergence_grads(zs, zt, round_up(n, kLanes), row, factor * options.logit_scale, g);
     store_block(g, n, streams ? staged : to + begin);
     if (streams) stream(staged, n, to + begin);
   }
@@ -256,11 +231,16 @@ void write_targets_grad(const TargetRow& row, const LossOptions& options, double
   using Acc = typename AccOf<T>::type;
   using Real = typename Vectors<Acc>::Real;
   constexpr int kWidth = Vectors<Acc>::kWidth;
+  const double of_lse = 2 * options.z_loss * row.lse;
+  const double of_label = row.total * std::expm1(-row.nll) + (row.total - row.of_label) + of_lse * std::exp(-row.nll);
+  if (is_plain(options) && row.weight == nullptr)
+    return (ExpFrom<T>::is_far_at(static_cast<Acc>(row.lse))
+                ? write_plain_targets_grad<T, PairExp<T, true>>
+                : write_plain_targets_grad<T, ExpFrom<T>>)(row, of_lse, of_label, factor, streams,
+                                                           static_cast<T*>(grad));
   const Transform<Acc> transform(options);
   const LogProbs<Acc> log_p(row.lse);
-  const double of_lse = 2 * options.z_loss * row.lse;
   const Acc f = static_cast<Acc>(factor), probability = static_cast<Acc>(row.total + of_lse);
-  const double of_label = row.total * std::expm1(-row.nll) + (row.total - row.of_label) + of_lse * std::exp(-row.nll);
   alignas(64) Acc z[kBlock], q[kBlock], g[kBlock];
   alignas(64) T staged[kBlock];
   T* const to = static_cast<T*>(grad);

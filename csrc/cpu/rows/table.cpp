@@ -88,8 +88,10 @@ constexpr RowKernels kernels_of() {
   kernels.label_is_argmax = label_is_argmax<T>;
   kernels.max_logit = max_logit<T>;
   kernels.first_not_below = first_not_below<T>;
+  kernels.push_pair = push_pair<T>;
   kernels.push_divergence = push_divergence<T>;
   kernels.write_divergence_grad = write_divergence_grad<T>;
+  kernels.push_plain_targets = push_plain_targets<T>;
   kernels.push_targets = push_targets<T>;
   kernels.write_targets_grad = write_targets_grad<T>;
   if constexpr (!std::is_same<T, double>::value) kernels.short_rows = short_rows<T>;

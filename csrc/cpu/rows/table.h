@@ -76,7 +76,17 @@ struct TargetRow {
   const void* weight;   // (V,) Acc class weights, or null
   int64_t V, label;
   double lse, nll;
-  double total = 0, of_label = 0;  // what push_targets found, of the gradient
+  double total = 0, of_label = 0;  // sum_j w_j q_j and the label's, of the gradient
+};
+
+// What a row and a teacher's come to beside each other: its logits, or probabilities as they are.
+struct PairSums {
+  RowState<double> student, teacher;  // max and sum; of the student without the label, of a teacher that has logits
+  int64_t label;                      // the first of the largest probabilities, -1 of logits
+  double total;                       // sum_j w_j without the label's
+  // sum_j w_j ((t_j - teacher.max) - (z_j - student.max)), w_j = exp(t_j - teacher.max); of probabilities
+  // sum_j w_j (student.max - z_j), of -inf 0 in the place of the maximum
+  double weighted;
 };
 
 struct RowKernels {
@@ -99,12 +109,16 @@ struct RowKernels {
   double (*max_logit)(const void* x, int64_t V);
   // The first j >= begin where x[j] < value does not hold, so that NaN is found; V where there is none.
   int64_t (*first_not_below)(const void* x, int64_t begin, int64_t V, double value);
-  // sum_j s_j (log s_j - log m_j) and sum_j t_j (log t_j - log m_j), m = (1 - beta) s + beta t; of beta 0 only the
-  // latter, of beta 1 only the former
+  // The sums over a row of a student's logits beside a teacher's, both times scale. One read of either.
+  void (*push_pair)(const void* x, const void* teacher, int64_t V, double scale, PairSums* found);
+  // sum_j s_j (log s_j - log m_j) and sum_j t_j (log t_j - log m_j), m = (1 - beta) s + beta t, of a beta in (0, 1)
   void (*push_divergence)(const PairRow& row, const LossOptions& options, double* of_student, double* of_teacher);
   // Writes factor * d/dx of beta times the one and 1 - beta times the other, student's logits x; grad may be x.
   void (*write_divergence_grad)(const PairRow& row, const LossOptions& options, double factor, bool streams,
                                 void* grad);
+  // The sums over a row of logits beside class probabilities, where is_plain() and there are no class weights. One read
+  // of either.
+  void (*push_plain_targets)(const void* x, const void* targets, int64_t V, PairSums* found);
   // sum_j w_j q_j (lse - z_j) without the label's, the sum of all w_j q_j, and the label's
   void (*push_targets)(const TargetRow& row, const LossOptions& options, double* surprise, double* total,
                        double* of_label);
