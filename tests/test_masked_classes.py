@@ -12,7 +12,7 @@ import pytest
 import torch
 from cases import Case
 from oracle import expected, z_scale
-from tolerances import SUM, assert_close, assert_within, row_loss_bound
+from tolerances import SUM, assert_close, assert_within, row_loss_bound, ulp
 
 from accumloss import LossOptions
 
@@ -121,6 +121,41 @@ def test_masked_classes_in_every_instruction_set(name):
     if "expected one of" in result.stderr:
         pytest.skip(f"this machine has no {name}")
     assert result.returncode == 0, result.stderr[-3000:]
+
+
+@pytest.mark.parametrize("scale", [1.0, 0.5])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32, torch.float64])
+def test_low_logits_after_blocks_of_minus_infinity(dtype, scale):
+    """The first of them that is a number is the reference of exponentials, however far below 0 it is."""
+    options = {"logit_scale": scale}
+    for shift in (-100.0, -1000.0):
+        x = (torch.randn(3, 2300, generator=torch.Generator().manual_seed(0)) + shift).to(dtype)
+        x[0, :1100] = x[1, :600] = x[2, 600:] = -torch.inf
+        y = torch.tensor([1200, 2299, 5])
+        wide = x.double().requires_grad_()
+        log_p = (wide * scale).log_softmax(-1)
+        nll = -log_p.gather(-1, y[:, None])[:, 0]
+        (wanted,) = torch.autograd.grad(nll.sum(), wide)
+        acc = torch.float64 if dtype == torch.float64 else torch.float32
+        one = torch.ones((), dtype=acc)
+        loss, _, _, entropy, argmax = ops.token_statistics(x, y, None, **options, metrics=True)
+        bound = row_loss_bound(dtype, "cpu", 0.0 if scale == 1.0 else abs(shift))
+        assert_close(loss, nll, bound, "losses")
+        exact = -torch.where(log_p == -torch.inf, 0.0, log_p.exp() * log_p).sum(-1).detach()
+        assert_within(entropy, exact, 2 * bound * (1 + exact), "entropy")
+        assert torch.equal(argmax, x.argmax(-1)), "argmax"
+        found = ops.cross_entropy(x, y, **options)
+        assert_close(found[0], nll.sum(), SUM + bound, "sum")
+        over = {"backward_": x.clone(), "with_grad_": x.clone()}
+        ops.cross_entropy_backward_(one, over["backward_"], y, found[3], found[6], **options)
+        ops.cross_entropy_with_grad_(one, over["with_grad_"], y, **options)
+        for name, grad in {
+            "backward": ops.cross_entropy_backward(one, x, y, found[3], found[6], **options),
+            "with_grad": ops.cross_entropy_with_grad(one, x, y, **options)[-1],
+            **over,
+        }.items():
+            rounding = ulp(wanted, dtype) + bound * wanted.abs() * (8 + (wanted != 0) * 32)
+            assert_within(grad, wanted, rounding, name)
 
 
 def test_a_whole_evaluation_survives_one_masked_label():
