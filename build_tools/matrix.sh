@@ -5,7 +5,8 @@
 # torch is that of PYTHON (default python3). CMAKE_ARGS is passed on: -DCMAKE_CXX_COMPILER_LAUNCHER=ccache saves most of the
 # time. Needs a network, but for the offline ways. Logs and environments go below WHERE (default: a temporary folder).
 set -u
-PYTHON=$(command -v "${PYTHON:-python3}")
+program=$(command -v "${PYTHON:-python3}") || { echo "matrix: PYTHON=$PYTHON was not found" >&2; exit 2; }
+PYTHON=$(cd "$(dirname "$program")" && pwd)/$(basename "$program")  # each way runs in a folder of its own
 ROOT=$(cd "$(dirname "$0")/.." && pwd)
 WHERE=${WHERE:-$(mktemp -d -t accumloss-matrix-XXXX)}
 mkdir -p "$WHERE"
