@@ -113,6 +113,7 @@ def plan(
     return CudaPlan(*_C.plan(*numbers, capability, aligned, gpu))
 
 
+@checked
 def check() -> None:
     """Raises IndexError if a CUDA call has met a label outside [0, V) since the last check; on CPU the call itself does.
 

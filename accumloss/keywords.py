@@ -1,12 +1,15 @@
-"""Keyword arguments that a function does not know: refused by name, but for those that transformers' models pass along."""
+"""What a user has to know of a call that went wrong: the keyword that the function has not, and the function's own name."""
 
 from __future__ import annotations
 
 import difflib
 import functools
 import inspect
+import re
 from collections.abc import Callable, Collection
 from typing import Any, ParamSpec, TypeVar
+
+import torch
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -37,7 +40,8 @@ def refuse(function: str, unknown: str, known: Collection[str], remedy: str = ""
     """Raises TypeError for a keyword that the function has not, and names the nearest that it has."""
     nearest = difflib.get_close_matches(unknown, known, n=1, cutoff=0.5)
     hint = f" (the nearest is {nearest[0]!r})" if nearest else ""
-    raise TypeError(f"{function}: expected keyword arguments {', '.join(known)}, got {unknown!r}{hint}{remedy}")
+    expected = f"keyword arguments {', '.join(known)}" if known else "no arguments"
+    raise TypeError(f"{function}: expected {expected}, got {unknown!r}{hint}{remedy}")
 
 
 def named_by(function: Callable[..., Any]) -> list[str]:
@@ -46,12 +50,29 @@ def named_by(function: Callable[..., Any]) -> list[str]:
     return [name for name, p in inspect.signature(function).parameters.items() if p.kind in kinds and name != "self"]
 
 
-def checked(function: Callable[P, R], name: str = "", also: Collection[str] = ()) -> Callable[P, R]:
-    """The function, whose unknown keywords raise TypeError and name the nearest.
+# an op, LossOptions, or another function of ours, which the caller did not call
+_OF_ANOTHER = re.compile(r"(?:accumloss::)?[A-Za-z_]+(?=: expected )")
+
+
+def name_error(error: Exception, name: str) -> None:
+    """Puts the name of the function that was called before what an error expected, for that of what it calls in turn."""
+    if torch.compiler.is_compiling():  # an exception that is traced takes no other text
+        return
+    text = error.args[0] if error.args else None
+    if isinstance(text, str):
+        renamed = _OF_ANOTHER.sub(name, text, count=1) if _OF_ANOTHER.match(text) else text
+        error.args = (renamed, *error.args[1:])
+
+
+def checked(
+    function: Callable[P, R], name: str = "", also: Collection[str] = (), names_errors: bool = True
+) -> Callable[P, R]:
+    """The function, whose unknown keywords raise TypeError and name the nearest, and whose errors bear its name.
 
     Args:
         name: what errors call it; its own by default.
         also: further names, which it takes as **kwargs.
+        names_errors: False for one that runs code of others, whose errors stay as they are.
     """
     known = dict.fromkeys((*named_by(function), *also))  # in their order
     name = name or function.__name__
@@ -61,19 +82,30 @@ def checked(function: Callable[P, R], name: str = "", also: Collection[str] = ()
         for given in kwargs:
             if given not in known:
                 refuse(name, given, known)
-        return function(*args, **kwargs)
+        if not names_errors:
+            return function(*args, **kwargs)
+        try:
+            return function(*args, **kwargs)
+        except (TypeError, ValueError, RuntimeError, IndexError) as error:
+            name_error(error, name)
+            raise
 
     return call
 
 
-def checked_loss(function: Callable[P, R]) -> Callable[P, R]:
-    """checked for a loss that may be assigned to ``model.loss_function``: what every model passes along is left out."""
+def checked_loss(function: Callable[P, R], is_made: bool = True) -> Callable[P, R]:
+    """checked for a loss that may be assigned to ``model.loss_function``: what every model passes along is left out.
+
+    Args:
+        is_made: whether accumloss.make_loss makes one of this kind.
+    """
     known = dict.fromkeys(named_by(function))  # in their order
     name = function.__name__
     remedy = (
         "; where a model passes it to its loss_function, assign "
         f'accumloss.make_loss("{name.removesuffix("_loss")}"), which takes whatever a model has'
     )
+    remedy = remedy if is_made else ""
 
     @functools.wraps(function)
     def call(*args: P.args, **kwargs: P.kwargs) -> R:
@@ -82,6 +114,10 @@ def checked_loss(function: Callable[P, R]) -> Callable[P, R]:
             if given not in FROM_MODELS:
                 refuse(name, given, known, remedy)
             del kwargs[given]
-        return function(*args, **kwargs)
+        try:
+            return function(*args, **kwargs)
+        except (TypeError, ValueError, RuntimeError, IndexError) as error:
+            name_error(error, name)
+            raise
 
     return call

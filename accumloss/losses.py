@@ -8,6 +8,7 @@ A call, or a step, without a single item has loss 0 and gradient 0.
 
 from __future__ import annotations
 
+import functools
 from dataclasses import fields, replace
 from typing import Any, Literal, NamedTuple
 
@@ -15,7 +16,7 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 
-from . import inside, linear, ops, parallel, reference
+from . import checks, inside, linear, ops, parallel, reference
 from .arguments import (
     NumItems,
     check_class_weight,
@@ -329,7 +330,7 @@ def linear_cross_entropy(
     )
 
 
-@checked_loss
+@functools.partial(checked_loss, is_made=False)
 def linear_causal_lm_loss(
     hidden: torch.Tensor,
     weight: torch.Tensor,
@@ -624,6 +625,8 @@ def sequence_classification(
     """sequence_classification_loss, for a divisor of any kind; without sums where it is no cross-entropy."""
     name = "sequence_classification_loss"
     check_tensors(name, ("labels (B,)", labels), ("pooled_logits (B, C)", pooled_logits))
+    if not (hasattr(config, "num_labels") and hasattr(config, "problem_type")):
+        raise TypeError(f"{name}: expected config with num_labels and problem_type, got a {type(config).__name__}")
     num_labels = config.num_labels
     set_problem_type(config, labels)
     problem = config.problem_type
@@ -835,6 +838,11 @@ def semantic_segmentation(
             raise RuntimeError(
                 f"{name}: expected {what} (B, C, h, w) and labels (B, H, W), got {tuple(head.shape)} and "
                 f"{tuple(labels.shape)}"
+            )
+        if head.layout != torch.strided or head.dtype not in checks.FLOATS or head.numel() == 0:
+            raise RuntimeError(
+                f"{name}: expected {what} (B, C, h, w) of bfloat16, float16, float32 or float64, dense and not empty, got "
+                f"{tuple(head.shape)} of {head.dtype}, {head.layout}"
             )
         inner = head.contiguous(memory_format=torch.channels_last)  # small: before it is enlarged
         enlarged = F.interpolate(inner, size=labels.shape[-2:], mode="bilinear", align_corners=False)

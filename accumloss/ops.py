@@ -24,6 +24,7 @@ from ._compat import (
     direct_apply,
     is_functorch_active,
 )
+from .keywords import checked
 from .options import LossOptions
 from .sums import at_least_one, wide_dtype
 
@@ -785,6 +786,7 @@ scale_ = _ops.scale_
 scratch = _ops.scratch
 
 
+@checked
 def build_info() -> dict[str, Any]:
     """What this build of accumloss was made from and with, and the CPU instruction set in use.
 
@@ -801,6 +803,7 @@ def build_info() -> dict[str, Any]:
     return {**_C.build_info(), "fallback": dict(fallback.served)}
 
 
+@checked
 def empty_cache() -> int:
     """Returns the memory that waits for the next gradient on the CPU to the system, and its bytes to the caller.
 

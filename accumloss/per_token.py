@@ -6,6 +6,7 @@ logits are read once in forward, and once in backward, which writes their gradie
 
 from __future__ import annotations
 
+import functools
 import math
 from typing import Any, Literal, NamedTuple
 
@@ -250,6 +251,10 @@ def distillation(
     """
     name = "distillation"
     check_tensors(name, ("student_logits (..., V)", student_logits), ("teacher_logits (..., V)", teacher_logits))
+    if teacher_logits.layout != torch.strided:
+        raise RuntimeError(
+            f"{name}: expected teacher_logits of dense layout, got {teacher_logits.layout}; pass teacher_logits.to_dense()"
+        )
     refuse_functorch(name, student_logits, teacher_logits, token_weight)
     refuse_dtensors(name, student_logits, teacher_logits, labels, token_weight)
     options = _distillation_options(name, temperature, beta, student_logits)
@@ -259,7 +264,7 @@ def distillation(
     return sums if labels is None else inside.seen(name, sums, labels, shift, ignore_index, None)
 
 
-@checked_loss
+@functools.partial(checked_loss, is_made=False)
 def distillation_loss(
     student_logits: torch.Tensor,
     teacher_logits: torch.Tensor,
@@ -420,6 +425,7 @@ def _mask_of(
 ) -> torch.Tensor:
     """(...) int64: 0 for a row that counts, else -100; what the labels are beyond that is of no interest here."""
     check_shift(name, shift)
+    LossOptions(ignore_index=ignore_index)  # refuses what is none
     rows = logits.shape[:-1]
     if labels is None:
         labels = torch.zeros(rows, dtype=torch.int64, device=logits.device)
@@ -508,6 +514,8 @@ def _statistics(
 ) -> tuple[torch.Tensor, ...]:
     """The outputs of the op of that name, entropy and argmax where metrics. shared: group and vocab_size."""
     check_tensors(name, ("logits (..., V)", logits), ("labels (...)", labels))
+    if weight is not None:
+        check_tensors(name, ("weight (V,), or None", weight))
     check_shift(name, shift)
     refuse_functorch(name, logits, labels, weight)
     options.check(name, ops.accumulation_dtype(logits))

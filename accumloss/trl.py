@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 from .checks import FLOATS
+from .keywords import checked
 from .parallel import is_dtensor
 from .per_token import token_log_probs, token_statistics
 
@@ -24,6 +25,7 @@ _MASKED = -(2**63)  # an index that nobody has
 _registered: dict[str, tuple[Callable[..., Any], Callable[..., Any]]] = {}
 
 
+@checked
 def register_with_trl() -> None:
     """Puts ours in the places of TRL's ``selective_log_softmax``, ``selective_log_softmax_and_entropy``, ``entropy_from_logits``.
 
@@ -62,6 +64,7 @@ def register_with_trl() -> None:
     _rebind({id(theirs): ours for theirs, ours in _registered.values()})
 
 
+@checked
 def unregister_from_trl() -> None:
     """Gives TRL its functions back, in every module. Nothing happens where none are registered.
 

@@ -78,7 +78,7 @@ class Accumulator:
     scale: torch.Tensor | None = None
     grad_norm: torch.Tensor | None = None
 
-    @partial(checked, name="Accumulator")
+    @partial(checked, name="Accumulator", names_errors=False)
     def __init__(
         self,
         model_or_params: torch.nn.Module | Iterable[torch.Tensor],
@@ -118,6 +118,7 @@ class Accumulator:
         self._has_warned = False
         _watch_optimizers(self)
 
+    @partial(checked, name="Accumulator.loss", names_errors=False)
     def loss(
         self, sums: Sums, num_items: int | torch.Tensor | None = None, *, known_total: int | torch.Tensor | None = None
     ) -> torch.Tensor:
@@ -140,6 +141,7 @@ class Accumulator:
         """
         return self._record("Accumulator.loss", sums, num_items, known_total)
 
+    @partial(checked, name="Accumulator.backward", names_errors=False)
     def backward(
         self, sums: Sums, num_items: int | torch.Tensor | None = None, *, known_total: int | torch.Tensor | None = None
     ) -> None:
@@ -147,6 +149,7 @@ class Accumulator:
         loss = self._record("Accumulator.backward", sums, num_items, known_total)
         (loss if self._scaler is None else self._scaler.scale(loss)).backward()
 
+    @partial(checked, name="Accumulator.add", names_errors=False)
     def add(self, sums: Sums, num_items: int | torch.Tensor | None = None) -> None:
         """Records a micro-batch whose backward is somebody else's, as it is: a pipeline schedule's, say.
 
@@ -172,6 +175,7 @@ class Accumulator:
             self._window, self._left = Window(left=self._left), {}
         self._window.pending.discard(self._window.add(checked))
 
+    @partial(checked, name="Accumulator.finish", names_errors=False)
     def finish(self, *, rescale: bool = True, max_norm: float | None = None) -> TokenSums:
         """Makes the gradients those of the window: one all_reduce of the sums, one pass over the gradients.
 
@@ -225,6 +229,7 @@ class Accumulator:
         self._left = marks(parameters)
         return stats
 
+    @partial(checked, name="Accumulator.reset", names_errors=False)
     def reset(self) -> None:
         """Drops an unfinished window, after an error in its middle, say. The caller zeroes the gradients."""
         self._window, self._left = None, {}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -15,7 +16,7 @@ from .measure import EXACT, WAYS, AuditError, Report, StepResult
 __all__ = ["EXACT", "AuditError", "Report", "StepResult", "audit"]
 
 
-@checked
+@functools.partial(checked, names_errors=False)
 def audit(
     model: torch.nn.Module,
     batches: Sequence[Mapping[str, Any]],

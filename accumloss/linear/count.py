@@ -98,6 +98,8 @@ def count_valid(labels: torch.Tensor, *, ignore_index: int = -100, shift: int = 
     if not isinstance(labels, torch.Tensor) or labels.dtype not in (torch.int64, torch.int32):
         got = labels.dtype if isinstance(labels, torch.Tensor) else f"a {type(labels).__name__}"
         raise TypeError(f"{name}: expected labels (..., T) of int64 or int32, got {got}")
+    if isinstance(ignore_index, bool) or not isinstance(ignore_index, int):
+        raise ValueError(f"{name}: expected ignore_index, an int, got {ignore_index!r}")
     if isinstance(shift, bool) or not isinstance(shift, int) or shift < 0 or (shift and not labels.dim()):
         raise ValueError(f"{name}: expected shift >= 0, an int, and labels (..., T) for it, got {shift!r}")
     return count_each([labels[..., shift:] if shift else labels], ignore_index)[0]

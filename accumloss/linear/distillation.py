@@ -13,7 +13,7 @@ import torch
 from .. import checks, ops
 from . import compute
 from .compute import Needs, Place
-from .op import autocast, check, needs_of
+from .op import autocast, check, check_kinds, needs_of
 from .plan import MAX_SCRATCH_BYTES
 from .tokens import run_rows
 
@@ -28,8 +28,8 @@ def distillation_rows(
 ) -> torch.Tensor:
     """The loss of each row (...)."""
     hidden, weight, bias = student
-    check(name, hidden, weight, labels, bias, None, None, max_scratch_bytes)
-    check(name, teacher[0], teacher[1], labels, teacher[2], None, None, max_scratch_bytes)
+    check(name, hidden, weight, labels, bias, None, None, max_scratch_bytes, of="student_")
+    check(name, teacher[0], teacher[1], labels, teacher[2], None, None, max_scratch_bytes, of="teacher_")
     if teacher[1].shape[0] != weight.shape[0]:
         raise RuntimeError(
             f"{name}: expected student_weight and teacher_weight of one vocabulary, got {tuple(weight.shape)} and "
@@ -50,6 +50,12 @@ def distillation_rows(
             f"{name}: expected teacher_hidden of the dtype of student_hidden, {hidden.dtype}, got {teacher[0].dtype}; "
             "convert one of them"
         )
+    if teacher[0].device != hidden.device:
+        raise RuntimeError(
+            f"{name}: expected teacher_hidden on student_hidden's device {hidden.device}, got {teacher[0].device}"
+        )
+    check_kinds(name, hidden, weight, labels, bias, of="student_")
+    check_kinds(name, *teacher[:2], labels, teacher[2], of="teacher_")
     needs = needs_of(hidden, weight, bias)
     return LinearDistillation.apply(hidden, weight, bias, teacher, labels, needs, options, max_scratch_bytes)
 

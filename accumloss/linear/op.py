@@ -232,9 +232,9 @@ def _compute(factor, hidden, weight, labels, bias, class_weight, needs, options,
     return found if found.hidden is None else found._replace(hidden=found.hidden.view(hidden.shape))
 
 
-def check(name, hidden, weight, labels, bias, class_weight, num_valid, max_scratch_bytes, shard=None) -> None:
-    """Shapes, and the limits; devices and dtypes are seen where the tensors are in place and cast."""
-    for what, tensor in (("weight", weight), ("hidden", hidden), ("bias", bias)):
+def check(name, hidden, weight, labels, bias, class_weight, num_valid, max_scratch_bytes, shard=None, of="") -> None:
+    """Shapes, and the limits; devices and dtypes are check_kinds'. of: what stands before hidden, weight and bias."""
+    for what, tensor in ((f"{of}weight", weight), (f"{of}hidden", hidden), (f"{of}bias", bias)):
         if tensor is not None and hasattr(tensor, "placements"):
             raise RuntimeError(
                 f"{name}: expected a whole {what}, got a sharded DTensor; under FSDP2 call it where the head is unsharded, "
@@ -242,20 +242,27 @@ def check(name, hidden, weight, labels, bias, class_weight, num_valid, max_scrat
             )
     if hidden.dim() < 1 or weight.dim() != 2 or hidden.shape[-1] != weight.shape[1]:
         raise RuntimeError(
-            f"{name}: expected hidden (..., H) and weight (V, H), got {tuple(hidden.shape)} and {tuple(weight.shape)}"
+            f"{name}: expected {of}hidden (..., H) and {of}weight (V, H), got {tuple(hidden.shape)} and "
+            f"{tuple(weight.shape)}"
         )
     if shard is None and weight.numel() == 0:
-        raise RuntimeError(f"{name}: expected weight (V, H) with V and H >= 1, got {tuple(weight.shape)}")
+        raise RuntimeError(f"{name}: expected {of}weight (V, H) with V and H >= 1, got {tuple(weight.shape)}")
     if labels.shape != hidden.shape[:-1]:
         raise RuntimeError(
-            f"{name}: expected labels of shape {tuple(hidden.shape[:-1])}, as hidden without H, got {tuple(labels.shape)}"
+            f"{name}: expected labels of shape {tuple(hidden.shape[:-1])}, as {of}hidden without H, got "
+            f"{tuple(labels.shape)}"
         )
     vocab_size = weight.shape[0] if shard is None else shard.vocab_size
-    for what, tensor, size in (("bias", bias, weight.shape[0]), ("class_weight", class_weight, vocab_size)):
+    for what, tensor, size in ((f"{of}bias", bias, weight.shape[0]), ("class_weight", class_weight, vocab_size)):
         if tensor is not None and not isinstance(tensor, torch.Tensor):
             raise TypeError(f"{name}: expected a tensor {what} (V,) or None, got a {type(tensor).__name__}")
         if tensor is not None and tuple(tensor.shape) != (size,):
             raise RuntimeError(f"{name}: expected {what} of shape (V,) = ({size},), got {tuple(tensor.shape)}")
+    for what, tensor in ((f"{of}weight", weight), (f"{of}hidden", hidden)):
+        if tensor.layout != torch.strided:
+            raise RuntimeError(
+                f"{name}: expected {what} of dense layout, got a layout of {tensor.layout}; pass {what}.to_dense()"
+            )
     for what, value, least in (("num_valid", num_valid, 0), ("max_scratch_bytes", max_scratch_bytes, 1)):
         if value is None or (what == "num_valid" and isinstance(value, ValidCount)):
             continue
@@ -263,22 +270,30 @@ def check(name, hidden, weight, labels, bias, class_weight, num_valid, max_scrat
             raise ValueError(f"{name}: expected {what} >= {least}, an int, got {value!r}")
 
 
+def check_kinds(name, hidden, weight, labels, bias, class_weight=None, of="") -> None:
+    """Devices and dtypes, of tensors that are in place and cast. of: what stands before hidden, weight and bias."""
+    if labels.dtype not in (torch.int64, torch.int32):
+        raise RuntimeError(f"{name}: expected int64 or int32 labels, got {labels.dtype}")
+    of_hidden = f"{of}hidden's"
+    for what, tensor in (
+        (f"{of}weight", weight), ("labels", labels), (f"{of}bias", bias), ("class_weight", class_weight),
+    ):  # fmt: skip
+        if tensor is not None and tensor.device != hidden.device:
+            raise RuntimeError(f"{name}: expected {what} on {of_hidden} device {hidden.device}, got {tensor.device}")
+    for what, tensor in ((f"{of}weight", weight), (f"{of}bias", bias)):
+        if tensor is not None and tensor.dtype != hidden.dtype:
+            raise RuntimeError(f"{name}: expected {what} of {of_hidden} dtype {hidden.dtype}, got {tensor.dtype}")
+    for what, tensor in ((f"{of}hidden", hidden), ("class_weight", class_weight)):
+        if tensor is not None and tensor.dtype not in checks.FLOATS:
+            raise RuntimeError(f"{name}: expected {what} of bfloat16, float16, float32 or float64, got {tensor.dtype}")
+
+
 def _check(hidden, weight, labels, bias, class_weight, options, num_valid, max_scratch_bytes, shard=None) -> None:
     """Everything that can be known without a look at the values."""
     name = "linear_cross_entropy"
     check(name, hidden, weight, labels, bias, class_weight, num_valid, max_scratch_bytes, shard)
     checks.check_options(name, hidden, **options)
-    if labels.dtype not in (torch.int64, torch.int32):
-        raise RuntimeError(f"{name}: expected int64 or int32 labels, got {labels.dtype}")
-    for what, tensor in (("weight", weight), ("labels", labels), ("bias", bias), ("class_weight", class_weight)):
-        if tensor is not None and tensor.device != hidden.device:
-            raise RuntimeError(f"{name}: expected {what} on hidden's device {hidden.device}, got {tensor.device}")
-    for what, tensor in (("weight", weight), ("bias", bias)):
-        if tensor is not None and tensor.dtype != hidden.dtype:
-            raise RuntimeError(f"{name}: expected {what} of hidden's dtype {hidden.dtype}, got {tensor.dtype}")
-    for what, tensor in (("hidden", hidden), ("class_weight", class_weight)):
-        if tensor is not None and tensor.dtype not in checks.FLOATS:
-            raise RuntimeError(f"{name}: expected {what} of bfloat16, float16, float32 or float64, got {tensor.dtype}")
+    check_kinds(name, hidden, weight, labels, bias, class_weight)
     if class_weight is not None:
         vocab_size = weight.shape[0] if shard is None else shard.vocab_size
         checks.check_class_weight(name, "class_weight", class_weight, vocab_size, hidden, "hidden")

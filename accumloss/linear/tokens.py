@@ -16,7 +16,7 @@ from .. import checks, ops
 from ..sums import wide_dtype
 from . import compute
 from .compute import Needs, Place
-from .op import autocast, check, needs_of
+from .op import autocast, check, check_kinds, needs_of
 
 
 def token_rows(
@@ -34,6 +34,7 @@ def token_rows(
     if torch.compiler.is_compiling():
         raise RuntimeError(f"{name}: expected no torch.compile around it, got one; call it outside of what is compiled")
     hidden, weight, bias = autocast(hidden, weight, bias)
+    check_kinds(name, hidden, weight, labels, bias, class_weight)
     needs = needs_of(hidden, weight, bias)
     found = LinearTokens.apply(hidden, weight, labels, bias, class_weight, needs, options, max_scratch_bytes)
     return found if options["metrics"] else (*found[:3], *(value.detach() for value in found[3:]))

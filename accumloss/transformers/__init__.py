@@ -220,7 +220,7 @@ def explain(model: Any) -> Explanation:
     return Explanation(class_of(base).__name__, path, reason, mapping.qualified_name(loss))
 
 
-@checked
+@functools.partial(checked, names_errors=False)
 def verify(trainer: Any) -> Verification:
     """Measures whether a Trainer's step over micro-batches is that of the one batch, and prints it term by term.
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any, cast
 
 from .._compat import LOSS_FUNCTION
+from ..keywords import checked
 from .losses import REPLACEMENTS, Loss, underlying
 from .registration import Patches
 from .versions import TESTED
@@ -69,6 +70,7 @@ def replacement_for(loss: Loss | None) -> Loss | None:
     return loss if underlying(loss) else None
 
 
+@checked
 def registered_losses() -> dict[str, str]:
     """Every loss_type of transformers and the function that computes it now; ours are those of accumloss.
 
