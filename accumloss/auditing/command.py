@@ -138,6 +138,7 @@ def run_census(options: argparse.Namespace) -> int:
         if unknown:
             raise AuditError(
                 f"audit: expected classes of transformers that compute a loss, got {', '.join(sorted(unknown))}"
+                f"{models.suggestion(min(unknown))}"
             )
         classes = {name: classes[name] for name in options.only}
     lines = _census(options, census, "census", classes, "classes")

@@ -313,7 +313,7 @@ def train_step(model: torch.nn.Module, rows: Rows, batch_size: int, way: str) ->
             if logs and "loss" in logs:
                 self.loss = float(logs["loss"])
 
-    class SequentialTrainer(transformers.Trainer):
+    class Trainer(transformers.Trainer):  # by the name that its user's has, since warnings name it
         def _get_train_sampler(self, *args: Any, **kwargs: Any) -> Any:
             return torch.utils.data.SequentialSampler(rows)
 
@@ -327,7 +327,7 @@ def train_step(model: torch.nn.Module, rows: Rows, batch_size: int, way: str) ->
     ):
         warnings.simplefilter("ignore")
         warnings.simplefilter("always", InexactWarning)
-        trainer = SequentialTrainer(
+        trainer = Trainer(
             model=copied,
             args=transformers.TrainingArguments(
                 output_dir=folder,

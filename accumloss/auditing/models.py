@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 import contextlib
+import difflib
 import importlib
 import io
 import pickle
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 
-from . import measure, tiny
+from . import measure, names, tiny
 from .measure import AuditError
+
+HUB_SECONDS = 5.0  # in which the hub has to answer at all
 
 
 class Subject(NamedTuple):
@@ -40,17 +43,15 @@ def from_name(name: str, trust_remote_code: bool = False) -> Subject:
     cls = tiny.loss_bearing_class(name)
     if cls is not None:
         return _tiny(cls)
-    classes = tiny.loss_bearing_classes()
-    if name in classes:
-        return _tiny(_class(classes, name))
-    of_configuration = _of_configuration(classes, name)
+    if _is_path(name):
+        raise AuditError(f"audit: expected MODEL to be a folder, got {name}, where there is none")
+    of_configuration = _of_configuration(name)
     if of_configuration:
         return _tiny(of_configuration[0], note=f"{name}: the first of its classes that computes a loss")
-    if "/" in name:
+    if not name.isidentifier():  # as bert-base-uncased: the oldest models of the hub have no owner
         return _from_checkpoint(name, trust_remote_code)
-    near = sorted(classes, key=lambda known: _distance(known, name))[:3]
     raise AuditError(
-        f"audit: expected a folder, a hub id, or a class of transformers that computes a loss, got {name!r}; near: {', '.join(near)}"
+        f"audit: expected a folder, a hub id, or a class of transformers that computes a loss, got {name!r}{suggestion(name)}"
     )
 
 
@@ -92,13 +93,18 @@ def _from_checkpoint(path: str, trust_remote_code: bool) -> Subject:
     """The model of a folder or of the hub, with its own weights, and random rows that fit its configuration."""
     import transformers
 
-    with _read(path, "be a folder with a config.json or a model of the hub"):
-        config = transformers.AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code)
-    loader = _loader(config, path, trust_remote_code)
-    with _read(path, "hold weights that fit its config.json"):
-        model = loader.from_pretrained(
-            path, dtype=torch.float32, trust_remote_code=trust_remote_code, weights_only=True
+    why_offline = None if Path(path).is_dir() else _why_offline()
+    is_local = why_offline is not None
+    with _read(path, "be a folder with a config.json or a model of the hub", why_offline):
+        config = transformers.AutoConfig.from_pretrained(
+            path, trust_remote_code=trust_remote_code, local_files_only=is_local
         )
+    loader = _loader(config, path, trust_remote_code)
+    with _read(path, "hold weights that fit its config.json", why_offline):
+        model = loader.from_pretrained(
+            path, dtype=torch.float32, trust_remote_code=trust_remote_code, weights_only=True,
+            local_files_only=is_local,
+        )  # fmt: skip
     name = type(model).__name__
     try:
         return Subject(f"{name} ({path})", model, tiny.rows(model), "its own weights, random rows")
@@ -106,6 +112,20 @@ def _from_checkpoint(path: str, trust_remote_code: bool) -> Subject:
         raise AuditError(
             f"audit: no rows could be made for {name}: {error}; give batches of your own by --factory"
         ) from error
+
+
+def _why_offline() -> str | None:
+    """Why the hub is not asked; None where it answers. Its own client would try for a minute."""
+    from huggingface_hub import constants
+    from huggingface_hub.utils import get_session
+
+    if constants.HF_HUB_OFFLINE:
+        return "HF_HUB_OFFLINE is set"
+    try:
+        get_session().head(constants.ENDPOINT, timeout=HUB_SECONDS)
+    except Exception as error:  # of whichever client this version has
+        return f"{constants.ENDPOINT} cannot be reached ({measure.one_line(error)})"
+    return None
 
 
 def _loader(config: Any, path: str, trust_remote_code: bool) -> Any:
@@ -138,7 +158,7 @@ _PICKLE = (
 
 
 @contextlib.contextmanager
-def _read(path: str, expected: str) -> Iterator[None]:
+def _read(path: str, expected: str, why_offline: str | None = None) -> Iterator[None]:
     """Whatever transformers and torch raise about the files of a checkpoint, in one line; their questions have no answer.
 
     transformers asks on standard input whether code of the checkpoint may run wherever it is not told; what it is told here
@@ -153,6 +173,8 @@ def _read(path: str, expected: str) -> Iterator[None]:
             got = _PICKLE
         elif any("trust_remote_code" in str(cause) for cause in causes):
             got = f"a model that transformers does not have; {_OWN_CODE}"
+        elif why_offline is not None and isinstance(error, OSError):
+            got = f"nothing of it in the cache of this machine, and {why_offline}; give a folder, where you have it in one"
         else:
             got = measure.one_line(error) if isinstance(error, OSError | ValueError) else measure.named_line(error)
         raise AuditError(f"audit: expected {path} to {expected}, got: {got}") from error
@@ -175,17 +197,16 @@ def _nobody_to_ask() -> Iterator[None]:
         sys.stdin = before
 
 
-def _class(classes: Mapping[str, str], name: str) -> type:
-    return getattr(importlib.import_module(classes[name]), name)
+def _is_path(name: str) -> bool:
+    return name.startswith((".", "/", "~")) or name.count("/") > 1
 
 
-def _of_configuration(classes: Mapping[str, str], name: str) -> list[type]:
-    """The classes of a configuration class or a model_type, language models first."""
+def _of_configuration(name: str) -> list[type]:
+    """The classes of a configuration class or a model_type that compute a loss, language models first."""
     found = []
-    for known in classes:
-        cls = _class(classes, known)
-        config_class = cls.config_class  # type: ignore[attr-defined]
-        if name in (config_class.__name__, getattr(config_class, "model_type", None)):
+    for known in sorted(names.with_configuration(name)):
+        cls: Any = tiny.loss_bearing_class(known)
+        if cls is not None and name in (cls.config_class.__name__, getattr(cls.config_class, "model_type", None)):
             found.append(cls)
     order = ("ForCausalLM", "ForMaskedLM", "ForConditionalGeneration", "LMHeadModel")
     return sorted(
@@ -193,7 +214,18 @@ def _of_configuration(classes: Mapping[str, str], name: str) -> list[type]:
     )
 
 
-def _distance(a: str, b: str) -> float:
-    import difflib
-
-    return -difflib.SequenceMatcher(None, a.lower(), b.lower()).ratio()
+def suggestion(name: str) -> str:
+    """What a name that no class bears, or one that computes no loss, may have been meant to be."""
+    known: Any = names.model_class(name)
+    family = _of_configuration(known.config_class.__name__) if known is not None and known.config_class else []
+    if family:
+        return f", which computes none; those of its family do: {', '.join(cls.__name__ for cls in family[:4])}"
+    if "Trainer" in name:
+        return f"; a Trainer of a library is audited by --trainers --only {name}"
+    near: list[str] = []
+    lower = {known.lower(): known for known in names.modules()}
+    begin = [known for known in sorted(lower) if known.startswith(name.lower())]
+    for close in difflib.get_close_matches(name.lower(), lower, n=20, cutoff=0.6) + begin:
+        if len(near) < 3 and tiny.loss_bearing_class(lower[close]) is not None:
+            near.append(lower[close])
+    return f"; near: {', '.join(near)}" if near else "; python -m accumloss audit --help says what MODEL may be"

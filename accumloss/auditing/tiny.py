@@ -19,6 +19,7 @@ from typing import Any, NamedTuple
 
 import torch
 
+from . import names
 from .inputs import CannotBuild, configs_of, head_of, label_names, rows
 from .measure import collate, loss_of, named_line
 
@@ -237,13 +238,9 @@ def loss_bearing_classes() -> dict[str, str]:
 
 
 def loss_bearing_class(name: str, is_exported: bool = False) -> type | None:
-    """One of those classes, or None; without importing them all where transformers exports it, or it would."""
-    import transformers
-
-    cls = getattr(transformers, name, None)
-    if cls is None and not is_exported:
-        cls = _classes().get(name)
-    return cls if isinstance(cls, type) and issubclass(cls, transformers.PreTrainedModel) and _bears_loss(cls) else None
+    """One of those classes, or None, without importing them all; is_exported: one that transformers exports."""
+    cls = names.model_class(name, is_exported)
+    return cls if cls is not None and _bears_loss(cls) else None
 
 
 def _bears_loss(cls: Any) -> bool:

@@ -6,6 +6,7 @@ import csv
 import json
 import os
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -14,7 +15,7 @@ from training import LENGTH, build, rows
 
 import accumloss
 from accumloss.__main__ import main
-from accumloss.auditing import AuditError, audit_rows, census, measure, trainers, worker
+from accumloss.auditing import AuditError, audit_rows, census, measure, models, tiny, trainers, worker
 from accumloss.auditing.report import verdict, what_to_do
 
 
@@ -116,6 +117,8 @@ def test_a_coupled_loss_is_called_so():
     found = accumloss.audit(OwnModel("contrastive"), [vectors()])
     assert not found.is_exact()
     assert "coupled over the batch" in found.reason and found.distance > measure.COUPLED
+    told = [step.told for step in found.steps if step.told]
+    assert told and all(" of Trainer " in each and "SequentialTrainer" not in each for each in told)  # the user's name
 
 
 def test_a_loss_that_no_weighting_mends_is_told_from_one_that_was_not_recognised():
@@ -251,12 +254,72 @@ def test_audit_of_a_folder(bert, capsys, tmp_path):
     assert "its own weights" in json.loads(capsys.readouterr().out)["note"]
 
 
-def test_names_that_stand_for_nothing(capsys):
-    assert main(["audit", "BertForMaskedML"]) == 2
-    assert "near: " in (err := capsys.readouterr().err) and "BertForMaskedLM" in err
-    assert main(["audit"]) == 2
-    assert main(["audit", "BertForMaskedLM", "--all"]) == 2
-    assert "expected one of MODEL, --factory, --all and --trainers" in capsys.readouterr().err
+def refused(capsys, *arguments):
+    """The one line with which the audit refuses."""
+    assert main(["audit", *arguments]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    return line
+
+
+@pytest.fixture
+def imports_little(monkeypatch):
+    """An answer in seconds: not all of transformers' models are imported for it."""
+
+    def import_all():
+        raise AssertionError("all models were imported")
+
+    monkeypatch.setattr(tiny, "_classes", import_all)
+
+
+@pytest.mark.parametrize(
+    ("name", "said"),
+    [
+        ("BertForMaskedML", "got 'BertForMaskedML'; near: BertForMaskedLM"),
+        ("bertformaskedlm", "near: BertForMaskedLM"),
+        ("BertModel", "got 'BertModel', which computes none; those of its family do: BertForMaskedLM, BertLMHeadModel"),
+        ("Bert", "near: Bert"),
+        ("DPOTrainer", "a Trainer of a library is audited by --trainers --only DPOTrainer"),
+        ("qqqq", "python -m accumloss audit --help says what MODEL may be"),
+        ("./nowhere", "expected MODEL to be a folder, got ./nowhere, where there is none"),
+        ("out/checkpoint/5", "expected MODEL to be a folder, got out/checkpoint/5, where there is none"),
+    ],
+)
+def test_names_that_stand_for_nothing(name, said, capsys, imports_little):
+    assert said in refused(capsys, name)
+
+
+def test_names_that_are_not_one(capsys):
+    assert "expected one of MODEL, --factory, --all and --trainers" in refused(capsys)
+    assert "expected one of MODEL, --factory, --all and --trainers" in refused(capsys, "BertForMaskedLM", "--all")
+
+
+def test_a_census_of_unknown_classes_says_which_are_near(capsys):
+    assert "got BertForMaskedML; near: BertForMaskedLM" in refused(capsys, "--all", "--only", "BertForMaskedML")
+
+
+def test_classes_of_a_configuration_are_found_without_importing_all(imports_little):
+    for name in ("BertConfig", "bert"):
+        found = [cls.__name__ for cls in models._of_configuration(name)]
+        assert found[:2] == ["BertForMaskedLM", "BertLMHeadModel"] and "BertForTokenClassification" in found
+        assert all(name.startswith("Bert") for name in found)
+    assert [cls.__name__ for cls in models._of_configuration("xlm-roberta")][:1] == ["XLMRobertaForCausalLM"]
+    assert models._of_configuration("no-such-type") == []
+
+
+@pytest.mark.parametrize("name", ["nobody/no-such-model", "no-such-model"])
+def test_a_hub_id_that_cannot_be_reached_is_told_at_once(name, capsys, monkeypatch, tmp_path):
+    from huggingface_hub import constants
+
+    for variable in ("HF_HUB_CACHE", "HUGGINGFACE_HUB_CACHE"):
+        monkeypatch.setattr(constants, variable, str(tmp_path), raising=False)
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(constants, "ENDPOINT", "http://127.0.0.1:9")
+    begin = time.perf_counter()
+    said = refused(capsys, name)
+    assert time.perf_counter() - begin < 4 * models.HUB_SECONDS
+    assert f"expected {name} to be" in said and "http://127.0.0.1:9 cannot be reached" in said
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    assert "nothing of it in the cache of this machine, and HF_HUB_OFFLINE is set" in refused(capsys, name)
 
 
 # The census -----------------------------------------------------------------------------------------------------------
