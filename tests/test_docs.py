@@ -458,7 +458,7 @@ def with_trainer(tmp_path, monkeypatch):
 def test_the_trainer_of_readme_runs(with_trainer, capsys):
     block = dict(blocks(README))["With Trainer"]
     exec(block, with_trainer)
-    assert "BertForTokenClassification: from the logits" in capsys.readouterr().out
+    assert "BertForTokenClassification: accumloss, from the logits" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("page", ["transformers", "troubleshooting"])

@@ -8,6 +8,9 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
+import torch
+from torch.nn.parallel import DataParallel, DistributedDataParallel
+
 from .._compat import LOSS_FUNCTION, class_of, is_compiled, uncompiled
 from ..keywords import checked, named_by
 from . import deferred, losses, mapping, objective, own, rebind, watch
@@ -15,7 +18,7 @@ from .deferred import Explanation
 from .hook import compute_loss_func
 from .losses import make_loss
 from .mapping import registered_losses
-from .models import base_model
+from .models import base_model, unwrapped
 from .patches import loss_names, trainer_methods
 from .probe import MeasuredTerm, Verification
 from .registration import Part, registration
@@ -172,42 +175,49 @@ def registered(model: Any = None, **options: Any) -> Iterator[None]:
 
 @checked
 def explain(model: Any) -> Explanation:
-    """How the loss of a model is computed in training: from the hidden states, from the logits, or by transformers; and why.
+    """How the loss of a model is computed in a Trainer: by accumloss, from the hidden states or the logits, or by stock; and why.
 
     Args:
-        model: a transformers model; PEFT models are looked into.
+        model: a transformers model, or a module of your own. What torch.compile, PEFT and DDP have wrapped is looked into.
 
     Returns:
         Explanation; print it.
 
     Raises:
-        TypeError: model is no transformers model.
+        TypeError: model is no module.
 
     Examples:
         >>> with accumloss.registered():
         ...     print(accumloss.explain(model).reason)
         registered without fused_linear=True
     """
-    base = _base(model, "explain")
+    wrapped = model
+    while isinstance(uncompiled(wrapped), (DataParallel, DistributedDataParallel)):
+        wrapped = uncompiled(wrapped).module
+    if not isinstance(wrapped, torch.nn.Module):
+        remedy = "; explain(trainer.model) explains its model" if hasattr(wrapped, "compute_loss") else ""
+        got = f"the class {wrapped.__name__}" if isinstance(wrapped, type) else f"a {type(wrapped).__name__}"
+        raise TypeError(f"explain: expected a model, a torch.nn.Module, got {got}{remedy}")
+    base = unwrapped(wrapped)
+    if not hasattr(type(base), "loss_function"):
+        return _explain_own(base)
     loss = mapping.loss_of(base)
     ours = losses.underlying(loss)
     reason = ""
     by_itself = rebind.losses_of(class_of(base)) if not deferred.calls_loss_function(class_of(base)) else None
-    if by_itself is not None and registration.is_active:
+    if by_itself is not None:
         path, reason = "logits", f"its forward calls {', '.join(by_itself)} itself, and no loss_function"
+        if by_itself and not registration.is_active:
+            path, reason = "stock", _NOT_REGISTERED
         if not by_itself:
             path = "stock"
             reason = "its forward calls no loss that accumloss knows; accumloss.verify(trainer) measures what it averages over"
         if getattr(base, LOSS_FUNCTION, None) is not None and not registration.is_one_of(base):
             reason += "; the loss_function that was assigned to it has no effect"
-        return Explanation(
-            class_of(base).__name__, path, reason, f"{class_of(base).__module__}.{class_of(base).__qualname__}.forward"
-        )
+        return Explanation(class_of(base).__name__, path, reason, _forward_of(base))
     if ours is None:
         path = "stock"
-        reason = (
-            "accumloss is not registered" if mapping.replacement_for(loss) else "accumloss does not replace its loss"
-        )
+        reason = _NOT_REGISTERED if mapping.replacement_for(loss) else "accumloss does not replace its loss"
     elif ours not in (losses.causal_lm_loss, losses.masked_lm_loss):
         path, reason = "logits", "its loss is that of no language model"
     elif not settings.fused_linear:
@@ -215,9 +225,54 @@ def explain(model: Any) -> Explanation:
     elif is_compiled(model):
         path, reason = "logits", "it is compiled"
     else:
-        found = deferred.why_not(base) or deferred.why_not_called(model, base)
+        found = deferred.why_not(base) or deferred.why_not_called(wrapped, base)
         path, reason = ("fused", "") if found is None else ("logits", found)
     return Explanation(class_of(base).__name__, path, reason, mapping.qualified_name(loss))
+
+
+_NOT_REGISTERED = "accumloss is not registered"
+
+
+def _explain_own(module: torch.nn.Module) -> Explanation:
+    """Of a module that transformers does not know: by the losses of PyTorch in its forward, and the models inside of it."""
+    cls = class_of(module)
+    heads = {
+        name: explain(part)
+        for name, part in module.named_modules()
+        if name and hasattr(type(part), "loss_function") and _bears_loss(part)
+    }
+    called = sorted({*rebind.losses_of(cls), *rebind.criteria_of(module)})
+    if called and registration.is_active:
+        path = "logits"
+        reason = (
+            f"its forward calls {', '.join(called)}, which a Trainer divides by the items of the step. A loop of your own "
+            "takes accumloss.cross_entropy and accumloss.Accumulator instead"
+        )
+    elif called:
+        path = "stock"
+        reason = (
+            f"{_NOT_REGISTERED}: its forward calls {', '.join(called)}. accumloss.register_with_transformers() covers it in a "
+            "Trainer; a loop of your own takes accumloss.cross_entropy and accumloss.Accumulator instead"
+        )
+    elif heads:
+        path = "stock" if all(head.path == "stock" for head in heads.values()) else "logits"
+        reason = "its forward calls no loss that accumloss knows; the models inside of it have one each"
+    else:
+        path = "stock"
+        reason = (
+            "its forward calls no loss that accumloss knows. In a Trainer accumloss.verify(trainer) measures what its loss "
+            "averages over; a loop of your own takes accumloss.cross_entropy and accumloss.Accumulator"
+        )
+    return Explanation(cls.__name__, path, reason, _forward_of(module), heads)
+
+
+def _bears_loss(model: Any) -> bool:
+    """Whether a model of transformers computes a loss: a body without a head does not."""
+    return deferred.calls_loss_function(class_of(model)) or bool(rebind.losses_of(class_of(model)))
+
+
+def _forward_of(module: torch.nn.Module) -> str:
+    return f"{class_of(module).__module__}.{class_of(module).__qualname__}.forward"
 
 
 @functools.partial(checked, names_errors=False)
@@ -277,9 +332,7 @@ def unregistered() -> Iterator[None]:
 
 
 def _base(model: Any, function: str) -> Any:
-    model = uncompiled(model)
-    if hasattr(model, "peft_config") and hasattr(model, "get_base_model"):
-        model = model.get_base_model()
+    model = unwrapped(model)
     if not hasattr(type(model), "loss_function"):
         raise TypeError(f"{function}: expected a transformers model, got {type(model).__name__}")
     return model

@@ -10,10 +10,11 @@ from __future__ import annotations
 import functools
 import inspect
 import sys
+import textwrap
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -484,26 +485,35 @@ class Explanation:
 
     Attributes:
         model: name of the model's class.
-        path: ``"fused"``: from the hidden states, chunk by chunk, without the logits; ``"logits"``; or ``"stock"``: by
-            transformers' own loss.
+        path: ``"fused"``: by accumloss, from the hidden states, chunk by chunk, without the logits; ``"logits"``: by
+            accumloss, from the logits; or ``"stock"``: by what the model brings, transformers' own loss or its forward's.
         reason: why it is not fused; empty where it is.
         loss: qualified name of the loss function.
+        heads: of each model of transformers inside of a module of one's own, by its name there.
 
     Examples:
         >>> found = accumloss.explain(model)
-        >>> found.model, found.path
-        ('LlamaForCausalLM', 'stock')
+        >>> found.model, found.path, found.by
+        ('LlamaForCausalLM', 'stock', 'stock')
     """
 
     model: str
     path: str
     reason: str
     loss: str
+    heads: dict[str, Explanation] = field(default_factory=dict)
+
+    @property
+    def by(self) -> str:
+        """Whose loss it is in training: ``"accumloss"`` or ``"stock"``."""
+        return "stock" if self.path == "stock" else "accumloss"
 
     def __str__(self) -> str:
         described = {
-            "fused": "from the hidden states, without the logits",
-            "logits": "from the logits",
-            "stock": "by transformers' own loss",
+            "fused": "accumloss, from the hidden states, without the logits",
+            "logits": "accumloss, from the logits",
+            "stock": "stock, by the loss that it brings",
         }[self.path]
-        return display.answer(f"{self.model}: {described}", display.facts({"why": self.reason, "loss": self.loss}))
+        heads = (textwrap.indent(f"{name}, {head}", "  ") for name, head in self.heads.items())
+        facts = display.facts({"why": self.reason, "loss": self.loss})
+        return display.answer(f"{self.model}: {described}", "\n".join([*filter(None, [facts]), *heads]))

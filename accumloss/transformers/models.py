@@ -17,7 +17,12 @@ OURS_TO_KNOW = ("transformers.", "transformers_modules.")
 
 def base_model(trainer: Any) -> Any:
     """The transformers model inside of what torch.compile and PEFT have wrapped."""
-    model = uncompiled(trainer.model)
+    return unwrapped(trainer.model)
+
+
+def unwrapped(model: Any) -> Any:
+    """The model inside of what torch.compile and PEFT have wrapped."""
+    model = uncompiled(model)
     if hasattr(model, "peft_config") and hasattr(model, "get_base_model"):
         model = model.get_base_model()
     return model

@@ -190,6 +190,15 @@ def losses_of(cls: type) -> tuple[str, ...]:
     return tuple(sorted(found))
 
 
+def criteria_of(module: torch.nn.Module) -> set[str]:
+    """PyTorch's losses that a module holds as parts of its own, by the names of their classes."""
+    names = {
+        type(part).__name__ for part in module.modules() if type(part) is getattr(torch.nn, type(part).__name__, None)
+    }
+    ours = {type(part).__name__ for part in module.modules() if type(part) in heads.CLASSES.values()}
+    return (names & set(heads.CLASSES)) | ours
+
+
 def _spells_out(code: CodeType) -> bool:
     """Whether code may say torch.nn.functional.cross_entropy, or torch.nn.CrossEntropyLoss."""
     names = set(code.co_names)

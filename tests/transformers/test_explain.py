@@ -75,6 +75,66 @@ def test_a_loss_function_that_is_never_called_is_told():
         make_trainer(called, rows(), 4)[0].train()
 
 
+class Functional(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.head = torch.nn.Linear(3, 3)
+
+    def forward(self, x, labels=None):
+        return torch.nn.functional.cross_entropy(self.head(x), labels)
+
+
+class Holder(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.head, self.criterion = torch.nn.Linear(3, 3), torch.nn.CrossEntropyLoss()
+
+    def forward(self, x, labels=None):
+        return self.criterion(self.head(x), labels)
+
+
+class Wrapper(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.tagger, self.language = tagger()[0], build("LlamaForCausalLM")
+
+    def forward(self, batch):
+        return self.tagger(**batch["tags"]).loss + self.language(**batch["text"]).loss
+
+
+@pytest.mark.parametrize(("make", "called"), [(Functional, "cross_entropy"), (Holder, "CrossEntropyLoss")])
+def test_a_module_of_ones_own(make, called):
+    """With its losses, by name, whatever has wrapped it; what is said of a Trainer holds: test_own_code trains such models."""
+    for model in (make(), torch.compile(make()), torch.nn.DataParallel(make())):
+        found = accumloss.explain(model)
+        assert (found.model, found.path, found.by) == (make.__name__, "stock", "stock")
+        assert "accumloss is not registered" in found.reason and called in found.reason
+        assert str(found).startswith(f"{make.__name__}: stock, ")
+        with accumloss.registered():
+            found = accumloss.explain(model)
+        assert (found.path, found.by) == ("logits", "accumloss") and called in found.reason
+        assert "accumloss.Accumulator" in found.reason  # a loop of one's own
+        assert str(found).startswith(f"{make.__name__}: accumloss, ")
+
+
+def test_a_module_around_models_explains_each():
+    with accumloss.registered(fused_linear=True):
+        found = accumloss.explain(Wrapper())
+    assert {name: head.path for name, head in found.heads.items()} == {"tagger": "logits", "language": "fused"}
+    text = str(found)
+    assert "  tagger, BertForTokenClassification: accumloss, from the logits" in text
+    assert "  language, LlamaForCausalLM: accumloss, from the hidden states, without the logits" in text
+    assert {head.by for head in accumloss.explain(Wrapper()).heads.values()} == {"stock"}
+
+
+def test_a_module_without_a_loss_and_what_is_no_model():
+    found = accumloss.explain(torch.nn.Linear(2, 2))
+    assert found.by == "stock" and "calls no loss that accumloss knows" in found.reason
+    trainer, _ = make_trainer(*tagger(), 4)
+    with pytest.raises(TypeError, match=r"got a .*Trainer; explain.trainer.model. explains its model"):
+        accumloss.explain(trainer)
+
+
 # The audit ------------------------------------------------------------------------------------------------------------
 
 

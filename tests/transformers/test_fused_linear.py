@@ -402,7 +402,7 @@ def test_lora_on_the_body_is_fused_and_on_the_head_is_not():
 def test_explain_says_what_is_registered():
     model = llama()
     assert explained(model).startswith(
-        "LlamaForCausalLM: by transformers' own loss\n  why   accumloss is not registered"
+        "LlamaForCausalLM: stock, by the loss that it brings\n  why   accumloss is not registered"
     )
     with accumloss.registered():
         assert "registered without fused_linear=True" in explained(model)
@@ -411,8 +411,9 @@ def test_explain_says_what_is_registered():
         assert accumloss.explain(torch.compile(model)).reason == "it is compiled"
         classifier = transformers.LlamaForSequenceClassification(model.config)
         assert accumloss.explain(classifier).path == "logits"
-    with pytest.raises(TypeError, match="explain: expected a transformers model"):
-        accumloss.explain(nn.Linear(2, 2))
+    for other in ("LlamaForCausalLM", nn.Linear, None):
+        with pytest.raises(TypeError, match="explain: expected a model, a torch.nn.Module, got"):
+            accumloss.explain(other)
 
 
 def test_logits_to_keep_are_what_the_loss_is_of():
