@@ -7,6 +7,7 @@ those of ``csrc/row.h``, over all rows of a chunk at once; docs/numerics.md has 
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import math
 import os
@@ -18,7 +19,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from . import checks
+from . import _C, checks
 from ._compat import below_ad_inplace, computed_kernel, when_cuda_starts
 from .options import NAMES, LossOptions
 from .reference import shift_labels
@@ -51,6 +52,7 @@ class Reason(NamedTuple):
     remedy: str
 
 
+announced: set[str] = set()  # types of devices of which it was said before any was used
 served: dict[str, str] = {}  # type of a device that plain PyTorch has served in this process -> why
 
 
@@ -85,8 +87,6 @@ def reason(device: torch.device | str) -> Reason | None:
 
 
 def _build() -> dict[str, Any]:
-    from . import _C  # late: what is said where it is missing is said by ops
-
     return _C.build_info()
 
 
@@ -131,6 +131,9 @@ def _announce(function: str, device: torch.device) -> None:
             f"{function}: expected tensors on a device that kernels serve, since ACCUMLOSS_FALLBACK=error, got {device}: "
             f"{why}; {remedy}"
         )
+    if device.type in announced and device.type not in served:
+        served[device.type] = why
+        return
     warnings.warn(
         f"accumloss: on {device} losses are computed in plain PyTorch, slower than by kernels: {why}; {remedy} "
         "(ACCUMLOSS_FALLBACK=error refuses)",
@@ -142,25 +145,51 @@ def _announce(function: str, device: torch.device) -> None:
 
 # Labels outside of the classes ----------------------------------------------------------------------------------------
 
-_bad_labels: dict[torch.device, Tensor] = {}  # (2,) row and label of the first since the last check; row -1: none
+
+class _Record(NamedTuple):
+    """Memory of a device for the first bad label since the last check, written by the work of one stream alone."""
+
+    first: Tensor  # (2,) its row and itself; row -1: none
+    stream: Any  # None on a device without streams
+
+
+def _in_stream(device: torch.device, stream: Any) -> contextlib.AbstractContextManager[Any]:
+    return contextlib.nullcontext() if stream is None else torch.get_device_module(device).stream(stream)
+
+
+_OF_GRAPHS = -1  # in the place of a stream's number: of all captures on a device
+_records: dict[tuple[torch.device, int], _Record] = {}
+
+
+def _current_stream(device: torch.device) -> Any:
+    """None on a device without streams."""
+    module = torch.get_device_module(device)
+    return module.current_stream(device) if hasattr(module, "current_stream") and hasattr(module, "stream") else None
 
 
 def _record_of(device: torch.device) -> Tensor | None:
-    """Memory of the device for it; None where a capture has begun before there was any."""
-    if device in _bad_labels:
-        return _bad_labels[device]
+    """The memory for the current stream; None where a capture has begun before there was any."""
     if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
-        return None
+        found = _records.get((device, _OF_GRAPHS))
+        return None if found is None else found.first
+    stream = _current_stream(device)
+    key = device, getattr(stream, "stream_id", 0)
+    if key in _records:
+        return _records[key].first
 
     def allocate() -> None:
-        _bad_labels[device] = torch.full((2,), -1, dtype=torch.int64, device=device)
+        with _in_stream(device, stream):  # a thread begins in the stream that is the default
+            for number in (key[1], _OF_GRAPHS):
+                if (device, number) not in _records:
+                    first = torch.full((2,), -1, dtype=torch.int64, device=device)
+                    _records[device, number] = _Record(first, stream)
 
     # It outlives the call: in a thread of its own it is none of the memory of a graph that torch.compile warms up here, nor
     # an inference tensor.
     thread = threading.Thread(target=allocate)
     thread.start()
     thread.join()
-    return _bad_labels[device]
+    return _records[key].first
 
 
 def _record_bad_labels(is_bad: Tensor, labels: Tensor) -> None:
@@ -174,15 +203,23 @@ def _record_bad_labels(is_bad: Tensor, labels: Tensor) -> None:
 
 
 def check_labels() -> None:
-    """Raises IndexError where a call in plain PyTorch has met a label outside [0, V) since the last check. Waits for it."""
-    for device, record in _bad_labels.items():
-        row, label = record.tolist()
-        if row >= 0:
-            record.fill_(-1)
-            raise IndexError(
-                f"cross_entropy: expected labels in [0, V) or ignore_index, got {label} for row {row} of an earlier call on "
-                f"{device}; check vocab_size and the value that pads the labels"
-            )
+    """Raises IndexError where a call in plain PyTorch has met a label outside [0, V) since the last check.
+
+    Waits for all calls so far, whatever streams they run on.
+    """
+    for device in {device for device, _ in _records}:
+        module = torch.get_device_module(device)
+        if hasattr(module, "synchronize"):  # graphs write to a record wherever they are replayed
+            module.synchronize(device)
+    for (device, _), record in list(_records.items()):
+        with _in_stream(device, record.stream):
+            row, label = record.first.tolist()
+            if row >= 0:
+                record.first.fill_(-1)
+                raise IndexError(
+                    f"cross_entropy: expected labels in [0, V) or ignore_index, got {label} for row {row} of an earlier call "
+                    f"on {device}; check vocab_size and the value that pads the labels"
+                )
 
 
 # Rows -----------------------------------------------------------------------------------------------------------------

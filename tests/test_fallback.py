@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import json
 import os
 import subprocess
 import sys
+import threading
 import warnings
 from pathlib import Path
+from types import SimpleNamespace
 
 import on_acme
 import pytest
@@ -361,3 +364,94 @@ def acme(tmp_path_factory):
 @pytest.mark.parametrize("name", on_acme.CHECKS)
 def test_on_a_device_without_kernels(acme, name):
     assert not acme[name], acme[name]
+
+
+# Streams --------------------------------------------------------------------------------------------------------------
+
+
+class Streams:
+    """The module of a device with streams, whose work is done at once: what is queued where, and who waits."""
+
+    def __init__(self):
+        self.log, self.of_thread = [], threading.local()
+
+    def current_stream(self, device=None):
+        return SimpleNamespace(stream_id=getattr(self.of_thread, "stream", 0))
+
+    @contextlib.contextmanager
+    def stream(self, stream):
+        before, self.of_thread.stream = getattr(self.of_thread, "stream", 0), stream.stream_id
+        self.log.append(stream.stream_id)
+        yield
+        self.of_thread.stream = before
+
+    def synchronize(self, device=None):
+        self.log.append("synchronize")
+
+
+@pytest.fixture
+def streams(monkeypatch):
+    module = Streams()
+    monkeypatch.setattr(torch, "get_device_module", lambda device=None: module)
+    monkeypatch.setattr(fallback, "_records", {})
+    return module
+
+
+def met(label, streams, number):
+    """A call on a stream meets that label, among two others."""
+    labels = torch.tensor([1, label, 2])
+    with streams.stream(SimpleNamespace(stream_id=number)):
+        fallback._record_bad_labels((labels < 0) | (labels >= 5), labels)
+
+
+def test_each_stream_has_a_record_that_it_alone_writes(streams):
+    """One record for all: a stream that met none could write over what another met at that moment."""
+    for number, label in ((0, 3), (7, 99), (9, 4)):
+        met(label, streams, number)
+    of_streams = {number: record for (_, number), record in fallback._records.items() if number != fallback._OF_GRAPHS}
+    assert {number: record.first.tolist() for number, record in of_streams.items()} == {
+        0: [-1, 1],
+        7: [1, 99],
+        9: [-1, 1],
+    }
+    assert {number: record.stream.stream_id for number, record in of_streams.items()} == {0: 0, 7: 7, 9: 9}
+    assert len({record.first.data_ptr() for record in fallback._records.values()}) == 4  # and that of graphs
+
+
+def test_check_waits_for_every_stream_and_forgets_in_its_order(streams):
+    met(99, streams, 7)
+    met(77, streams, 9)
+    streams.log.clear()
+    with pytest.raises(IndexError, match="^check: expected labels .* got 99 for row 1 of an earlier call"):
+        accumloss.check()
+    assert streams.log[0] == "synchronize" and streams.log[-1] == 7  # read and forgotten in the stream that wrote it
+    with pytest.raises(IndexError, match="got 77 for row 1"):
+        accumloss.check()
+    accumloss.check()
+
+
+def test_a_capture_has_a_record_from_the_first_call_on_the_device(streams, monkeypatch):
+    """None can be allocated in it; graphs may be replayed on any stream, so that check() waits for the device."""
+    device = torch.device("cuda", 0)
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+    assert fallback._record_of(device) is None
+    record = fallback._Record(torch.full((2,), -1), None)
+    fallback._records[device, fallback._OF_GRAPHS] = record
+    assert fallback._record_of(device) is record.first
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU is present")
+def test_a_bad_label_on_a_side_stream_is_told_on_a_gpu(monkeypatch):
+    monkeypatch.setattr(fallback, "_records", {})
+    monkeypatch.setattr(fallback, "served", {"cuda": "a test"})  # which has been told
+    logits, labels = torch.randn(64, 1000, device="cuda"), torch.randint(1000, (64,), device="cuda")
+    torch.cuda.synchronize()
+    side = torch.cuda.Stream()
+    with torch.cuda.stream(side):
+        torch.cuda._sleep(10**8)  # so that who does not wait for this stream reads too early
+        bad = labels.clone()
+        bad[5] = 1000
+        fallback.token_statistics(logits, bad)
+    fallback.token_statistics(logits, labels)
+    with pytest.raises(IndexError, match="got 1000 for row 5"):
+        accumloss.check()
