@@ -66,7 +66,22 @@ The machine
     FallbackWarning               a device without kernels: plain PyTorch serves it, and why
 """
 
+import sys
 from typing import TYPE_CHECKING, Any
+
+try:
+    import torch  # noqa: F401  # whose libraries the compiled module finds loaded
+
+    from . import _C  # noqa: F401
+except ImportError as error:
+    from . import missing
+
+    problem, arguments = missing.problem_of(error), missing.command_line()
+    if arguments[:1] == ["env"]:  # which says what can be known, for whoever asks why
+        from .environment import report
+
+        sys.exit(report(as_json="--json" in arguments, problem=problem))
+    raise ImportError(str(problem)) from error
 
 from .accumulation import Accumulator
 from .cuda import CudaPlan, check, plan, warn_without_kernels

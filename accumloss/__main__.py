@@ -3,31 +3,21 @@
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from . import demo, display
+from . import demo
 from .auditing import command as audit_command
-from .environment import environment
-from .environment import lines as lines_of
-
-
-def print_environment(as_json: bool = False) -> int:
-    facts = environment()
-    if as_json:
-        print(json.dumps(facts, indent=2))
-        return 0
-    shown = {name: text for name, text in lines_of(facts) if name != "accumloss"}
-    print(display.answer(f"accumloss {facts['accumloss']}", display.facts(shown)))
-    return 0
+from .environment import report
+from .ops import build_info
 
 
 def make_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m accumloss", description="Exact gradient accumulation and one-pass cross-entropy."
     )
+    parser.add_argument("--version", action="version", version=f"accumloss {build_info()['version']}")
     commands = parser.add_subparsers(dest="command", metavar="COMMAND")
 
     env = commands.add_parser("env", help="what a bug report needs: versions, build, what serves each device")
@@ -65,7 +55,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = make_parser()
     options = parser.parse_args(arguments)
     if options.command == "env":
-        return print_environment(options.json)
+        return report(options.json)
     if options.command == "audit":
         try:
             return audit_command.run(options)

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
+import os
 import warnings
 from typing import NamedTuple
 
 import torch
 
-from . import fallback
+from . import _C, fallback
 from .checks import FLOATS
 from .keywords import checked
-from .ops import _C  # whose error says what to do where it is missing
 
 
 class CudaPlan(NamedTuple):
@@ -133,13 +133,20 @@ def check() -> None:
 
 
 def warn_without_kernels() -> None:
-    """Says at import that this build lacks the kernels of the GPUs that torch sees, unless it was asked for without them."""
+    """Says at import that this build lacks the kernels of the GPUs that torch sees, unless it was asked for without them.
+
+    The first call on such a GPU does not say it again.
+    """
     if _C.build_info()["without_cuda"] != "nvcc was not found" or torch.version.cuda is None:
         return
-    if torch.cuda.device_count():  # by NVML: CUDA itself stays as it is, for whoever forks
+    if (
+        torch.cuda.device_count() and os.environ.get("ACCUMLOSS_FALLBACK", "") == ""
+    ):  # by NVML: CUDA stays as it is, for forks
         warnings.warn(
             f"accumloss was built without its CUDA kernels, since nvcc was not found; torch has CUDA {torch.version.cuda} and "
-            "sees a GPU: install it again with an nvcc, or online, where nvcc is fetched (docs/install.md)",
-            UserWarning,
+            "sees a GPU, where losses are computed in plain PyTorch, slower: install it again with an nvcc, or online, where "
+            "nvcc is fetched (docs/install.md); ACCUMLOSS_FALLBACK=error refuses",
+            fallback.FallbackWarning,
             stacklevel=3,
         )
+        fallback.announced.add("cuda")

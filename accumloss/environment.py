@@ -4,45 +4,65 @@ from __future__ import annotations
 
 import contextlib
 import importlib.metadata
+import json
 import os
 import platform
 import warnings
 from pathlib import Path
 from typing import Any
 
-import torch
-
-from . import cuda, fallback
-from .ops import build_info
-from .transformers import registered, registered_losses
-from .transformers.versions import TESTED
+from . import display
+from .missing import Problem
 
 SCHEMA = 1  # of environment(): raised where a key goes or changes its meaning, not where one comes
 PACKAGES = ("transformers", "accelerate", "peft", "trl", "numpy")
 VOCABULARIES = (32000, 128256)  # for which the kernels of a GPU are named
 
 
-def environment() -> dict[str, Any]:
-    """All of it, as JSON has it."""
+def report(as_json: bool = False, problem: Problem | None = None) -> int:
+    """Prints all of it. Exit status: 1 where accumloss does not import, for the reason in ``problem``."""
+    facts = environment(problem)
+    if as_json:
+        print(json.dumps(facts, indent=2))
+    else:
+        shown = {name: text for name, text in lines(facts) if name != "accumloss"}
+        first = f"accumloss {facts['accumloss']}" + ("" if problem is None else ", which does not import")
+        print(display.answer(first, display.facts(shown)))
+    return 0 if problem is None else 1
+
+
+def environment(problem: Problem | None = None) -> dict[str, Any]:
+    """All of it, as JSON has it; with a problem what can be known without the compiled module."""
+    try:
+        import torch
+    except ImportError:
+        torch = None  # type: ignore[assignment]
     return {
         "schema": SCHEMA,
-        "accumloss": build_info()["version"],
+        "accumloss": _version("accumloss") or "not installed" if problem is not None else _build()["version"],
+        "import_error": None if problem is None else problem._asdict(),
         "python": platform.python_version(),
-        "torch": torch.__version__,
-        "torch_cuda": torch.version.cuda,
-        "torch_hip": torch.version.hip,
+        "torch": torch and torch.__version__,
+        "torch_cuda": torch and torch.version.cuda,
+        "torch_hip": torch and torch.version.hip,
         "packages": {name: _version(name) for name in PACKAGES},  # None: not installed
         "platform": platform.platform(),
         "libc": " ".join(platform.libc_ver()) or None,
         "cpu": _cpu_model(),
         "cores": os.cpu_count(),
-        "threads": torch.get_num_threads(),
-        "torch_cpu_capability": torch.backends.cpu.get_cpu_capability(),
-        "build": build_info(),
-        "devices": [_cpu(), *(_accelerator(device) for device in _accelerators())],
-        "transformers": _registration(),
+        "threads": torch and torch.get_num_threads(),
+        "torch_cpu_capability": torch and torch.backends.cpu.get_cpu_capability(),
+        "build": _build() if problem is None else {},
+        "devices": [_cpu(problem), *(_accelerator(device, problem) for device in _accelerators())] if torch else [],
+        "transformers": _registration(problem),
         "variables": {name: value for name, value in sorted(os.environ.items()) if name.startswith("ACCUMLOSS_")},
     }
+
+
+def _build() -> dict[str, Any]:
+    from .ops import build_info
+
+    return build_info()
 
 
 def lines(facts: dict[str, Any]) -> list[tuple[str, str]]:
@@ -53,6 +73,8 @@ def lines(facts: dict[str, Any]) -> list[tuple[str, str]]:
             continue
         if name == "devices":
             found += [(f"device {device['device']}", _device_line(device)) for device in value]
+        elif name == "import_error":
+            found += [(f"import {key}", text) for key, text in (value or {}).items()]
         elif name == "transformers":
             found.append(("registering", value["said"]))
         elif isinstance(value, dict):
@@ -77,7 +99,8 @@ def _device_line(device: dict[str, Any]) -> str:
         kernels = ", ".join(f"{kernel} for {of}" for of, kernel in device["kernels"].items())
         served = f"kernels ({kernels})"
     else:
-        served = f"plain PyTorch: {device['why']}; {device['remedy']}"
+        by = "plain PyTorch" if device["served_by"] == "fallback" else "nothing"
+        served = f"{by}: {device['why']}; {device['remedy']}"
     free, total = device["free_bytes"], device["total_bytes"]
     memory = f"; {free / 2**30:.1f} of {total / 2**30:.1f} GiB free" if free is not None and total is not None else ""
     return f"{name}: {served}{memory}"
@@ -98,7 +121,7 @@ def _cpu_model() -> str | None:
     return platform.processor() or None
 
 
-def _cpu() -> dict[str, Any]:
+def _cpu(problem: Problem | None) -> dict[str, Any]:
     free = total = None
     with contextlib.suppress(OSError, ValueError, KeyError):
         memory = dict(line.split(":", 1) for line in Path("/proc/meminfo").read_text().splitlines())
@@ -107,17 +130,19 @@ def _cpu() -> dict[str, Any]:
         "device": "cpu",
         "name": _cpu_model() or platform.machine(),
         "capability": None,
-        "served_by": "kernels",
-        "kernels": {"any row": build_info()["cpu_capability"]},
-        "why": None,
-        "remedy": None,
+        "served_by": "kernels" if problem is None else "nothing",
+        "kernels": {"any row": _build()["cpu_capability"]} if problem is None else {},
+        "why": None if problem is None else _NOT_IMPORTED,
+        "remedy": None if problem is None else problem.remedy,
         "free_bytes": free,
         "total_bytes": total,
     }
 
 
-def _accelerators() -> list[torch.device]:
+def _accelerators() -> list[Any]:
     """The devices that torch sees beside the CPU."""
+    import torch
+
     if torch.cuda.is_available():
         return [torch.device("cuda", index) for index in range(torch.cuda.device_count())]
     if not torch.accelerator.is_available():
@@ -127,15 +152,24 @@ def _accelerators() -> list[torch.device]:
     return [torch.device(current.type, index) for index in range(torch.accelerator.device_count())]
 
 
-def _accelerator(device: torch.device) -> dict[str, Any]:
+def _accelerator(device: Any, problem: Problem | None) -> dict[str, Any]:
+    import torch
+
     name, capability = device.type, None
     free = total = None
     kernels: dict[str, str] = {}
+    why = remedy = None
+    of_type: Any = None
     try:
-        reason, of_type = fallback.reason(device), torch.get_device_module(device)
+        of_type = torch.get_device_module(device)
+        if problem is None:
+            from . import fallback
+
+            why, remedy = fallback.reason(device) or (None, None)
     except Exception as error:  # a GPU that is busy, or fell off
-        reason = fallback.Reason(f"{type(error).__name__}: {error}", "torch itself cannot ask it")
-        of_type = None
+        why, remedy, of_type = f"{type(error).__name__}: {error}", "torch itself cannot ask it", None
+    if problem is not None:
+        why, remedy = _NOT_IMPORTED, problem.remedy
     with contextlib.suppress(
         Exception
     ):  # what a driver or a backend does not tell must not cost the rest of the report
@@ -145,23 +179,41 @@ def _accelerator(device: torch.device) -> dict[str, Any]:
     if device.type == "cuda" and torch.version.hip is None and of_type is not None:
         major, minor = torch.cuda.get_device_capability(device)
         capability = f"sm_{major}{minor}"
-        if reason is None:
+        if why is None:
+            from . import cuda
+
             kernels = {f"V = {V}": cuda.plan(V, arch=capability).kernel for V in VOCABULARIES}
     return {
         "device": str(device),
         "name": name,
         "capability": capability,
-        "served_by": "kernels" if reason is None else "fallback",
+        "served_by": "nothing" if problem is not None else "kernels" if why is None else "fallback",
         "kernels": kernels,
-        "why": None if reason is None else reason.why,
-        "remedy": None if reason is None else reason.remedy,
+        "why": why,
+        "remedy": remedy,
         "free_bytes": free,
         "total_bytes": total,
     }
 
 
-def _registration() -> dict[str, Any]:
+_NOT_IMPORTED = "accumloss does not import"
+
+
+def _registration(problem: Problem | None) -> dict[str, Any]:
     """What register_with_transformers does in this environment: it is done, and taken back."""
+    if problem is not None:
+        installed = _version("transformers")
+        return {
+            "installed": installed,
+            "tested": "not known",
+            "losses": [],
+            "warnings": [],
+            "error": _NOT_IMPORTED,
+            "said": f"not possible: {_NOT_IMPORTED}",
+        }
+    from .transformers import registered, registered_losses
+    from .transformers.versions import TESTED
+
     facts: dict[str, Any] = {
         "installed": _version("transformers"),
         "tested": TESTED,

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch.autograd.function import once_differentiable
 
-from . import checks, fallback, reference
+from . import _C, checks, fallback, reference  # _C registers the ops
 from ._compat import (
     after_ad_inplace,
     after_autograd,
@@ -27,14 +27,6 @@ from ._compat import (
 from .keywords import checked
 from .options import LossOptions
 from .sums import at_least_one, wide_dtype
-
-try:
-    from . import _C  # registers the ops
-except ImportError as error:
-    raise ImportError(
-        f"accumloss: expected the compiled module accumloss._C beside {__file__}, got: {error}; install with "
-        "'pip install .', and leave the folder of the sources, which hides the installed package"
-    ) from error
 
 _ops = torch.ops.accumloss
 

@@ -28,7 +28,7 @@ STABLE_ABI = ("torch/csrc/stable/", "torch/headeronly/", "torch/csrc/inductor/ao
 
 # Python: a module imports from the rows above its own only. Inside a row nothing imports a neighbour.
 LAYERS = [
-    {"_C", "_compat", "display", "inexact", "keywords", "sums"},
+    {"_C", "_compat", "display", "inexact", "keywords", "missing", "sums"},
     {"inside", "options"},
     {"checks"},
     {"arguments"},

@@ -289,23 +289,41 @@ def test_what_pip_hides_reaches_the_terminal():
     assert b"\naccumloss: built for the CPU" in seen, seen
 
 
-def test_a_build_without_kernels_says_so_at_import(monkeypatch):
-    from accumloss import cuda
+def test_a_build_without_kernels_says_so_at_import_and_once(monkeypatch):
+    import torch
+
+    from accumloss import cuda, fallback
 
     def facts(without_cuda):
-        return types.SimpleNamespace(build_info=lambda: {"without_cuda": without_cuda})
+        return types.SimpleNamespace(build_info=lambda: {"without_cuda": without_cuda, "cuda_architectures": None})
 
     monkeypatch.setattr("torch.version.cuda", "13.0")
     monkeypatch.setattr("torch.cuda.device_count", lambda: 0)
     monkeypatch.setattr(cuda, "_C", facts("nvcc was not found"))
+    monkeypatch.setattr(fallback, "_C", facts("nvcc was not found"))
+    monkeypatch.setattr(fallback, "announced", set())
+    monkeypatch.setattr(fallback, "served", {})
     cuda.warn_without_kernels()  # a warning would be an error
     monkeypatch.setattr("torch.cuda.device_count", lambda: 1)
-    with pytest.warns(UserWarning, match="nvcc was not found; torch has CUDA 13.0 and sees a GPU") as caught:
+    said = "nvcc was not found; torch has CUDA 13.0 and sees a GPU"
+    with pytest.warns(fallback.FallbackWarning, match=said) as caught:
         importlib.reload(sys.modules["accumloss"])
     assert len(caught) == 1
+    gpu = torch.device("cuda", 0)
+    fallback._announce("cross_entropy", gpu)  # the first use: a warning would be an error
+    assert "nvcc was not found" in fallback.served["cuda"]
+    monkeypatch.setenv("ACCUMLOSS_FALLBACK", "error")
+    cuda.warn_without_kernels()  # the first use raises
+    with pytest.raises(RuntimeError, match="ACCUMLOSS_FALLBACK=error, got cuda:0"):
+        fallback._announce("cross_entropy", gpu)
+    monkeypatch.delenv("ACCUMLOSS_FALLBACK")
     for others in ("ACCUMLOSS_CUDA=OFF", None):
         monkeypatch.setattr(cuda, "_C", facts(others))
         cuda.warn_without_kernels()
+    fallback.announced.clear()
+    fallback.served.clear()
+    with pytest.warns(fallback.FallbackWarning, match="built without CUDA"):  # of which nothing was said at import
+        fallback._announce("cross_entropy", gpu)
 
 
 def test_find_tool_passes_over_broken_and_old(tmp_path):

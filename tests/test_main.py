@@ -2,8 +2,11 @@
 
 import importlib.util
 import json
+import os
+import shutil
 import subprocess
 import sys
+import sysconfig
 from pathlib import Path
 
 import pytest
@@ -36,7 +39,7 @@ DEVICE = {
     "free_bytes": (int, type(None)), "total_bytes": (int, type(None)),
 }  # fmt: skip
 SCHEMA_1 = {
-    "schema": NUMBER, "accumloss": TEXT, "python": TEXT, "torch": TEXT, "torch_cuda": MAYBE, "torch_hip": MAYBE,
+    "schema": NUMBER, "accumloss": TEXT, "import_error": (type(None), dict), "python": TEXT, "torch": TEXT, "torch_cuda": MAYBE, "torch_hip": MAYBE,
     "packages": dict.fromkeys(("transformers", "accelerate", "peft", "trl", "numpy"), MAYBE),
     "platform": TEXT, "libc": MAYBE, "cpu": MAYBE, "cores": NUMBER, "threads": NUMBER, "torch_cpu_capability": TEXT,
     "build": (dict,),  # build_info()
@@ -118,7 +121,7 @@ def test_env_is_there_where_registering_fails(capsys, monkeypatch):
         def registered():
             raise RuntimeError("expected transformers.Trainer to have train, got a transformers that does not")
 
-        monkeypatch.setattr(environment, "registered", registered)
+        monkeypatch.setattr("accumloss.transformers.registered", registered)
         assert "to have train" in environment_of(capsys)["transformers"]["error"]
     monkeypatch.setattr(environment, "_version", lambda package: None)
     facts = environment_of(capsys)
@@ -135,7 +138,7 @@ def test_env_says_what_serves_each_gpu(capsys, monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: f"GPU {device.index}")
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (3 * 2**30, 4 * 2**30))
     monkeypatch.setattr(fallback, "_architectures", lambda: "90-real")
-    monkeypatch.setattr(environment, "_registration", lambda: {"said": ""})
+    monkeypatch.setattr(environment, "_registration", lambda problem: {"said": ""})
     _, served, unserved = environment_of(capsys)["devices"]
     check_schema([served, unserved], [DEVICE])
     assert (served["device"], served["capability"], served["served_by"]) == ("cuda:0", "sm_90", "kernels")
@@ -147,6 +150,102 @@ def test_env_says_what_serves_each_gpu(capsys, monkeypatch):
     assert command.main(["env"]) == 0
     assert "device cuda:0" in (printed := capsys.readouterr().out)
     assert "GPU 0, sm_90: plain PyTorch: this accumloss was built without CUDA" in printed
+
+
+# Where accumloss does not import -----------------------------------------------------------------------------------------
+
+LIBRARY = "extern int accumloss_is_not_there(void);\nint PyInit__C(void) { return accumloss_is_not_there(); }\n"
+
+
+def broken(tmp_path, kind):
+    """A copy of the package whose compiled module is missing, of another Python, no library, or of another torch."""
+    shutil.copytree(
+        Path(accumloss.__file__).parent, tmp_path / "accumloss", ignore=shutil.ignore_patterns("*.so", "__pycache__")
+    )
+    suffix = sysconfig.get_config_var("EXT_SUFFIX")
+    if kind == "another Python":
+        (tmp_path / "accumloss" / "_C.cpython-39-x86_64-linux-gnu.so").write_bytes(b"")
+    if kind == "cut off":
+        (tmp_path / "accumloss" / f"_C{suffix}").write_bytes(b"\x7fELF")
+    if kind == "another torch":
+        (tmp_path / "_C.c").write_text(LIBRARY)
+        command = [
+            "cc",
+            "-shared",
+            "-fPIC",
+            "-Wl,-z,now",
+            str(tmp_path / "_C.c"),
+            "-o",
+            str(tmp_path / "accumloss" / f"_C{suffix}"),
+        ]
+        subprocess.run(command, check=True)
+    return tmp_path
+
+
+def python(folder, *arguments, has_torch=True):
+    """Python without site: an editable install would find its own module. Where torch is: its folder alone."""
+    sites = [folder, *(path for path in sys.path if path and has_torch and Path(path).name.endswith("-packages"))]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(map(str, sites)), "ACCUMLOSS_KEEP_MEMORY": "0"}
+    command = [sys.executable, "-S", *arguments]
+    return subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True)
+
+
+BROKEN = {
+    "missing": ("cannot import name '_C'", "leave the folder of the sources"),
+    "another Python": ("_C.cpython-39-x86_64-linux-gnu.so is there, which cpython-", "install accumloss again"),
+    "cut off": ("file too short", "install accumloss again beside this torch"),
+    "another torch": ("undefined symbol: accumloss_is_not_there", "this one does not fit what was built: install accumloss again"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", BROKEN)
+def test_env_says_what_is_known_where_the_module_does_not_import(kind, tmp_path):
+    why, remedy = BROKEN[kind]
+    folder = broken(tmp_path, kind)
+    ran = python(folder, "-m", "accumloss", "env", "--json")
+    facts = json.loads(ran.stdout)
+    assert ran.returncode == 1, ran.stderr
+    check_schema({**facts, "transformers": None}, {**SCHEMA_1, "transformers": MAYBE})
+    assert why in facts["import_error"]["error"] and remedy in facts["import_error"]["remedy"]
+    assert facts["torch"] == torch.__version__ and facts["build"] == {}
+    assert (
+        facts["devices"][0]["served_by"] == "nothing"
+        and facts["devices"][0]["remedy"] == facts["import_error"]["remedy"]
+    )
+    assert facts["variables"]["ACCUMLOSS_KEEP_MEMORY"] == "0"
+    failed = python(folder, "-c", "import accumloss")
+    assert why in failed.stderr.splitlines()[-1] and remedy in failed.stderr.splitlines()[-1]
+    if kind != "missing":
+        return
+    shown = python(folder, "-m", "accumloss", "env")
+    assert shown.returncode == 1 and "which does not import" in shown.stdout.splitlines()[0]
+    words = " ".join(shown.stdout.split())
+    assert why in words and remedy in words and torch.__version__ in words
+    for arguments in (("-m", "accumloss", "audit"), ("-c", "import accumloss.losses")):
+        failed = python(folder, *arguments)
+        (line,) = [line for line in failed.stderr.splitlines() if "accumloss: expected the compiled module" in line]
+        assert failed.returncode == 1 and failed.stdout == "" and why in line and remedy in line
+
+
+def test_env_says_that_torch_is_missing(tmp_path):
+    ran = python(broken(tmp_path, "missing"), "-m", "accumloss", "env", "--json", has_torch=False)
+    facts = json.loads(ran.stdout)
+    assert facts["torch"] is None and facts["devices"] == []
+    assert "install torch 2.10 or newer" in facts["import_error"]["remedy"]
+
+
+def test_another_program_that_imports_accumloss_is_not_the_command(tmp_path):
+    folder = broken(tmp_path, "missing")
+    (folder / "program.py").write_text("import accumloss\n")
+    failed = python(folder, "-m", "program", "env")
+    assert failed.stdout == "" and "accumloss: expected the compiled module" in failed.stderr.splitlines()[-1]
+
+
+def test_version(capsys):
+    with pytest.raises(SystemExit) as exit:
+        command.main(["--version"])
+    assert exit.value.code == 0
+    assert capsys.readouterr().out == f"accumloss {accumloss.__version__}\n"
 
 
 def test_main_refuses_an_unknown_command(capsys):

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from ..ops import _C
+from .. import _C
 
 _BLOCK_BYTES = 8 * 2**20  # of a product on the CPU that is added to an accumulator
 _LEAST_CAPABILITY = {torch.bfloat16: 80, torch.float16: 70}  # of tensor cores that take this dtype
