@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 import torch
 
-from . import _C, fallback
+from . import _C, fallback, gpus
 from .checks import FLOATS
 from .keywords import checked
 
@@ -50,7 +50,7 @@ def plan(
     logits: torch.Tensor | int,  # (..., V), or V
     dtype: torch.dtype = torch.bfloat16,
     *,
-    arch: str | None = None,
+    arch: str | float | tuple[int, int] | None = None,
     call: str = "with_grad",
     aligned: bool = True,
 ) -> CudaPlan:
@@ -59,8 +59,9 @@ def plan(
     Args:
         logits: logits (..., V), which also give dtype, alignment and architecture; or V alone.
         dtype: of the logits, where V alone is given.
-        arch: ``"sm_80"``, ``"sm_90"``, ..., or a GPU: ``"T4"``, ``"A100"``, ``"RTX 4090"``, ``"H100"``, ``"H200"``,
-            ``"B200"``, ``"RTX 5090"``; default: the logits' device, or the current one.
+        arch: a compute capability from 75 on, as ``"sm_90"``, ``"90"``, ``"9.0"``, 90 or ``(9, 0)``; or a GPU: ``"T4"``,
+            ``"A100"``, ``"RTX 4090"``, ``"H100"``, ``"H200"``, ``"B200"``, ``"RTX 5090"``, also in the name that torch has
+            for it; default: the logits' device, or the current one.
         call: ``"forward"``, ``"backward"``, or ``"with_grad"`` for both in one.
         aligned: whether each row of the gradient lies against 16 bytes as its logits do. It does in place, and for
             contiguous logits that start at 16 bytes.
@@ -103,13 +104,11 @@ def plan(
             return CudaPlan(*_C.device_plan(index, *numbers, aligned))
         major, minor = torch.cuda.get_device_capability(device)
         capability = 10 * major + minor
-    elif arch in _C.gpus():
-        gpu, capability = arch, _C.gpus()[arch]
-    elif arch.startswith("sm_") and arch[3:].isdigit():
-        capability = int(arch[3:])
     else:
-        names = ", ".join(sorted(_C.gpus()))
-        raise ValueError(f'plan: expected arch such as "sm_90", or one of {names}, got {arch!r}')
+        found = gpus.gpu_of(arch)
+        if found is None:
+            raise ValueError(f"plan: expected arch to be {gpus.known()}, got {arch!r}")
+        gpu, capability = found
     return CudaPlan(*_C.plan(*numbers, capability, aligned, gpu))
 
 

@@ -30,7 +30,7 @@ STABLE_ABI = ("torch/csrc/stable/", "torch/headeronly/", "torch/csrc/inductor/ao
 LAYERS = [
     {"_C", "_compat", "display", "inexact", "keywords", "missing", "sums"},
     {"inside", "options"},
-    {"checks"},
+    {"checks", "gpus"},
     {"arguments"},
     {"reference"},
     {"fallback"},

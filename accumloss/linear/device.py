@@ -2,22 +2,21 @@
 
 from __future__ import annotations
 
-import re
 from typing import Any
 
 import torch
 
-from .. import _C
+from ..gpus import GPU, gpu_of, known
 
 _BLOCK_BYTES = 8 * 2**20  # of a product on the CPU that is added to an accumulator
 _LEAST_CAPABILITY = {torch.bfloat16: 80, torch.float16: 70}  # of tensor cores that take this dtype
 
 
-def is_cuda(device: torch.device | str) -> bool:
+def is_cuda(device: Any) -> bool:
     """Whether calls run by the plans for CUDA.
 
     Args:
-        device: a torch.device, or "cpu", "cuda", "cuda:1", "sm_90", or a GPU by the names of accumloss.plan.
+        device: a torch.device, "cpu", "cuda", "cuda:1", an index, or a GPU as accumloss.plan takes it.
 
     Raises:
         ValueError: none of these.
@@ -25,13 +24,13 @@ def is_cuda(device: torch.device | str) -> bool:
     return _kind(device) != "cpu"
 
 
-def has_product_into_fp32(device: torch.device | str, dtype: torch.dtype) -> bool:
+def has_product_into_fp32(device: Any, dtype: torch.dtype) -> bool:
     """Whether torch multiplies 16-bit matrices there into fp32, on tensor cores: since 2.10 into an accumulator too."""
     kind = _kind(device)
     if kind == "cpu" or torch.version.hip is not None:
         return False
-    if kind != "cuda":
-        capability = _C.gpus()[kind] if kind in _C.gpus() else int(kind[3:])
+    if isinstance(kind, GPU):
+        capability = kind.capability
     elif torch.cuda.is_available():
         major, minor = torch.cuda.get_device_capability(device)
         capability = 10 * major + minor
@@ -40,28 +39,23 @@ def has_product_into_fp32(device: torch.device | str, dtype: torch.dtype) -> boo
     return capability >= _LEAST_CAPABILITY.get(dtype, 0)
 
 
-def _kind(device: torch.device | str) -> str:
-    """cpu, cuda, sm_<number> or a GPU's name."""
+def _kind(device: Any) -> str | GPU:
+    """cpu, cuda, or a GPU that is named."""
     if isinstance(device, torch.device):
         return "cuda" if device.type == "cuda" else "cpu"
-    if device.partition(":")[0] in ("cpu", "cuda"):
+    found = gpu_of(device)
+    if found is not None:
+        return found
+    if isinstance(device, str) and device.partition(":")[0] in ("cpu", "cuda"):
         return device.partition(":")[0]
-    if device in _C.gpus() or (device.startswith("sm_") and device[3:].isdigit()):
-        return device
-    # "NVIDIA H100 80GB HBM3"
-    named = [name for name in _C.gpus() if re.search(rf"\b{re.escape(name)}\b", device, re.IGNORECASE)]
-    if named:
-        return max(named, key=len)
+    if type(device) is int and 0 <= device < 50:  # an index, as torch takes it; beyond that an old capability
+        return "cuda"
     try:
-        is_known = torch.device(device).type != "meta"
+        is_known = isinstance(device, str) and torch.device(device).type != "meta"
     except RuntimeError:
         is_known = False
     if not is_known:
-        names = ", ".join(sorted(_C.gpus()))
-        raise ValueError(
-            f'linear_plan: expected a device of torch ("cpu", "cuda:0"), a capability ("sm_90"), or a name with one of {names} '
-            f"in it, got {device!r}"
-        )
+        raise ValueError(f'linear_plan: expected a device of torch ("cpu", "cuda:0"), {known()}, got {device!r}')
     return "cpu"  # a device without kernels of ours: plain PyTorch, by the plan for the CPU
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
@@ -68,7 +68,7 @@ def linear_plan(
     hidden_grad: bool = True,
     gathered: bool = False,
     max_scratch_bytes: int | None = None,
-    device: torch.device | str = "cpu",
+    device: torch.device | str | float | tuple[int, int] = "cpu",
     free_bytes: int | None = None,
 ) -> LinearPlan:
     """The chunks of a call, from its shapes and the budget; see LinearPlan.
@@ -80,7 +80,7 @@ def linear_plan(
             copied together then.
         max_scratch_bytes: the budget. None: 256 MiB on the CPU. On CUDA what 4096 rows take, or 1 GiB where that is more,
             with an fp32 accumulator beside it.
-        device: ``"cpu"``; ``"cuda"``, ``"sm_90"``, or a GPU by the names that ``accumloss.plan`` has; needs none. GPUs differ
+        device: ``"cpu"``; ``"cuda"``, or a GPU as ``accumloss.plan`` takes it (``"sm_90"``, ``"H100"``); needs none. GPUs differ
             by their memory, which ``free_bytes`` says, and by whether they have a product into fp32.
         free_bytes: what is free there. Without a budget a call asks the GPU, and takes at most half of it; but where the
             processes share the vocabulary, which must have the same chunks. None: enough.
@@ -192,16 +192,14 @@ def _plan_on_cpu(call: _Call, max_scratch_bytes: int) -> LinearPlan:
     return within
 
 
-def row_stride(vocab_size: int, device: torch.device | str) -> int:
+def row_stride(vocab_size: int, device: torch.device | str | float | tuple[int, int]) -> int:
     """Of a chunk's logits."""
     if not devices.is_cuda(device):
         return vocab_size
     return -(-vocab_size // CUDA_COLUMNS_ALIGNED) * CUDA_COLUMNS_ALIGNED
 
 
-def _plan_on_cuda(
-    call: _Call, device: torch.device | str, max_scratch_bytes: int | None, free_bytes: int | None
-) -> LinearPlan:
+def _plan_on_cuda(call: _Call, device: Any, max_scratch_bytes: int | None, free_bytes: int | None) -> LinearPlan:
     rows, dtype = call.rows, call.dtype
     stride = row_stride(call.vocab_size, device)
     row_bytes = call.row_bytes(stride)

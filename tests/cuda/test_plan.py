@@ -146,12 +146,50 @@ def test_plan_can_be_forced(monkeypatch):
         accumloss.plan(1000, arch="sm_80")
 
 
+HOPPER = ("sm_90", "SM90", "90", "90a", "sm_90a", "compute_90", "9.0", 90, 9.0, (9, 0))
+NOT_KNOWN = ("hopper", "", "sm_", "GH200", "L40", "H1000", "cuda", 35, "sm_52", "7.0", True, 9.05, (9, 0, 0), [90])
+
+
+def test_plans_take_what_a_user_writes():
+    """Capabilities as torch, nvcc and CMake write them; names in any case, and as torch has them."""
+    for arch in HOPPER:
+        assert accumloss.plan(128256, arch=arch) == accumloss.plan(128256, arch="sm_90"), arch
+        assert accumloss.linear_plan(9999, 64, 32000, device=arch) == accumloss.linear_plan(
+            9999, 64, 32000, device="sm_90"
+        )
+    for name in ("H100", "h100", "NVIDIA H100 80GB HBM3", "nvidia-h100"):
+        assert (
+            accumloss.plan(128256, arch=name) == accumloss.plan(128256, arch="H100") != accumloss.plan(128256, arch=90)
+        )
+        assert accumloss.linear_plan(9999, 64, 32000, device=name) == accumloss.linear_plan(
+            9999, 64, 32000, device="sm_90"
+        )
+    for name in ("RTX4090", "rtx 4090", "RTX-4090", "NVIDIA GeForce RTX 4090"):
+        assert accumloss.plan(32000, arch=name) == accumloss.plan(32000, arch="RTX 4090"), name
+    assert accumloss.plan(32000, arch="12.0") == accumloss.plan(32000, arch="sm_120")
+
+
+def test_linear_plan_refuses_what_nobody_knows_with_the_list_of_what_works():
+    for device in set(map(str, NOT_KNOWN)) - {"cuda", "True"} | {"meta"}:
+        with pytest.raises(
+            ValueError, match=r'linear_plan: expected a device of torch .*"sm_90", "90", "9.0", 90.*one of A100'
+        ):
+            accumloss.linear_plan(10, 8, 100, device=device)
+    for device in (None, True, [90], 70, -1):
+        with pytest.raises(ValueError, match="linear_plan: expected a device of torch"):
+            accumloss.linear_plan(10, 8, 100, device=device)
+    assert accumloss.linear_plan(10, 8, 100, device=0) == accumloss.linear_plan(10, 8, 100, device="cuda:0")
+
+
 @pytest.mark.parametrize(
     "arguments, message",
     [
         ({"logits": 0, "arch": "sm_90"}, "V >= 1"),
         ({"logits": 10, "dtype": torch.int64, "arch": "sm_90"}, "floating dtype"),
-        ({"logits": 10, "arch": "hopper"}, 'such as "sm_90", or one of A100, B200'),
+        *(
+            ({"logits": 10, "arch": arch}, r'from 75 on .*"sm_90", "90", "9.0", 90.*one of A100, B200, H100')
+            for arch in NOT_KNOWN
+        ),
         ({"logits": 10, "arch": "sm_90", "call": "both"}, "one of forward"),
     ],
 )
