@@ -139,7 +139,7 @@ def warn_without_kernels() -> None:
     if _C.build_info()["without_cuda"] != "nvcc was not found" or torch.version.cuda is None:
         return
     if (
-        torch.cuda.device_count() and os.environ.get("ACCUMLOSS_FALLBACK", "") == ""
+        torch.cuda.device_count() and os.environ.get("ACCUMLOSS_FALLBACK", "").strip() == ""
     ):  # by NVML: CUDA stays as it is, for forks
         warnings.warn(
             f"accumloss was built without its CUDA kernels, since nvcc was not found; torch has CUDA {torch.version.cuda} and "

@@ -120,7 +120,7 @@ def has_image(architectures: str, major: int, minor: int) -> bool:
 
 def _announce(function: str, device: torch.device) -> None:
     """Warns where that has not been said of this type of device, or refuses."""
-    wish = os.environ.get("ACCUMLOSS_FALLBACK", "")
+    wish = os.environ.get("ACCUMLOSS_FALLBACK", "").strip()
     if wish == "" and device.type in served:
         return
     if wish not in ("", "error"):

@@ -28,6 +28,9 @@ MINIMUM = {"torch": (2, 10), "cmake": (3, 24), "ninja": (1, 10)}  # cmake: --fre
 # What CMake reads from the environment only once: a change asks for a fresh configuration.
 ENVIRONMENT = ["ACCUMLOSS_CUDA", "CC", "CXX", "CXXFLAGS", "LDFLAGS"]
 ENVIRONMENT += ["CUDACXX", "CUDAHOSTCXX", "CUDAFLAGS", "CUDAARCHS", "TORCH_CUDA_ARCH_LIST", "CUDA_HOME", "CUDA_PATH"]
+for _name in [*ENVIRONMENT, "ACCUMLOSS_TORCH_DIR", "CMAKE_ARGS"]:  # a blank one is as good as none, here and in CMake
+    if not os.environ.get(_name, "set").strip():
+        del os.environ[_name]
 # NVIDIA's wheels that make a compiler together, beside a host compiler. Those of CUDA 12 hold ptxas and no nvcc.
 COMPILER_WHEELS = ("nvidia-cuda-nvcc", "nvidia-cuda-crt", "nvidia-nvvm", "nvidia-cuda-cccl", "nvidia-cuda-runtime")
 COMPILER_FILES = (

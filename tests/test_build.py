@@ -107,6 +107,37 @@ def test_build_says_in_one_line_what_is_wrong_with_a_compiler(code):
     assert_one_line(run_python("import sys; sys.platform = 'darwin'; " + code), "Linux on x86_64 or aarch64", "darwin")
 
 
+def test_blank_variables_are_as_if_they_were_not_set(tmp_path):
+    """Here and in CMake, which inherits them: all that are read, with spaces or nothing in them."""
+    code = "import native, os; print(native.missing_requirements(), sorted(os.environ), native.cuda_setting())"
+    names = re.findall(
+        r'"([A-Z][A-Z_]+)"', re.search(r"^ENVIRONMENT = .*\n.*", (TOOLS / "native.py").read_text(), re.M)[0]
+    )
+    assert {"CXX", "CUDACXX", "CUDAARCHS", "TORCH_CUDA_ARCH_LIST", "CUDA_HOME", "ACCUMLOSS_CUDA"} <= set(names)
+    names += ["ACCUMLOSS_TORCH_DIR", "CMAKE_ARGS"]
+    bare = run_python(code, **dict.fromkeys(names))
+    assert bare.returncode == 0, bare.stderr
+    for blank in ("   ", "\t", ""):
+        assert run_python(code, **dict.fromkeys(names, blank)).stdout == bare.stdout
+    assert "'AUTO'" not in bare.stdout and bare.stdout.rstrip().endswith("AUTO")
+
+
+def test_the_matrix_takes_a_python_by_a_relative_path(tmp_path):
+    """make gives it that of .venv; each way runs in a folder of its own."""
+    (tmp_path / "bin").mkdir()
+    script = 'echo "$*" >> "$(dirname "$0")/asked"; case "$1" in *native.py) echo /nowhere/torch;; *) exit 1;; esac'
+    make_program(tmp_path / "bin", "python", script)
+    environment = {**os.environ, "PYTHON": "bin/python", "WHERE": str(tmp_path / "ways")}
+    command = [str(TOOLS / "matrix.sh"), "uv"]
+    ran = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
+    assert ran.returncode == 1 and "| uv " in ran.stdout and "No such file" not in ran.stdout, ran
+    asked = (tmp_path / "bin" / "asked").read_text().splitlines()
+    assert asked[-1] == f"-m venv {tmp_path}/ways/uv/venv"
+    environment["PYTHON"] = "no-such-python"
+    ran = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
+    assert ran.returncode == 2 and ran.stderr == "matrix: PYTHON=no-such-python was not found\n"
+
+
 def test_builds_of_one_folder_wait_for_each_other(tmp_path):
     code = f"""
 import native, pathlib, time
@@ -316,6 +347,8 @@ def test_a_build_without_kernels_says_so_at_import_and_once(monkeypatch):
     cuda.warn_without_kernels()  # the first use raises
     with pytest.raises(RuntimeError, match="ACCUMLOSS_FALLBACK=error, got cuda:0"):
         fallback._announce("cross_entropy", gpu)
+    monkeypatch.setenv("ACCUMLOSS_FALLBACK", "  ")
+    fallback._announce("cross_entropy", gpu)  # as good as not set
     monkeypatch.delenv("ACCUMLOSS_FALLBACK")
     for others in ("ACCUMLOSS_CUDA=OFF", None):
         monkeypatch.setattr(cuda, "_C", facts(others))

@@ -427,3 +427,5 @@ def test_unknown_instruction_set_is_refused():
     done = subprocess.run([sys.executable, "-P", "-c", program], env=environment, capture_output=True, text=True)
     assert done.returncode != 0
     assert "ACCUMLOSS_CPU_CAPABILITY: expected one of portable" in done.stderr and "got mmx" in done.stderr
+    environment["ACCUMLOSS_CPU_CAPABILITY"] = "  "  # as good as not set
+    subprocess.run([sys.executable, "-P", "-c", program], env=environment, check=True)

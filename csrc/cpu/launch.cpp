@@ -56,7 +56,7 @@ const InstructionSet& select_instruction_set() {
     supported.push_back(&avx512());
 #endif
   const char* wanted = std::getenv("ACCUMLOSS_CPU_CAPABILITY");
-  if (wanted == nullptr || *wanted == '\0') return *supported.back();
+  if (wanted == nullptr || wanted[std::strspn(wanted, " \t")] == '\0') return *supported.back();
   std::string names;
   for (const InstructionSet* set : supported) {
     if (std::strcmp(set->name, wanted) == 0) return *set;
