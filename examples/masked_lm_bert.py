@@ -21,7 +21,8 @@ config = BertConfig(
 model = BertForMaskedLM(config)  # yours: BertForMaskedLM.from_pretrained(...)
 
 # Every row has a share of masks of its own, from 5 to 60 %. Yours: DataCollatorForLanguageModeling.
-tokens = 5 + (torch.randint(95, (256, 1)) + torch.arange(16)) % 95  # they count upwards
+sentences = 5 + torch.randint(95, (8, 16))
+tokens = sentences[torch.randint(8, (256,))]  # what is masked can be told from the rest of its sentence
 is_masked = torch.rand(256, 16) < torch.rand(256, 1) * 0.55 + 0.05
 is_masked[:, 0] = True
 inputs, labels = tokens.masked_fill(is_masked, MASK), tokens.masked_fill(~is_masked, -100)
@@ -29,7 +30,7 @@ dataset = [{"input_ids": row, "labels": label} for row, label in zip(inputs, lab
 
 arguments = TrainingArguments(
     output_dir="trainer-output", per_device_train_batch_size=micro_batch, gradient_accumulation_steps=ROWS // micro_batch,
-    max_steps=16, learning_rate=1e-2, logging_steps=4, save_strategy="no", report_to=[], disable_tqdm=True,
+    max_steps=32, learning_rate=1e-2, logging_steps=8, save_strategy="no", report_to=[], disable_tqdm=True,
     use_cpu=True,  # yours: leave this out
 )  # fmt: skip
 with accumloss.registered(metrics=True):  # for the length of this block

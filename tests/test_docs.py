@@ -4,6 +4,7 @@ import csv
 import dataclasses
 import functools
 import importlib.util
+import os
 import re
 import shlex
 import subprocess
@@ -14,7 +15,6 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
-from windows import TinyLM, split, window
 
 import accumloss
 from accumloss import __main__ as command
@@ -415,15 +415,6 @@ def test_the_problem_is_what_readme_says():
         assert float(told) == pytest.approx(value, abs=0.005)
 
 
-def test_the_loop_of_readme_runs(capsys):
-    model = TinyLM()
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-    windows = [split(*window(seed), [1, 4, 3]) for seed in range(2)]
-    names = {"accumloss": accumloss, "model": model, "optimizer": optimizer, "windows": windows}
-    exec(dict(blocks(README))["In a loop of your own"], names)
-    assert len(capsys.readouterr().out.splitlines()) == 2
-
-
 @pytest.fixture
 def with_trainer(tmp_path, monkeypatch):
     """What the blocks with a Trainer are written with."""
@@ -455,10 +446,19 @@ def with_trainer(tmp_path, monkeypatch):
     accumloss.unregister_from_transformers()
 
 
-def test_the_trainer_of_readme_runs(with_trainer, capsys):
-    block = dict(blocks(README))["With Trainer"]
-    exec(block, with_trainer)
-    assert "BertForTokenClassification: accumloss, from the logits" in capsys.readouterr().out
+def test_the_blocks_of_readme_are_one_session(tmp_path, monkeypatch):
+    """Pasted one after the other into one Python that has nothing but what they bring; what they print is what is told."""
+    pytest.importorskip("transformers", reason="needs transformers")
+    session = "".join(block + "\n" for _, block in blocks(README))
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "PYTHON_HISTORY": os.devnull}
+    command = [sys.executable, "-P", "-i", "-q"]
+    ran = subprocess.run(
+        command, input=session, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=600
+    )
+    assert "Error" not in ran.stderr and "Traceback" not in ran.stderr, ran.stderr[-3000:]
+    assert "BertForTokenClassification: accumloss, from the logits" in ran.stdout
+    assert "'train_loss'" in ran.stdout  # the Trainer's
+    assert len(re.findall(r"^(?:[.> ]*)tensor\(0\.\d+\) tensor\(256\)$", ran.stdout, re.M)) == 2  # the loop's
 
 
 @pytest.mark.parametrize("page", ["transformers", "troubleshooting"])

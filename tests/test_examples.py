@@ -18,6 +18,7 @@ EXAMPLES = Path(__file__).resolve().parents[1] / "examples"
 IN_FAST_TIER = {"own_loop", "finetune_trainer"}
 ON_TWO_RANKS = {"own_loop_ddp", "fsdp2_fused_head"}
 NEEDS = {"finetune_lora_trl": ("trl", "peft", "datasets")}
+LEARN = ("masked_lm_bert", "own_loop", "distillation", "class_weighted_tokens")  # within the steps that they take
 WHY_SLOW = "two examples of the fast tier, and the recipes, are of the same kinds"
 PRINTED = 1e-4  # four decimals of losses of 1 and more
 NAMES = [
@@ -75,6 +76,8 @@ def test_example(name, capsys):
         return
     few, many = (losses_of(run(name, rows, capsys)) for rows in (2, 8))
     assert len(few) >= 1 and len(set(few)) == len(few)  # it trains
+    if name in LEARN:
+        assert few[-1] < 0.9 * few[0], few
     assert few == pytest.approx(many, rel=PRINTED, abs=TRAINER_GRADIENT)
 
 
