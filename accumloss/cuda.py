@@ -17,7 +17,7 @@ class CudaPlan(NamedTuple):
     """How a call runs on CUDA; ``accumloss.plan`` tells.
 
     Attributes:
-        kernel: packed, warp, held, staged or block.
+        kernel: packed, warp, held, staged, block or partly_held.
         threads: of a block.
         cluster: blocks that share a row.
         stages: rows on chip or on their way to it; staged only.
@@ -32,7 +32,7 @@ class CudaPlan(NamedTuple):
         ('staged', 4)
     """
 
-    kernel: str  # packed, warp, held, staged or block
+    kernel: str  # packed, warp, held, staged, block or partly_held
     threads: int  # of a block
     cluster: int  # blocks that share a row
     stages: int  # rows on chip or on their way to it; staged only
@@ -68,9 +68,10 @@ def plan(
 
     Returns:
         CudaPlan. ``packed``: 8 lanes a row; ``warp``: a warp a row; ``held``: a block a row, which stays in shared memory
-        for its gradient; ``staged``: a cluster of blocks a row, the next rows on their way (sm_90 and newer); ``block``:
-        a block a row, visited twice. ``resident`` is what the GPU itself answers where it is asked for, an upper bound
-        where one is named, None where an ``sm_`` is.
+        for its gradient; ``partly_held``: as far as there is room, the rest read again from the L2; ``staged``: a cluster
+        of blocks a row, the next rows on their way (sm_90 and newer); ``block``: a block a row, visited twice.
+        ``resident`` is what the GPU itself answers where it is asked for, an upper bound where one is named, None where
+        an ``sm_`` is.
 
     Raises:
         ValueError: no V, no floating dtype, a call or an architecture that nobody knows, or none where there is no GPU.

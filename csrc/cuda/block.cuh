@@ -4,6 +4,10 @@
 // blocks are persistent. A thread brings what it reads itself, by copies of its own, so that nobody waits for another
 // but where the sums of the row are merged; as soon as it has written its part of a row's gradient, it has its part of
 // the block's next row brought into the same place. An ignored row is not read.
+//
+// Of a row that does not fit the first vectors are held. The rest is read a second time, from the L2: backwards, so
+// that what was read last, which the L2 keeps longest, comes first; and as lines that nobody needs again, which those
+// of what is held are from their beginning.
 #pragma once
 
 #include "copies.cuh"
@@ -78,26 +82,35 @@ struct HeldRow {
   __device__ __forceinline__ Slice<T> slice(int V) const { return Slice<T>(x, V, 0, 0); }
 };
 
+// What is held of every row: parts, brought and reduced one after the other, of so many vectors, whole passes.
+struct HeldShape {
+  int parts, part;
+};
+
 template <typename T>
 struct HeldBlock {
   static constexpr int kWidth = Slice<T>::kWidth;
-  static constexpr int kParts = kHeldParts;  // of a row, brought and reduced one after the other
 
   const RowArgs<float>& args;
   T* stage;
   int V;
   int thread, size;
   int pass;  // vectors that all threads take at once
-  int part;  // vectors of a part, whole passes, of every row
+  int parts, part;
+  CopyPolicy policy;
 
-  __device__ __forceinline__ explicit HeldBlock(const RowArgs<float>& arguments)
+  __device__ __forceinline__ HeldBlock(const RowArgs<float>& arguments, const HeldShape& shape)
       : args(arguments),
         stage(reinterpret_cast<T*>(dynamic_shared() + kHeldHeader)),
         V(static_cast<int>(arguments.inputs.logits.V)),
         thread(static_cast<int>(threadIdx.x)),
         size(static_cast<int>(blockDim.x)),
         pass(kSliceVectors * size),
-        part(((V + 2 * kWidth - 2) / kWidth + kParts * pass - 1) / (kParts * pass) * pass) {}
+        parts(shape.parts),
+        part(shape.part) {}
+
+  // Vectors that are held, if the row has so many.
+  __device__ __forceinline__ int held() const { return parts * part; }
 
   __device__ __forceinline__ HeldRow<T> row_of(int64_t row) const {
     const CrossEntropyInputs& inputs = args.inputs;
@@ -120,12 +133,12 @@ struct HeldBlock {
     if (row.label == kNoLabel || vector >= slice.count) return;
     const int j = slice.class_of(vector), over = j + kWidth - V;
     constexpr int kSize = static_cast<int>(sizeof(T));
-    copy_vector(stage + vector * kWidth, row.x + j, (j < 0 ? -j : 0) * kSize, (over > 0 ? over : 0) * kSize);
+    copy_vector(stage + vector * kWidth, row.x + j, (j < 0 ? -j : 0) * kSize, (over > 0 ? over : 0) * kSize, policy);
   }
   __device__ __forceinline__ void bring_all(const HeldRow<T>& row) const {
     const Slice<T> slice = row.slice(V);
 #pragma unroll 1
-    for (int p = 0; p < kParts; ++p) {
+    for (int p = 0; p < parts; ++p) {
 #pragma unroll 1
       for (int v = p * part + thread; v < (p + 1) * part; v += size) bring(row, slice, v);
       copies_commit();
@@ -150,14 +163,72 @@ struct HeldBlock {
 
   __device__ __forceinline__ RowState<float> reduce(const HeldRow<T>& row, const Slice<T>& slice) const {
     PlainSum<T> sums;
+    // Half of the warps begin with the rest: so the memory is read all the time.
+    const int first = thread / kWarp % 2;
 #pragma unroll 1
-    for (int p = 0; p < kParts; ++p) {
-      copies_wait(kParts - 1 - p);
-      take_out(row, slice, p);
-      const int end = (p + 1) * part < slice.count ? (p + 1) * part : slice.count;
-      reduce_vectors<false, kSliceVectors>(sums, stage, p * part, end, thread, size);
+    for (int turn = 0; turn < 2; ++turn) {
+      if (turn == first) {
+        reduce_rest<kSliceVectors>(sums, row, slice);
+        continue;
+      }
+#pragma unroll 1
+      for (int p = 0; p < parts; ++p) {
+        copies_wait(parts - 1 - p);
+        take_out(row, slice, p);
+        const int end = (p + 1) * part < slice.count ? (p + 1) * part : slice.count;
+        reduce_vectors<false, kSliceVectors>(sums, stage, p * part, end, thread, size);
+      }
     }
     return sums.state();
+  }
+
+  // What is not held. A vector that is not all the row's at its end is its thread's, element by element.
+  template <int kVectors, typename Sum>
+  __device__ __forceinline__ void reduce_rest(Sum& sums, const HeldRow<T>& row, const Slice<T>& slice) const {
+    const T* const from = row.x + slice.offset;
+    const int label = row.label - slice.offset;
+    reduce_vectors<true, kVectors, true>(sums, from, held(), slice.end, thread, size, label);
+    if (has_end(slice)) {
+#pragma unroll 1
+      for (int i = slice.end * kWidth; i < slice.end * kWidth + slice.back; ++i) {
+        sums.push_one(i == label ? -INFINITY : Element<T>::widen(from[i]));
+      }
+    }
+  }
+  template <int kVectors, typename Gradient>
+  __device__ __forceinline__ void write_rest(const HeldRow<T>& row, const Slice<T>& slice,
+                                             const Gradient& gradient) const {
+    const T* const from = row.x + slice.offset;
+    T* const to = row.out + slice.offset;
+    if (has_end(slice)) {
+#pragma unroll 1
+      for (int i = slice.end * kWidth; i < slice.end * kWidth + slice.back; ++i) {
+        to[i] = Element<T>::narrow(gradient(Element<T>::widen(from[i])));
+      }
+    }
+    // The last pass first, which may not be whole.
+    const int step = kVectors * size, passes = slice.end > held() ? (slice.end - held() + step - 1) / step : 0;
+    int v = held() + thread + (passes - 1) * step;
+    if (passes > 0 && v + (kVectors - 1) * size >= slice.end) {
+#pragma unroll
+      for (int k = 0; k < kVectors; ++k) {
+        const int at = (v + k * size) * kWidth;
+        if (v + k * size < slice.end) stream_vector(to + at, gradient_of<T>(load_last(from + at), gradient));
+      }
+      v -= step;
+    }
+#pragma unroll 1
+    for (; v >= held(); v -= step) {
+      typename Element<T>::Raw raw[kVectors];
+#pragma unroll
+      for (int k = 0; k < kVectors; ++k) raw[k] = load_last(from + (v + k * size) * kWidth);
+#pragma unroll
+      for (int k = 0; k < kVectors; ++k) stream_vector(to + (v + k * size) * kWidth, gradient_of<T>(raw[k], gradient));
+    }
+  }
+  // Whether the row ends with a vector that is not all its own, is not held, and is the thread's.
+  __device__ __forceinline__ bool has_end(const Slice<T>& slice) const {
+    return slice.back > 0 && slice.end >= held() && (slice.end & (size - 1)) == thread;
   }
 
   // The vectors of a thread are those of its parts: other threads' lie elsewhere, and none waits for them.
@@ -178,7 +249,7 @@ struct HeldBlock {
       }
     };
 #pragma unroll 1
-    for (int p = 0; p < kParts; ++p) {
+    for (int p = 0; p < parts; ++p) {
       const int most = slice.count > after.count ? slice.count : after.count;
       const int end = (p + 1) * part < most ? (p + 1) * part : most;
 #pragma unroll 1
@@ -207,22 +278,28 @@ struct HeldBlock {
 
 // As HeldBlock's, of a row whose logits are too large for the fused exponent.
 template <typename T>
-__device__ __noinline__ RowState<float> reduce_held_large(const T* stage, int count, int thread, int size) {
+__device__ __noinline__ RowState<float> reduce_held_large(const HeldBlock<T> block, const HeldRow<T> row) {
+  const Slice<T> slice = row.slice(block.V);
   ExactSum<T> sums;
-  reduce_vectors<false, 1>(sums, stage, 0, count, thread, size);
+  block.template reduce_rest<1>(sums, row, slice);
+  const int count = slice.count < block.held() ? slice.count : block.held();
+  reduce_vectors<false, 1>(sums, block.stage, 0, count, block.thread, block.size);
   return sums.state();
 }
 template <typename T>
 __device__ __noinline__ void write_held_large(const HeldBlock<T> block, const HeldRow<T> row, const HeldRow<T> next,
                                               const RowFactor<float> factor) {
-  block.write(row, row.slice(block.V), next, ExactGradient<T>(factor));
+  const Slice<T> slice = row.slice(block.V);
+  const ExactGradient<T> gradient(factor);
+  block.write(row, slice, next, gradient);
+  block.template write_rest<1>(row, slice, gradient);
 }
 
 template <typename T>
 __global__ void __launch_bounds__(kMaxThreads, 1)
-    held_kernel(const __grid_constant__ RowArgs<typename Element<T>::Acc> args) {
+    held_kernel(const __grid_constant__ RowArgs<typename Element<T>::Acc> args, const HeldShape shape) {
   begin_rows(args);
-  const HeldBlock<T> block(args);
+  const HeldBlock<T> block(args, shape);
   const int64_t rows = row_count(args.inputs.logits);
   const FactorView<float, false> factors(args.factor, args.inputs, incoming_gradient(args));
   BlockGroup group;
@@ -242,13 +319,15 @@ __global__ void __launch_bounds__(kMaxThreads, 1)
     }
     RowState<float> state = group.merge<false>(block.reduce(row, slice));
     const bool large = is_large<T>(state.max);  // the same decision in all threads
-    if (large) state = group.merge<false>(reduce_held_large(block.stage, slice.count, block.thread, block.size));
+    if (large) state = group.merge<false>(reduce_held_large(block, row));
     if (block.thread == 0) record_row<false>(args, number, state, row.z_label, false);
     const RowFactor<float> factor = factors.of(state, row.z_label, row.weight);
     if (large) {
       write_held_large(block, row, next, factor);
     } else {
-      block.write(row, slice, next, PlainGradient<T>(factor));
+      const PlainGradient<T> gradient(factor);
+      block.write(row, slice, next, gradient);
+      block.template write_rest<kSliceVectors>(row, slice, gradient);
     }
     // Over what its vector has there, which the same thread has written.
     const int vector = (row.label - slice.offset) / Slice<T>::kWidth;

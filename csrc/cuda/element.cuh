@@ -183,6 +183,19 @@ __device__ __forceinline__ typename Element<T>::Raw load_vector(const T* x) {
   return *reinterpret_cast<const typename Element<T>::Raw*>(x);
 }
 
+// From global memory, past the first-level cache: it is read again when that has long given it away. An intrinsic, as
+// the compiler does not see that the address is global.
+template <typename T>
+__device__ __forceinline__ typename Element<T>::Raw load_far(const T* x) {
+  return __ldcg(reinterpret_cast<const typename Element<T>::Raw*>(x));
+}
+
+// From global memory, where it is not read again: the L2 may give its place away.
+template <typename T>
+__device__ __forceinline__ typename Element<T>::Raw load_last(const T* x) {
+  return __ldcs(reinterpret_cast<const typename Element<T>::Raw*>(x));
+}
+
 // Into shared memory.
 template <typename T>
 __device__ __forceinline__ void store_vector(T* x, const typename Element<T>::Raw& raw) {

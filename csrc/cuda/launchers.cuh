@@ -45,8 +45,8 @@ struct Launchers {
     bool general;
   };
 
-  // Of a call on the current device; resident is known of staged and held. A gradient that lies otherwise against 16
-  // bytes than its logits takes the general kernels.
+  // Of a call on the current device; resident is known of the persistent ones: staged, held, partly held. A gradient
+  // that lies otherwise against 16 bytes than its logits takes the general kernels.
   static Choice choose(const char* what, const Context& context, Pass pass, const LossOptions& options, int64_t V,
                        bool aligned) {
     const int capability = context.capability();
@@ -60,7 +60,7 @@ struct Launchers {
         request.staged = false;  // part of a device (MIG, a green context) may have no room for a cluster
         plan = choose_plan(request);
       }
-      if (plan.kernel == Kernel::kHeld && !general) {
+      if (is_held(plan) && !general) {
         const Grid grid = {1, plan.threads, plan.shared_bytes};
         plan.resident = resident_clusters(what, reinterpret_cast<const void*>(held_kernel<T>), grid, context.stream());
       }
@@ -83,11 +83,12 @@ struct Launchers {
     const Grid grid = {1, plan.threads, plan.shared_bytes};
     const void* const kernel = general         ? reinterpret_cast<const void*>(general_kernel<T>)
                                : is_tile(plan) ? reinterpret_cast<const void*>(tile(pass))
-                                               : reinterpret_cast<const void*>(block(plan, pass));
+                                               : reinterpret_cast<const void*>(block(pass));
     plan.resident = resident_clusters("plan", kernel, grid, context.stream());
     return plan;
   }
 
+  static bool is_held(const Plan& plan) { return plan.kernel == Kernel::kHeld || plan.kernel == Kernel::kPartlyHeld; }
   static bool is_tile(const Plan& plan) { return plan.kernel == Kernel::kPacked || plan.kernel == Kernel::kWarp; }
 
   using TileKernel = void (*)(RowArgs<Acc>, int);
@@ -103,15 +104,22 @@ struct Launchers {
     return nullptr;
   }
 
-  // Of held and block.
-  static BlockKernel block(const Plan& plan, Pass pass) {
+  static BlockKernel block(Pass pass) {
     if constexpr (!kIsDouble) {
-      if (plan.kernel == Kernel::kHeld) return held_kernel<T>;
       return pass == Pass::kForward    ? block_kernel<T, true, false>
              : pass == Pass::kBackward ? block_kernel<T, false, true>
                                        : block_kernel<T, true, true>;
     }
     return nullptr;
+  }
+
+  // A whole row in kHeldParts, whatever its place against 16 bytes; or a pass of all threads in each.
+  static HeldShape held_shape(const Plan& plan, int64_t V) {
+    constexpr int64_t kWidth = kVector / static_cast<int64_t>(sizeof(T));
+    const int64_t pass = pass_bytes(plan.threads) / kVector, vectors = (V + 2 * kWidth - 2) / kWidth;
+    const int64_t part = (vectors + kHeldParts * pass - 1) / (kHeldParts * pass) * pass;
+    if (plan.kernel == Kernel::kHeld) return {kHeldParts, static_cast<int>(part)};
+    return {static_cast<int>((plan.shared_bytes - kHeldHeader) / kVector / pass), static_cast<int>(pass)};
   }
 
   // All but the staged ones.
@@ -126,8 +134,13 @@ struct Launchers {
       return launch(what, general_kernel<T>, grid, context.stream(), args, shape);
     }
     if (is_tile(plan)) return launch(what, tile(args.pass), grid, context.stream(), args, plan.groups);
-    const int64_t blocks = held ? std::min(rows, std::max<int64_t>(plan.resident, 1)) : rows;
-    launch(what, block(plan, args.pass), Grid{blocks, plan.threads, plan.shared_bytes}, context.stream(), args);
+    if constexpr (!kIsDouble) {
+      if (is_held(plan)) {
+        const Grid wave = {std::min(rows, std::max<int64_t>(plan.resident, 1)), plan.threads, plan.shared_bytes};
+        return launch(what, held_kernel<T>, wave, context.stream(), args, held_shape(plan, args.inputs.logits.V));
+      }
+    }
+    launch(what, block(args.pass), grid, context.stream(), args);
   }
 
   // Rows, then what finishes them.

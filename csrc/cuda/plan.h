@@ -14,13 +14,15 @@ namespace accumloss::cuda {
 enum class Pass { kForward, kBackward, kForwardWithGrad };
 
 enum class Kernel {
-  kPacked,  // 8 lanes a row
-  kWarp,    // a warp a row
-  kHeld,    // a block a row, which waits in shared memory for its gradient
-  kStaged,  // persistent clusters of blocks; bulk copies bring the next rows while one is reduced
-  kBlock,   // a block a row, visited twice: for any row
+  kPacked,      // 8 lanes a row
+  kWarp,        // a warp a row
+  kHeld,        // a block a row, which waits in shared memory for its gradient
+  kStaged,      // persistent clusters of blocks; bulk copies bring the next rows while one is reduced
+  kBlock,       // a block a row, visited twice: for any row
+  kPartlyHeld,  // held as far as there is room; the rest visited twice
 };
-constexpr const char* kKernelNames[] = {"packed", "warp", "held", "staged", "block"};
+constexpr const char* kKernelNames[] = {"packed", "warp", "held", "staged", "block", "partly_held"};
+constexpr int kKernels = 6;
 
 struct Plan {
   Kernel kernel;
@@ -95,7 +97,7 @@ constexpr int64_t shared_bytes_kept(int capability) { return capability == 75 ? 
 // that have little. Rows of sm_90 and sm_100 are on chip.
 constexpr int64_t cache_of_multiprocessor(int capability) {
   constexpr int64_t kKiB = 1024;
-  return capability == 80                                             ? 388 * kKiB
+  return capability == 80                                             ? 379 * kKiB
          : capability == 89 || capability == 120 || capability == 121 ? 576 * kKiB
                                                                       : 64 * kKiB;
 }
@@ -179,6 +181,9 @@ inline bool fits(const PlanRequest& request, const Plan& plan) {
              request.capability >= 90 && max_shared_bytes(request.capability) >= kStagedSharedBytes;
     case Kernel::kBlock:
       return true;
+    case Kernel::kPartlyHeld:
+      return request.pass == Pass::kForwardWithGrad && !is_double && request.aligned && !request.general && room &&
+             plan.shared_bytes > kHeldHeader;
   }
   return false;
 }
@@ -194,15 +199,38 @@ constexpr bool finds_row_again(const PlanRequest& request) {
 
 // Of a block that holds a row: some rows of a multiprocessor share 512 threads, as the groups of a staged block do.
 constexpr int held_threads(int64_t bytes) { return bytes <= 20480 ? 128 : bytes <= 81920 ? 256 : kMaxThreads; }
-constexpr int kHeldParts = 8;
+constexpr int kHeldParts = 8;  // 7 batches of copies are on their way while the first is waited for
 
-// The plan of a kernel for a call; cluster 0: the smallest that fits.
-inline Plan plan_of(const PlanRequest& request, Kernel kernel, int cluster = 0) {
+// What a partly held row is held in: passes of four vectors of each thread.
+constexpr int64_t pass_bytes(int threads) { return 4 * kVector * threads; }
+// Whether the L2 has what is not held of so many rows of a multiprocessor when they are visited again.
+constexpr bool finds_rest_again(const PlanRequest& request, const Plan& plan, int rows) {
+  const int64_t rest = request.V * element_size(request.dtype) - (plan.shared_bytes - kHeldHeader);
+  return rows * rest <= cache_of_multiprocessor(request.capability);
+}
+
+// Of a multiprocessor that has so many blocks, each with a row. passes: that are held; 0: as many as there is room for.
+inline Plan partly_held_plan(const PlanRequest& request, int blocks, int64_t passes = 0) {
+  const int64_t kept = shared_bytes_kept(request.capability), bytes = request.V * element_size(request.dtype);
+  const int64_t room = (max_shared_bytes(request.capability) + kept) / blocks - kept - kHeldHeader;
+  int threads = std::min(held_threads(bytes), kMaxThreads / blocks);
+  if (room < 2 * pass_bytes(threads)) threads /= 2;  // whose passes fill the room better
+  if (passes == 0) passes = std::min<int64_t>(kHeldParts, room / pass_bytes(threads));
+  Plan plan = {Kernel::kPartlyHeld, threads, 1, 0, 0, 0, 0};
+  plan.shared_bytes = kHeldHeader + passes * pass_bytes(threads);
+  plan.bytes_per_element = element_size(request.dtype) * (finds_rest_again(request, plan, blocks) ? 2.0 : 3.0);
+  return plan;
+}
+
+// The plan of a kernel for a call. number: of a staged plan, the blocks of a cluster; of a partly held one, the passes
+// that are held; 0: the smallest that fits, the most that fit.
+inline Plan plan_of(const PlanRequest& request, Kernel kernel, int number = 0) {
   const int64_t size = element_size(request.dtype);
+  if (kernel == Kernel::kPartlyHeld) return partly_held_plan(request, 1, number);
   Plan plan = {kernel, kTileThreads, 1, 0, 0, 0, 0};
   if (kernel == Kernel::kStaged) {
-    plan = staged_plan(request, cluster > 0 ? cluster : 1);
-    while (cluster == 0 && !fits(request, plan) && plan.cluster < kMaxCluster) {
+    plan = staged_plan(request, number > 0 ? number : 1);
+    while (number == 0 && !fits(request, plan) && plan.cluster < kMaxCluster) {
       plan = staged_plan(request, 2 * plan.cluster);
     }
   } else if (kernel == Kernel::kHeld) {
@@ -231,7 +259,9 @@ inline Plan plan_of(const PlanRequest& request, Kernel kernel, int cluster = 0) 
 // |-------------------------|-----------------------------------------------|-----------------------------|
 // | V <= 512                | packed                                        | packed                      |
 // | V <= 1024               | warp                                          | warp                        |
-// | on chip                 | held, with gradient: <= 63, 162, 98 KiB       | staged, cluster 1, 2, 4, 8  |
+// | on chip                 | held, with gradient: <= 63, 162, 98 KiB; two  | staged, cluster 1, 2, 4, 8  |
+// |                         | partly held where only one were on chip       |                             |
+// | two, or one, in the L2  | block; partly held                            | block; partly held          |
 // | else                    | block                                         | block                       |
 // float64, and a gradient that lies differently against 16 bytes: block above V = 1024. Where the device has no room
 // for a cluster: as on sm_80.
@@ -241,14 +271,26 @@ inline Plan table(const PlanRequest& request) {
   const Plan staged = plan_of(request, Kernel::kStaged);
   if (fits(request, staged)) return staged;
   const Plan held = plan_of(request, Kernel::kHeld);
-  return fits(request, held) ? held : plan_of(request, Kernel::kBlock);
+  // Two rows at once: nothing of the one stands still while the other is between its loops. Half of the L2 is ample.
+  const Plan two = partly_held_plan(request, 2);
+  const bool alone = 2 * (held.shared_bytes + shared_bytes_kept(request.capability)) >
+                     max_shared_bytes(request.capability) + shared_bytes_kept(request.capability);
+  if (fits(request, two) && fits(request, held) && alone && finds_rest_again(request, two, 4)) return two;
+  if (fits(request, held)) return held;
+  const Plan block = plan_of(request, Kernel::kBlock), one = plan_of(request, Kernel::kPartlyHeld);
+  const bool serves = fits(request, one) && finds_rest_again(request, one, 1);
+  // The L2 of an A100 is two partitions, and may have room for less: the less is asked of it the better.
+  const bool two_in_cache = block_rows(request) == 2 && finds_row_again(request) && request.capability != 80;
+  return serves && !two_in_cache ? one : block;
 }
 
 // Clusters of a plan that such a GPU runs at once, at most.
 inline int64_t resident_on(const Gpu& gpu, const Plan& plan, Pass pass) {
   // What __launch_bounds__ allows, or what ptxas takes where that is more than it takes: docs/internals/cuda-model.md.
   const bool is_tile = plan.kernel == Kernel::kPacked || plan.kernel == Kernel::kWarp;
-  const int registers = plan.kernel == Kernel::kBlock || (is_tile && pass == Pass::kForward) ? 64 : 96;
+  const bool is_held = plan.kernel == Kernel::kHeld || plan.kernel == Kernel::kPartlyHeld;
+  const bool is_wide = is_held && (gpu.capability < 80 || gpu.capability >= 90);
+  const int registers = plan.kernel == Kernel::kBlock || (is_tile && pass == Pass::kForward) ? 64 : is_wide ? 128 : 96;
   const int64_t kept = shared_bytes_kept(gpu.capability);
   int64_t blocks = (max_shared_bytes(gpu.capability) + kept) / std::max<int64_t>(plan.shared_bytes + kept, 1);
   blocks = std::min<int64_t>(blocks, max_threads(gpu.capability) / plan.threads);
@@ -259,34 +301,38 @@ inline int64_t resident_on(const Gpu& gpu, const Plan& plan, Pass pass) {
   return clusters;
 }
 
-// table(), or what ACCUMLOSS_CUDA_PLAN asks for: a kernel's name, for staged with ":cluster" after it. A pass without
-// such a kernel (backward has neither held nor staged) and a gradient that is not aligned take the block kernel; a row
-// that does not fit is an error.
+// table(), or what ACCUMLOSS_CUDA_PLAN asks for: a kernel's name, for staged with ":cluster" after it, for partly_held
+// with ":passes". A pass without such a kernel (backward has neither held nor staged), options that it has not, and a
+// gradient that is not aligned take the block kernel; a row that does not fit is an error.
 inline Plan choose_plan(const PlanRequest& request) {
   const char* const forced = std::getenv("ACCUMLOSS_CUDA_PLAN");
   if (forced == nullptr || *forced == 0) return table(request);
   const std::string text = forced;
   const std::string name = text.substr(0, text.find(':'));
-  const std::string cluster = name.size() < text.size() ? text.substr(name.size() + 1) : "";
-  for (int i = 0; i < 5; ++i) {
+  const std::string after = name.size() < text.size() ? text.substr(name.size() + 1) : "";
+  for (int i = 0; i < kKernels; ++i) {
     const Kernel kernel = static_cast<Kernel>(i);
     if (name != kKernelNames[i]) continue;
-    if (!cluster.empty() &&
-        (kernel != Kernel::kStaged || (cluster != "1" && cluster != "2" && cluster != "4" && cluster != "8"))) {
-      break;
-    }
+    const bool is_number = after.size() == 1 && after[0] >= '1' && after[0] <= '8';
+    const bool is_cluster = after == "1" || after == "2" || after == "4" || after == "8";
+    const bool is_known = kernel == Kernel::kStaged ? is_cluster : kernel == Kernel::kPartlyHeld && is_number;
+    if (!after.empty() && !is_known) break;
     PlanRequest in_gradient = request;
     in_gradient.pass = Pass::kForwardWithGrad;
     in_gradient.aligned = true;
-    const int blocks = cluster.empty() ? 0 : cluster[0] - '0';
-    const Plan plan = plan_of(request, kernel, blocks);
+    in_gradient.general = in_gradient.general && kernel != Kernel::kPartlyHeld;
+    const int number = after.empty() ? 0 : after[0] - '0';
+    const Plan plan = plan_of(request, kernel, number);
     if (fits(request, plan)) return plan;
-    if (fits(in_gradient, plan_of(in_gradient, kernel, blocks))) return plan_of(request, Kernel::kBlock);
+    if (fits(in_gradient, plan_of(in_gradient, kernel, number))) return plan_of(request, Kernel::kBlock);
     throw std::runtime_error("ACCUMLOSS_CUDA_PLAN: expected a kernel that can serve V = " + std::to_string(request.V) +
                              " in this dtype on this device, got " + text);
   }
   throw std::runtime_error(
-      "ACCUMLOSS_CUDA_PLAN: expected packed, warp, held, block, staged or staged:1, :2, :4, :8, got " + text);
+      "ACCUMLOSS_CUDA_PLAN: expected packed, warp, held, block, partly_held or partly_held:1 to :8, staged or "
+      "staged:1, :2, :4, "
+      ":8, got " +
+      text);
 }
 
 // The plan of a call without options on a device of this machine, with what the device says of it. Defined where

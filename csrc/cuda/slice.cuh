@@ -223,11 +223,15 @@ template <typename T>
 using PlainSum = std::conditional_t<kIsHalf<T>, FusedSum<T>, ExactSum<T>>;
 
 // A thread's part of the vectors [begin, end), kVectors of them in flight. kFindsLabel: label is the place of the
-// label's logit, if it is in these vectors; else it has been taken out.
-template <bool kFindsLabel, int kVectors, typename T, typename Sum>
+// label's logit, if it is in these vectors; else it has been taken out. kFar: by load_far().
+template <bool kFindsLabel, int kVectors, bool kFar = false, typename T, typename Sum>
 __device__ __forceinline__ void reduce_vectors(Sum& sums, const T* stage, int begin, int end, int thread, int size,
                                                int label = -1) {
   constexpr int kWidth = Slice<T>::kWidth;
+  const auto load = [stage](int v) {
+    if constexpr (kFar) return load_far(stage + v * kWidth);
+    return load_vector(stage + v * kWidth);
+  };
   const int vector = label >= 0 ? label / kWidth : -1;
   // The first vector of the thread's pass that has the label.
   const int pass = kFindsLabel && vector >= begin && ((vector - begin) & (size - 1)) == thread
@@ -238,12 +242,12 @@ __device__ __forceinline__ void reduce_vectors(Sum& sums, const T* stage, int be
     typename Element<T>::Raw raw[kVectors];
     if (v + (kVectors - 1) * size < end) {
 #pragma unroll
-      for (int k = 0; k < kVectors; ++k) raw[k] = load_vector(stage + (v + k * size) * kWidth);
+      for (int k = 0; k < kVectors; ++k) raw[k] = load(v + k * size);
     } else {
 #pragma unroll
       for (int k = 0; k < kVectors; ++k) {
         raw[k] = lowest_vector<T>();
-        if (v + k * size < end) raw[k] = load_vector(stage + (v + k * size) * kWidth);
+        if (v + k * size < end) raw[k] = load(v + k * size);
       }
     }
     if (kFindsLabel && v == pass) {

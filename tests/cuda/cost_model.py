@@ -25,7 +25,9 @@ import sass
 # LUO: Luo et al., "Benchmarking and Dissecting the Nvidia Hopper GPU Architecture", arXiv 2402.13499, H100.
 # JIA: Jia et al., "Dissecting the NVIDIA Volta GPU Architecture via Microbenchmarking", arXiv 1804.06826.
 # GUIDE: CUDA C++ Programming Guide, "Throughput of Native Arithmetic Instructions".
-# Bandwidths, clocks and multiprocessors are those of NVIDIA's data sheets.
+# Bandwidths, clocks, multiprocessors and the size of the L2 are those of NVIDIA's data sheets.
+# HALVES: "NVIDIA A100 Tensor Core GPU Architecture": "The L2 cache is divided into two partitions [...]. Each L2 partition
+# localizes and caches data for memory accesses from SMs in the GPCs directly connected to the partition." H100 likewise.
 
 
 class Chip(NamedTuple):
@@ -35,17 +37,19 @@ class Chip(NamedTuple):
     ghz: float  # boost
     gigabytes: float  # a second
     fp64: float  # results a clock and multiprocessor (GUIDE)
+    cache: float  # MiB of L2
+    halves: bool  # whether it is two partitions, each for its own multiprocessors (HALVES)
 
 
 CHIPS = {
     chip.name: chip
     for chip in (
-        Chip("A100", 80, 108, 1.41, 2039, 32),
-        Chip("RTX 4090", 89, 128, 2.52, 1008, 2),
-        Chip("H100", 90, 132, 1.98, 3352, 64),
-        Chip("H200", 90, 132, 1.98, 4800, 64),
-        Chip("B200", 100, 148, 1.92, 8000, 64),
-        Chip("RTX 5090", 120, 170, 2.41, 1792, 2),
+        Chip("A100", 80, 108, 1.41, 2039, 32, 40, True),
+        Chip("RTX 4090", 89, 128, 2.52, 1008, 2, 72, False),
+        Chip("H100", 90, 132, 1.98, 3352, 64, 50, True),
+        Chip("H200", 90, 132, 1.98, 4800, 64, 50, True),
+        Chip("B200", 100, 148, 1.92, 8000, 64, 126, True),
+        Chip("RTX 5090", 120, 170, 2.41, 1792, 2, 96, False),
     )
 }
 WARP = 32
@@ -62,10 +66,12 @@ class Parameters(NamedTuple):
     exp: float  # of the special function units
     waits: float  # latencies, times those of an idle chip
     drains: bool  # whether the L2 goes on writing back what it has while nothing is read
+    halves: float  # of an L2 of two partitions, what has a place of its own
 
 
-NOMINAL = Parameters(copy=0.9, issue=1.0, exp=1.0, waits=1.0, drains=True)
-PESSIMISTIC = Parameters(copy=0.9, issue=0.8, exp=0.85, waits=1.5, drains=False)
+NOMINAL = Parameters(copy=0.9, issue=1.0, exp=1.0, waits=1.0, drains=True, halves=1.0)
+# Half of what a multiprocessor reads is of the other partition's memory, and may have a place in both: three for two.
+PESSIMISTIC = Parameters(copy=0.9, issue=0.8, exp=0.85, waits=1.5, drains=False, halves=2 / 3)
 
 DEVICE_MEMORY = 479.0  # clocks (LUO)
 # Clocks until a result is there, by operation or its beginning. "" is of all others that take an unknown time: special
@@ -97,6 +103,8 @@ class Work(NamedTuple):
     producer: float = 0.0  # clocks of the warp that brings the rows, where there is one
     operations: frozenset[str] = frozenset()  # of every warp
     exp_of_warp: int = 0  # exponentials of a row that are not in those loops, in each lane
+    rest_per_element: float = 0.0  # of what is not held, where a row is held in part; as the two above
+    rest_exp_per_element: float = 0.0
 
 
 def _with_calls(kernel: sass.Kernel, blocks: Iterable[int]) -> list[sass.Instruction]:
@@ -142,7 +150,14 @@ def tile_work(kernel: sass.Kernel, vectors: int = TILE_VECTORS, element_bytes: i
     return Work(0.0, 0.0, every, 0, clocks, fp64, 0.0, frozenset(i.name for i in row), loop.kinds["exp"]), loop
 
 
-def work(kernel: sass.Kernel, writes: bool, element_bytes: int = 2, cluster: bool = False) -> Work:
+def work(
+    kernel: sass.Kernel,
+    writes: bool,
+    element_bytes: int = 2,
+    cluster: bool = False,
+    loads: str | None = None,
+    rest: bool = False,
+) -> Work:
     """What one row costs.
 
     The way of a warp through a row is the shortest one, in instructions, that passes the loops over the elements; that
@@ -152,11 +167,15 @@ def work(kernel: sass.Kernel, writes: bool, element_bytes: int = 2, cluster: boo
     Args:
         writes: whether the kernel writes gradients.
         cluster: whether the way passes what the blocks of a cluster exchange, or not.
+        loads: of the loops that load from there alone, "LDS" or "LDG"; None: of all.
+        rest: whether the way also passes the loops over the rest of a row, which load from global memory.
     """
-    reduce, write = sass.row_loops(kernel, element_bytes, writes)
+    reduce, write = sass.row_loops(kernel, element_bytes, writes, loads)
+    of_rest = [loop for loop in sass.row_loops(kernel, element_bytes, writes, "LDG") if loop] if rest else []
     body = kernel.body
-    heads = [loop.head for loop in (reduce, write) if loop]
-    inside = {block for loop in (reduce, write) if loop for block in loop.path}
+    every_loop = [loop for loop in (reduce, write, *of_rest) if loop]
+    heads = [loop.head for loop in every_loop]
+    inside = {block for loop in every_loop for block in loop.path}
     reached = {block: body.reached(block, None) for block in range(len(body.blocks))}
     # The loop over the rows: all from which and to which a way leads. It is entered at one block.
     rows = {b for b in reached if all(b in reached[head] and head in reached[b] for head in heads)}
@@ -193,6 +212,8 @@ def work(kernel: sass.Kernel, writes: bool, element_bytes: int = 2, cluster: boo
         sum(sass.kind(i) == "fp64" for i in first),
         0.0 if once else _producer(body, cluster),
         frozenset(i.name for i in every),
+        rest_per_element=sum(loop.per_element() for loop in of_rest),
+        rest_exp_per_element=sum(loop.per_element("exp") for loop in of_rest),
     )
 
 
@@ -242,6 +263,9 @@ class Shape(NamedTuple):
     used: int  # multiprocessors
     on_chip: bool  # whether a row is there when it is begun
     waves: int = 1  # of a grid that was meant to be one
+    rest: float = 0.0  # of a row that is held in part, the share that is not
+    # Share of a row whose loops nothing is read meanwhile, where it is alone: of a held one, its last part's and its first.
+    alone: float = 1 / PARTS
 
 
 class Bounds(NamedTuple):
@@ -266,12 +290,14 @@ class Bounds(NamedTuple):
 
 def bounds(work: Work, chip: Chip, shape: Shape, parameters: Parameters = NOMINAL) -> Bounds:
     per_clock = parameters.copy * chip.gigabytes / shape.used / chip.ghz  # bytes, of a multiprocessor
-    issued = work.per_element * shape.elements + WARP * (work.every_warp * shape.warps + work.first_warp)
+    per_element = work.per_element * (1 - shape.rest) + work.rest_per_element * shape.rest
+    exp_per_element = work.exp_per_element * (1 - shape.rest) + work.rest_exp_per_element * shape.rest
+    issued = per_element * shape.elements + WARP * (work.every_warp * shape.warps + work.first_warp)
     issue = max(issued / LANES, WARP * work.fp64 / chip.fp64) / parameters.issue
-    exponentials = work.exp_per_element * shape.elements + WARP * work.exp_of_warp * shape.warps
+    exponentials = exp_per_element * shape.elements + WARP * work.exp_of_warp * shape.warps
     exp = exponentials / EXPONENTIALS / parameters.exp
     alone = max(1.0, LANES / WARP / shape.warps)  # fewer than four warps do not fill the issue slots
-    chain = work.per_element * shape.elements / LANES * alone / parameters.issue + work.clocks * parameters.waits
+    chain = per_element * shape.elements / LANES * alone / parameters.issue + work.clocks * parameters.waits
     if not shape.on_chip:
         chain += DEVICE_MEMORY * parameters.waits
     memory = shape.bytes_per_element * shape.elements / per_clock
@@ -279,7 +305,7 @@ def bounds(work: Work, chip: Chip, shape: Shape, parameters: Parameters = NOMINA
     if shape.rows <= 1 and not shape.on_chip:
         # From the last logit's arrival to the first of the next row: a part of the loops, what is between them, the way.
         stands_still = (
-            work.per_element * shape.elements / LANES / PARTS + (work.clocks + DEVICE_MEMORY) * parameters.waits
+            per_element * shape.elements / LANES * shape.alone + (work.clocks + DEVICE_MEMORY) * parameters.waits
         )
         gap = (memory / 2 if parameters.drains else memory) + stands_still
     copy = shape.copied * shape.elements / per_clock
@@ -302,6 +328,7 @@ KERNELS = (
     Kernel("staged", "with_grad", "staged_kernel<__nv_bfloat16, false, true>", "staged.cu"),
     Kernel("staged", "forward", "staged_kernel<__nv_bfloat16, false, false>", "staged.cu"),
     Kernel("held", "with_grad", "held_kernel<__nv_bfloat16>", "cross_entropy.cu"),
+    Kernel("partly_held", "with_grad", "held_kernel<__nv_bfloat16>", "cross_entropy.cu"),
     Kernel("block", "with_grad", "block_kernel<__nv_bfloat16, true, true>", "cross_entropy.cu"),
     Kernel("block", "forward", "block_kernel<__nv_bfloat16, true, false>", "cross_entropy.cu"),
     Kernel("tile", "with_grad", "tile_kernel<__nv_bfloat16, true, true>", "cross_entropy.cu"),
@@ -353,12 +380,39 @@ def kernel_of(plan, V: int) -> str:
     return plan.kernel
 
 
-def shape_of(plan, chip: Chip, V: int, call: str = "with_grad") -> Shape:
+HELD_HEADER = 1024  # kHeldHeader
+HELD_PASS = 64  # bytes of a thread: pass_bytes()
+ELEMENT = 2  # bytes, bf16
+
+
+def bytes_per_element(plan, chip: Chip, V: int, call: str = "with_grad", parameters: Parameters = NOMINAL) -> float:
+    """Of device memory, read and written; of what is read again, what the L2 has not.
+
+    What a partly held row reads again is read backwards: of what is too much for the L2 only that is missed. The block
+    kernel reads it from its beginning, which the L2 has given away by then.
+    """
+    cache = chip.cache * (1 << 20) * (parameters.halves if chip.halves else 1.0)
+    row = float(V * ELEMENT)
+    if plan.kernel == "block" and call == "with_grad":
+        return ELEMENT * (3.0 if plan.resident * row > cache else 2.0)
+    if plan.kernel == "partly_held":
+        rest = max(0.0, row - (plan.shared_bytes - HELD_HEADER))
+        return ELEMENT * (2.0 + max(0.0, rest - cache / plan.resident) / row)
+    return plan.bytes_per_element
+
+
+def shape_of(plan, chip: Chip, V: int, call: str = "with_grad", parameters: Parameters = NOMINAL) -> Shape:
     """How the rows of a plan lie on a chip.
 
     Args:
         plan: accumloss.plan(V, arch=chip.name, call=call).
     """
+    rest, alone = 0.0, 1 / PARTS
+    if plan.kernel == "partly_held":
+        held = plan.shared_bytes - HELD_HEADER
+        rest = max(0.0, 1 - held / (V * ELEMENT))
+        # Some warps read the rest first, some last: nothing is read while the last pass is reduced and the first written.
+        alone = min(1.0, plan.threads * HELD_PASS / (V * ELEMENT))
     blocks = max(1, plan.resident * plan.cluster // chip.multiprocessors)
     threads = plan.threads - HELPERS if plan.kernel == "staged" else plan.threads
     lanes = threads // plan.groups  # that share a row
@@ -366,10 +420,12 @@ def shape_of(plan, chip: Chip, V: int, call: str = "with_grad") -> Shape:
         elements=-(-V // plan.cluster),
         warps=lanes / WARP,
         rows=blocks * threads / lanes,
-        bytes_per_element=plan.bytes_per_element,
+        bytes_per_element=bytes_per_element(plan, chip, V, call, parameters),
         copied=2.0 if call == "forward" else 4.0,
         used=min(chip.multiprocessors, plan.resident * plan.cluster),
         on_chip=plan.kernel == "staged",
+        rest=rest,
+        alone=alone,
     )
 
 
@@ -394,9 +450,14 @@ def works(compiled_of) -> dict[tuple[str, str, str, bool], tuple[Work, sass.Loop
                     tile, loop = tile_work(code, vectors)
                     found[architecture, tile_of(vectors), kernel.call, False] = tile, loop, None
                 continue
+            if kernel.name == "partly_held":
+                row = work(code, writes, loads="LDS", rest=True)
+                found[architecture, kernel.name, kernel.call, False] = row, *sass.row_loops(code, 2, writes, "LDG")
+                continue
+            loads = "LDS" if kernel.name == "held" else None
             for cluster in (False, True) if kernel.name == "staged" else (False,):
-                row = work(code, writes, cluster=cluster), *sass.row_loops(code, 2, writes)
-                found[architecture, kernel.name, kernel.call, cluster] = row
+                row = work(code, writes, cluster=cluster, loads=loads)
+                found[architecture, kernel.name, kernel.call, cluster] = row, *sass.row_loops(code, 2, writes, loads)
     return found
 
 
@@ -440,7 +501,7 @@ def share(found, chip: Chip, V: int, call: str, plan_of, parameters: Parameters 
     """Of the copy, or of the read in the forward alone, by the plan of a chip."""
     plan = plan_of(V, arch=chip.name, call=call)
     row = found[CODE_OF[chip.capability], plan.kernel, call, plan.kernel == "staged" and plan.cluster > 1][0]
-    return bounds(row, chip, shape_of(plan, chip, V), parameters).share
+    return bounds(row, chip, shape_of(plan, chip, V, call, parameters), parameters).share
 
 
 def _shares_table(found, call: str, plan_of) -> list[str]:
@@ -452,8 +513,10 @@ def _shares_table(found, call: str, plan_of) -> list[str]:
             plan = plan_of(V, arch=chip.name, call=call)
             kernel = kernel_of(plan, V)
             row = found[CODE_OF[chip.capability], kernel, call, kernel == "staged" and plan.cluster > 1][0]
-            shape = shape_of(plan, chip, V, call)
-            nominal, pessimistic = bounds(row, chip, shape), bounds(row, chip, shape, PESSIMISTIC)
+            nominal, pessimistic = (
+                bounds(row, chip, shape_of(plan, chip, V, call, parameters), parameters)
+                for parameters in (NOMINAL, PESSIMISTIC)
+            )
             cells.append(f"{nominal.share:.2f} / {pessimistic.share:.2f} {nominal.tightest}")
         lines.append(f"| {V} | " + " | ".join(cells) + " |")
     return lines

@@ -38,6 +38,16 @@ PLAN_CASES = {
     "many_ignored": {"shape": (1, 60, 200), "ignored": 0.9},
     "many_rows": {"shape": (1, 150, 40)},
 }
+# A row of which a pass or two is held: that plan, the rows. Labels on both sides, ends that are no vector, a rest of less
+# than a pass, of a pass and a part, of an end alone, and none.
+PARTLY_HELD = [
+    ("partly_held:1", {"shape": (2, 5, 4099), "offset": 1, "spread": 3.0}, torch.float32),
+    ("partly_held:1", {"shape": (1, 5, 12003), "confident": True, "ignored": 0.0}, torch.float32),
+    ("partly_held:1", {"shape": (1, 7, 4099), "offset": 3, "int32": True, "weight": True}, torch.bfloat16),
+    ("partly_held:2", {"shape": (1, 4, 9001), "offset": 1, "z_loss": 1e-2, "ignored": 0.6}, torch.float16),
+    ("partly_held:1", {"shape": (1, 6, 2051), "offset": 1, "ignored": 0.0}, torch.float32),
+    ("partly_held:2", {"shape": (1, 4, 1037), "offset": 1}, torch.float32),
+]
 FORMAT = {"shape", "offset", "spread", "grad", "ignored", "weight", "int32", "confident"}
 FLOATS = [torch.bfloat16, torch.float16, torch.float32, torch.float64]
 
@@ -134,6 +144,7 @@ def check_half(backend: emulated.Backend) -> None:
         ("staged:1", 1037),
         ("staged:2", 2051),
         ("held", 1037),
+        ("partly_held:1", 5003),
         ("block", 1037),
         ("warp", 1000),
         ("packed", 251),
@@ -172,6 +183,16 @@ def check_half(backend: emulated.Backend) -> None:
             nan[0, 2, labels[0, 2]] = torch.tensor(-1, dtype=torch.int16).view(torch.bfloat16)  # with a sign bit
             assert backend.forward_with_grad(nan, labels)["grad_logits"][0, 2].isnan().all()
             assert backend.forward(nan, labels)["nll"][0].isnan().nonzero().tolist() == [[2]]
+
+
+def check_partly_held(backend: emulated.Backend, only: torch.dtype | None = None) -> None:
+    """Rows of which a part is held, more of them than blocks run at once."""
+    for plan, case, dtype in PARTLY_HELD:
+        if only not in (None, dtype):
+            continue
+        for clusters in (1, 2):
+            with backend.plan(plan, capability=80, clusters=clusters):
+                check_case(backend, case, dtype)
 
 
 # Softcap makes equal z of different x; equal x decide by the index. The winner is torch.argmax of the raw logits.

@@ -13,12 +13,13 @@ import torch
 
 import accumloss
 
-PLANS = ("packed", "warp", "block", "held", "staged:1", "staged:2", "staged:8")
+PLANS = ("packed", "warp", "block", "held", "partly_held:1", "staged:1", "staged:2", "staged:8")
 SIZES = {
     "packed": 61,
     "warp": 1000,
     "block": 5003,
     "held": 5003,
+    "partly_held:1": 9001,
     "staged:1": 5003,
     "staged:2": 20000,
     "staged:8": 70001,

@@ -148,10 +148,15 @@ def split_vectors(kernel: Kernel, loads: bool) -> list[str]:
 
 
 def whole_vectors(kernel: Kernel, kind: str, space: str, inner: bool = True) -> int:
-    """16-byte loads or stores of a space in the loops that have no other in them, or in any loop."""
+    """16-byte loads or stores of a space in the loops that have no other in them, or in any loop. space: as ``global``, or
+    with how it is cached, as ``global.cs``."""
+    space, _, cached = space.partition(".")
     loops = kernel.inner_loops() if inner else [kernel.repeated()]
     return sum(
-        access.vector and access.bytes == VECTOR and (access.kind, access.space) == (kind, space)
+        access.vector
+        and access.bytes == VECTOR
+        and (access.kind, access.space) == (kind, space)
+        and (not cached or f"{space}.{cached}." in kernel.lines[access.line])
         for access in kernel.accesses()
         if any(access.line in loop for loop in loops)
     )
@@ -257,9 +262,14 @@ def faults(name: str, kernel: Kernel) -> list[str]:
     inner = family != "tile"  # whose loop is that over rows
     if has_grad and not whole_vectors(kernel, "st", "global", inner):
         found.append("no 16-byte store to global memory in a loop")
-    if family == "held" and not has_vector_copy(kernel):
+    if is_held and not has_vector_copy(kernel):
         found.append("no 16-byte copy from global to shared memory in a loop")
-    if not is_staged and family != "held" and not whole_vectors(kernel, "ld", "global", inner):
+    # What is not held of a row: read twice, the second time as what the L2 may forget.
+    if is_held and not whole_vectors(kernel, "ld", "global.cg"):
+        found.append("no 16-byte load from global memory past the first-level cache in a loop")
+    if is_held and not whole_vectors(kernel, "ld", "global.cs"):
+        found.append("no 16-byte load from global memory for the last time in a loop")
+    if not is_staged and not is_held and not whole_vectors(kernel, "ld", "global", inner):
         found.append("no 16-byte load from global memory in a loop")
     if (is_staged or is_held) and not whole_vectors(kernel, "ld", "shared"):
         found.append("no 16-byte load from shared memory in a loop")

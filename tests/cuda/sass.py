@@ -292,8 +292,11 @@ def _loop_through(body: Function, head: int, through: list[int], element_bytes: 
     return Loop(head, path, loads * 16 // element_bytes, Counter(map(kind, instructions)), accesses)
 
 
-def row_loops(kernel: Kernel, element_bytes: int, writes: bool) -> tuple[Loop, Loop | None]:
+def row_loops(kernel: Kernel, element_bytes: int, writes: bool, loads: str | None = None) -> tuple[Loop, Loop | None]:
     """The loops that reduce a row and that write its gradient: of several the one with most elements in a pass.
+
+    Args:
+        loads: "LDS" or "LDG": of those that load their vectors from there; None: of all.
 
     Raises:
         ValueError: where one is not there.
@@ -303,11 +306,18 @@ def row_loops(kernel: Kernel, element_bytes: int, writes: bool) -> tuple[Loop, L
     of_rows = {h: loop for h, blocks in loops.items() if (loop := _loop(body, h, blocks, element_bytes))}
     # A loop around another such one walks over rows.
     made = [loop for h, loop in of_rows.items() if not any(o in loops[h] for o in of_rows if o != h)]
+    if loads is not None:
+        made = [
+            loop for loop in made if {name for name, size in loop.accesses if size == 16} - {"STG", "ST"} == {loads}
+        ]
     stores = [loop for loop in made if any(name in ("STG", "ST") for name, _ in loop.accesses)]
     reduces = [loop for loop in made if loop not in stores]
     for wanted, those in (("reduces", reduces), *([("writes", stores)] if writes else [])):
         if not those:
-            raise ValueError(f"sass: {body.name}: expected a loop that {wanted} rows, found none among {len(loops)}")
+            where = f", with {loads}" if loads else ""
+            raise ValueError(
+                f"sass: {body.name}: expected a loop that {wanted} rows{where}, found none among {len(loops)}"
+            )
 
     def first(candidates: list[Loop]) -> Loop:
         return max(candidates, key=lambda loop: (loop.elements, -loop.head))

@@ -90,6 +90,7 @@ ptxas info    : Used 64 registers, used 1 barriers, 16 bytes cumulative stack si
 # The reader of PTX, on kernels of a few lines ---------------------------------------------------------------------------
 
 LOAD = "ld.global.nc.v4.u32 {%r1, %r2, %r3, %r4}, [%rd1];"
+FAR, LAST = (LOAD.replace("nc", how) for how in ("cg", "cs"))
 STORE = "st.global.cs.v4.u32 [%rd2], {%r1, %r2, %r3, %r4};"
 SHARED = "ld.shared.v4.u32 {%r1, %r2, %r3, %r4}, [%r9+16];"
 COPY = "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%r1], [%rd1], %r2, [%r3];"
@@ -124,7 +125,7 @@ FENCE = "membar.gl;"
     [
         (BACKWARD, [LOAD, STORE]),
         ("general_kernel<double>", ["ld.global.v2.f64 {%fd1, %fd2}, [%rd1];", "st.global.cs.v2.f64 [%rd2+16], {%fd1, %fd2};"]),
-        (HELD, ["cp.async.cg.shared.global [%r9], [%rd1], 16, 16;", SHARED, STORE]),
+        (HELD, ["cp.async.cg.shared.global.L2::cache_hint [%r9], [%rd1], 16, %rd9;", SHARED, FAR, LAST, STORE]),
         (FORWARD, [LOAD]),
         (STAGED, [COPY, SHARED, STORE]),
         (STAGED.replace("true", "false"), [COPY, SHARED]),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pathlib
+from typing import NamedTuple
 
 import cost_model
 import pytest
@@ -169,6 +170,74 @@ def test_bounds_of_a_row():
     assert bounds(row, chip, shape._replace(used=66)).memory == found.memory / 2
     assert bounds(row, chip, shape._replace(bytes_per_element=6)).share == pytest.approx(2 / 3)
     assert all(a >= b for a, b in zip(bounds(row, chip, shape, PESSIMISTIC)[:6], found[:6], strict=True))
+
+
+class Plan(NamedTuple):
+    """What the model looks at of accumloss.plan."""
+
+    kernel: str
+    threads: int
+    shared_bytes: int
+    bytes_per_element: float
+    resident: int
+    cluster: int = 1
+    groups: int = 1
+
+
+def test_bytes_of_a_row_that_is_held_in_part():
+    """What is not held is read again from the L2, whose halves may have a line each; backwards, so that what the L2 has
+    not is all that is missed. The block kernel begins where the L2 has given it away."""
+    chip, V = CHIPS["A100"], 1 << 18
+    plan = Plan("partly_held", 512, 1024 + 160 * 1024, 4.0, 108)
+    bytes_of = cost_model.bytes_per_element
+    assert bytes_of(plan, chip, V) == 4.0
+    missed = 352 - 40 * 1024 / 108 * 2 / 3  # KiB of 512
+    assert bytes_of(plan, chip, V, parameters=PESSIMISTIC) == pytest.approx(4 + 2 * missed / 512)
+    assert bytes_of(plan, CHIPS["RTX 4090"]._replace(multiprocessors=108), V, parameters=PESSIMISTIC) == 4.0
+    assert bytes_of(plan._replace(resident=216), chip, V) == pytest.approx(4 + 2 * (352 - 40 * 1024 / 216) / 512)
+    assert bytes_of(plan._replace(shared_bytes=1024), chip, V) == pytest.approx(4 + 2 * (512 - 40 * 1024 / 108) / 512)
+    block = Plan("block", 512, 2048, 4.0, 108)
+    assert bytes_of(block, chip, 128256) == 4 and bytes_of(block, chip, V) == 6
+    assert bytes_of(block, chip, 151936, parameters=PESSIMISTIC) == 6  # 297 KiB each of 253
+    assert bytes_of(block._replace(bytes_per_element=2.0), chip, V, "forward") == 2
+
+
+def test_model_and_plan_agree_on_what_is_read_again():
+    for chip in CHIPS.values():
+        for V in range(20000, 400000, 7001):
+            plan = accumloss.plan(V, arch=chip.name)
+            assert cost_model.bytes_per_element(plan, chip, V) == pytest.approx(plan.bytes_per_element), (chip.name, V)
+
+
+def test_bounds_of_a_row_that_is_held_in_part():
+    chip, row = CHIPS["A100"], Work(10.0, 2.0, 0, 0, 0.0, 0, rest_per_element=6.0, rest_exp_per_element=1.0)
+    plan = Plan("partly_held", 512, 1024 + 160 * 1024, 4.0, 108)
+    shape = cost_model.shape_of(plan, chip, 1 << 18)
+    assert (shape.rest, shape.alone, shape.rows) == (352 / 512, 32 / 512, 1)
+    found = bounds(row, chip, shape)
+    assert found.issue == pytest.approx((10 * 160 + 6 * 352) * 512 / 128)
+    assert found.exp == pytest.approx((2 * 160 + 1 * 352) * 512 / 16)
+    stands_still = found.issue * 32 / 512 + cost_model.DEVICE_MEMORY
+    assert found.gap == pytest.approx(found.memory / 2 + stands_still)
+    missed = cost_model.shape_of(plan, chip, 1 << 18, parameters=PESSIMISTIC)
+    assert bounds(row, chip, missed).memory == pytest.approx(found.memory * missed.bytes_per_element / 4)
+    assert bounds(row, chip, missed).copy == found.copy
+
+
+def test_sass_tells_loops_by_where_their_vectors_come_from():
+    rest = ["LDG.E.128 R4, desc[UR4][R2.64]", "LDG.E.128 R8, desc[UR4][R2.64+16]"]
+    reduces = [line.replace("L_x_1", "L_x_11") for line in (REDUCES[0], *rest, *REDUCES[2:])]
+    writes = [line.replace("L_x_3", "L_x_13") for line in (WRITES[0], *rest, *WRITES[2:])]
+    kernel = kernel_of("MOV R1, R2", *REDUCES, *reduces, *WRITES, *writes, "EXIT")
+    for loads, elements in (("LDS", 8), ("LDG", 16)):
+        reduce, write = sass.row_loops(kernel, 2, True, loads)
+        assert write is not None and (reduce.elements, write.elements) == (elements, elements)
+        assert reduce.accesses[loads, 16] == write.accesses[loads, 16] == elements / 8
+    with pytest.raises(ValueError, match="expected a loop that reduces rows, with LDG, found none"):
+        sass.row_loops(kernel_of(*REDUCES, *WRITES, "EXIT"), 2, True, "LDG")
+    row = cost_model.work(kernel, True, loads="LDS", rest=True)
+    assert (row.per_element, row.rest_per_element) == (4 / 8 + 4 / 8, 5 / 16 + 5 / 16)
+    assert row.every_warp == 2  # MOV, EXIT
 
 
 def test_bounds_of_a_row_that_a_multiprocessor_has_alone():

@@ -20,6 +20,7 @@ from emulated_checks import (
     assert_within,
     check,
     check_case,
+    check_partly_held,
     check_strides,
     check_ties,
     inputs,
@@ -36,7 +37,7 @@ def backend() -> emulated.Backend:
     return emulated.Backend(emulated.build())
 
 
-PLANS = ["packed", "warp", "block", "held", "staged:1", "staged:2", "staged:4", "staged:8"]
+PLANS = ["packed", "warp", "block", "held", "partly_held:1", "staged:1", "staged:2", "staged:4", "staged:8"]
 
 
 def plan_cases(plan: str):
@@ -104,6 +105,20 @@ def test_emulated_plan_matches_float64(backend, plan, name, dtype, seed):
     with backend.plan(plan, clusters=1 + seed % 2):
         check_case(backend, PLAN_CASES[name], dtype)
     assert (backend.bulk_copies() > 0) == plan.startswith("staged")
+
+
+def test_emulated_rows_that_are_held_in_part(backend):
+    for seed in (24, 25):
+        backend.seed(seed)
+        check_partly_held(backend)
+
+
+@pytest.mark.parametrize("V", [50257, 262144], ids=["two", "one"])
+def test_emulated_rows_that_an_a100_holds_in_part(backend, V):
+    """By the table: of two rows at once, of one, the most that fits."""
+    backend.seed(26)
+    with backend.on(80):
+        check_case(backend, {"shape": (1, 2, V), "offset": 1, "ignored": 0.0}, torch.bfloat16)
 
 
 def test_emulated_held_rows_of_sm_80(backend):
@@ -180,7 +195,11 @@ def test_emulated_rounding_of_half_types(backend):
 SHIFTS = (0.0, 1000.0, -30000.0, 30000.0)
 # Plan, dtype, and by how much the exponential of the device is off (see Backend.exp_error).
 ROUNDING = [
-    *((plan, dtype, 2) for plan in ("warp", "held", "block", "staged:1", "staged:2") for dtype in FLOATS[:2]),
+    *(
+        (plan, dtype, 2)
+        for plan in ("warp", "held", "partly_held:1", "block", "staged:1", "staged:2")
+        for dtype in FLOATS[:2]
+    ),
     *(("staged:1", dtype, error) for dtype in FLOATS[:2] for error in (1, -1)),
     *((plan, torch.float32, error) for plan in ("held", "staged:1", "staged:2") for error in (0, 2)),
 ]
@@ -189,7 +208,7 @@ ROUNDING = [
 @pytest.mark.parametrize("plan, dtype, error", ROUNDING)
 def test_emulated_promises_at_any_shift_and_confidence(backend, plan, dtype, error):
     """docs/numerics.md: row losses, entries within an ulp and 99.9 % of them the nearest number, the label's too."""
-    V = 1000
+    V = 5003 if plan.startswith("partly") else 1000  # so that there is a rest
     generator = torch.Generator().manual_seed(6)
     spreads = torch.tensor([0.02, 1.0, 4.0, 12.0] if dtype == torch.float32 else [1.0, 4.0, 50.0, 300.0])
     backend.seed(51)

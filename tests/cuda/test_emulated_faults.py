@@ -8,7 +8,16 @@ import emulated
 import pytest
 import torch
 from cases import sample_cases
-from emulated_checks import CASES, PLAN_CASES, check_case, check_half, check_strides, check_ties, inputs
+from emulated_checks import (
+    CASES,
+    PLAN_CASES,
+    check_case,
+    check_half,
+    check_partly_held,
+    check_strides,
+    check_ties,
+    inputs,
+)
 from token_checks import check_digits, check_distillation, check_special_rows, check_targets, check_tokens
 
 if reason := emulated.why_not():
@@ -256,8 +265,8 @@ HELD_FAULTS = {
         ("cuda/plan.h", "round_up(request.V * size + kVector - size, kVector)", "request.V * size / kVector * kVector")
     ],
     "merges_of_two_rows_in_one_place": [("cuda/group.cuh", "merges % 2 * (4 * kWarp);", "0 * (4 * kWarp);")],
-    "copies_not_waited_for": [(BLOCK, "      copies_wait(kParts - 1 - p);\n", "")],
-    "copies_waited_for_too_late": [(BLOCK, "copies_wait(kParts - 1 - p)", "copies_wait(kParts - p)")],
+    "copies_not_waited_for": [(BLOCK, "      copies_wait(parts - 1 - p);\n", "")],
+    "copies_waited_for_too_late": [(BLOCK, "copies_wait(parts - 1 - p)", "copies_wait(parts - p)")],
     "copies_not_committed": [(BLOCK, "      copies_commit();\n    }\n  }\n};", "    }\n  }\n};")],
     "copies_of_the_first_row_in_one_batch": [
         (BLOCK, "bring(row, slice, v);\n      copies_commit();", "bring(row, slice, v);")
@@ -333,6 +342,47 @@ HELD_FAULTS = {
     ],
 }
 
+# Of rows that are held in part.
+WHOLE_PASS, LAST_PASS = (
+    "    for (; v >= held(); v -= step) {\n",
+    "        if (v + k * size < slice.end) stream_vector(to + at",
+)
+PARTLY_FAULTS = {
+    "copies_waited_for_as_if_all_were_held": [
+        (BLOCK, "copies_wait(parts - 1 - p)", "copies_wait(kHeldParts - 1 - p)")
+    ],
+    "copies_of_a_pass_not_committed": [
+        (BLOCK, "bring(row, slice, v);\n      copies_commit();", "bring(row, slice, v);\n      if (p > 0) copies_commit();")
+    ],
+    "next_row_brought_before_its_place_is_read": [
+        (BLOCK, "    RowState<float> state = group.merge", "    if (slice.count > block.held()) block.bring_all(next);\n    RowState<float> state = group.merge")
+    ],
+    "partly_held_as_if_all_were_held": [
+        ("cuda/launchers.cuh", "if (plan.kernel == Kernel::kHeld) return {kHeldParts,", "if (true) return {kHeldParts,")
+    ],
+    "a_pass_more_than_is_asked_for": [
+        ("cuda/launchers.cuh", "/ kVector / pass), static_cast", "/ kVector / pass) + 1, static_cast")
+    ],
+    "half_of_the_warps_reduce_the_rest_twice": [(BLOCK, "      if (turn == first) {", "      if (turn == 1 || turn == first) {")],
+    "half_of_the_warps_do_not_reduce_the_rest": [(BLOCK, "thread / kWarp % 2;", "thread / kWarp % 2 * 2;")],
+    "rest_not_reduced": [(BLOCK, "        reduce_rest<kSliceVectors>(sums, row, slice);\n", "")],
+    "rest_reduced_from_the_row": [(BLOCK, "(sums, from, held(), slice.end, thread", "(sums, row.x, held(), slice.end, thread")],
+    "rest_without_its_first_vector": [(BLOCK, "(sums, from, held(), slice.end, thread", "(sums, from, held() + 1, slice.end, thread")],
+    "rest_label_in_the_sum": [(BLOCK, "slice.end, thread, size, label);", "slice.end, thread, size, -1);")],
+    "rest_end_not_reduced": [(BLOCK, "        sums.push_one(i == label ?", "        if (false) sums.push_one(i == label ?")],
+    "rest_end_reduced_by_all": [(BLOCK, "slice.end >= held() && (slice.end & (size - 1)) == thread;", "slice.end >= held();")],
+    "rest_end_label_in_the_sum": [(BLOCK, "push_one(i == label ? -INFINITY :", "push_one(false ? -INFINITY :")],
+    "rest_not_written": [(BLOCK, "      block.template write_rest<kSliceVectors>(row, slice, gradient);\n", "")],
+    "rest_end_not_written": [(BLOCK, "        to[i] = Element<T>::narrow(gradient", "        if (false) to[i] = Element<T>::narrow(gradient")],
+    "rest_last_pass_not_written": [(BLOCK, LAST_PASS, LAST_PASS.replace("(v +", "(k > 0 && v +"))],
+    "rest_last_pass_past_the_row": [(BLOCK, LAST_PASS, LAST_PASS.replace("slice.end", "slice.end + 1"))],
+    "rest_first_pass_not_written": [(BLOCK, WHOLE_PASS, WHOLE_PASS.replace("held()", "held() + size"))],
+    "rest_written_into_what_is_held": [(BLOCK, WHOLE_PASS, WHOLE_PASS.replace("held()", "0"))],
+    "rest_by_other_threads": [
+        (BLOCK, "int v = held() + thread + (passes - 1) * step;", "int v = held() + ((thread + 1) & (size - 1)) + (passes - 1) * step;")
+    ],
+}  # fmt: skip
+
 # Of the loops that 16-bit logits without options take: bfloat16.
 HALF_FAULTS = {
     "rounding_of_the_reference_lost": [
@@ -345,6 +395,8 @@ HALF_FAULTS = {
             "factor(row.probability)",
         )
     ],
+    "large_rest_not_reduced": [(BLOCK, "  block.template reduce_rest<1>(sums, row, slice);\n", "")],
+    "large_rest_not_written": [(BLOCK, "  block.template write_rest<1>(row, slice, gradient);\n", "")],
     "sum_without_rescale": [(SLICE, "    sum *= exp2_flushed(reference - raised);\n", "")],
     "large_logits_as_others": [(SLICE, "kLargestFused = 1048576.0f", "kLargestFused = INFINITY")],
     "reference_without_a_bottom": [(SLICE, "return fmaxf(max * kLog2e, kLowestExponent);", "return max * kLog2e;")],
@@ -399,7 +451,7 @@ TOKEN_FAULTS = {
 ORDER_FAULTS = {
     "blocks_added_without_a_fence": [(FINISH, "      __threadfence();  // before the others learn of it\n", "")],
 }
-KNOWN = {**FAULTS, **STAGED_FAULTS, **HELD_FAULTS, **HALF_FAULTS, **TOKEN_FAULTS}
+KNOWN = {**FAULTS, **STAGED_FAULTS, **HELD_FAULTS, **PARTLY_FAULTS, **HALF_FAULTS, **TOKEN_FAULTS}
 
 
 def check_all_tokens(backend) -> None:
@@ -425,6 +477,9 @@ def check_faulty(library, kind: str = "staged") -> None:
             continue
         if kind == "tokens":
             check_all_tokens(backend)
+            continue
+        if kind == "partly":
+            check_partly_held(backend, torch.float32)
             continue
         if kind == "held":
             for plan, name in (
@@ -481,7 +536,7 @@ def check_faulty(library, kind: str = "staged") -> None:
 
 # One of each kind: a barrier that is missing or not reached by all, shared memory and masks, a wrong sum, alignment; a
 # copy not waited for, counted wrongly or too early, a block outside of the cluster, the blocks that finish rows, a thread's
-# own copies, a row in registers, a launch, a row, a race in place.
+# own copies, a row in registers, one held in part, a launch, a row, a race in place.
 OF_EACH_KIND = [
     "merge_without_barrier",
     "barrier_in_a_branch",
@@ -500,6 +555,8 @@ OF_EACH_KIND = [
     "copies_not_waited_for",
     "next_row_over_this_one",
     "tile_label_in_the_sum",
+    "copies_waited_for_as_if_all_were_held",
+    "rest_label_in_the_sum",
     "shared_memory_of_each_launch",
     "a_cluster_too_many",
     "a_row_left_out",
@@ -525,7 +582,7 @@ def planted():
         yield pytest.param(fault, marks=marks)
 
 
-@pytest.mark.parametrize("kind", ["cross", "staged", "held", "half", "tokens"])
+@pytest.mark.parametrize("kind", ["cross", "staged", "held", "partly", "half", "tokens"])
 @pytest.mark.xdist_group("emulator-faults-0")
 def test_emulated_accepts_no_fault(kind):
     check_faulty(emulated.build_one(element=ELEMENT.get(kind, "float")), kind)
@@ -539,7 +596,8 @@ def test_planted_faults_change_the_sources():
 
 @pytest.mark.parametrize("fault", list(planted()))
 def test_emulated_catches_planted_fault(fault):
-    known = {"cross": FAULTS, "staged": STAGED_FAULTS, "held": HELD_FAULTS, "half": HALF_FAULTS, "tokens": TOKEN_FAULTS}
+    known = {"cross": FAULTS, "staged": STAGED_FAULTS, "held": HELD_FAULTS, "partly": PARTLY_FAULTS}
+    known |= {"half": HALF_FAULTS, "tokens": TOKEN_FAULTS}
     kind = next(kind for kind, faults in known.items() if fault in faults)
     element = ELEMENT.get(kind, "float")
     library = emulated.build_one(

@@ -224,7 +224,7 @@ def test_cuda_tokens_from_hidden_states(dtype):
         assert (a - b).norm() <= near * b.norm()
 
 
-PLANS = ["packed", "warp", "block", "held", "staged:1", "staged:2", "staged:4", "staged:8"]
+PLANS = ["packed", "warp", "block", "held", "partly_held:1", "staged:1", "staged:2", "staged:4", "staged:8"]
 PLAN_CASES = {
     "tiny": {"shape": (2, 300, 61), "metrics": True},
     "small": {"shape": (3, 500, 1000), "confident": True, "metrics": True},

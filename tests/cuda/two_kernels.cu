@@ -6,6 +6,6 @@ namespace accumloss::cuda {
 
 template __global__ void staged_kernel<__nv_bfloat16, false, true>(const __grid_constant__ RowArgs<float>,
                                                                    const __grid_constant__ StagedShape);
-template __global__ void held_kernel<__nv_bfloat16>(const __grid_constant__ RowArgs<float>);
+template __global__ void held_kernel<__nv_bfloat16>(const __grid_constant__ RowArgs<float>, const HeldShape);
 
 }  // namespace accumloss::cuda

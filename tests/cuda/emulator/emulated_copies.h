@@ -11,8 +11,10 @@ void copies_wait(Site site, int pending);
 
 namespace accumloss::cuda {
 
-inline void copy_vector(void* shared, const void* global, int before, int behind, const char* file = __builtin_FILE(),
-                        int line = __builtin_LINE()) {
+struct CopyPolicy {};
+
+inline void copy_vector(void* shared, const void* global, int before, int behind, const CopyPolicy&,
+                        const char* file = __builtin_FILE(), int line = __builtin_LINE()) {
   emulator::copy_vector({file, line, "copy_vector"}, shared, global, before, behind);
 }
 inline void copies_commit() { emulator::copies_commit(); }

@@ -161,6 +161,7 @@ T atomic_max(T* address, T value) {
 #define __uint_as_float(x) ::emulator::same_bits<float>(static_cast<unsigned>(x))
 #define __expf(x) ::emulator::fast_exp(x)
 #define __ldcg(address) (*(address))
+#define __ldcs(address) (*(address))
 #define __threadfence() ::emulator::thread_fence()
 #define __stcs(address, value) ((void)(*(address) = (value)))
 #define atomicAdd(address, value) ::emulator::atomic_add(address, value)

@@ -108,6 +108,7 @@ int main() {
   run("packed", 1, 9, 61, 1, true);
   run("packed", 1, 150, 61, 1, false);  // more rows than a block finishes
   run("held", 1, 5, 2051, 1, false);
+  run("partly_held:1", 1, 4, 4099, 1, false);
   // Host threads whose first calls are of the same kernels, with shared memory that has to be asked for.
   unsetenv("ACCUMLOSS_CUDA_PLAN");
   emulated_device(80, 2, -1, 0);
