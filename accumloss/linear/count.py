@@ -26,7 +26,7 @@ class _Transfer:
             if self._event is not None:
                 if torch.cuda.is_current_stream_capturing():
                     raise RuntimeError(
-                        "count_valid: expected the count to be asked for before a CUDA graph is captured, got the first "
+                        "count_valid(...): expected the count to be asked for before a CUDA graph is captured, got the first "
                         "question in its capture; call int(count) before: the graph is made for that number of rows"
                     )
                 self._event.synchronize()
