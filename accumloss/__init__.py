@@ -191,7 +191,8 @@ def __getattr__(name: str) -> Any:
         from .auditing import audit
 
         return audit
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    # with name and obj Python says what was meant
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}", name=name, obj=sys.modules[__name__])
 
 
 def __dir__() -> list[str]:

@@ -36,10 +36,20 @@ FROM_MODELS = frozenset(
 )  # fmt: skip
 
 
+# what PyTorch's losses take, and what is there for it
+_INSTEAD = {
+    "reduction": " (the sum is .loss_sum of cross_entropy, the mean .mean_loss, the loss of each row token_losses)",
+    "size_average": " (the mean is .mean_loss of cross_entropy)",
+    "input": " (what PyTorch calls input is logits)",
+    "target": " (what PyTorch calls target is labels)",
+}
+
+
 def refuse(function: str, unknown: str, known: Collection[str], remedy: str = "") -> None:
     """Raises TypeError for a keyword that the function has not, and names the nearest that it has."""
     nearest = difflib.get_close_matches(unknown, known, n=1, cutoff=0.5)
     hint = f" (the nearest is {nearest[0]!r})" if nearest else ""
+    hint = hint or _INSTEAD.get(unknown, "")
     expected = f"keyword arguments {', '.join(known)}" if known else "no arguments"
     raise TypeError(f"{function}: expected {expected}, got {unknown!r}{hint}{remedy}")
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 from dataclasses import dataclass, fields, replace
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -56,6 +57,19 @@ class TokenSums:
     def __radd__(self, other: int) -> TokenSums:
         return self if other == 0 else NotImplemented  # the start value of sum()
 
+    def __truediv__(self, other: object) -> TokenSums:
+        raise TypeError(f"TokenSums: expected no division of sums, got one; a mean is taken once, at the end: {_MEANS}")
+
+    def __getattr__(self, name: str) -> Any:
+        """What sums have not, and a loss would: told, with what stands for it."""
+        if name in _OF_A_LOSS:
+            raise AttributeError(
+                f"TokenSums: expected an attribute of sums, got {name!r}, which is a loss's; {_MEANS}",
+                name=name,
+                obj=self,
+            )
+        raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}", name=name, obj=self)
+
     def detach(self) -> TokenSums:
         """The same sums without the graph of the loss."""
         z_loss_sum = None if self.z_loss_sum is None else self.z_loss_sum.detach()
@@ -102,6 +116,13 @@ class TokenSums:
         if value is None:
             raise ValueError(f"TokenSums.{name}: expected sums from cross_entropy(..., metrics=True), got none")
         return value
+
+
+_OF_A_LOSS = ("backward", "item", "loss", "mean", "grad_fn", "requires_grad")
+_MEANS = (
+    "sums.mean_loss is the mean of these items, sums.loss_sum their sum, and Accumulator.backward(sums) takes the sums of a "
+    "micro-batch as they are"
+)
 
 
 def is_distributed() -> bool:

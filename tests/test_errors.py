@@ -1,7 +1,11 @@
 """What a user did wrong is told in the words of the call: the function's own name, its own parameters, the nearest keyword."""
 
+import copy
 import inspect
+import pickle
 import re
+import subprocess
+import sys
 from types import SimpleNamespace
 
 import pytest
@@ -125,3 +129,30 @@ def test_the_remedy_of_an_unknown_keyword_can_be_followed():
             getattr(accumloss, name)(**given, ignore_idx=1)
         for kind in re.findall(r'make_loss\("(\w+)"\)', str(raised.value)):
             accumloss.make_loss(kind)
+
+
+@pytest.mark.parametrize("name", ["backward", "item", "loss", "mean", "requires_grad"])
+def test_sums_that_are_taken_for_a_loss_say_what_to_take(name):
+    sums = accumloss.cross_entropy(LOGITS, LABELS)
+    with pytest.raises(AttributeError, match=f"TokenSums: .* got '{name}', .*sums.mean_loss .*Accumulator.backward"):
+        getattr(sums, name)
+    with pytest.raises(TypeError, match="TokenSums: expected no division .*sums.mean_loss"):
+        sums / 2
+    assert not hasattr(sums, "nothing") and not hasattr(sums, name)
+    assert copy.deepcopy(sums).num_items == pickle.loads(pickle.dumps(sums)).num_items == sums.num_items
+
+
+@pytest.mark.parametrize(
+    ("given", "said"), [("reduction", ".mean_loss, the loss of each row token_losses"), ("target", "target is labels")]
+)
+def test_keywords_of_pytorchs_losses_are_told_apart(given, said):
+    with pytest.raises(TypeError, match=f"got '{given}' .*{said}"):
+        accumloss.cross_entropy(LOGITS, LABELS, **{given: "mean"})
+
+
+def test_a_name_that_is_missing_is_suggested():
+    """By Python itself, which asks the error for the module."""
+    ran = subprocess.run(
+        [sys.executable, "-P", "-c", "import accumloss; accumloss.cros_entropy"], capture_output=True, text=True
+    )
+    assert "Did you mean: 'cross_entropy'?" in ran.stderr.splitlines()[-1]
