@@ -440,7 +440,7 @@ def test_a_capture_has_a_record_from_the_first_call_on_the_device(streams, monke
     assert fallback._record_of(device) is record.first
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU is present")
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 def test_a_bad_label_on_a_side_stream_is_told_on_a_gpu(monkeypatch):
     monkeypatch.setattr(fallback, "_records", {})
     monkeypatch.setattr(fallback, "served", {"cuda": "a test"})  # which has been told
