@@ -332,7 +332,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         parser.error(f"--vocab: expected multiples of --ranks {options.ranks}, got {options.vocab}")
     if "RANK" in os.environ:
         rank_main(options)
-        return 0
+        sys.stdout.flush()
+        os._exit(0)  # without the destructors of gloo's threads, which may abort the process (pytorch/pytorch#179291)
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={options.ranks}"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
     return subprocess.run([*launch, __file__, *options.arguments], env=environment, check=False).returncode
