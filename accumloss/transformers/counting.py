@@ -342,5 +342,22 @@ def same_memory(a: torch.Tensor, b: torch.Tensor) -> bool:
     return a.device == b.device and a.dtype == b.dtype and a.data_ptr() == b.data_ptr()
 
 
+def counted_in_memory(views: Sequence[torch.Tensor], entry: torch.Tensor) -> torch.Tensor | None:
+    """How often each element of an entry is in one of these views of it: uint8, of its shape; None: one is no view of it."""
+    held = torch.zeros_like(entry, dtype=torch.uint8, memory_format=torch.contiguous_format).flatten()
+    for view in views:
+        if type(view) is not torch.Tensor or view.device != entry.device or view.dtype != entry.dtype:
+            return None
+        if view.untyped_storage().data_ptr() != entry.untyped_storage().data_ptr():
+            return None
+        first = view.storage_offset() - entry.storage_offset()
+        last = first + sum((size - 1) * stride for size, stride in zip(view.shape, view.stride(), strict=True))
+        if view.numel() and not 0 <= first <= last < entry.numel():
+            return None
+        if view.numel():
+            held.as_strided(view.shape, view.stride(), first).add_(1)
+    return held.reshape(entry.shape)
+
+
 def same_values(a: torch.Tensor, b: torch.Tensor) -> bool:
     return torch.equal(a.reshape(-1).to(b.device, b.dtype), b.reshape(-1))

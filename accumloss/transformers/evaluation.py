@@ -16,6 +16,8 @@ from .._compat import not_compiled
 from ..sums import TokenSums, wide_dtype, widened
 from . import counting
 from . import step as steps
+from .graph import Graph
+from .rows import is_mean_of_rows
 from .terms import (
     ELEMENTS,
     ITEMS,
@@ -28,8 +30,6 @@ from .terms import (
     fitting_schemes,
     has_no_items,
     is_contrastive,
-    is_divided_by,
-    is_mean_of_rows,
 )
 from .tracked import leaf_and_tracked, untracked
 
@@ -275,13 +275,15 @@ class Evaluation(steps.Step):
         found: list[torch.Tensor | None] = [None] * len(leaves)
         if leaves and loss.requires_grad:
             found = list(torch.autograd.grad(loss, leaves, create_graph=True, retain_graph=True, allow_unused=True))
+        graph = Graph(loss, leaves) if leaves and loss.requires_grad else None
         bends = int(any(_bends(coefficient, leaves) for coefficient in found))
         is_first = self.coefficients is None
         if self.coefficients is None:
             rows = counting.num_rows(self.inputs)
             coefficients = [0.0 if c is None else float(c.detach()) for c in found[: len(self.leaves)]]
             in_mean = [
-                is_mean_of_rows(loss, leaf, rows) or (is_row and is_divided_by(loss, leaf, rows))
+                graph is not None
+                and (is_mean_of_rows(graph, leaf, rows) or (is_row and graph.is_divided_by(leaf, rows)))
                 for leaf, is_row in zip(self.leaves, self.are_rows, strict=True)
             ]
             if sum(in_mean) == rows:  # of rows that have a mean each: as Trainer averages them
@@ -294,7 +296,9 @@ class Evaluation(steps.Step):
             if has_no_items(term):
                 continue
             self.target = term.target
-            schemes = {} if coefficient is None else fitting_schemes(self, term, coefficient.detach(), loss)
+            schemes = {}
+            if coefficient is not None and graph is not None:
+                schemes = fitting_schemes(self, term, coefficient.detach(), graph)
             self.fitting[index] &= set(schemes)
             for scheme, scale in schemes.items():
                 if abs(self.scales.setdefault((index, scheme), scale) - scale) > SAME * abs(scale):

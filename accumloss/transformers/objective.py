@@ -22,7 +22,7 @@ from . import known
 from . import step as steps
 from .coupled import ROUTER_LOSSES
 from .registration import Patches
-from .terms import BY_NUMBER, MEANS, ROWS, SUMS, UNKNOWN, Combination, Schemes
+from .terms import BY_NUMBER, MEANS, ROWS, SUM_OF_ROWS, SUMS, UNKNOWN, Combination, Schemes
 
 # a rest of the loss that is the same for all micro-batches to so much, relatively, depends on none of them
 SAME = 1e-6
@@ -220,8 +220,7 @@ class Check:
             self._reasons.add("what compute_loss returned is no loss with a gradient")
             return
         of_rows = sum(
-            term.reduction == "mean" and term.rule is None and schemes.found.get(term.call) == ROWS
-            for term, _ in combination.pairs
+            term.reduction == "mean" and term.rule is None and schemes.of(term) == ROWS for term, _ in combination.pairs
         )
         if step.unknown > of_rows and not step.coupled:
             self._reasons.add("the labels of a loss come from no entry of the batch: it is averaged as its rows")
@@ -353,7 +352,7 @@ def divided(
 
 def has_parts(step: steps.Step) -> bool:
     """Whether a term of the step is known to be a part of it: what somebody averages in a way of his own stays as it is."""
-    return any(t.reduction == "mean" or step.schemes.found.get(t.call, UNKNOWN) != UNKNOWN for t in step.terms)
+    return any(t.reduction == "mean" or step.schemes.of(t) != UNKNOWN for t in step.terms)
 
 
 SUMMED, LEFT = "a sum", "a sum over something that is not known"
@@ -370,19 +369,28 @@ def _weighed(trainer: Any, step: steps.Step, loss: Any, check: Check | None) -> 
     if not is_looked_at and not may_be_sum and not schemes.are_acted_on and not is_measured and not is_open:
         return loss, ""
     combination = Combination(step, loss, step.items.root if is_looked_at and is_followed(step) else None)
-    combination.merge(step, schemes, loss)
+    if is_looked_at:
+        assert check is not None
+        for reason in schemes.look_at_loops(step, combination) if not step.is_of_objects else ():
+            check.blame(reason)
+    combination.merge(step, schemes)
     step.take_doubts()
     if is_looked_at:
         assert check is not None
         number = step.items if is_touched(step) else step.num_items_in_batch if step.is_known else None
         number = number.share if isinstance(number, Items) else number
-        for reason in schemes.look(step, loss, combination, number, is_taken) if not step.is_of_objects else ():
+        for reason in schemes.look(step, combination, number, is_taken) if not step.is_of_objects else ():
             check.blame(reason)
 
     def summed() -> tuple[set[str], bool]:
         # the number may be taken for a log, and a sum beside a mean
-        found = {schemes.found.get(term.call, UNKNOWN) for term, _ in combination.pairs if term.reduction != "mean"}
-        is_sum = may_be_sum and not combination.uses_a_mean and not is_measured and not found & {*MEANS, *BY_NUMBER}
+        found = {schemes.of(term) for term, _ in combination.pairs if term.reduction != "mean"}
+        is_sum = (
+            may_be_sum
+            and not combination.uses_a_mean
+            and not is_measured
+            and not found & {*MEANS, *BY_NUMBER, SUM_OF_ROWS}
+        )
         return found, is_sum
 
     rest_here = rest_of(step, loss, combination, schemes, summed()[1]) if is_looked_at and is_open else None

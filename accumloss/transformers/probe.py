@@ -452,7 +452,7 @@ class Probe:
         if not isinstance(loss, torch.Tensor) or not loss.requires_grad:
             raise NotMeasured("what compute_loss returned is no loss with a gradient")
         combination = Combination(step, raw)
-        combination.merge(step, self.schemes, raw)
+        combination.merge(step, self.schemes)
         terms = []
         with torch.no_grad():
             rest = combination.rest(widened(raw.mean()), self.schemes.left_in_rest())
@@ -461,7 +461,7 @@ class Probe:
                     terms.append(
                         (term, float(coefficient), float(term.value) / (float(step.share_of_mean(term)) or 1.0))
                     )
-                elif self.schemes.found.get(term.call) != UNKNOWN:
+                elif self.schemes.of(term) != UNKNOWN:
                     terms.append((term, 1.0, float(term.amount(coefficient))))
         return _Part(
             dict(window[index]), float(raw.mean()), float(loss.mean()) * share, float(rest), terms,
@@ -520,7 +520,7 @@ class Probe:
         self, term: Any, coefficient: float, means: Any, cuts: Any, whole: _Part, scale: float, is_exact: bool
     ) -> Any:
         """What is said of a recognised term: the rule that it is counted by, held against its values."""
-        scheme = self.schemes.found.get(term.call, UNKNOWN)
+        scheme = self.schemes.of(term)
         rule = term.rule
         known_by = "its coefficient" if term.reduction != "mean" else "a recognised call"
         if term.name.endswith("_loss") and term.name.removesuffix("_loss") in LOSSES and known_by != "its coefficient":

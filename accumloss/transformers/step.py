@@ -21,11 +21,13 @@ from .._compat import not_compiled
 from ..linear import ValidCount
 from ..reference import shift_labels
 from ..sums import TokenSums, at_least_one, widened
+from . import sites
 from .counting import (
     COUNTED,
     Counted,
     Origin,
     Rule,
+    counted_in_memory,
     likely_origins,
     may_be_labels,
     num_objects,
@@ -34,11 +36,12 @@ from .counting import (
     same_memory,
 )
 from .exchange import Alone, Exchange
+from .rows import row_of
 from .terms import (
     ACTED_ON,
+    NOT_LOOKED_AT,
     ROWS_WEIGH,
     SUM_WEIGHS,
-    UNKNOWN,
     Measured,
     Schemes,
     Term,
@@ -185,6 +188,10 @@ class Step:
         self.versions: dict[str, int] = {}  # of the entries of inputs, before anything ran
         self.terms: list[Term] = []  # what losses of ours returned, and PyTorch's that somebody averages by hand
         self.schemes = Schemes()  # the Trainer's, of what is averaged by hand
+        self.place_found: dict[
+            str, Any
+        ] = {}  # of that call the fields of Term that say where it was made, of which row
+        self.calls_at: dict[int, int] = {}  # how many losses were called at a site
         self.recorder = _Recorder(self)
         self.thread = threading.get_ident()
         self.replicas: dict[int, Step] = {}  # the step as those threads see it
@@ -206,8 +213,9 @@ class Step:
         name, rule = self.found
         call: tuple[Any, ...] = "mean", self.calls
         several = sum(term.call[:2] == call for term in self.terms)  # a head and its auxiliary head
-        self.terms.append(Term(loss, name, rule, (*call, several) if several else call, share=self.share_found))
-        self.found, self.share_found = ("", None), None
+        call = (*call, several) if several else call
+        self.terms.append(Term(loss, name, rule, call, share=self.share_found, **self.place_found))
+        self.found, self.share_found, self.place_found = ("", None), None, {}
         return loss.clone() if self.is_watched else loss
 
     def see(
@@ -222,28 +230,53 @@ class Step:
     ) -> torch.Tensor:
         """Keeps what a loss returned that its caller averages; he gets a copy, which he may write over."""
         self.sums += reduction == "sum"
-        call = "by hand", self.by_hand
         self.by_hand += 1
-        is_unknown = not self.is_watched and self.schemes.found.get(call, UNKNOWN) not in ACTED_ON
-        is_part = not self.is_watched and self.schemes.is_part(call, name, is_unknown)
-        is_left = is_unknown and not is_part
+        site = sites.site()
+        turn = self.calls_at[site] = self.calls_at.get(site, 0) + 1
+        call = "by hand", (site, turn)
+        is_part = not self.is_watched and self.schemes.is_part(call, site)
+        is_left = not (self.is_watched or is_part or self.schemes.of_call(call, site) in ACTED_ON)
         self.has_unknown_sums |= is_left and reduction == "sum"
+        if is_left and self.window and value.requires_grad and self.schemes.is_new(call, site):
+            self.ambiguous.add(NOT_LOOKED_AT.format(name))
         if is_left or self.is_of_objects or not self.window or not value.requires_grad:
             return value
         if weight is not None:
             self.weigh(call, weight, name)
+        is_of_row = site in self.schemes.loops
+        row = row_of(target, self.inputs) if self.is_watched else None
+        is_of_row = is_of_row or (row is not None and num_rows(self.inputs) > 2)
         unknown = self.unknown
-        rule = None if is_part else self._rule(target, shift, ignore_index, None, call)
+        rule = None if is_part or is_of_row else self._rule(target, shift, ignore_index, None, call)
         target = aligned(target, shift, ignore_index)
-        is_of_pairs = rule is None and not is_part and self._is_of_pairs(target)
+        is_of_pairs = rule is None and not is_part and not is_of_row and self._is_of_pairs(target)
         if is_of_pairs or self.unknown != unknown:  # unless it is found to be a part of one sum
             why = f"{name} compares the rows of its micro-batch with each other" if is_of_pairs else ""
             self.doubts[call], self.unknown = (self.unknown - unknown, why), unknown
         rule = rule if rule is None else rule.weighted(weight)
-        self.terms.append(
-            Term(value, name, rule, call, reduction, target=target, ignore_index=ignore_index, weight=weight)
-        )
+        place = {"ignore_index": ignore_index, "weight": weight, "site": site, "row": row}
+        self.terms.append(Term(value, name, rule, call, reduction, target=target, **place))
         return value.clone()
+
+    def rule_of_memory(self, targets: Sequence[torch.Tensor], ignore_index: int | None) -> Rule | None:
+        """How the items of several calls are counted whose labels are views of one entry, and hold each item of it once."""
+        entries, changed = self._entries()
+        for key, entry in entries.items():
+            if key in changed or not may_be_labels(key) or type(entry) is not torch.Tensor or not entry.is_contiguous():
+                continue
+            held = counted_in_memory(targets, entry)
+            if held is None or bool((held > 1).any()):
+                continue
+            is_item = torch.ones_like(held, dtype=torch.bool) if ignore_index is None else entry != ignore_index
+            if not bool((is_item & (held == 0)).any()):
+                return Rule(key, 0, ignore_index)
+            columns = held.reshape(-1, held.shape[-1]).any(0).nonzero().flatten().tolist()
+            first, last = columns[0], columns[-1] + 1
+            if not bool((is_item & (held == 0))[..., last:].any()):
+                last = held.shape[-1]  # cut off where the longest row ends
+            if held.dim() > 1 and not bool((is_item & (held == 0))[..., first:last].any()):
+                return Rule(key, first, ignore_index, last=held.shape[-1] - last)
+        return None
 
     def rule_of_parts(self, target: torch.Tensor, first: Term) -> Rule | None:
         """How the items of several calls are counted that are parts of one sum, of which this is the first."""
@@ -289,7 +322,7 @@ class Step:
         seen = self.replicas.get(thread)
         if seen is None:
             seen = copy.copy(self)
-            seen.terms, seen.coupled, seen.compared = [], set(), {}
+            seen.terms, seen.coupled, seen.compared, seen.calls_at = [], set(), {}, {}
             seen.recorder, seen.num_replicas = _Recorder(seen), 1
             seen.smoothed = seen.unknown = seen.sums = 0
             seen.averaged = self.averaged * self.num_replicas  # the losses of the replicas are averaged
@@ -352,21 +385,30 @@ class Step:
         if not self.window or not self.is_given(given):
             return given
         observer = self.observer if is_compiled else self.recorder
-        self.found = name, None
+        self.found, site = (name, None), 0 if is_compiled else sites.site()
+        self.place_found = {"site": site, "ignore_index": ignore_index, "weight": weight}
         if weight is not None and not is_compiled:
             self.weigh(("mean", self.calls), weight, name)
         matched = self._matched(labels, weight) if weight is not None else None
         if matched is not None:
             return Divisor(matched, self.expected_grad, observer)
         measured = dict(self.measured.calls).get(("mean", self.calls)) if self.measured.calls else None
-        rule = None if measured and length is None else self._rule(labels, shift, ignore_index, length)
-        if rule is None and not measured and ignore_index is None and length is None:
+        is_of_row = site in self.schemes.loops
+        if self.is_watched and site and length is None:
+            row = row_of(labels, self.inputs)
+            self.place_found["row"] = row
+            is_of_row = is_of_row or (row is not None and num_rows(self.inputs) > 2)  # of two it may be a half
+        is_looked_for = not is_of_row and (not measured or length is not None)
+        turn = self.calls_at[site] = self.calls_at.get(site, 0) + 1 if site else self.calls
+        unknown = self.unknown
+        rule = self._rule(labels, shift, ignore_index, length, ("mean", site, turn)) if is_looked_for else None
+        if rule is None and is_looked_for and not measured and ignore_index is None and length is None:
             rule = self._rule_of_size(labels)
         if rule is None and measured and length is None:
             here = at_least_one(Rule("labels", shift, ignore_index, weight=weight).total({"labels": labels}))
             self.share_found = self.share_of_weights(measured, ("measured", self.calls), ("mean", self.calls))
             return Divisor(widened(here / self.share_found), self.expected_grad, observer)
-        main = None if self.main is None or ignore_index is None or length is not None else self.main
+        main = None if ignore_index is None or length is not None or is_of_row else self.main
         counted = main if rule is None else rule
         total = self._total_of_call(None if counted is None else counted.weighted(weight), is_compiled=is_compiled)
         if rule is not None and total is not None:
@@ -374,17 +416,25 @@ class Step:
             more = self._changed(rule.weighted(weight))
             divisor = self._per_call(total)
             divisor = divisor if more is None else divisor.to(more.device) * more
+            if self.is_watched and site and num_rows(self.inputs) <= 2:  # it may be one of a loop over rows
+                here = at_least_one(self.held(rule.weighted(weight)))
+                self.share_found = here / divisor.to(here.device)
             return Divisor(divisor, self.expected_grad, observer)
         if length is not None:
             self.unknown += 1
             return None
         of_rows = ignore_index is None and self.are_alike_in_rows(labels, self.calls)
         self.unknown += int((main is None or total is None) and not of_rows)
-        if self.is_watched and not is_compiled and is_contrastive(labels, num_rows(self.inputs)):
-            self.coupled.add(f"{name or 'a loss'} tells each row apart from the others of its micro-batch")
+        is_looked_at, coupled = self.is_watched and not is_compiled, ""
+        if is_looked_at and not is_of_row and is_contrastive(labels, num_rows(self.inputs)):
+            coupled = f"{name or 'a loss'} tells each row apart from the others of its micro-batch"
             main = None
-        if self.is_watched and not is_compiled and ignore_index is None and self._is_of_pairs(labels):
-            self.coupled.add(f"{name or 'a loss'} compares the rows of its micro-batch with each other")
+        if is_looked_at and ignore_index is None and self._is_of_pairs(labels):
+            coupled = f"{name or 'a loss'} compares the rows of its micro-batch with each other"
+        if is_looked_at and not self.chunks:  # unless a loop over rows is found to have called it
+            self.doubts["mean", self.calls], self.unknown = (self.unknown - unknown, coupled), unknown
+        else:
+            self.coupled |= {coupled} - {""}
         here = Rule("labels", shift, ignore_index, weight=weight).total({"labels": labels})
         mean = at_least_one(here) / self.share_of_rows()
         if main is None or total is None:
@@ -395,7 +445,9 @@ class Step:
         is_main = torch.stack(fits).any()
         more = self._changed(main.weighted(weight))
         if self.is_watched and not is_compiled:
-            self.unknown += int(not is_main)
+            if not is_main:
+                more_unknown, why = self.doubts.get(("mean", self.calls), (0, ""))
+                self.doubts["mean", self.calls] = more_unknown + 1, why
             self.found = name, main.weighted(weight) if is_main else None
         step = self._per_call(total).to(here.device) * (1.0 if more is None else more.to(here.device))
         return Divisor(torch.where(is_main, step, mean), self.expected_grad, observer)
@@ -580,7 +632,7 @@ class Step:
 
     def part(self, value: torch.Tensor, share: Any) -> torch.Tensor:
         """A mean of this micro-batch as a part of the step's."""
-        self.share_found = share
+        self.share_found, self.place_found = share, {"site": sites.site()}
         return self.record(value * share)
 
     def _matched(self, classes: torch.Tensor, weight: torch.Tensor) -> torch.Tensor | None:
@@ -641,6 +693,8 @@ class Step:
         if not fitting:
             return None
         origin, copies = fitting[0]
+        if origin is not known and self._cuts_nothing(origin, entries, shift, ignore_index):
+            return Rule(origin.key, shift, ignore_index, mask=origin.mask, filled=origin.filled)
         if len(fitting) == 1:
             self.origins[call] = origin
         first = 0 if origin.kept == "items" else max(origin.first + shift - origin.front, 0)
@@ -661,6 +715,16 @@ class Step:
         if rule != before and bool(self._here(rule) != self._here(before)):
             self.unknown += 1  # the micro-batches before were counted by another, which fitted them as well
         return rule
+
+    @staticmethod
+    def _cuts_nothing(
+        origin: Origin, entries: Mapping[str, torch.Tensor], shift: int, ignore_index: int | None
+    ) -> bool:
+        """Whether columns are left out in which all is ignored, more than one: cut off where the longest row ends."""
+        if origin.first > 1 or origin.last < 2 or origin.part is not None or origin.half is not None:
+            return False
+        behind = entries[origin.key][..., -origin.last :]
+        return ignore_index is not None and bool((behind == ignore_index).all())
 
     def _rule_of_chunk(self, labels: torch.Tensor, *how: Any) -> Rule | None:
         """_rule() of the labels of a replica, which are made from one chunk of the entries."""

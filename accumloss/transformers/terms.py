@@ -7,16 +7,16 @@ the loss, by autograd: 1 / items, 1 / rows, 1 / num_items_in_batch or 1.
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 
-from .._compat import engines_at_rest, function_of, is_mean_of_scalar
-from ..parallel import is_dtensor
+from .._compat import engines_at_rest
 from ..sums import widened
+from . import rows
 from .counting import Rule, half_of, num_rows
+from .graph import Graph
 
 if TYPE_CHECKING:
     from .step import Step
@@ -35,6 +35,8 @@ class Term(NamedTuple):
     ignore_index: int | None = None
     weight: torch.Tensor | None = None  # of the classes
     more: tuple[torch.Tensor, ...] = ()  # what further calls returned that are parts of the same sum
+    site: int = 0  # in the code, where it was called
+    row: rows.Row | None = None  # of the micro-batch, whose labels alone it was called with
 
     def amount(self, coefficient: torch.Tensor, is_wide: bool = False) -> torch.Tensor:
         """What of the loss it is. (), in the widest dtype where is_wide."""
@@ -79,12 +81,15 @@ TAKEN = "num_items_in_batch as a number of Python's"
 SUM = "nothing: a sum"
 SCALED = "nothing: a sum, times a constant"
 COUNTED = "num_items_in_batch, times its own items"
+SUM_OF_ROWS = "nothing: a sum of what its rows have for a mean"
+ITEMS_OF_ROWS = "its items, a row's mean by its own"
 UNKNOWN = ""
 
 MEANS = (ITEMS, WEIGHTS, ROWS, ELEMENTS)
 SUMS = (SUM, SCALED, TAKEN)
 BY_NUMBER = (NUMBER, SHORT, OPEN)
-ACTED_ON = (*MEANS, *SUMS, COUNTED, SHORT, OPEN)
+OF_LOOPS = {rows.MEAN: ROWS, rows.SUM: SUM_OF_ROWS, rows.BY_ITEMS: ITEMS_OF_ROWS, rows.UNKNOWN: UNKNOWN}
+ACTED_ON = (*MEANS, *SUMS, COUNTED, SHORT, OPEN, SUM_OF_ROWS, ITEMS_OF_ROWS)
 
 
 class Combination:
@@ -95,6 +100,7 @@ class Combination:
         by_number: () float64, what of the loss is divided by num_items_in_batch. None: that is not known.
         once: the autograd.Function of somebody's own between the loss and its terms, whose backward may run but once. Then
             there are no pairs.
+        graph: of the loss, down to its terms; None where it has none.
 
     Args:
         number: a leaf that num_items_in_batch was made of, where what depends on it is to be found.
@@ -106,8 +112,10 @@ class Combination:
         self.by_number: torch.Tensor | None = None
         self.once: type | None = None
         values = [term.value for term in terms] + ([] if number is None else [number])
+        self.graph: Graph | None = None
         if values and isinstance(loss, torch.Tensor) and loss.requires_grad:
-            self.once = _function_between(loss, values)
+            self.graph = Graph(loss, values)
+            self.once = self.graph.function_between()
         if values and isinstance(loss, torch.Tensor) and loss.requires_grad and self.once is None:
             with engines_at_rest(getattr(step.trainer, "model_wrapped", None), loss):
                 found = torch.autograd.grad(loss.sum(), values, retain_graph=True, allow_unused=True)
@@ -116,39 +124,65 @@ class Combination:
                 slope = torch.zeros_like(number) if found[-1] is None else found[-1]
                 self.by_number = -(widened(number.detach()) * widened(slope)).sum().to(loss.device)
 
-    def merge(self, step: Step, schemes: Schemes, loss: Any) -> None:
+    def merge(self, step: Step, schemes: Schemes) -> None:
         """Makes one term of the calls that are parts of one sum: the chunks of a sequence, or its rows, over one count."""
-        groups: list[tuple[float, list[int]]] = []  # coefficient, places in pairs
-        empty: dict[str, list[int]] = {}  # places of those without an item, whose coefficient says nothing
+        parts: list[tuple[int, float]] = []  # places in pairs, and the coefficients of their items
+        empty: list[int] = []  # places of those without an item, whose coefficient says nothing
         for place, (term, coefficient) in enumerate(self.pairs):
-            if term.call[0] != "by hand" or term.target is None:
+            if term.call[0] != "by hand" or term.target is None or term.site in schemes.loops:
                 continue
-            mine = [group for group in groups if self.pairs[group[1][0]][0].name == term.name]
             if has_no_items(term):
-                (mine[-1][1] if mine else empty.setdefault(term.name, [])).append(place)
+                empty.append(place)
                 continue
             scale, used = _unit(term, coefficient) or (0.0, None)
-            if used is not None or scale == 0 or (scale == 1 and not _is_averaged(loss, term.value)):
-                continue
-            same = [group for group in mine if abs(group[0] - scale) <= _tolerance(coefficient) * abs(scale)]
-            if same:
-                same[0][1].append(place)
-            else:
-                groups.append((scale, [*empty.pop(term.name, []), place]))
-        merged: set[int] = set()
-        for scale, places in groups:
-            terms = [self.pairs[place][0] for place in places]
-            rule = schemes.rule_of_parts(step, terms, scale, loss)
-            if rule is None:
-                continue
-            first, coefficient = self.pairs[places[0]]
-            target = torch.cat([term.target.flatten() for term in terms if term.target is not None])
-            more = tuple(term.value for term in terms[1:])
-            of_all = torch.full((), scale, dtype=coefficient.dtype, device=coefficient.device)
-            whole = first._replace(rule=rule, reduction="sum", target=target, more=more)
-            self.pairs[places[0]] = whole, of_all
-            merged |= set(places[1:])
-        self.pairs = [pair for place, pair in enumerate(self.pairs) if place not in merged]
+            if used is None and scale != 0 and (scale != 1 or self.is_averaged(term)):
+                parts.append((place, scale))
+        merged: dict[int, int] = {}  # places that have gone into others
+        # the turns of one loop, and then what several lines of code sum
+        for of in (lambda term: (term.site, term.name), lambda term: None):
+            groups: list[tuple[Any, float, list[int]]] = []
+            for place, scale in parts:
+                term, coefficient = self.pairs[place]
+                key = schemes.part_of(term, of(term)) if not step.is_watched else of(term)
+                near = _tolerance(coefficient) * abs(scale)
+                same = [places for k, other, places in groups if k == key and abs(other - scale) <= near]
+                if same:
+                    same[0].append(place)
+                else:
+                    groups.append((key, scale, [place]))
+            for _, scale, places in groups:
+                if self._merge(step, schemes, scale, places, empty):
+                    merged.update(dict.fromkeys(places, places[0]))
+            parts = [(place, scale) for place, scale in parts if place not in merged]
+        for place in empty:
+            term = self.pairs[place][0]
+            if any(self.pairs[other][0].site == term.site for other in merged):
+                step.doubts.pop(term.call, None)
+                merged[place] = -1
+        self.pairs = [pair for place, pair in enumerate(self.pairs) if merged.get(place, place) == place]
+
+    def _merge(self, step: Step, schemes: Schemes, scale: float, places: list[int], empty: list[int]) -> bool:
+        """Whether the terms at these places are parts of one sum; then the first of them is all of it."""
+        terms = [self.pairs[place][0] for place in places]
+        sites = {term.site for term in terms}
+        without = [self.pairs[place][0] for place in empty if self.pairs[place][0].site in sites]
+        rule = schemes.rule_of_parts(step, terms, without, scale, self)
+        if rule is None:
+            return False
+        first, coefficient = self.pairs[places[0]]
+        target = torch.cat([term.target.flatten() for term in terms if term.target is not None])
+        more = tuple(term.value for term in terms[1:])
+        of_all = torch.full((), scale, dtype=coefficient.dtype, device=coefficient.device)
+        call = schemes.call_of_parts(first.site)
+        if not step.is_watched:
+            schemes.found.setdefault(call, ITEMS if rule.weight is None else WEIGHTS)
+        whole = first._replace(rule=rule, call=call, reduction="sum", target=target, more=more)
+        self.pairs[places[0]] = whole, of_all
+        return True
+
+    def is_averaged(self, term: Term) -> bool:
+        """Whether there is a division or a mean between a term and the loss."""
+        return self.graph is None or self.graph.is_averaged(term.value)
 
     @property
     def uses_a_mean(self) -> bool:
@@ -164,10 +198,11 @@ class Combination:
     def divided_by_number(self, schemes: Schemes) -> Any:
         """The terms that are divided by num_items_in_batch: what of by_number they are. () float64."""
         left = schemes.left_in_rest()
-        theirs = [
-            (t, c) for t, c in self.pairs if schemes.found.get(t.call) in (*BY_NUMBER, COUNTED) and t.call not in left
-        ]
+        theirs = [(t, c) for t, c in self.pairs if schemes.of(t) in (*BY_NUMBER, COUNTED) and t.call not in left]
         return sum((t.amount(c, is_wide=True) for t, c in theirs), torch.zeros((), dtype=torch.float64))
+
+
+NOT_LOOKED_AT = "a {} that is averaged by hand was called that no step which was looked at had"
 
 
 class Fit(NamedTuple):
@@ -186,7 +221,11 @@ class Schemes:
         units: call -> the coefficients of this window's micro-batches, where they follow none of them.
         constants: call -> the class weights that it had in this window.
         new: call -> what this rank says of it, where the others are to be asked.
-        of_parts: the first call of several that are parts of one sum -> its name, and how the items of all are counted.
+        of_parts: site of calls that are parts of one sum, or that may be -> the first site of that sum, and how the items
+            of all are counted.
+        loops: site of calls that a loop over rows makes -> what their losses are made into, and how all items are counted
+            where they weigh by them.
+        has_looked: whether a micro-batch was looked at.
     """
 
     def __init__(self) -> None:
@@ -195,69 +234,133 @@ class Schemes:
         self.units: dict[Any, list[float]] = {}
         self.constants: dict[Any, torch.Tensor] = {}
         self.new: dict[Any, Fit] = {}
-        self.of_parts: dict[Any, tuple[str, Rule]] = {}
+        self.of_parts: dict[int, tuple[int, Rule]] = {}
+        self.loops: dict[int, tuple[str, Rule | None]] = {}
+        self.has_looked = False
+        self._together: set[int] = set()  # first sites of sums whose parts were seen
+        self._called: dict[Rule, tuple[str, set[int | None]]] = {}  # how items are counted -> where, in this window
+        self._looked_at = 0  # micro-batches of this window
+        self._looped: dict[int, int] = {}  # site -> in how many of them a loop over rows has called a loss
+        self._divided_by_all: set[int] = set()  # sites of loops that leave rows out, and divide by all of them
 
-    def rule_of_parts(self, step: Step, terms: list[Term], scale: float, loss: Any) -> Rule | None:
+    def of(self, term: Term) -> str:
+        """The scheme of a term."""
+        return self.of_call(term.call, term.site)
+
+    def of_call(self, call: Any, site: int) -> str:
+        if site in self.loops:
+            return self.loops[site][0]
+        if self.is_part(call, site):
+            return self.found.get(self.call_of_parts(site), UNKNOWN)
+        return self.found.get(call, UNKNOWN)
+
+    def call_of_parts(self, site: int) -> Any:
+        """The call that stands for all parts of one sum: which of them is the first that has an item is no matter."""
+        return "by hand", (self.of_parts[site][0], 0)
+
+    def is_part(self, call: Any, site: int) -> bool:
+        """Whether a call is, or may be, one of several that are parts of one sum: how many there are may differ."""
+        known = self.of_parts.get(site)
+        return known is not None and (known[0] in self._together or call not in self.found)
+
+    def is_new(self, call: Any, site: int) -> bool:
+        """Whether nothing like this call was made in any micro-batch that was looked at."""
+        return self.has_looked and call not in self.found and site not in self.loops and site not in self.of_parts
+
+    def part_of(self, term: Term, otherwise: Any) -> Any:
+        """What a term was a part of when it was looked at."""
+        return self.of_parts[term.site][0] if term.site in self.of_parts else otherwise
+
+    def rule_of_parts(
+        self, step: Step, terms: list[Term], empty: list[Term], scale: float, combination: Combination
+    ) -> Rule | None:
         """How the items of several calls are counted together, which are divided by one count of all of them; None: they are
-        not parts of one sum."""
+        not parts of one sum.
+
+        Args:
+            empty: calls from the same places that had no item.
+        """
         first = terms[0]
-        known = self.of_parts.get(first.call)
         if not step.is_watched:
-            return None if known is None or known[0] != first.name else known[1]
-        if len(terms) < 2 or not isinstance(loss, torch.Tensor):
+            known = self.of_parts.get(first.site)
+            is_together = known is not None and known[0] in self._together
+            is_alone = step.calls_at.get(first.site) == 1
+            if known is None or (is_alone and not self.is_part(first.call, first.site)):
+                return None
+            if is_together or self._are_divided(step, terms, scale, known[1], combination):
+                return known[1]
+            step.ambiguous.add(NOT_LOOKED_AT.format(first.name))
             return None
-        put_together = _joined([term.target for term in terms if term.target is not None])
-        rules = (step.rule_of_parts(target, first) for target in put_together)
-        rule = next((rule for rule in rules if rule is not None), None)
-        if rule is None:
-            return None
-        counts = {float(step.held(one)) for one in (rule, rule._replace(weight=None))}
-        near = _tolerance(first.value)
-        fits = any(
-            abs(scale * count - 1) <= near or is_divided_by(loss, first.value, count) for count in counts if count
-        )
-        if not fits:
+        rule = self._rule_together(step, terms, empty)
+        is_alone = len(terms) < 2 and step.calls_at.get(first.site) == 1
+        is_known = is_alone and first.rule is not None and _unweighted(rule) == _unweighted(first.rule)
+        if rule is None or is_known or not self._are_divided(step, terms, scale, rule, combination):
             return None
         for term in terms:
             step.doubts.pop(term.call, None)
-        self.of_parts[first.call] = first.name, rule
+            self.of_parts[term.site] = first.site, rule
+        self._together.add(first.site)
         return rule
 
-    def is_part(self, call: Any, name: str, is_unknown: bool) -> bool:
-        """Whether a call is, or may be, one of several that are parts of one sum: how many there are may differ."""
-        return call in self.of_parts or (is_unknown and any(name == known for known, _ in self.of_parts.values()))
+    @staticmethod
+    def _rule_together(step: Step, terms: list[Term], empty: list[Term]) -> Rule | None:
+        first = terms[0]
+        ordered = sorted([*terms, *empty], key=lambda term: term.call[1][1]) if empty else terms
+        targets = [term.target for term in ordered if term.target is not None]
+        rule = step.rule_of_memory(targets, first.ignore_index)
+        if rule is not None:
+            return rule.weighted(first.weight)
+        if len(terms) < 2 and not empty and first.rule is not None:
+            return first.rule
+        rules = (step.rule_of_parts(target, first) for target in _joined(targets, num_rows(step.inputs), first))
+        return next((rule for rule in rules if rule is not None), None)
+
+    @staticmethod
+    def _are_divided(step: Step, terms: list[Term], scale: float, rule: Rule, combination: Combination) -> bool:
+        """Whether a sum of these is divided by what the rule counts."""
+        near, graph = _tolerance(terms[0].value), combination.graph
+        counts = {float(step.held(one)) for one in (rule, rule._replace(weight=None))}
+        return any(
+            abs(scale * count - 1) <= near or (graph is not None and graph.is_divided_by(terms[0].value, count))
+            for count in counts
+            if count
+        )
 
     @property
     def are_acted_on(self) -> bool:
-        return any(scheme in ACTED_ON for scheme in self.found.values())
+        return bool(self.loops) or any(scheme in ACTED_ON for scheme in self.found.values())
 
-    def look(self, step: Step, loss: torch.Tensor, combination: Combination, number: Any, is_taken: bool) -> set[str]:
+    def look(self, step: Step, combination: Combination, number: Any, is_taken: bool) -> set[str]:
         """Finds the scheme of each term in a micro-batch of the first window; what speaks against one found before.
 
         Args:
             number: num_items_in_batch per micro-batch, where the loss has made use of it; else None.
             is_taken: whether it was taken as a number of Python's, of the whole step.
         """
+        self.has_looked = True
+        self._looked_at += 1
         reasons = set()
+        graph = combination.graph
         for term, coefficient in combination.pairs:
-            if not bool(torch.isfinite(coefficient).all()) or has_no_items(term):
+            if not bool(torch.isfinite(coefficient).all()) or has_no_items(term) or graph is None:
                 continue  # nothing, divided by nothing, or by a bound: another micro-batch will tell
-            if _is_in_mean_of_rows(step, term, loss):
+            if term.site in self.loops:
+                continue
+            num = num_rows(step.inputs)
+            if num <= 2 and term.row is not None and rows.is_picked(term, num):
+                reasons.add(rows.ALONE.format(term.name))
+            if rows.is_in_mean_of_rows(step, term, graph):
                 if self.found.get(term.call, ROWS) not in (ROWS, UNKNOWN):
                     reasons.add(f"the {term.name} of a row was averaged over something else in a micro-batch before")
                 elif step.exchange is not None and term.reduction != "mean" and term.call not in self.found:
                     self.new[term.call] = Fit([ROWS], True, term.rule)
-                is_new = term.reduction == "mean" and term.call not in self.found
-                if is_new and num_rows(step.inputs) == 2 and _taken_by(term) == "a slice":
-                    reasons.add(
-                        f"the {term.name} of a slice of one row may be a mean over the first or the second half of the rows; it "
-                        "is taken for a row's, index instead of slicing"
-                    )
                 self._fitting[term.call], self.found[term.call] = [ROWS], ROWS
                 continue
-            factors = _fitting(step, term, coefficient, number, is_taken, loss)
+            if num == 1 and rows.may_be_a_loop(graph, term):
+                reasons.add(rows.MAY_BE_A_LOOP.format(term.name))
+            factors = _fitting(step, term, coefficient, number, is_taken, graph)
             fitting = list(factors)
-            if _may_be_of_his_own(loss, term, coefficient, factors):
+            if _may_be_of_his_own(graph, term, coefficient, factors):
                 fitting = [SCALED, *fitting]
                 reasons.add(
                     f"the factor of the {term.name} that is added up may be one of its own, or one over its items or rows; it is "
@@ -273,7 +376,7 @@ class Schemes:
                 before = next((scheme for scheme in (NUMBER, SHORT) if scheme in fitting), OPEN)
                 self.found[term.call] = before
             if before is None:
-                is_averaged = SUM not in fitting or _is_averaged(loss, term.value)
+                is_averaged = SUM not in fitting or combination.is_averaged(term)
                 if step.exchange is not None and term.reduction != "mean":
                     self.new[term.call] = Fit(fitting, is_averaged, term.rule)
                 if not is_averaged:
@@ -310,18 +413,96 @@ class Schemes:
             )
             if self.found[term.call] in (ITEMS, WEIGHTS) and term.rule is None and not is_of_rows:
                 reasons.add(f"the labels of the {term.name} that is divided by hand come from no entry of the batch")
+            if term.rule is not None and (term.reduction == "mean" or self.found[term.call] in (ITEMS, WEIGHTS)):
+                turns = self._called.setdefault(term.rule._replace(weight=None), (term.name, set()))[1]
+                turns.add(None if step.here is None else step.index)
+            if self.found[term.call] in (ITEMS, WEIGHTS) and term.rule is not None and term.reduction != "mean":
+                counted = rule_of_scheme(term.rule, self.found[term.call])  # it may be called in chunks some day
+                if counted is not None:
+                    self.of_parts.setdefault(term.site, (term.site, counted))
         return reasons
 
-    def ends_of_window(self) -> set[str]:
-        """What speaks against coefficients that are taken for those of a sum, or of a mean."""
+    def look_at_loops(self, step: Step, combination: Combination) -> set[str]:
+        """Finds what loops over rows make of the losses that they call; what speaks against it."""
+        reasons: set[str] = set()
+        graph = combination.graph
+        at_sites: dict[int, list[tuple[Term, torch.Tensor]]] = {}
+        for term, coefficient in combination.pairs if graph is not None else ():
+            at_sites.setdefault(term.site, []).append((term, coefficient))
+        for site, called in at_sites.items():
+            found = [(t, c) for t, c in called if bool(torch.isfinite(c).all()) and not has_no_items(t)]
+            if not found or not site or graph is None:
+                continue
+            before = self.loops.get(site)
+            loop = self._loop_at(step, graph, found, before[0] if before is not None else UNKNOWN)
+            if loop is None and before is None:
+                continue
+            scheme = UNKNOWN if loop is None else OF_LOOPS[loop.made]
+            name = found[0][0].name
+            if before is None and loop is not None:
+                self.loops[site] = scheme, loop.rule
+                if step.exchange is not None:
+                    self.new["loop", site] = Fit([scheme], True, loop.rule)
+            elif before is not None and scheme != before[0]:
+                reasons.add(f"the {name} of a row was averaged over something else in a micro-batch before")
+            if loop is None:
+                continue
+            reasons |= {loop.doubt} - {""}
+            self._looped[site] = self._looped.get(site, 0) + 1
+            if len(called) < num_rows(step.inputs):
+                self._divided_by_all.add(site)
+            if scheme == SUM_OF_ROWS:
+                self.units.setdefault(("by hand", site), []).append(loop.factor)
+            for term, _ in called:
+                step.doubts.pop(term.call if term.call[0] == "by hand" else term.call[:2], None)
+        return reasons
+
+    @staticmethod
+    def _loop_at(step: Step, graph: Graph, found: list[tuple[Term, torch.Tensor]], before: str) -> rows.Loop | None:
+        """What a loop over rows makes of the losses that one place in the code has called; None: there is none."""
+        terms = [term for term, _ in found]
+        if len({term.reduction for term in terms}) > 1 or not rows.is_loop(step, graph, terms):
+            return None
+        if terms[0].reduction == "mean":
+            return rows.loop_of_means(step, graph, found, next((m for m, s in OF_LOOPS.items() if s == before), ""))
+        scales, counts = [], []
+        for term, coefficient in found:
+            scale, used = _unit(term, coefficient) or (0.0, None)
+            if used is not None or scale == 0 or term.target is None:
+                return None
+            of_row = Rule("labels", 0, term.ignore_index, weight=term.weight)
+            items = [float(rule.total({"labels": term.target})) for rule in (of_row, of_row._replace(weight=None))]
+            scales.append(scale)
+            counts.append([*items, float(term.target.numel())])
+        return rows.loop_of_sums(step, graph, found, scales, counts)
+
+    def ends_of_window(self, batches: Sequence[Mapping[str, Any]]) -> set[str]:
+        """What speaks against coefficients that are taken for those of a sum, or of a mean, of the micro-batches of a window."""
         reasons = set()
         for (kind, *_), units in self.units.items():
             if not max(units) - min(units) <= 1e-5 * max(map(abs, units)):
                 done = "multiplied" if kind == "mean" else "divided"
                 reasons.add(f"a loss is {done} by another number in each micro-batch, which is not recognised")
+        for site, count in self._looped.items():
+            if self.loops[site][0] == ROWS and count < self._looked_at and site not in self._divided_by_all:
+                reasons.add(rows.SKIPS)
+        for rule, (name, indices) in self._called.items():
+            keys = [key for key in (rule.key, rule.mask, rule.length_of) if key is not None]
+            without = [index for index in range(len(batches)) if not {index, None} & indices]
+            without = [i for i in without if all(isinstance(batches[i].get(key), torch.Tensor) for key in keys)]
+            if any(self._has_more(rule, index, batches[index]) for index in without):
+                reasons.add(f"the {name} is computed in some micro-batches alone, and others have items of it")
         self.units.clear()
         self.constants.clear()
+        self._called.clear()
+        self._looped.clear()
+        self._looked_at = 0
         return reasons
+
+    def _has_more(self, rule: Rule, index: int, batch: Mapping[str, Any]) -> bool:
+        """Whether a micro-batch has items of a rule, and more than were counted in it by others of the same entry."""
+        others = [other for other, (_, turns) in self._called.items() if other.key == rule.key and index in turns]
+        return float(rule.total(batch)) > max((float(other.total(batch)) for other in others), default=0.0)
 
     def is_constant(self, call: Any, value: torch.Tensor) -> bool:
         """Whether class weights are those that the same call had in the micro-batches of this window before."""
@@ -336,6 +517,10 @@ class Schemes:
     def agree(self, call: Any, fits: list[Fit]) -> str:
         """The scheme of a call that fits on all ranks that have it, by what each of them says."""
         fitting = [scheme for scheme in fits[0].schemes if all(scheme in fit.schemes for fit in fits)]
+        if call[0] == "loop":
+            scheme = fitting[0] if fitting else UNKNOWN
+            self.loops[call[1]] = scheme, next((fit.rule for fit in fits if fit.rule is not None), None)
+            return scheme
         if SUM in fitting and not all(fit.is_averaged for fit in fits):
             fitting = [SUM]
         self._fitting[call] = fitting
@@ -351,13 +536,17 @@ class Schemes:
             corrections: what the terms of a call are multiplied by besides.
         """
         for term, coefficient in combination.pairs:
-            scheme = self.found.get(term.call, UNKNOWN)
+            scheme = self.of(term)
             if scheme == OPEN and coefficient.any():
                 number = getattr(step.items, "share", step.items)
                 is_ready = NUMBER in _fitting(step, term, coefficient, number, False)
                 scheme = self.found[term.call] = NUMBER if is_ready else SHORT
-            factor = _factor(step, term, coefficient, scheme) if scheme in ACTED_ON else 1.0
-            if term.call[:2] in corrections and scheme != ROWS and (term.rule is not None or term.share is not None):
+            if term.site in self.loops:
+                factor = _factor_of_loop(step, term, *self.loops[term.site])
+            else:
+                factor = _factor(step, term, coefficient, scheme) if scheme in ACTED_ON else 1.0
+            is_of_rows = scheme == ROWS or term.site in self.loops
+            if term.call[:2] in corrections and not is_of_rows and (term.rule is not None or term.share is not None):
                 factor = factor * corrections[term.call[:2]]
             if isinstance(factor, torch.Tensor) or factor != 1.0:
                 loss = loss + ((factor - 1) * term.amount(coefficient)).to(loss.device, loss.dtype)
@@ -370,183 +559,6 @@ class Schemes:
     def left_in_rest(self) -> set[Any]:
         """Calls of which nothing is known, and which so are no terms."""
         return {call for call, scheme in self.found.items() if scheme == UNKNOWN and call[0] == "by hand"}
-
-
-def _is_averaged(loss: torch.Tensor, value: torch.Tensor) -> bool:
-    """Whether there is a division or a mean between a term and the loss: with a single row or item it cannot be seen from its
-    coefficient."""
-    wanted = torch.autograd.graph.get_gradient_edge(value).node
-    seen: set[Any] = set()
-    waiting: list[Any] = [loss.grad_fn]
-    while waiting:
-        node = waiting.pop()
-        if node is None or node in seen or node is wanted:
-            continue
-        seen.add(node)
-        if node.name().startswith(("Div", "Mean")) and not is_mean_of_scalar(node) and _leads_to(node, wanted):
-            return True
-        waiting += [following for following, _ in node.next_functions]
-        if len(seen) > MOST_NODES:
-            return True
-    return False
-
-
-def _on_the_way(loss: torch.Tensor, value: torch.Tensor) -> Iterator[Any]:
-    """The nodes of the graph between a term and the loss, the loss's first."""
-    wanted = torch.autograd.graph.get_gradient_edge(value).node
-    seen: set[Any] = set()
-    waiting: list[Any] = [loss.grad_fn]
-    while waiting and len(seen) <= MOST_NODES:
-        node = waiting.pop()
-        if node is None or node in seen or node is wanted or not _leads_to(node, wanted):
-            continue
-        seen.add(node)
-        yield node
-        waiting += [following for following, _ in node.next_functions]
-
-
-def _divisors(loss: torch.Tensor, value: torch.Tensor) -> list[float]:
-    """The numbers that a term is divided by on its way to the loss, or multiplied by one over."""
-    found: list[float] = []
-    for node in _on_the_way(loss, value):
-        if node.name().startswith("Div"):
-            found += _saved(node, "_saved_other")
-        elif node.name().startswith("Mul"):
-            found += [1 / number for name in ("_saved_other", "_saved_self") for number in _saved(node, name, True)]
-        elif node.name().startswith("Mean") and not is_mean_of_scalar(node):
-            found.append(_size_of_mean(node))
-    return found
-
-
-def _multipliers(loss: torch.Tensor, value: torch.Tensor) -> list[float]:
-    """The numbers that a term is multiplied by on its way to the loss."""
-    return [
-        number
-        for node in _on_the_way(loss, value)
-        if node.name().startswith("Mul")
-        for name in ("_saved_other", "_saved_self")
-        for number in _saved(node, name)
-    ]
-
-
-def is_divided_by(loss: torch.Tensor, value: torch.Tensor, number: Any) -> bool:
-    """Whether the graph shows a division of a term by this number."""
-    return any(abs(divisor - float(number)) <= 1e-6 * abs(float(number)) for divisor in _divisors(loss, value))
-
-
-def _is_in_mean_of_rows(step: Step, term: Term, loss: torch.Tensor) -> bool:
-    """Whether what a loss is the mean of is a number for each row, which this term is one of, or all of which it is made into:
-    ``torch.stack([cross_entropy(x, y) for x, y in rows]).mean()``, ``(values.sum(1) / lengths).mean()``."""
-    rows = num_rows(step.inputs)
-    if tuple(term.value.shape) == (rows,):
-        return False  # its own mean tells by its coefficient
-    of_a_row = term.rule is None or (term.rule.half is not None and term.rule.of == rows)
-    if term.value.dim() == 0 and rows > 1 and not of_a_row:
-        return False  # two heads of two rows
-    if term.reduction == "mean" and _taken_by(term) and is_divided_by(loss, term.value, rows):
-        return True  # in a loop over them, which adds up
-    if not is_mean_of_rows(loss, term.value, rows):
-        return False
-    length = term.target.shape[-1] if term.target is not None and term.target.dim() > 1 else 0
-    # a row's own mean over its length is one over padding too
-    return length <= 1 or not is_divided_by(loss, term.value, length)
-
-
-def _taken_by(term: Term) -> str:
-    """How what a loss was called with was taken from a batch as one row of it; "" where it was not, as far as can be seen."""
-    node = term.value.grad_fn
-    for _ in range(MOST_VIEWS):
-        if node is None:
-            return ""
-        name, saved = node.name(), [getattr(node, f"_saved_{what}", 0) for what in ("dim", "start", "end")]
-        dim = saved[0]
-        if name.startswith("Unbind") or (name.startswith("Select") and dim == 0):
-            return "an index"
-        sizes = getattr(node, "_saved_self_sym_sizes", ())
-        if name.startswith("Slice") and dim == 0 and saved[2] - saved[1] == 1 and len(sizes) > 2:
-            return "a slice"
-        following = [after for after, _ in node.next_functions if after is not None]
-        node = following[0] if following else None
-        if name.startswith(("Addmm", "Mm", "Bmm", "Linear", "AccumulateGrad")):
-            return ""
-    return ""
-
-
-MOST_VIEWS = 12  # operations between a loss and the logits of all rows
-
-
-def is_mean_of_rows(loss: torch.Tensor, value: torch.Tensor, rows: int) -> bool:
-    """Whether there is a mean over a tensor (rows,) between a term and the loss, or its sum and a division by as many; and that
-    tensor is a sum over each row, or a stack of numbers. A mean over each row is one over padding too, and something else."""
-    sums = means = is_made_of_rows = False
-    for node in _on_the_way(loss, value):
-        sizes, name = tuple(getattr(node, "_saved_self_sym_sizes", ())), node.name()
-        if sizes == (rows,):
-            means |= name.startswith("Mean")
-            sums |= name.startswith("Sum")
-        elif name.startswith("Mean") and len(sizes) > 1:
-            return False
-        is_made_of_rows |= name.startswith(("Stack", "Cat", "Unsqueeze")) or (name.startswith("Sum") and len(sizes) > 1)
-    return is_made_of_rows and (means or (sums and is_divided_by(loss, value, rows)))
-
-
-def _saved(node: Any, name: str, is_tensor: bool = False) -> list[float]:
-    """A number that a node has kept for its backward; none where it was written over since. is_tensor: only one that was a
-    tensor, and no number of Python's, which autograd keeps in fp64."""
-    try:
-        kept = getattr(node, name, None)
-    except RuntimeError:
-        return []
-    # of a DTensor the ranks would have to meet
-    if not isinstance(kept, torch.Tensor) or is_dtensor(kept) or kept.is_complex() or kept.numel() != 1:
-        return []
-    if is_tensor and kept.dtype == torch.float64:
-        return []
-    number = float(kept.detach())
-    return [number] if math.isfinite(number) and number != 0 else []
-
-
-def _size_of_mean(node: Any) -> float:
-    """How many numbers a mean is of."""
-    sizes = tuple(getattr(node, "_saved_self_sym_sizes", ()))
-    dims = getattr(node, "_saved_dim", None) or range(len(sizes))
-    signed = [dim - 2**64 if dim >= 2**63 else dim for dim in dims]  # autograd keeps a negative one so
-    return float(math.prod(int(sizes[dim]) for dim in signed))
-
-
-def _function_between(loss: torch.Tensor, values: list[torch.Tensor]) -> type | None:
-    """An autograd.Function of somebody's own that a gradient of the loss by these values would run through."""
-    wanted = {torch.autograd.graph.get_gradient_edge(value).node for value in values}
-    seen: set[Any] = set(wanted)
-    waiting: list[Any] = [loss.grad_fn]
-    while waiting and len(seen) <= MOST_NODES:
-        node = waiting.pop(0)  # the nearest first
-        if node is None or node in seen:
-            continue
-        seen.add(node)
-        function = function_of(node)
-        is_own = function is not None and function.__module__.partition(".")[0] not in TRUSTED
-        if is_own and any(_leads_to(node, one) for one in wanted):
-            return function
-        waiting += [following for following, _ in node.next_functions]
-    return None
-
-
-TRUSTED = ("torch", "accumloss", "accelerate", "transformers", "deepspeed")  # whose functions' backward may run twice
-MOST_NODES = 200  # of a graph that are looked at
-
-
-def _leads_to(node: Any, wanted: Any) -> bool:
-    seen: set[Any] = set()
-    waiting = [node]
-    while waiting and len(seen) <= MOST_NODES:
-        node = waiting.pop()
-        if node is wanted:
-            return True
-        if node is not None and node not in seen:
-            seen.add(node)
-            waiting += [following for following, _ in node.next_functions]
-    return False
 
 
 def _unit(term: Term, coefficient: torch.Tensor) -> tuple[float, torch.Tensor | None] | None:
@@ -567,20 +579,32 @@ def _unit(term: Term, coefficient: torch.Tensor) -> tuple[float, torch.Tensor | 
     return high, None if bool((used == is_item).all()) else used
 
 
-def _joined(targets: list[torch.Tensor]) -> Iterator[torch.Tensor]:
-    """What targets may be chunks of: one behind the other, or along a dimension."""
+def _joined(targets: list[torch.Tensor], rows: int, first: Term) -> Iterator[torch.Tensor]:
+    """What targets may be chunks of: one behind the other or before it, along a dimension, or of each row; and if some were
+    left out in which all is ignored, the items of these."""
     if any(target.dtype != targets[0].dtype for target in targets):
         return
-    yield torch.cat([target.flatten() for target in targets])
-    for dim in range(1, min(target.dim() for target in targets)):
-        if len({(*target.shape[:dim], *target.shape[dim + 1 :]) for target in targets}) == 1:
-            yield torch.cat(targets, dim)
+    together: list[torch.Tensor] = []
+    for ordered in (targets, targets[::-1]):
+        together.append(torch.cat([target.flatten() for target in ordered]))
+        for dim in range(1, min(target.dim() for target in ordered)):
+            if len({(*target.shape[:dim], *target.shape[dim + 1 :]) for target in ordered}) == 1:
+                together.append(torch.cat(ordered, dim))
+        if rows > 1 and all(target.dim() == 1 and target.numel() % rows == 0 for target in ordered):
+            together.append(torch.cat([target.reshape(rows, -1) for target in ordered], 1))
+    yield from together
+    if first.ignore_index is not None:
+        yield from (whole[whole != first.ignore_index] for whole in together)
 
 
 def has_no_items(term: Term) -> bool:
     if term.reduction == "mean" or term.target is None or term.ignore_index is None:
         return False
     return not bool((term.target != term.ignore_index).any())
+
+
+def _unweighted(rule: Rule | None) -> Rule | None:
+    return None if rule is None else rule._replace(weight=None)
 
 
 def _is_item(term: Term, coefficient: torch.Tensor) -> torch.Tensor:
@@ -595,7 +619,7 @@ def _tolerance(value: torch.Tensor) -> float:
 
 
 def _fitting(
-    step: Step, term: Term, coefficient: torch.Tensor, number: Any, is_taken: bool, loss: torch.Tensor | None = None
+    step: Step, term: Term, coefficient: torch.Tensor, number: Any, is_taken: bool, graph: Graph | None = None
 ) -> dict[str, float]:
     """The schemes that a coefficient fits, the likeliest first, each with the factor that the term has besides.
 
@@ -619,8 +643,8 @@ def _fitting(
     if number is not None and not is_taken:
         by_number += [NUMBER] if is_one(scale * float(number) / step.among) else []
         by_number += [SHORT] if step.among != 1 and is_one(scale * float(number)) else []
-        if not by_number and step.among != 1 and loss is not None and is_divided_by(loss, term.value, number):
-            is_ready = step.among in _multipliers(loss, term.value)
+        if not by_number and step.among != 1 and graph is not None and graph.is_divided_by(term.value, number):
+            is_ready = step.among in graph.multipliers(term.value)
             return {NUMBER if is_ready else SHORT: scale * float(number) / (step.among if is_ready else 1)}
     if used is not None or scale == 0:
         return dict.fromkeys(by_number, 1.0)
@@ -643,7 +667,7 @@ def _fitting(
     fitting += [scheme for scheme, count in counts.items() if scheme in (ROWS, ELEMENTS) and is_one(scale * count)]
     if is_one(scale):
         fitting.append(SUM)
-    divisors = [] if loss is None or number is not None else _divisors(loss, term.value)
+    divisors = [] if graph is None or number is not None else graph.divisors(term.value)
     places = {s: [i for i, d in enumerate(divisors) if abs(d - n) <= 1e-6 * n] for s, n in counts.items()}
     divided = {scheme: scale * counts[scheme] for scheme, found in places.items() if found}
     if divided:  # what the graph says goes before what may be chance, and what is divided by first before the rest
@@ -656,14 +680,14 @@ def _fitting(
     return dict.fromkeys(fitting, 1.0)
 
 
-def _may_be_of_his_own(loss: torch.Tensor, term: Term, coefficient: torch.Tensor, fitting: dict[str, float]) -> bool:
+def _may_be_of_his_own(graph: Graph, term: Term, coefficient: torch.Tensor, fitting: dict[str, float]) -> bool:
     """Whether a coefficient that fits one over a count may be a factor like 0.5 as well: nothing on the way divides."""
     if term.reduction == "mean" or not fitting or next(iter(fitting)) not in MEANS:
         return False
     unit = _unit(term, coefficient)
     if unit is None or unit[0] in (0.0, 1.0) or abs(float(f"{unit[0]:.2g}") / unit[0] - 1) > 1e-6:
         return False
-    return not _is_averaged(loss, term.value) and not _divisors(loss, term.value)
+    return not graph.is_averaged(term.value) and not graph.divisors(term.value)
 
 
 def _is_written_down(step: Step, scale: float) -> bool:
@@ -674,17 +698,17 @@ def _is_written_down(step: Step, scale: float) -> bool:
     return not is_count and abs(float(f"{scale:.2g}") / scale - 1) <= 1e-6
 
 
-def fitting_schemes(step: Step, term: Term, coefficient: torch.Tensor, loss: torch.Tensor) -> dict[str, float]:
+def fitting_schemes(step: Step, term: Term, coefficient: torch.Tensor, graph: Graph) -> dict[str, float]:
     """The schemes that a coefficient of a term that somebody averages fits, with the factor that the term has besides; a sum
     over one row or item is told by its graph."""
-    if _is_in_mean_of_rows(step, term, loss):
+    if rows.is_in_mean_of_rows(step, term, graph):
         return {}  # it stays what Trainer makes of it, who averages by rows
-    fitting = _fitting(step, term, coefficient, None, False, loss)
-    if _may_be_of_his_own(loss, term, coefficient, fitting):
+    fitting = _fitting(step, term, coefficient, None, False, graph)
+    if _may_be_of_his_own(graph, term, coefficient, fitting):
         unit = _unit(term, coefficient)
         assert unit is not None
         return {SCALED: unit[0]}
-    return {SUM: 1.0} if SUM in fitting and not _is_averaged(loss, term.value) else fitting
+    return {SUM: 1.0} if SUM in fitting and not graph.is_averaged(term.value) else fitting
 
 
 def _factor(step: Step, term: Term, coefficient: torch.Tensor, scheme: str) -> Any:
@@ -703,13 +727,27 @@ def _factor(step: Step, term: Term, coefficient: torch.Tensor, scheme: str) -> A
     return step.share_of_call_by_hand(term.call, None if term.rule is None else rule_of_scheme(term.rule, scheme))
 
 
+def _factor_of_loop(step: Step, term: Term, scheme: str, rule: Rule | None) -> Any:
+    """_factor of a term that a loop over rows has called; what is not recognised weighs as rows do, in Trainer's own way."""
+    if scheme == SUM_OF_ROWS:
+        whole: Any = float(step.micro_batches)
+    elif scheme == ITEMS_OF_ROWS:
+        whole = step.share_of_call_by_hand(("loop", term.site), rule)
+    else:
+        whole = step.share_of_rows() if scheme == ROWS or term.reduction == "mean" else 1.0
+    if term.reduction != "mean":
+        return whole
+    share = step.share_of_mean(term)
+    return whole / share if float(share) else 1.0
+
+
 def rule_of_scheme(rule: Rule, scheme: str) -> Rule | None:
     """How what is divided by is counted, of a loss over the items of a rule; None: it is not."""
     if scheme == ITEMS:
         return rule._replace(weight=None)
     if scheme == ELEMENTS:
         return rule._replace(weight=None, ignore_index=None, mask=None, filled=None)
-    return rule if scheme == WEIGHTS else None
+    return rule if scheme in (WEIGHTS, ITEMS_OF_ROWS) else None
 
 
 def is_of_pairs(target: torch.Tensor, rows: int) -> bool:

@@ -42,7 +42,7 @@ def look_at(trainer: Any, state: State, step: steps.Step) -> None:
     if len(window.fetched) == 1 and trainer.args.world_size == 1 and trainer.args.n_gpu <= 1:
         state.check, state.schemes = objective.Check(), terms.Schemes()  # nothing was accumulated
         return
-    for reason in state.schemes.ends_of_window():
+    for reason in state.schemes.ends_of_window(window.batches):
         state.check.blame(reason)
     smallest = min(counting.num_rows(batch) for batch in window.batches)
     why = coupled.why(class_of(base_model(trainer)).__name__, smallest)
