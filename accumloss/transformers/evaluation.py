@@ -14,10 +14,11 @@ import torch
 
 from .._compat import not_compiled
 from ..sums import TokenSums, wide_dtype, widened
-from . import counting
+from . import counting, rows, sites
 from . import step as steps
 from .graph import Graph
-from .rows import is_mean_of_rows
+from .rows import is_mean_of_rows, row_of
+from .term import Term, has_no_items
 from .terms import (
     ELEMENTS,
     ITEMS,
@@ -26,9 +27,7 @@ from .terms import (
     SCALED,
     SUM,
     WEIGHTS,
-    Term,
     fitting_schemes,
-    has_no_items,
     is_contrastive,
 )
 from .tracked import leaf_and_tracked, untracked
@@ -44,6 +43,14 @@ class Amount(NamedTuple):
 
     times: torch.Tensor | float
     over: torch.Tensor | float
+
+
+class OfLoop(NamedTuple):
+    """What a loop over the rows of one batch has made of their losses."""
+
+    made: str  # one of the words of rows.py
+    total: torch.Tensor  # ()
+    over: float  # the items that it was divided by, where rows weigh by them
 
 
 class _Term:
@@ -74,6 +81,10 @@ class Evaluation(steps.Step):
         self.means: list[tuple[torch.Tensor, torch.Tensor]] = []  # of this batch: mean, items
         self.summed: list[tuple[torch.Tensor, torch.Tensor]] = []  # of this batch, by somebody: sum, counts by scheme
         self.leaves: list[torch.Tensor] = []  # of the means, where they are tracked
+        self.places: list[Term] = []  # of the means: where they were called, and of which row
+        self.has_loops = False  # over rows, on any rank
+        self.loops: dict[int, str] = {}  # site -> what a loop over rows makes of its losses
+        self.of_loops: list[OfLoop] = []  # of this batch
         self.are_rows: list[bool] = []  # whether the labels of each are those of one row
         self.is_row = False  # the same of the call that is to be observed next
         self.leaves_by_hand: list[tuple[torch.Tensor, Term]] = []
@@ -101,7 +112,7 @@ class Evaluation(steps.Step):
         """Whether the terms of this batch are tracked."""
         is_open = any(len(fitting) > 1 or SCALED in fitting for fitting in self.fitting or ())
         may_be_parts = self.fitting is not None and len(self.fitting) > 1 and bool(self.fitting_together)
-        return self.coefficients is None or is_open or may_be_parts
+        return self.coefficients is None or is_open or may_be_parts or self.has_loops
 
     def begin(self, inputs: Any) -> None:
         """Begins a batch."""
@@ -109,9 +120,10 @@ class Evaluation(steps.Step):
         self.window = [inputs]
         super().begin(inputs)
         self.means, self.summed, self.token_sums, self.amount = [], [], None, None
-        self.leaves, self.leaves_by_hand = [], []
+        self.leaves, self.leaves_by_hand, self.places, self.of_loops = [], [], [], []
         self.are_rows, self.is_row = [], False
         self.calls = 0
+        self.place_found, self.found = {}, ("", None)
 
     # What losses ask a step --------------------------------------------------------------------------------------------
 
@@ -134,9 +146,15 @@ class Evaluation(steps.Step):
         else:
             items = counting.Rule("labels", shift, ignore_index, weight=weight).total({"labels": labels})
         are_indices = ignore_index is not None and length is None and not labels.is_floating_point()
-        if self.is_looking and not is_compiled and are_indices and self._is_contrastive(labels):
+        is_looked_at = self.is_looking and not is_compiled
+        row = row_of(labels, self.inputs) if is_looked_at else None
+        is_of_row = row is not None and counting.num_rows(self.inputs) > 1
+        if is_looked_at and are_indices and not is_of_row and self._is_contrastive(labels):
             self.coupled.add(f"{name or 'a loss'} tells each row apart from the others of its batch")
         self.is_row = self.is_looking and self._is_row(labels, shift)
+        if is_looked_at:
+            self.found = name, None
+            self.place_found = {"site": sites.site(), "row": row, "ignore_index": ignore_index, "weight": weight}
         return steps.Divisor(steps.at_least_one(items), observer=_Term(self, items))
 
     def _is_row(self, labels: torch.Tensor, shift: int) -> bool:
@@ -165,6 +183,8 @@ class Evaluation(steps.Step):
         if not self.is_looking or torch.compiler.is_compiling():
             return loss
         leaf, handed_out = leaf_and_tracked(loss)
+        self.places.append(Term(leaf, self.found[0], None, ("mean", len(self.means)), **self.place_found))
+        self.found, self.place_found = ("", None), {}
         self.leaves.append(leaf)
         self.are_rows.append(self.is_row)
         return handed_out
@@ -185,6 +205,7 @@ class Evaluation(steps.Step):
         """A loss that its caller averages: its sum, and all that he may divide it by."""
         if self.amount is not None:  # over boxes or masks
             return value
+        row = row_of(target, self.inputs) if self.is_looking else None
         target = steps.aligned(target, shift, ignore_index)
         rule = counting.Rule("labels", 0, ignore_index, weight=weight)
         counts = {
@@ -200,7 +221,8 @@ class Evaluation(steps.Step):
         leaf, handed_out = leaf_and_tracked(value) if self.is_looking else (None, value)
         if leaf is not None:
             call = "by hand", len(self.summed)
-            term = Term(leaf, name, rule, call, reduction, target=target, ignore_index=ignore_index)
+            place = {"ignore_index": ignore_index, "weight": weight, "site": sites.site(), "row": row}
+            term = Term(leaf, name, rule, call, reduction, target=target, **place)
             self.leaves_by_hand.append((leaf, term))
         return handed_out
 
@@ -264,30 +286,30 @@ class Evaluation(steps.Step):
             loss: (), tracked where a term is in it.
             agree: the largest of each number over the ranks, all of which ask equally often.
         """
-        if self.num_terms is None:
-            numbers = agree(len(self.means), len(self.summed))
-            self.num_terms, self.fitting = numbers[0], [set(SCHEMES) for _ in range(numbers[1])]
         loss = untracked(loss)
+        graph, found = self.take_loops_out(loss)
+        leaves = [*self.leaves, *(leaf for leaf, _ in self.leaves_by_hand)]
+        if self.num_terms is None:
+            numbers = agree(len(self.means), len(self.summed), int(bool(self.loops)))
+            self.num_terms, self.fitting = numbers[0], [set(SCHEMES) for _ in range(numbers[1])]
+            self.has_loops = bool(numbers[2])
         is_finite = bool(torch.isfinite(loss))
         if agree(int(not is_finite))[0]:
             return  # another batch will tell
-        leaves = [*self.leaves, *(leaf for leaf, _ in self.leaves_by_hand)]
-        found: list[torch.Tensor | None] = [None] * len(leaves)
-        if leaves and loss.requires_grad:
-            found = list(torch.autograd.grad(loss, leaves, create_graph=True, retain_graph=True, allow_unused=True))
-        graph = Graph(loss, leaves) if leaves and loss.requires_grad else None
         bends = int(any(_bends(coefficient, leaves) for coefficient in found))
         is_first = self.coefficients is None
         if self.coefficients is None:
-            rows = counting.num_rows(self.inputs)
+            num_rows = counting.num_rows(self.inputs)
             coefficients = [0.0 if c is None else float(c.detach()) for c in found[: len(self.leaves)]]
             in_mean = [
                 graph is not None
-                and (is_mean_of_rows(graph, leaf, rows) or (is_row and graph.is_divided_by(leaf, rows)))
+                and (is_mean_of_rows(graph, leaf, num_rows) or (is_row and graph.is_divided_by(leaf, num_rows)))
                 for leaf, is_row in zip(self.leaves, self.are_rows, strict=True)
             ]
-            if sum(in_mean) == rows:  # of rows that have a mean each: as Trainer averages them
-                self.of_rows = [c * rows if of_rows else 0.0 for c, of_rows in zip(coefficients, in_mean, strict=True)]
+            if sum(in_mean) == num_rows:  # of rows that have a mean each: as Trainer averages them
+                self.of_rows = [
+                    c * num_rows if of_rows else 0.0 for c, of_rows in zip(coefficients, in_mean, strict=True)
+                ]
                 coefficients = [0.0 if of_rows else c for c, of_rows in zip(coefficients, in_mean, strict=True)]
             self.coefficients = [*coefficients, *[0.0] * (self.num_terms - len(coefficients))]
         assert self.fitting is not None
@@ -319,6 +341,54 @@ class Evaluation(steps.Step):
             self.is_linear, self.coefficients = False, [0.0] * self.num_terms
             self.fitting, self.fitting_together = [set() for _ in self.fitting], set()
 
+    def take_loops_out(self, loss: torch.Tensor) -> tuple[Graph | None, list[torch.Tensor | None]]:
+        """Takes what loops over rows make of their losses for what it is, and these from among the terms of this batch.
+
+        Args:
+            loss: (), tracked where a term is in it.
+
+        Returns:
+            The graph of the loss, and its derivatives by the leaves that are left.
+        """
+        loss = untracked(loss)
+        leaves = [*self.leaves, *(leaf for leaf, _ in self.leaves_by_hand)]
+        found: list[torch.Tensor | None] = [None] * len(leaves)
+        if not leaves or not loss.requires_grad:
+            return None, found
+        found = list(torch.autograd.grad(loss, leaves, create_graph=True, retain_graph=True, allow_unused=True))
+        graph = Graph(loss, leaves)
+        num_means = len(self.leaves)
+        terms = [*self.places, *(term for _, term in self.leaves_by_hand)]
+        at_sites: dict[int, list[int]] = {}
+        for index, term in enumerate(terms):
+            if term.site and found[index] is not None:
+                at_sites.setdefault(term.site, []).append(index)
+        taken: set[int] = set()
+        for site, indices in at_sites.items():
+            pairs = [(terms[i], c.detach()) for i in indices if (c := found[i]) is not None]
+            known = self.loops.get(site, rows.UNKNOWN)
+            loop = rows.loop_at(self, graph, [pair for pair in pairs if not has_no_items(pair[0])], known)
+            if loop is None or loop.made == rows.UNKNOWN:
+                continue
+            self.loops.setdefault(site, loop.made)
+            total = torch.stack([widened(term.amount(c)).detach() for term, c in pairs]).sum()
+            over = 1.0 if loop.rule is None else float(loop.rule.total(self.inputs))
+            self.of_loops.append(OfLoop(loop.made, total, over))
+            taken |= set(indices)
+        kept = [i for i in range(num_means) if i not in taken]
+        by_hand = [i - num_means for i in range(num_means, len(terms)) if i not in taken]
+        self.means, self.leaves = [self.means[i] for i in kept], [self.leaves[i] for i in kept]
+        self.places, self.are_rows = [self.places[i] for i in kept], [self.are_rows[i] for i in kept]
+        self.summed, self.leaves_by_hand = [self.summed[i] for i in by_hand], [self.leaves_by_hand[i] for i in by_hand]
+        return graph, [c for i, c in enumerate(found) if i not in taken]
+
+    def _of_loops(self, made: str) -> tuple[torch.Tensor, float]:
+        """Of this batch what loops of a kind have made, and the items that it was divided by."""
+        found = [one for one in self.of_loops if one.made == made]
+        if not found:
+            return torch.zeros((), dtype=torch.float64), 0.0
+        return torch.stack([one.total for one in found]).sum(), found[0].over
+
     def add(self, loss: torch.Tensor, amount: Amount, is_real: bool = True) -> None:
         """Adds this batch to the set. Without a host sync."""
         assert self.num_terms is not None and self.fitting is not None
@@ -327,7 +397,11 @@ class Evaluation(steps.Step):
         loss, wide = widened(loss.detach()), wide_dtype(device)
         empty = torch.zeros((), dtype=wide, device=device)
         times, over = (_number(value, device) for value in amount)
-        row, rest = [loss * times, over], loss
+        (summed_up, _), (weighed, items_of_rows) = self._of_loops(rows.SUM), self._of_loops(rows.BY_ITEMS)
+        summed_up, weighed = summed_up.to(device, wide), weighed.to(device, wide)
+        rest = loss - summed_up - weighed - self._of_loops(rows.MEAN)[0].to(device, wide)
+        row = [loss * times, over, summed_up, summed_up * times]
+        row += [weighed * items_of_rows, _number(items_of_rows, device), weighed * times]
         for index in range(self.num_terms):
             mean, items = self.means[index] if index < len(self.means) else (empty, empty)
             mean, items = mean.to(device), items.to(device, wide)
@@ -397,8 +471,10 @@ class Evaluation(steps.Step):
         if self.totals_of_set is None or self.coefficients is None:
             return {}
         total, amount, *rest = over_ranks(self.totals_of_set).tolist()
+        summed_up, of_sums, weighed, items_of_rows, of_weighed, *rest = rest
         *by_term, items, correct, entropy = rest
         loss = _ratio(total, amount)
+        loss += summed_up - _ratio(of_sums, amount) + _ratio(weighed, items_of_rows) - _ratio(of_weighed, amount)
         for index, coefficient in enumerate(self.coefficients):
             of_items, term_items, of_batches = by_term[3 * index : 3 * index + 3]
             loss += coefficient * (_ratio(of_items, term_items) - _ratio(of_batches, amount))

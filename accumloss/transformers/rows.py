@@ -14,10 +14,10 @@ import torch
 
 from .counting import Rule, may_be_labels, num_rows
 from .graph import Graph, is_near
+from .term import Term, unit_of
 
 if TYPE_CHECKING:
     from .step import Step
-    from .terms import Term
 
 
 class Row(NamedTuple):
@@ -72,13 +72,37 @@ class Loop(NamedTuple):
     doubt: str = ""
 
 
+def loop_at(step: Step, graph: Graph, found: Sequence[tuple[Term, torch.Tensor]], before: str) -> Loop | None:
+    """What a loop over rows makes of the losses that one place in the code has called, with their coefficients; None: there is
+    none.
+
+    Args:
+        before: what it made in a micro-batch before.
+    """
+    terms = [term for term, _ in found]
+    if len({term.reduction for term in terms}) != 1 or not is_loop(step, graph, terms):
+        return None
+    if terms[0].reduction == "mean":
+        return loop_of_means(step, graph, found, before)
+    scales, counts = [], []
+    for term, coefficient in found:
+        scale, used = unit_of(term, coefficient) or (0.0, None)
+        if used is not None or scale == 0 or term.target is None:
+            return None
+        of_row = Rule("labels", 0, term.ignore_index, weight=term.weight)
+        items = [float(rule.total({"labels": term.target})) for rule in (of_row, of_row._replace(weight=None))]
+        scales.append(scale)
+        counts.append([*items, float(term.target.numel())])
+    return loop_of_sums(step, graph, found, before, scales, counts)
+
+
 def is_loop(step: Step, graph: Graph, terms: Sequence[Term]) -> bool:
     """Whether these losses, which one place in the code has called, are those of different rows of the micro-batch."""
     rows = num_rows(step.inputs)
     if rows == 0 or len(terms) > rows or any(term.value.dim() > 1 for term in terms):
         return False
     if rows == 1:
-        return bool(taken_by(terms[0]))
+        return bool(taken_by(terms[0])) if step.is_training else graph.is_added_up(terms[0].value)
     if any(term.row is not None and not taken_by(term) and not _is_whole(term.row) for term in terms):
         return False  # chunks, of which the others were left out
     known = [term.row for term in terms if term.row is not None]
@@ -95,6 +119,11 @@ def _is_whole(place: Row) -> bool:
 def _is_in_loop(graph: Graph, terms: Sequence[Term]) -> bool:
     """Whether the one of these is put beside others of its kind, if it had any."""
     return len(terms) > 1 or graph.is_added_up(terms[0].value)
+
+
+def _tells_sums(step: Step, before: str) -> bool:
+    """Whether a loss that nothing divides is a sum over rows: of one row in an evaluation no graph says that it is a row's."""
+    return step.is_training or num_rows(step.inputs) > 1 or before == SUM
 
 
 def loop_of_means(step: Step, graph: Graph, found: Sequence[tuple[Term, torch.Tensor]], before: str) -> Loop | None:
@@ -116,7 +145,7 @@ def loop_of_means(step: Step, graph: Graph, found: Sequence[tuple[Term, torch.Te
         taken = {taken_by(term) for term, _ in found}
         may_be_halves = rows <= 2 and taken == {"a split"}
         return Loop(MEAN, doubt=HALVES.format(name) if may_be_halves else "")
-    if not _is_in_loop(graph, [term for term, _ in found]):
+    if not _is_in_loop(graph, [term for term, _ in found]) or not _tells_sums(step, before):
         return None
     if not _are_alike(coefficients):
         return Loop(UNKNOWN, doubt=OTHERWISE.format(name))
@@ -127,7 +156,12 @@ def loop_of_means(step: Step, graph: Graph, found: Sequence[tuple[Term, torch.Te
 
 
 def loop_of_sums(
-    step: Step, graph: Graph, found: Sequence[tuple[Term, torch.Tensor]], scales: Sequence[float], counts: Any
+    step: Step,
+    graph: Graph,
+    found: Sequence[tuple[Term, torch.Tensor]],
+    before: str,
+    scales: Sequence[float],
+    counts: Any,
 ) -> Loop | None:
     """What a loop over rows makes of their losses that it averages itself; None: of each it makes no mean.
 

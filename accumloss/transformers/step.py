@@ -280,9 +280,7 @@ class Step:
 
     def rule_of_parts(self, target: torch.Tensor, first: Term) -> Rule | None:
         """How the items of several calls are counted that are parts of one sum, of which this is the first."""
-        unknown = self.unknown
-        rule = self._rule(target, 0, first.ignore_index, None, ("parts", first.call))
-        self.unknown = unknown
+        rule = self._rule_of(target, 0, first.ignore_index, None, ("parts", first.call))
         return None if rule is None else rule.weighted(first.weight)
 
     def take_doubts(self) -> None:
@@ -655,6 +653,23 @@ class Step:
     def _rule(
         self, labels: torch.Tensor, shift: int, ignore_index: int | None, length: int | None, number: Any = None
     ) -> Rule | None:
+        """How the items of these labels are counted: by the entry whose elements they are; and whether the micro-batches
+        before were counted by another rule, which fitted them as well."""
+        number = self.calls if number is None else number
+        rule = self._rule_of(labels, shift, ignore_index, length, number)
+        if rule is not None and not self.chunks:
+            self.unknown += self.differs(number, rule)
+        return rule
+
+    def differs(self, number: Any, rule: Rule) -> bool:
+        """Whether the micro-batches before were counted by another rule than the same call of this one, which fitted them as
+        well."""
+        before = self.compared.setdefault(number, rule)
+        return rule != before and bool(self._here(rule) != self._here(before))
+
+    def _rule_of(
+        self, labels: torch.Tensor, shift: int, ignore_index: int | None, length: int | None, number: Any
+    ) -> Rule | None:
         """How the items of these labels are counted: by the entry whose elements they are.
 
         The same memory, or else the same values, whose comparison synchronises. Where a micro-batch fits several origins (no
@@ -674,7 +689,6 @@ class Step:
         for key, value in entries.items():
             if key not in changed and value.numel() == labels.numel() and same_memory(value, labels):
                 return Rule(key, shift, ignore_index, length_of, longer_by)
-        number = self.calls if number is None else number
         call = (number, tuple(entries))
         known = self.origins.get(call)
         likeliest = [] if known is None else [known]
@@ -693,38 +707,36 @@ class Step:
         if not fitting:
             return None
         origin, copies = fitting[0]
-        if origin is not known and self._cuts_nothing(origin, entries, shift, ignore_index):
-            return Rule(origin.key, shift, ignore_index, mask=origin.mask, filled=origin.filled)
-        if len(fitting) == 1:
-            self.origins[call] = origin
-        first = 0 if origin.kept == "items" else max(origin.first + shift - origin.front, 0)
-        rule = Rule(
-            origin.key,
-            first,
-            ignore_index,
-            length_of,
-            longer_by,
-            mask=origin.mask,
-            part=origin.part,
-            copies=copies,
-            last=origin.last,
-            filled=origin.filled,
-            half=origin.half,
-        )
-        before = self.compared.setdefault(number, rule)
-        if rule != before and bool(self._here(rule) != self._here(before)):
-            self.unknown += 1  # the micro-batches before were counted by another, which fitted them as well
+        if origin is not known and self._cuts_nothing(origin, entries, ignore_index):
+            rule = Rule(origin.key, shift, ignore_index, mask=origin.mask, filled=origin.filled)
+        else:
+            if len(fitting) == 1:
+                self.origins[call] = origin
+            first = 0 if origin.kept == "items" else max(origin.first + shift - origin.front, 0)
+            rule = Rule(
+                origin.key,
+                first,
+                ignore_index,
+                length_of,
+                longer_by,
+                mask=origin.mask,
+                part=origin.part,
+                copies=copies,
+                last=origin.last,
+                filled=origin.filled,
+                half=origin.half,
+            )
         return rule
 
     @staticmethod
-    def _cuts_nothing(
-        origin: Origin, entries: Mapping[str, torch.Tensor], shift: int, ignore_index: int | None
-    ) -> bool:
+    def _cuts_nothing(origin: Origin, entries: Mapping[str, torch.Tensor], ignore_index: int | None) -> bool:
         """Whether columns are left out in which all is ignored, more than one: cut off where the longest row ends."""
         if origin.first > 1 or origin.last < 2 or origin.part is not None or origin.half is not None:
             return False
-        behind = entries[origin.key][..., -origin.last :]
-        return ignore_index is not None and bool((behind == ignore_index).all())
+        if ignore_index is None:
+            return False
+        is_item = torch.ne(entries[origin.key][..., -origin.last - 1 :], ignore_index)
+        return bool(is_item[..., 0].any()) and not bool(is_item[..., 1:].any())
 
     def _rule_of_chunk(self, labels: torch.Tensor, *how: Any) -> Rule | None:
         """_rule() of the labels of a replica, which are made from one chunk of the entries."""

@@ -17,36 +17,10 @@ from ..sums import widened
 from . import rows
 from .counting import Rule, half_of, num_rows
 from .graph import Graph
+from .term import Term, has_no_items, is_item, tolerance, unit_of
 
 if TYPE_CHECKING:
     from .step import Step
-
-
-class Term(NamedTuple):
-    """What one call of a loss returned inside of a step."""
-
-    value: torch.Tensor  # (), or without a reduction one for each label
-    name: str  # of the loss
-    rule: Rule | None  # how its items are counted; None: they are rows, or of no known origin
-    call: tuple[Any, ...]  # which of the micro-batch's calls it is: kind, number, and which of what one call returns
-    reduction: str = "mean"
-    share: Any = None  # of the mean over its own items, in what was returned; None: by its rule
-    target: torch.Tensor | None = None  # where somebody averages it
-    ignore_index: int | None = None
-    weight: torch.Tensor | None = None  # of the classes
-    more: tuple[torch.Tensor, ...] = ()  # what further calls returned that are parts of the same sum
-    site: int = 0  # in the code, where it was called
-    row: rows.Row | None = None  # of the micro-batch, whose labels alone it was called with
-
-    def amount(self, coefficient: torch.Tensor, is_wide: bool = False) -> torch.Tensor:
-        """What of the loss it is. (), in the widest dtype where is_wide."""
-        parts = (
-            [(coefficient * value).sum() for value in map(widened, self.more)]
-            if is_wide
-            else [(coefficient * value).sum() for value in self.more]
-        )
-        first = widened(coefficient) * widened(self.value) if is_wide else coefficient * self.value
-        return sum(parts, first.sum())
 
 
 # What a mean was measured to be over: a Rule, or one of these
@@ -134,7 +108,7 @@ class Combination:
             if has_no_items(term):
                 empty.append(place)
                 continue
-            scale, used = _unit(term, coefficient) or (0.0, None)
+            scale, used = unit_of(term, coefficient) or (0.0, None)
             if used is None and scale != 0 and (scale != 1 or self.is_averaged(term)):
                 parts.append((place, scale))
         merged: dict[int, int] = {}  # places that have gone into others
@@ -144,7 +118,7 @@ class Combination:
             for place, scale in parts:
                 term, coefficient = self.pairs[place]
                 key = schemes.part_of(term, of(term)) if not step.is_watched else of(term)
-                near = _tolerance(coefficient) * abs(scale)
+                near = tolerance(coefficient) * abs(scale)
                 same = [places for k, other, places in groups if k == key and abs(other - scale) <= near]
                 if same:
                     same[0].append(place)
@@ -299,6 +273,8 @@ class Schemes:
         for term in terms:
             step.doubts.pop(term.call, None)
             self.of_parts[term.site] = first.site, rule
+        if step.differs(("parts", first.site), rule._replace(weight=None)):
+            step.doubts["parts", first.site] = 1, ""
         self._together.add(first.site)
         return rule
 
@@ -318,7 +294,7 @@ class Schemes:
     @staticmethod
     def _are_divided(step: Step, terms: list[Term], scale: float, rule: Rule, combination: Combination) -> bool:
         """Whether a sum of these is divided by what the rule counts."""
-        near, graph = _tolerance(terms[0].value), combination.graph
+        near, graph = tolerance(terms[0].value), combination.graph
         counts = {float(step.held(one)) for one in (rule, rule._replace(weight=None))}
         return any(
             abs(scale * count - 1) <= near or (graph is not None and graph.is_divided_by(terms[0].value, count))
@@ -391,17 +367,17 @@ class Schemes:
                 self._fitting[term.call], self.found[term.call] = still, still[0] if still else UNKNOWN
                 reasons.add(f"the {term.name} that is divided by hand fitted another divisor in a micro-batch before")
             if self.found[term.call] == UNKNOWN and term.reduction != "mean":
-                unit = _unit(term, coefficient)
+                unit = unit_of(term, coefficient)
                 if unit is not None:
                     # the weight of a single item says nothing of what all are divided by
-                    if term.reduction == "sum" or int((_is_item(term, coefficient) & (coefficient != 0)).sum()) > 1:
+                    if term.reduction == "sum" or int((is_item(term, coefficient) & (coefficient != 0)).sum()) > 1:
                         self.units.setdefault(term.call, []).append(unit[0])
                 elif number is None:
                     reasons.add(f"the {term.name} without a reduction is averaged in a way that is not recognised")
             elif self.found[term.call] in MEANS and term.reduction != "mean":
                 self.units.setdefault(term.call, []).append(factors.get(self.found[term.call], 1.0))
             elif self.found[term.call] == SCALED:
-                unit = _unit(term, coefficient)
+                unit = unit_of(term, coefficient)
                 self.units.setdefault(term.call, []).append(float("nan") if unit is None else unit[0])
             elif term.reduction == "mean":
                 like = (*term.call, term.name, None if term.rule is None else term.rule.key)
@@ -434,7 +410,8 @@ class Schemes:
             if not found or not site or graph is None:
                 continue
             before = self.loops.get(site)
-            loop = self._loop_at(step, graph, found, before[0] if before is not None else UNKNOWN)
+            made = next((made for made, scheme in OF_LOOPS.items() if before is not None and scheme == before[0]), "")
+            loop = rows.loop_at(step, graph, found, made)
             if loop is None and before is None:
                 continue
             scheme = UNKNOWN if loop is None else OF_LOOPS[loop.made]
@@ -456,25 +433,6 @@ class Schemes:
             for term, _ in called:
                 step.doubts.pop(term.call if term.call[0] == "by hand" else term.call[:2], None)
         return reasons
-
-    @staticmethod
-    def _loop_at(step: Step, graph: Graph, found: list[tuple[Term, torch.Tensor]], before: str) -> rows.Loop | None:
-        """What a loop over rows makes of the losses that one place in the code has called; None: there is none."""
-        terms = [term for term, _ in found]
-        if len({term.reduction for term in terms}) > 1 or not rows.is_loop(step, graph, terms):
-            return None
-        if terms[0].reduction == "mean":
-            return rows.loop_of_means(step, graph, found, next((m for m, s in OF_LOOPS.items() if s == before), ""))
-        scales, counts = [], []
-        for term, coefficient in found:
-            scale, used = _unit(term, coefficient) or (0.0, None)
-            if used is not None or scale == 0 or term.target is None:
-                return None
-            of_row = Rule("labels", 0, term.ignore_index, weight=term.weight)
-            items = [float(rule.total({"labels": term.target})) for rule in (of_row, of_row._replace(weight=None))]
-            scales.append(scale)
-            counts.append([*items, float(term.target.numel())])
-        return rows.loop_of_sums(step, graph, found, scales, counts)
 
     def ends_of_window(self, batches: Sequence[Mapping[str, Any]]) -> set[str]:
         """What speaks against coefficients that are taken for those of a sum, or of a mean, of the micro-batches of a window."""
@@ -561,24 +519,6 @@ class Schemes:
         return {call for call, scheme in self.found.items() if scheme == UNKNOWN and call[0] == "by hand"}
 
 
-def _unit(term: Term, coefficient: torch.Tensor) -> tuple[float, torch.Tensor | None] | None:
-    """The one coefficient of all items, and where they are if they are not all: a mask of the value's shape.
-
-    None: the items have different ones.
-    """
-    if term.reduction == "sum":
-        return float(coefficient), None
-    is_item = _is_item(term, coefficient)
-    used = is_item & (coefficient != 0)
-    values = coefficient[used]
-    if not values.numel():
-        return 0.0, None
-    low, high = float(values.min()), float(values.max())
-    if high - low > _tolerance(coefficient) * abs(high):
-        return None
-    return high, None if bool((used == is_item).all()) else used
-
-
 def _joined(targets: list[torch.Tensor], rows: int, first: Term) -> Iterator[torch.Tensor]:
     """What targets may be chunks of: one behind the other or before it, along a dimension, or of each row; and if some were
     left out in which all is ignored, the items of these."""
@@ -597,25 +537,8 @@ def _joined(targets: list[torch.Tensor], rows: int, first: Term) -> Iterator[tor
         yield from (whole[whole != first.ignore_index] for whole in together)
 
 
-def has_no_items(term: Term) -> bool:
-    if term.reduction == "mean" or term.target is None or term.ignore_index is None:
-        return False
-    return not bool((term.target != term.ignore_index).any())
-
-
 def _unweighted(rule: Rule | None) -> Rule | None:
     return None if rule is None else rule._replace(weight=None)
-
-
-def _is_item(term: Term, coefficient: torch.Tensor) -> torch.Tensor:
-    """Which values of a term without a reduction are not ignored; all where that cannot be said."""
-    if term.ignore_index is not None and term.target is not None and term.target.shape == coefficient.shape:
-        return term.target != term.ignore_index
-    return torch.ones_like(coefficient, dtype=torch.bool)
-
-
-def _tolerance(value: torch.Tensor) -> float:
-    return max(1e-5, 4 * torch.finfo(value.dtype).eps)
 
 
 def _fitting(
@@ -627,7 +550,7 @@ def _fitting(
     """
 
     def is_one(value: Any) -> bool:
-        return abs(float(value) - 1) <= _tolerance(coefficient)
+        return abs(float(value) - 1) <= tolerance(coefficient)
 
     here = None if term.rule is None else step.held(term.rule)
     if term.reduction == "mean":
@@ -635,7 +558,7 @@ def _fitting(
             return {}
         whole = number * (step.micro_batches if is_taken else 1)
         return {COUNTED: 1.0} if here > 0 and is_one(float(coefficient) * float(whole) / float(here)) else {}
-    unit = _unit(term, coefficient)
+    unit = unit_of(term, coefficient)
     if unit is None:
         return {}
     scale, used = unit
@@ -684,7 +607,7 @@ def _may_be_of_his_own(graph: Graph, term: Term, coefficient: torch.Tensor, fitt
     """Whether a coefficient that fits one over a count may be a factor like 0.5 as well: nothing on the way divides."""
     if term.reduction == "mean" or not fitting or next(iter(fitting)) not in MEANS:
         return False
-    unit = _unit(term, coefficient)
+    unit = unit_of(term, coefficient)
     if unit is None or unit[0] in (0.0, 1.0) or abs(float(f"{unit[0]:.2g}") / unit[0] - 1) > 1e-6:
         return False
     return not graph.is_averaged(term.value) and not graph.divisors(term.value)
@@ -705,7 +628,7 @@ def fitting_schemes(step: Step, term: Term, coefficient: torch.Tensor, graph: Gr
         return {}  # it stays what Trainer makes of it, who averages by rows
     fitting = _fitting(step, term, coefficient, None, False, graph)
     if _may_be_of_his_own(graph, term, coefficient, fitting):
-        unit = _unit(term, coefficient)
+        unit = unit_of(term, coefficient)
         assert unit is not None
         return {SCALED: unit[0]}
     return {SUM: 1.0} if SUM in fitting and not graph.is_averaged(term.value) else fitting

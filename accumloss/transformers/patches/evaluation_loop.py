@@ -86,6 +86,8 @@ def _prediction_step(
     if not are_all_real:  # rows that fill the last batch up are in the set already
         inputs = first_rows(inputs, max(real, 1))
         loss = called(inputs, True)[0].mean()
+        if evaluation.has_loops:
+            evaluation.take_loops_out(loss)
     if evaluation.is_linear:
         amount = evaluation.amount or _amount_of_rest(trainer, evaluation) or _amount(trainer, evaluation)
     else:
