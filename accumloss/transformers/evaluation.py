@@ -18,7 +18,7 @@ from . import counting, rows, sites
 from . import step as steps
 from .graph import Graph
 from .rows import is_mean_of_rows, row_of
-from .term import Term, has_no_items
+from .term import Term, has_no_items, unit_of
 from .terms import (
     ELEMENTS,
     ITEMS,
@@ -87,7 +87,11 @@ class Evaluation(steps.Step):
         self.of_loops: list[OfLoop] = []  # of this batch
         self.are_rows: list[bool] = []  # whether the labels of each are those of one row
         self.is_row = False  # the same of the call that is to be observed next
-        self.leaves_by_hand: list[tuple[torch.Tensor, Term]] = []
+        self.terms_by_hand: list[Term] = []  # of this batch, whose values are leaves
+        self.at_sites: dict[int, int] = {}  # where somebody sums -> which of self.summed it is
+        self.mixed: set[int] = set()  # of these, those whose calls have several coefficients
+        self.looked = 0  # batches
+        self.is_unsteady = False  # the coefficients of means differ from batch to batch
         # schemes of all that somebody sums together, where its calls may be the chunks of one sum over one count; of one
         # loss alone
         self.fitting_together = set(COUNTED_BY_ITEM)
@@ -102,7 +106,8 @@ class Evaluation(steps.Step):
         self.is_linear = True  # in its terms
         self.is_touched = False  # somebody's own compute_loss has made use of num_items_in_batch
         self.is_by_number = False  # what of the loss is no term honours the number
-        self.num_terms: int | None = None  # of a batch
+        self.num_terms: int | None = None  # of a batch, the most that a rank has
+        self.num_means = 0  # of the first batch of this rank
         self.coefficients: list[float] | None = None  # of the terms in the loss
         self.of_rows: list[float] = []  # the same of terms that are a row's, times the rows: Trainer averages by rows
         self.totals_of_set: torch.Tensor | None = None  # float64, see add()
@@ -112,7 +117,7 @@ class Evaluation(steps.Step):
         """Whether the terms of this batch are tracked."""
         is_open = any(len(fitting) > 1 or SCALED in fitting for fitting in self.fitting or ())
         may_be_parts = self.fitting is not None and len(self.fitting) > 1 and bool(self.fitting_together)
-        return self.coefficients is None or is_open or may_be_parts or self.has_loops
+        return self.coefficients is None or self.looked < 2 or is_open or may_be_parts or self.has_loops
 
     def begin(self, inputs: Any) -> None:
         """Begins a batch."""
@@ -120,7 +125,8 @@ class Evaluation(steps.Step):
         self.window = [inputs]
         super().begin(inputs)
         self.means, self.summed, self.token_sums, self.amount = [], [], None, None
-        self.leaves, self.leaves_by_hand, self.places, self.of_loops = [], [], [], []
+        self.leaves, self.terms_by_hand, self.places, self.of_loops = [], [], [], []
+        self.at_sites = {}
         self.are_rows, self.is_row = [], False
         self.calls = 0
         self.place_found, self.found = {}, ("", None)
@@ -190,6 +196,8 @@ class Evaluation(steps.Step):
         return handed_out
 
     def part(self, value: torch.Tensor, share: Any) -> torch.Tensor:
+        if self.is_looking:
+            self.found, self.place_found = ("", None), {"site": sites.site()}
         return self.observe(value, torch.as_tensor(share, dtype=torch.float64))
 
     def see(
@@ -216,15 +224,49 @@ class Evaluation(steps.Step):
             SCALED: 1.0,
         }
         counts[WEIGHTS] = rule.total({"labels": target}) if weight is not None else counts[ITEMS]
-        over = [_number(counts[scheme], value.device) for scheme in SCHEMES]
-        self.summed.append((widened(value.detach()).sum(), torch.stack(over)))
+        over = torch.stack([_number(counts[scheme], value.device) for scheme in SCHEMES])
+        total, site = widened(value.detach()).sum(), sites.site()
+        if site in self.at_sites:  # the turns of a loop are one sum
+            index = self.at_sites[site]
+            before, over_before = self.summed[index]
+            is_by_item = torch.tensor([scheme in COUNTED_BY_ITEM for scheme in SCHEMES], device=over.device)
+            self.summed[index] = before + total, over_before + over * is_by_item
+        else:
+            index = self.at_sites[site] = len(self.summed)
+            self.summed.append((total, over))
         leaf, handed_out = leaf_and_tracked(value) if self.is_looking else (None, value)
         if leaf is not None:
-            call = "by hand", len(self.summed)
-            place = {"ignore_index": ignore_index, "weight": weight, "site": sites.site(), "row": row}
-            term = Term(leaf, name, rule, call, reduction, target=target, **place)
-            self.leaves_by_hand.append((leaf, term))
+            place = {"ignore_index": ignore_index, "weight": weight, "site": site, "row": row}
+            self.terms_by_hand.append(Term(leaf, name, rule, ("by hand", index), reduction, target=target, **place))
         return handed_out
+
+    def _groups(self, found: list[torch.Tensor | None]) -> list[tuple[Term, torch.Tensor] | None]:
+        """Of each sum of this batch one term for all turns of its loop, with the coefficient that they share; None: it has no
+        item, or is not in the loss, or they share none.
+
+        Args:
+            found: the derivatives of the loss by what somebody sums.
+        """
+        grouped: list[tuple[Term, torch.Tensor] | None] = []
+        for index in range(len(self.summed)):
+            called = [one for one in zip(self.terms_by_hand, found, strict=True) if one[0].call[1] == index]
+            if any(c is None for _, c in called):  # a metric, or nothing that is known
+                self.mixed.add(index)
+            turns = [(term, c.detach()) for term, c in called if c is not None and not has_no_items(term)]
+            if len(turns) < 2:
+                grouped.append(turns[0] if turns else None)
+                continue
+            units = [unit_of(term, c) or (0.0, None) for term, c in turns]
+            scales = [scale if used is None else 0.0 for scale, used in units]
+            first, coefficient = turns[0]
+            if min(map(abs, scales)) == 0 or max(scales) - min(scales) > SAME * max(map(abs, scales)):
+                self.mixed.add(index)
+                grouped.append(None)
+                continue
+            target = torch.cat([term.target.flatten() for term, _ in turns if term.target is not None])
+            of_all = torch.full((), scales[0], dtype=coefficient.dtype, device=coefficient.device)
+            grouped.append((first._replace(reduction="sum", target=target), of_all))
+        return grouped
 
     def _together(self) -> tuple[torch.Tensor, torch.Tensor] | None:
         """What somebody sums in this batch and averages by nothing that is known, as though it were one call."""
@@ -233,24 +275,20 @@ class Evaluation(steps.Step):
             return None
         return torch.stack([total for total, _ in summed]).sum(), torch.stack([counts for _, counts in summed]).sum(0)
 
-    def _look_together(self, found: list[torch.Tensor | None]) -> None:
+    def _look_together(self, grouped: list[tuple[Term, torch.Tensor] | None]) -> None:
         """Whether the sums of this batch that nothing else is known of are divided by one count of all of them."""
-        calls = [
-            (term, c)
-            for i, ((_, term), c) in enumerate(zip(self.leaves_by_hand, found, strict=True))
-            if i not in self.apart
-        ]
+        calls = [one for i, one in enumerate(grouped) if i not in self.apart and one is not None]
         together = self._together()
-        if together is None or all(has_no_items(term) for term, _ in calls):
+        if together is None or not calls:
             return
-        scales = [float(c.detach()) for _, c in calls if c is not None and c.dim() == 0]
+        scales = [float(c) for _, c in calls if c.dim() == 0]
         names = {term.name for term, _ in calls}
         if len(names) != 1 or len(scales) != len(calls) or max(scales) - min(scales) > SAME * max(map(abs, scales)):
             self.fitting_together = set()
             return
         counts = dict(zip(SCHEMES, together[1].tolist(), strict=True))
         self.fitting_together &= {scheme for scheme, n in counts.items() if abs(scales[0] * n - 1) <= SAME}
-        self.has_parts |= sum(not has_no_items(term) for term, _ in calls) > 1 and bool(self.fitting_together)
+        self.has_parts |= len(calls) > 1 and bool(self.fitting_together)
 
     def held(self, rule: counting.Rule) -> torch.Tensor:
         return rule.total({"labels": self.target})
@@ -288,7 +326,8 @@ class Evaluation(steps.Step):
         """
         loss = untracked(loss)
         graph, found = self.take_loops_out(loss)
-        leaves = [*self.leaves, *(leaf for leaf, _ in self.leaves_by_hand)]
+        leaves = [*self.leaves, *(term.value for term in self.terms_by_hand)]
+        self.looked += 1
         if self.num_terms is None:
             numbers = agree(len(self.means), len(self.summed), int(bool(self.loops)))
             self.num_terms, self.fitting = numbers[0], [set(SCHEMES) for _ in range(numbers[1])]
@@ -298,48 +337,65 @@ class Evaluation(steps.Step):
             return  # another batch will tell
         bends = int(any(_bends(coefficient, leaves) for coefficient in found))
         is_first = self.coefficients is None
-        if self.coefficients is None:
-            num_rows = counting.num_rows(self.inputs)
-            coefficients = [0.0 if c is None else float(c.detach()) for c in found[: len(self.leaves)]]
-            in_mean = [
-                graph is not None
-                and (is_mean_of_rows(graph, leaf, num_rows) or (is_row and graph.is_divided_by(leaf, num_rows)))
-                for leaf, is_row in zip(self.leaves, self.are_rows, strict=True)
-            ]
-            if sum(in_mean) == num_rows:  # of rows that have a mean each: as Trainer averages them
-                self.of_rows = [
-                    c * num_rows if of_rows else 0.0 for c, of_rows in zip(coefficients, in_mean, strict=True)
-                ]
-                coefficients = [0.0 if of_rows else c for c, of_rows in zip(coefficients, in_mean, strict=True)]
-            self.coefficients = [*coefficients, *[0.0] * (self.num_terms - len(coefficients))]
+        self._look_at_means(graph, found[: len(self.leaves)])
         assert self.fitting is not None
-        for index, (_, term) in enumerate(self.leaves_by_hand[: len(self.fitting)]):
-            coefficient = found[len(self.leaves) + index]
-            if has_no_items(term):
+        grouped = self._groups(found[len(self.leaves) :])[: len(self.fitting)]
+        for index, one in enumerate(grouped):
+            if index in self.mixed:
+                self.fitting[index] = set()
+            if one is None or graph is None:
                 continue
+            term, coefficient = one
             self.target = term.target
-            schemes = {}
-            if coefficient is not None and graph is not None:
-                schemes = fitting_schemes(self, term, coefficient.detach(), graph)
+            schemes = fitting_schemes(self, term, coefficient, graph)
             self.fitting[index] &= set(schemes)
             for scheme, scale in schemes.items():
                 if abs(self.scales.setdefault((index, scheme), scale) - scale) > SAME * abs(scale):
                     self.fitting[index].discard(scheme)
         if is_first and self.fitting:
-            of_hand = found[len(self.leaves) :]
-            scales = [float(c.detach().sum()) for c in of_hand if c is not None]
+            scales = [float(one[1].sum()) for one in grouped if one is not None]
             are_alike = not scales or max(scales) - min(scales) <= SAME * max(map(abs, scales))
-            has_items = [not has_no_items(term) for _, term in self.leaves_by_hand]
             is_known = [
-                not are_alike and index < len(of_hand) and has_items[index] and not fitting.isdisjoint(MEANS)
+                not are_alike and index < len(grouped) and grouped[index] is not None and not fitting.isdisjoint(MEANS)
                 for index, fitting in enumerate(self.fitting)
             ]
             unknown = agree(*(int(not known) for known in is_known))
             self.apart = {index for index, is_unknown in enumerate(unknown) if not is_unknown}
-        self._look_together(found[len(self.leaves) :])
+        self._look_together(grouped)
         if agree(bends)[0]:
             self.is_linear, self.coefficients = False, [0.0] * self.num_terms
             self.fitting, self.fitting_together = [set() for _ in self.fitting], set()
+
+    def _look_at_means(self, graph: Graph | None, found: list[torch.Tensor | None]) -> None:
+        """Finds the coefficients of the means in the first batch, and whether they are the same in others."""
+        assert self.num_terms is not None
+        num_rows = counting.num_rows(self.inputs)
+        coefficients = [0.0 if c is None else float(c.detach()) for c in found]
+        if self.coefficients is not None:
+            if not self.is_linear:
+                return
+            before = [
+                known + (self.of_rows[i] / num_rows if i < len(self.of_rows) else 0.0)
+                for i, known in enumerate(self.coefficients)
+            ]
+            is_same = [
+                abs(c - known) <= SAME * max(abs(c), abs(known)) or term.row is not None
+                for c, known, term in zip(coefficients, before, self.places, strict=False)
+            ]
+            self.is_unsteady |= len(found) != self.num_means or not all(is_same)
+            return
+        self.num_means = len(found)
+        in_mean = [
+            graph is not None
+            and (is_mean_of_rows(graph, leaf, num_rows) or (is_row and graph.is_divided_by(leaf, num_rows)))
+            for leaf, is_row in zip(self.leaves, self.are_rows, strict=True)
+        ]
+        if sum(in_mean) == num_rows:  # of rows that have a mean each: as Trainer averages them
+            self.of_rows = [c * num_rows if of_rows else 0.0 for c, of_rows in zip(coefficients, in_mean, strict=True)]
+            coefficients = [0.0 if of_rows else c for c, of_rows in zip(coefficients, in_mean, strict=True)]
+        of_some = [term.row is not None and num_rows > 1 for term in self.places]  # rows, in no loop over all
+        coefficients = [0.0 if alone else c for c, alone in zip(coefficients, of_some, strict=True)]
+        self.coefficients = [*coefficients, *[0.0] * (self.num_terms - len(coefficients))]
 
     def take_loops_out(self, loss: torch.Tensor) -> tuple[Graph | None, list[torch.Tensor | None]]:
         """Takes what loops over rows make of their losses for what it is, and these from among the terms of this batch.
@@ -351,14 +407,14 @@ class Evaluation(steps.Step):
             The graph of the loss, and its derivatives by the leaves that are left.
         """
         loss = untracked(loss)
-        leaves = [*self.leaves, *(leaf for leaf, _ in self.leaves_by_hand)]
+        leaves = [*self.leaves, *(term.value for term in self.terms_by_hand)]
         found: list[torch.Tensor | None] = [None] * len(leaves)
         if not leaves or not loss.requires_grad:
             return None, found
         found = list(torch.autograd.grad(loss, leaves, create_graph=True, retain_graph=True, allow_unused=True))
         graph = Graph(loss, leaves)
         num_means = len(self.leaves)
-        terms = [*self.places, *(term for _, term in self.leaves_by_hand)]
+        terms = [*self.places, *self.terms_by_hand]
         at_sites: dict[int, list[int]] = {}
         for index, term in enumerate(terms):
             if term.site and found[index] is not None:
@@ -368,18 +424,24 @@ class Evaluation(steps.Step):
             pairs = [(terms[i], c.detach()) for i in indices if (c := found[i]) is not None]
             known = self.loops.get(site, rows.UNKNOWN)
             loop = rows.loop_at(self, graph, [pair for pair in pairs if not has_no_items(pair[0])], known)
-            if loop is None or loop.made == rows.UNKNOWN:
+            if loop is None:
+                self.is_unsteady |= site in self.loops
                 continue
-            self.loops.setdefault(site, loop.made)
+            taken |= set(indices)
+            self.is_unsteady |= self.loops.setdefault(site, loop.made) != loop.made
+            if loop.made == rows.UNKNOWN:
+                continue  # it stays what Trainer makes of it
             total = torch.stack([widened(term.amount(c)).detach() for term, c in pairs]).sum()
             over = 1.0 if loop.rule is None else float(loop.rule.total(self.inputs))
             self.of_loops.append(OfLoop(loop.made, total, over))
-            taken |= set(indices)
         kept = [i for i in range(num_means) if i not in taken]
-        by_hand = [i - num_means for i in range(num_means, len(terms)) if i not in taken]
+        sums = sorted({term.call[1] for i, term in enumerate(terms) if i >= num_means and i in taken})
+        left = [index for index in range(len(self.summed)) if index not in sums]
+        by_hand = [terms[i] for i in range(num_means, len(terms)) if i not in taken]
         self.means, self.leaves = [self.means[i] for i in kept], [self.leaves[i] for i in kept]
         self.places, self.are_rows = [self.places[i] for i in kept], [self.are_rows[i] for i in kept]
-        self.summed, self.leaves_by_hand = [self.summed[i] for i in by_hand], [self.leaves_by_hand[i] for i in by_hand]
+        self.summed = [self.summed[index] for index in left]
+        self.terms_by_hand = [term._replace(call=("by hand", left.index(term.call[1]))) for term in by_hand]
         return graph, [c for i, c in enumerate(found) if i not in taken]
 
     def _of_loops(self, made: str) -> tuple[torch.Tensor, float]:
@@ -400,7 +462,10 @@ class Evaluation(steps.Step):
         (summed_up, _), (weighed, items_of_rows) = self._of_loops(rows.SUM), self._of_loops(rows.BY_ITEMS)
         summed_up, weighed = summed_up.to(device, wide), weighed.to(device, wide)
         rest = loss - summed_up - weighed - self._of_loops(rows.MEAN)[0].to(device, wide)
-        row = [loss * times, over, summed_up, summed_up * times]
+        num_rows = counting.num_rows(self.inputs)
+        if self.coefficients is not None and self.is_linear and is_real:
+            self.is_unsteady |= len(self.means) != self.num_means
+        row = [loss * times, over, loss * num_rows, _number(num_rows, device), summed_up, summed_up * times]
         row += [weighed * items_of_rows, _number(items_of_rows, device), weighed * times]
         for index in range(self.num_terms):
             mean, items = self.means[index] if index < len(self.means) else (empty, empty)
@@ -408,7 +473,7 @@ class Evaluation(steps.Step):
             row += [mean * items, items, mean * times]
             rest = rest - self.coefficients[index] * mean if self.coefficients else rest
             if index < len(self.of_rows):
-                rest = rest - self.of_rows[index] / counting.num_rows(self.inputs) * mean
+                rest = rest - self.of_rows[index] / num_rows * mean
         of_batch = []
         summed = [*self.summed[: len(self.fitting)]]
         summed += [(empty, torch.zeros(len(SCHEMES)))] * (len(self.fitting) - len(summed))
@@ -434,6 +499,9 @@ class Evaluation(steps.Step):
     def agree_on_schemes(self, agree: Callable[..., list[int]]) -> list[int | None]:
         """Of what somebody sums, which of SCHEMES fitted all batches of all ranks, and last of all of it together; None: none
         did."""
+        if self.fitting is None:
+            return []
+        self.is_unsteady = bool(agree(int(self.is_unsteady))[0])
         if not self.fitting:
             return []
         misfits = agree(*(int(scheme not in self.fitting_together) for scheme in SCHEMES), int(self.has_parts))
@@ -451,6 +519,8 @@ class Evaluation(steps.Step):
 
     def depends_on_batches(self, chosen: list[int | None]) -> bool:
         """Whether a part of the loss that is no term differs from batch to batch, so that its mean over the rows may be another."""
+        if self.is_unsteady:
+            return True
         if len(self.rests) < 2:
             return False
         stacked = torch.stack(self.rests)
@@ -471,7 +541,7 @@ class Evaluation(steps.Step):
         if self.totals_of_set is None or self.coefficients is None:
             return {}
         total, amount, *rest = over_ranks(self.totals_of_set).tolist()
-        summed_up, of_sums, weighed, items_of_rows, of_weighed, *rest = rest
+        by_rows, num_rows, summed_up, of_sums, weighed, items_of_rows, of_weighed, *rest = rest
         *by_term, items, correct, entropy = rest
         loss = _ratio(total, amount)
         loss += summed_up - _ratio(of_sums, amount) + _ratio(weighed, items_of_rows) - _ratio(of_weighed, amount)
@@ -486,7 +556,7 @@ class Evaluation(steps.Step):
                 count, of_batches = of_schemes[scheme], of_schemes[len(SCHEMES) + scheme]
                 of_set = summed if SCHEMES[scheme] in (SUM, SCALED) else _ratio(summed, count)
                 loss += self._scale(index, scheme) * (of_set - _ratio(of_batches, amount))
-        results = {"loss": loss}
+        results = {"loss": _ratio(by_rows, num_rows) if self.is_unsteady else loss}
         if items:
             results.update(token_accuracy=_ratio(correct, items), token_entropy=_ratio(entropy, items))
         return results

@@ -179,11 +179,8 @@ def loop_of_sums(
         if all(_has(rows, rest or ()) for rest in left):
             return Loop(MEAN)
         means = [scale * count for scale, count in zip(scales, of_rows, strict=True)]
-        if (
-            _is_in_loop(graph, [term for term, _ in found])
-            and _are_alike(means)
-            and all(is_near(divisor, 1.0) for rest in left for divisor in rest or ())
-        ):
+        is_sum = _is_in_loop(graph, [term for term, _ in found]) and _tells_sums(step, before)
+        if is_sum and _are_alike(means) and all(is_near(divisor, 1.0) for rest in left for divisor in rest or ()):
             return Loop(SUM, means[0])
     return None
 
