@@ -147,6 +147,132 @@ class Exact:
 
         return *tagger(), computes(loss)
 
+    def mean_of_the_rows_own_means_by_hand_in_a_loop():
+        def loss(self, model, inputs, n):
+            logits, labels = model(**inputs).logits, inputs["labels"]
+            total = 0
+            for x, y in zip(logits, labels, strict=True):
+                total = total + F.cross_entropy(x, y, reduction="sum") / (y != -100).sum()
+            return total / len(labels)
+
+        return *tagger(), computes(loss)
+
+    def mean_of_the_rows_own_means_of_their_items_in_a_loop():
+        def loss(self, model, inputs, n):
+            rows = zip(model(**inputs).logits, inputs["labels"], strict=True)
+            return sum(F.cross_entropy(x, y, reduction="none")[y != -100].mean() for x, y in rows) / len(
+                inputs["labels"]
+            )
+
+        return *tagger(), computes(loss)
+
+    def mean_of_the_rows_own_sums_of_accumloss_in_a_loop():
+        def loss(self, model, inputs, n):
+            rows = zip(model(**inputs).logits, inputs["labels"], strict=True)
+            return torch.stack([accumloss.cross_entropy(x, y).mean_loss for x, y in rows]).mean()
+
+        return *tagger(), computes(loss)
+
+    def mean_of_the_models_own_means_in_a_loop():
+        def loss(self, model, inputs, n):
+            rows = range(len(inputs["labels"]))
+            return torch.stack([model(**{k: v[i][None] for k, v in inputs.items()}).loss for i in rows]).mean()
+
+        return *tagger(), computes(loss)
+
+    def sum_of_the_rows_own_means():
+        def loss(self, model, inputs, n):
+            logits, labels = model(**inputs).logits, inputs["labels"]
+            return 0.1 * sum(F.cross_entropy(x, y) for x, y in zip(logits, labels, strict=True))
+
+        return *tagger(), computes(loss)
+
+    def sum_of_the_rows_own_means_beside_a_mean():
+        def loss(self, model, inputs, n):
+            outputs = model(**inputs)
+            rows = zip(2 * outputs.logits, inputs["labels"], strict=True)
+            return outputs.loss + torch.stack([F.cross_entropy(x, y) for x, y in rows]).sum()
+
+        return *tagger(), computes(loss)
+
+    def chunks_with_items_only():
+        def loss(self, model, inputs, n):
+            logits, labels = flat(model(**inputs), inputs["labels"])
+            total = 0
+            for x, y in zip(logits.split(4), labels.split(4), strict=True):
+                if (y != -100).any():
+                    total = total + F.cross_entropy(x, y, reduction="sum")
+            return total / (labels != -100).sum()
+
+        return *tagger(), computes(loss)
+
+    def chunks_of_the_sequence_with_items_only():
+        def loss(self, model, inputs, n):
+            total = 0
+            for x, y in zip(model(**inputs).logits.split(4, 1), inputs["labels"].split(4, 1), strict=True):
+                if (y != -100).any():
+                    total = total + accumloss.cross_entropy(x, y)
+            return total.mean_loss
+
+        return *tagger(), computes(loss)
+
+    def chunks_from_behind():
+        def loss(self, model, inputs, n):
+            logits, labels = flat(model(**inputs), inputs["labels"])
+            parts = reversed(list(zip(logits.split(5), labels.split(5), strict=True)))
+            return sum(F.cross_entropy(x, y, reduction="sum") for x, y in parts) / (labels != -100).sum()
+
+        return *tagger(), computes(loss)
+
+    def chunks_with_a_stride():
+        def loss(self, model, inputs, n):
+            logits, labels = flat(model(**inputs), inputs["labels"])
+            parts = [F.cross_entropy(logits[i::3], labels[i::3], reduction="sum") for i in range(3)]
+            return 0.25 * sum(parts) / (labels != -100).sum()
+
+        return *tagger(), computes(loss)
+
+    def chunks_of_two_kinds():
+        def loss(self, model, inputs, n):
+            logits, labels = flat(model(**inputs), inputs["labels"])
+
+            def mean(logits, size):
+                parts = zip(logits.split(size), labels.split(size), strict=True)
+                return sum(F.cross_entropy(x, y, reduction="sum") for x, y in parts) / (labels != -100).sum()
+
+            return mean(logits, 5) + 0.3 * mean(2 * logits, 4)
+
+        return *tagger(), computes(loss)
+
+    def chunks_through_the_head():
+        def loss(self, model, inputs, n):
+            hidden = model.bert(**{name: value for name, value in inputs.items() if name != "labels"})[0].flatten(0, 1)
+            labels = inputs["labels"].flatten()
+            parts = zip(hidden.split(7), labels.split(7), strict=True)
+            return (
+                sum(F.cross_entropy(model.classifier(h), y, reduction="sum") for h, y in parts) / (labels != -100).sum()
+            )
+
+        return *tagger(), computes(loss)
+
+    def values_of_chunks():
+        def loss(self, model, inputs, n):
+            logits, labels = flat(model(**inputs), inputs["labels"])
+            parts = zip(logits.split(5), labels.split(5), strict=True)
+            return torch.cat([F.cross_entropy(x, y, reduction="none") for x, y in parts]).sum() / (labels != -100).sum()
+
+        return *tagger(), computes(loss)
+
+    def rows_in_a_loop_beside_chunks():
+        def loss(self, model, inputs, n):
+            logits, labels = model(**inputs).logits, inputs["labels"]
+            rows = torch.stack([F.cross_entropy(x, y) for x, y in zip(logits, labels, strict=True)]).mean()
+            parts = zip(logits.split(5, 1), labels.split(5, 1), strict=True)
+            chunks = sum(F.cross_entropy(x.flatten(0, 1), y.flatten(), reduction="sum") for x, y in parts)
+            return rows + 0.5 * chunks / (labels != -100).sum()
+
+        return *tagger(), computes(loss)
+
     def rows_over_one_count():
         def loss(self, model, inputs, n):
             rows = zip(model(**inputs).logits, inputs["labels"], strict=True)
@@ -543,6 +669,71 @@ class Told:
             return values[(labels != -100) & (labels != 2)].mean()
 
         return "a part of it|not recognised", *tagger(), computes(loss), (4, 2)
+
+    def one_row_by_its_index():
+        def loss(self, model, inputs, n):
+            logits, labels = model(**inputs).logits, inputs["labels"]
+            return (F.cross_entropy(logits[0], labels[0]) + F.cross_entropy(logits[-1], labels[-1])) / 2
+
+        return (
+            "of one row was called by its index|come from no entry",
+            *tagger(),
+            computes(loss),
+            (8, 1),
+            (4, 2),
+            (3, 3),
+        )
+
+    def largest_of_the_rows():
+        def loss(self, model, inputs, n):
+            logits, labels = model(**inputs).logits, inputs["labels"]
+            return torch.stack([F.cross_entropy(x, y) for x, y in zip(logits, labels, strict=True)]).max()
+
+        return "of single rows is averaged in a way that", *tagger(), computes(loss), (8, 1), (4, 2), (3, 3)
+
+    def mean_of_the_rows_that_are_long():
+        def loss(self, model, inputs, n):
+            logits, labels = model(**inputs).logits, inputs["labels"]
+            rows = zip(logits, labels, strict=True)
+            found = [F.cross_entropy(x, y) for x, y in rows if (y != -100).sum() > 1]
+            return sum(found) / len(found) if found else 0 * logits.sum()
+
+        says = "may be a mean over the rows that have one|in a micro-batch before|in a way that is not recognised"
+        return says, *tagger(), computes(loss), (8, 1), (4, 2), (3, 3)
+
+    def rows_weighed_by_something():
+        def loss(self, model, inputs, n):
+            rows = zip(model(**inputs).logits, inputs["labels"], strict=True)
+            weight = 1.0 + inputs["input_ids"][:, 0] % 3
+            return (torch.stack([F.cross_entropy(x, y) for x, y in rows]) * weight).sum() / weight.sum()
+
+        says = "of single rows is averaged in a way that|over something else in a micro-batch before"
+        return says, *tagger(), computes(loss), (8, 1), (4, 2), (3, 3)
+
+    def a_loss_in_some_micro_batches():
+        def loss(self, model, inputs, n):
+            outputs = model(**inputs)
+            is_short = int((inputs["labels"] != -100).sum()) < 8
+            shifted = accumloss.causal_lm_loss(outputs.logits, inputs["labels"]) if is_short else 0
+            return outputs.loss + shifted
+
+        return (
+            "is computed in some micro-batches alone, and others have items",
+            *tagger(),
+            computes(loss),
+            (8, 1),
+            (4, 2),
+        )
+
+    def halves_of_the_rows():
+        def loss(self, model, inputs, n):
+            logits, labels = model(**inputs).logits, inputs["labels"]
+            half = (len(labels) + 1) // 2
+            parts = list(zip(logits.split(half), labels.split(half), strict=True))
+            return sum(F.cross_entropy(x.flatten(0, 1), y.flatten()) for x, y in parts) / len(parts)
+
+        says = "may be a mean over the first or the second half|no entry of the batch"
+        return says, *tagger(), computes(loss), (8, 1), (4, 2), (3, 3)
 
     def compute_loss_func_by_hand():
         def loss(outputs, labels, num_items_in_batch=None):

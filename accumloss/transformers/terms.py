@@ -187,6 +187,14 @@ class Fit(NamedTuple):
     rule: Rule | None
 
 
+class Counted(NamedTuple):
+    """Where in a window a loss was computed whose items are counted by one rule."""
+
+    name: str
+    turns: set[int | None]  # micro-batches; None: not known which
+    sites: set[int]  # in the code
+
+
 class Schemes:
     """What is known of how a Trainer averages its terms, by call: found in its first window, and used from then on.
 
@@ -212,7 +220,7 @@ class Schemes:
         self.loops: dict[int, tuple[str, Rule | None]] = {}
         self.has_looked = False
         self._together: set[int] = set()  # first sites of sums whose parts were seen
-        self._called: dict[Rule, tuple[str, set[int | None]]] = {}  # how items are counted -> where, in this window
+        self._called: dict[Rule, Counted] = {}  # how items are counted -> where they are, in this window
         self._looked_at = 0  # micro-batches of this window
         self._looped: dict[int, int] = {}  # site -> in how many of them a loop over rows has called a loss
         self._divided_by_all: set[int] = set()  # sites of loops that leave rows out, and divide by all of them
@@ -390,12 +398,13 @@ class Schemes:
             if self.found[term.call] in (ITEMS, WEIGHTS) and term.rule is None and not is_of_rows:
                 reasons.add(f"the labels of the {term.name} that is divided by hand come from no entry of the batch")
             if term.rule is not None and (term.reduction == "mean" or self.found[term.call] in (ITEMS, WEIGHTS)):
-                turns = self._called.setdefault(term.rule._replace(weight=None), (term.name, set()))[1]
-                turns.add(None if step.here is None else step.index)
+                counted = self._called.setdefault(term.rule._replace(weight=None), Counted(term.name, set(), set()))
+                counted.turns.add(None if step.here is None else step.index)
+                counted.sites.add(term.site)
             if self.found[term.call] in (ITEMS, WEIGHTS) and term.rule is not None and term.reduction != "mean":
-                counted = rule_of_scheme(term.rule, self.found[term.call])  # it may be called in chunks some day
-                if counted is not None:
-                    self.of_parts.setdefault(term.site, (term.site, counted))
+                rule = rule_of_scheme(term.rule, self.found[term.call])  # it may be called in chunks some day
+                if rule is not None:
+                    self.of_parts.setdefault(term.site, (term.site, rule))
         return reasons
 
     def look_at_loops(self, step: Step, combination: Combination) -> set[str]:
@@ -444,12 +453,12 @@ class Schemes:
         for site, count in self._looped.items():
             if self.loops[site][0] == ROWS and count < self._looked_at and site not in self._divided_by_all:
                 reasons.add(rows.SKIPS)
-        for rule, (name, indices) in self._called.items():
+        for rule, counted in self._called.items():
             keys = [key for key in (rule.key, rule.mask, rule.length_of) if key is not None]
-            without = [index for index in range(len(batches)) if not {index, None} & indices]
+            without = [index for index in range(len(batches)) if not {index, None} & counted.turns]
             without = [i for i in without if all(isinstance(batches[i].get(key), torch.Tensor) for key in keys)]
-            if any(self._has_more(rule, index, batches[index]) for index in without):
-                reasons.add(f"the {name} is computed in some micro-batches alone, and others have items of it")
+            if any(self._has_more(rule, counted, index, batches[index]) for index in without):
+                reasons.add(f"the {counted.name} is computed in some micro-batches alone, and others have items of it")
         self.units.clear()
         self.constants.clear()
         self._called.clear()
@@ -457,9 +466,9 @@ class Schemes:
         self._looked_at = 0
         return reasons
 
-    def _has_more(self, rule: Rule, index: int, batch: Mapping[str, Any]) -> bool:
-        """Whether a micro-batch has items of a rule, and more than were counted in it by others of the same entry."""
-        others = [other for other, (_, turns) in self._called.items() if other.key == rule.key and index in turns]
+    def _has_more(self, rule: Rule, counted: Counted, index: int, batch: Mapping[str, Any]) -> bool:
+        """Whether a micro-batch has items of a rule, and more than the same call was found to have in it."""
+        others = [rule for rule, other in self._called.items() if index in other.turns and other.sites & counted.sites]
         return float(rule.total(batch)) > max((float(other.total(batch)) for other in others), default=0.0)
 
     def is_constant(self, call: Any, value: torch.Tensor) -> bool:

@@ -59,6 +59,66 @@ def test_what_was_learned_holds_in_later_windows(name):
         torch.testing.assert_close(step.weights[name], weight, rtol=1e-4, atol=1e-6)
 
 
+def longer_later(lengths=(6, 6, 24)):
+    """Rows of a window each, of so many tokens."""
+    generator, rows = torch.Generator().manual_seed(0), []
+    for length in lengths:
+        for items in (1, length, 2, length - 1, 1, 3, length, 1):
+            ids = torch.randint(2, 64, (length,), generator=generator)
+            labels = torch.where(torch.arange(length) < items, ids % 5, -100)
+            rows.append({"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": labels})
+    return rows
+
+
+@pytest.mark.parametrize("split", [(8, 1), (4, 2)], ids=("8x1", "4x2"))
+@pytest.mark.parametrize(
+    "name", ["chunks_from_behind", "chunks_of_two_kinds", "chunks_with_items_only", "values_of_chunks"]
+)
+def test_a_loop_may_have_more_turns_later(name, split):
+    """In the third window, which is not looked at, a sequence has more chunks than any before had."""
+    model, _, options = of(getattr(Exact, name))
+    full = train(model, longer_later(), 1, batch_size=8, steps=3, **options)
+    with accumloss.registered(), warnings.catch_warnings():
+        warnings.simplefilter("error", accumloss.InexactWarning)
+        step = train(model, longer_later(), split[0], batch_size=split[1], steps=3, **options)
+    for name, weight in full.weights.items():
+        torch.testing.assert_close(step.weights[name], weight, rtol=1e-4, atol=1e-6)
+
+
+def test_a_sum_that_nobody_has_looked_at_is_told():
+    model, examples = tagger()
+
+    def loss(self, model, inputs, n):
+        outputs = model(**inputs)
+        if self.state.global_step < 2:
+            return outputs.loss
+        logits, labels = flat(outputs, inputs["labels"])
+        return outputs.loss + F.cross_entropy(2 * logits, labels, reduction="sum") / (labels != -100).sum()
+
+    with accumloss.registered(), pytest.warns(accumloss.InexactWarning, match="that no step which was looked at had"):
+        train(model, fresh(examples), 4, batch_size=2, steps=3, **computes(loss))
+
+
+@pytest.mark.parametrize("split", [(4, 2), (3, 3)], ids=("4x2", "3+3+2"))
+def test_rows_that_weigh_by_their_items_are_a_mean_over_items(split):
+    """At one row a micro-batch, of one item, nothing says that it was multiplied by its items and divided by all."""
+    model, examples = tagger()
+
+    def loss(self, model, inputs, n):
+        total = 0
+        for logits, labels in zip(model(**inputs).logits, inputs["labels"], strict=True):
+            total = total + F.cross_entropy(logits, labels) * (labels != -100).sum()
+        return total / (inputs["labels"] != -100).sum()
+
+    full = train(model, fresh(examples), 1, **computes(loss))
+    with accumloss.registered(), warnings.catch_warnings():
+        warnings.simplefilter("error", accumloss.InexactWarning)
+        step = train(model, fresh(examples), split[0], batch_size=split[1], **computes(loss))
+    assert error(step, full) <= TRAINER_GRADIENT and loss_error(step, full) <= TRAINER_LOSS
+    wanted = evaluated(model, examples, 8, computes(loss), register=False)
+    assert abs(evaluated(model, examples, 3, computes(loss)) - wanted) <= 2 * TRAINER_LOSS * wanted
+
+
 def test_iterable_dataset_with_an_incomplete_micro_batch():
     model, examples = tagger()
 
@@ -99,17 +159,19 @@ def test_evaluation_of_means_of_rows_is_left_to_trainer(name):
         assert abs(found - wanted) <= 2 * TRAINER_LOSS * abs(wanted)
 
 
-# two sums of one loss, each over a count of its own: which calls belong together may not show in the first batch
-TWO_COUNTS = "chunks_over_their_weights_beside_a_sum"
-NO_MEANS = ("model_accepts_loss_kwargs_set", TWO_COUNTS, *TOLD_THOUGH_RIGHT)
+# a sum over one row looks like a mean, where no graph says that it is a row's
+SUMS_OF_ROWS = tuple(name for name in EXACT if name.startswith("sum_of_the_rows"))
+NO_MEANS = ("model_accepts_loss_kwargs_set", *SUMS_OF_ROWS, *TOLD_THOUGH_RIGHT)
 
 
-def test_evaluation_of_chunks_beside_a_sum_is_told_and_no_worse():
-    model, examples, options = of(getattr(Exact, TWO_COUNTS))
-    with pytest.warns(accumloss.InexactWarning, match="may depend on the batch size"):
-        found = evaluated(model, examples, 1, options)
-    wanted, stock = (evaluated(model, examples, size, options, register=False) for size in (8, 1))
-    assert abs(found - wanted) <= abs(stock - wanted)
+@pytest.mark.parametrize("name", SUMS_OF_ROWS)
+def test_evaluation_of_sums_over_rows_is_the_sum_over_the_set(name):
+    model, examples, options = of(getattr(Exact, name))
+    wanted = evaluated(model, examples, 8, options, register=False)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", accumloss.InexactWarning)
+        for size in (8, 3, 2):
+            assert abs(evaluated(model, examples, size, options) - wanted) <= 2 * TRAINER_LOSS * abs(wanted)
 
 
 @pytest.mark.parametrize("name", [name for name in EXACT if not name.startswith(NO_MEANS)])
@@ -159,12 +221,13 @@ def test_an_evaluation_needs_no_memory_for_a_graph_of_the_model():
 
 @pytest.mark.parametrize("name", TOLD)
 def test_by_hand_is_told_and_never_worse_than_stock(name):
-    says, model, examples, options, split = getattr(Told, name)()
+    says, model, examples, options, *splits = getattr(Told, name)()
     full = train(model, fresh(examples), 1, **options)
-    stock = train(model, fresh(examples), split[0], batch_size=split[1], **options)
-    with accumloss.registered(), pytest.warns(accumloss.InexactWarning, match=says):
-        step = train(model, fresh(examples), split[0], batch_size=split[1], **options)
-    assert TRAINER_GRADIENT < error(step, full) <= error(stock, full) * (1 + 1e-6)
+    for split in splits:
+        stock = train(model, fresh(examples), split[0], batch_size=split[1], **options)
+        with accumloss.registered(), pytest.warns(accumloss.InexactWarning, match=says):
+            step = train(model, fresh(examples), split[0], batch_size=split[1], **options)
+        assert TRAINER_GRADIENT < error(step, full) <= error(stock, full) * (1 + 1e-6)
 
 
 @pytest.mark.parametrize("verify", [False, True])
