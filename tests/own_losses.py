@@ -625,6 +625,48 @@ EXACT = [
 ]
 
 
+class Sum(Trainer):
+    """Divides by nothing; DDP averages the gradients of the ranks."""
+
+    factor = 0.3
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        logits, labels = model(**inputs).logits, inputs["labels"]
+        return self.factor * F.cross_entropy(logits.flatten(0, 1), labels.flatten(), reduction="sum")
+
+
+class SumTimesATenth(Sum):
+    """By a factor that may be one over a count."""
+
+    factor = 0.1
+
+
+class SumTimesRanks(Sum):
+    """Multiplies by the ranks by itself."""
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        logits, labels = model(**inputs).logits, inputs["labels"]
+        total = F.cross_entropy(logits.flatten(0, 1), labels.flatten(), reduction="sum")
+        return total * self.args.world_size
+
+
+# of own_losses.py, where ranks make another difference
+OWN = (
+    "sum_beside_a_mean",
+    "sum_of_the_rows_own_means",
+    "sum_of_the_rows_own_means_beside_a_mean",
+    "mean_of_the_rows_own_means_by_hand_in_a_loop",
+    "mean_of_the_models_own_means_in_a_loop",
+    "chunks_of_two_kinds",
+    "chunks_with_items_only",
+    "rows_in_a_loop_beside_chunks",
+)
+ON_RANKS = {name: of(getattr(Exact, name))[2]["trainer_class"] for name in OWN} | {
+    "sum": Sum,
+    "sum_times_the_ranks": SumTimesRanks,
+}
+
+
 class Told:
     """name -> what the message says, model, examples, options, split."""
 

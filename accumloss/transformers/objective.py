@@ -22,7 +22,18 @@ from . import known
 from . import step as steps
 from .coupled import ROUTER_LOSSES
 from .registration import Patches
-from .terms import BY_NUMBER, MEANS, ROWS, SUM_OF_ROWS, SUMS, UNKNOWN, Combination, Schemes
+from .terms import (
+    BY_NUMBER,
+    MEANS,
+    OVER_RANKS,
+    ROWS,
+    SUM_OF_ROWS,
+    SUMS,
+    UNKNOWN,
+    Combination,
+    Schemes,
+    ranks_of_sum,
+)
 
 # a rest of the loss that is the same for all micro-batches to so much, relatively, depends on none of them
 SAME = 1e-6
@@ -341,7 +352,7 @@ def divided(
     if kind == SUMMED:
         factor = 1.0 if leaves_it else float(k)
     elif kind == LEFT:
-        if check is not None and not leaves_it:
+        if check is not None and (not leaves_it or ranks != 1):
             check.blame("a sum with a factor that is not recognised stays what Trainer makes of it")
     elif leaves_it and (has_parts(step) or step.is_known or step.calls or is_touched(step) or step.measured.rest):
         factor = 1.0 / k
@@ -405,6 +416,8 @@ def _weighed(trainer: Any, step: steps.Step, loss: Any, check: Check | None) -> 
         if rest is not None:
             loss = _with_rest(step, loss, rest)
     is_known_sum = found <= set(SUMS) and not step.has_unknown_sums
+    if is_summed and is_known_sum and found and found <= set(OVER_RANKS):
+        loss = loss * min(ranks_of_sum(step, *pair) for pair in combination.pairs)
     return loss, "" if not is_summed else SUMMED if is_known_sum else LEFT
 
 

@@ -61,6 +61,7 @@ UNKNOWN = ""
 
 MEANS = (ITEMS, WEIGHTS, ROWS, ELEMENTS)
 SUMS = (SUM, SCALED, TAKEN)
+OVER_RANKS = (SUM, SCALED)
 BY_NUMBER = (NUMBER, SHORT, OPEN)
 OF_LOOPS = {rows.MEAN: ROWS, rows.SUM: SUM_OF_ROWS, rows.BY_ITEMS: ITEMS_OF_ROWS, rows.UNKNOWN: UNKNOWN}
 ACTED_ON = (*MEANS, *SUMS, COUNTED, SHORT, OPEN, SUM_OF_ROWS, ITEMS_OF_ROWS)
@@ -645,6 +646,8 @@ def fitting_schemes(step: Step, term: Term, coefficient: torch.Tensor, graph: Gr
 
 def _factor(step: Step, term: Term, coefficient: torch.Tensor, scheme: str) -> Any:
     """What a term is multiplied by to be a part of the step's, which Trainer averages over the micro-batches."""
+    if scheme in OVER_RANKS:
+        return step.micro_batches * ranks_of_sum(step, term, coefficient)
     if scheme in SUMS:
         return float(step.micro_batches)
     if scheme in (SHORT, OPEN):  # the number is of all ranks, over which gradients are averaged
@@ -659,10 +662,17 @@ def _factor(step: Step, term: Term, coefficient: torch.Tensor, scheme: str) -> A
     return step.share_of_call_by_hand(term.call, None if term.rule is None else rule_of_scheme(term.rule, scheme))
 
 
+def ranks_of_sum(step: Step, term: Term, coefficient: torch.Tensor) -> float:
+    """What a sum is multiplied by, since the gradients of the ranks are averaged; 1 where its caller has done so."""
+    ranks = step.averaged / step.micro_batches
+    unit = unit_of(term, coefficient)
+    return 1.0 if unit is not None and unit[0] == ranks else float(ranks)
+
+
 def _factor_of_loop(step: Step, term: Term, scheme: str, rule: Rule | None) -> Any:
     """_factor of a term that a loop over rows has called; what is not recognised weighs as rows do, in Trainer's own way."""
     if scheme == SUM_OF_ROWS:
-        whole: Any = float(step.micro_batches)
+        whole: Any = float(step.averaged)
     elif scheme == ITEMS_OF_ROWS:
         whole = step.share_of_call_by_hand(("loop", term.site), rule)
     else:

@@ -11,6 +11,7 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 import transformers
+from own_losses import ON_RANKS, SumTimesATenth
 from some_ranks import (
     ON_SOME_RANKS,
     FilledOnSomeRanks,
@@ -98,6 +99,8 @@ RUNS = {
     "measured": ("token classes", True, True, ByHand),
     "measured to be another": ("token classes", True, True, AnotherOnOneRank),
     **{name: ("token classes", True, True, cls) for name, cls in ON_SOME_RANKS.items()},
+    **{name: ("token classes", True, True, cls) for name, cls in ON_RANKS.items()},
+    "a sum times a tenth": ("token classes", True, True, SumTimesATenth),
     "a part of nothing": ("token classes", True, True, PartOfNothing),
     "a penalty on the weights": ("token classes", True, True, PenaltyOnWeights),
     "filled": ("token classes", True, True, FilledOnSomeRanks),

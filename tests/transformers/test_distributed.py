@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from own_losses import ON_RANKS
 from some_ranks import (
     ON_SOME_RANKS,
     FilledOnSomeRanks,
@@ -51,6 +52,21 @@ def test_losses_by_hand_on_uneven_ranks(name, two_ranks):
         assert len(on_second) == 1 and "on rank 1 it was measured to be another" in on_second[0]
     else:
         assert not on_second
+
+
+@pytest.mark.parametrize("name", ON_RANKS)
+def test_own_losses_on_uneven_ranks(name, two_ranks):
+    """Trainer leaves sums as they are, of which DDP takes the mean over the ranks."""
+    model, examples = model_and_rows("token classes")
+    full = train(model, examples, 1, trainer_class=ON_RANKS[name])
+    assert error(two_ranks[name], full) <= TRAINER_GRADIENT
+    assert loss_error(two_ranks[name], full) <= TRAINER_LOSS
+    assert not any(two_ranks[name].weights)  # told
+
+
+def test_a_sum_with_a_factor_that_is_not_recognised_is_told(two_ranks):
+    for told in two_ranks["a sum times a tenth"].weights:
+        assert len(told) == 1 and "a sum with a factor that is not recognised stays what Trainer makes of it" in told[0]
 
 
 @pytest.mark.parametrize("name", ON_SOME_RANKS)
