@@ -188,9 +188,7 @@ class Step:
         self.versions: dict[str, int] = {}  # of the entries of inputs, before anything ran
         self.terms: list[Term] = []  # what losses of ours returned, and PyTorch's that somebody averages by hand
         self.schemes = Schemes()  # the Trainer's, of what is averaged by hand
-        self.place_found: dict[
-            str, Any
-        ] = {}  # of that call the fields of Term that say where it was made, of which row
+        self.place_found: dict[str, Any] = {}  # of that call: Term's site, row, ignore_index and weight
         self.calls_at: dict[int, int] = {}  # how many losses were called at a site
         self.recorder = _Recorder(self)
         self.thread = threading.get_ident()
