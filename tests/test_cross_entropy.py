@@ -429,3 +429,20 @@ def test_unknown_instruction_set_is_refused():
     assert "ACCUMLOSS_CPU_CAPABILITY: expected one of portable" in done.stderr and "got mmx" in done.stderr
     environment["ACCUMLOSS_CPU_CAPABILITY"] = "  "  # as good as not set
     subprocess.run([sys.executable, "-P", "-c", program], env=environment, check=True)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
+@pytest.mark.parametrize("V", [2, 9, 200, 512, 600, 5000])
+@pytest.mark.parametrize("label", [0, 1], ids=["of the largest", "of the lowest"])
+def test_rows_from_the_lowest_number_to_the_largest(label, V, dtype):
+    """Their difference is beyond all numbers; a mask is often the lowest."""
+    logits = torch.full((3, V), torch.finfo(dtype).min, dtype=dtype)
+    logits[:, 0] = torch.finfo(dtype).max
+    ours, theirs = logits.clone().requires_grad_(), logits.double().requires_grad_()
+    labels = torch.full((3,), label)
+    loss = accumloss.cross_entropy(ours, labels).loss_sum
+    wanted = torch.nn.functional.cross_entropy(theirs, labels, reduction="sum")
+    loss.backward()
+    wanted.backward()
+    torch.testing.assert_close(loss.double(), wanted.to(loss.dtype).double(), rtol=1e-6, atol=0)
+    torch.testing.assert_close(ours.grad.double(), theirs.grad, rtol=2 * torch.finfo(dtype).eps, atol=0)

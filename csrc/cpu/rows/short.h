@@ -95,7 +95,7 @@ ACCUMLOSS_NOINLINE void finish_group(ShortRows& __restrict rows, bool metrics, G
     Real gap = min - max;
     const Real back = gap + max;
     Real lost = (min - back) + ((back - gap) - max);  // min - max = gap + lost, exactly
-    lost = min == -kInfinity ? Real{} : lost;
+    lost = gap == -kInfinity ? Real{} : lost;  // of finite ones too, which are further apart than the largest number
     const Real e = exp_clamped<float>(gap);
     const Real smaller = e * lost + e + (max - max);  // exp(min - max); NaN where max is infinite
     const auto label_leads = !(other > y);
