@@ -102,7 +102,9 @@ def is_loop(step: Step, graph: Graph, terms: Sequence[Term]) -> bool:
     if rows == 0 or len(terms) > rows or any(term.value.dim() > 1 for term in terms):
         return False
     if rows == 1:
-        return bool(taken_by(terms[0])) if step.is_training else graph.is_added_up(terms[0].value)
+        if step.is_training:
+            return bool(taken_by(terms[0]))
+        return terms[0].row is not None and graph.is_added_up(terms[0].value)  # there no logits have a graph
     if any(term.row is not None and not taken_by(term) and not _is_whole(term.row) for term in terms):
         return False  # chunks, of which the others were left out
     known = [term.row for term in terms if term.row is not None]

@@ -444,3 +444,10 @@ def test_verdicts_of_the_census_of_trainers(wanted, what):
     assert all(len(row) <= 100 or row.startswith("|") for row in text.splitlines())
     row = trainers.row(line)
     assert (row["stock_4x2"], row["verdict"]) == ("3.0e+00", wanted)
+
+
+def test_detection_is_evaluated_as_the_one_batch(capsys):
+    """It adds its terms up, as a loop over rows does: with one row a batch only the labels tell them apart."""
+    assert main(["audit", "YolosForObjectDetection", "--json"]) == 0
+    evaluation = json.loads(capsys.readouterr().out)["evaluation"]
+    assert evaluation["stock"] > 1e-3 and evaluation["accumloss"] < measure.SAME_LOSS
