@@ -346,17 +346,26 @@ def counted_in_memory(views: Sequence[torch.Tensor], entry: torch.Tensor) -> tor
     """How often each element of an entry is in one of these views of it: uint8, of its shape; None: one is no view of it."""
     held = torch.zeros_like(entry, dtype=torch.uint8, memory_format=torch.contiguous_format).flatten()
     for view in views:
-        if type(view) is not torch.Tensor or view.device != entry.device or view.dtype != entry.dtype:
+        if type(view) is torch.Tensor and not view.numel():
+            continue
+        ends = ends_in(view, entry)
+        if ends is None:
             return None
-        if view.untyped_storage().data_ptr() != entry.untyped_storage().data_ptr():
-            return None
-        first = view.storage_offset() - entry.storage_offset()
-        last = first + sum((size - 1) * stride for size, stride in zip(view.shape, view.stride(), strict=True))
-        if view.numel() and not 0 <= first <= last < entry.numel():
-            return None
-        if view.numel():
-            held.as_strided(view.shape, view.stride(), first).add_(1)
+        held.as_strided(view.shape, view.stride(), ends[0]).add_(1)
     return held.reshape(entry.shape)
+
+
+def ends_in(view: torch.Tensor, entry: torch.Tensor) -> tuple[int, int] | None:
+    """The first and the last element of a contiguous entry that a view of it has; None: it is none, or has none."""
+    if type(view) is not torch.Tensor or type(entry) is not torch.Tensor or not view.numel():
+        return None
+    if view.device != entry.device or view.dtype != entry.dtype or not entry.is_contiguous():
+        return None
+    if view.untyped_storage().data_ptr() != entry.untyped_storage().data_ptr():
+        return None
+    first = int(view.storage_offset() - entry.storage_offset())
+    last = first + sum((size - 1) * stride for size, stride in zip(view.shape, view.stride(), strict=True))
+    return (first, last) if 0 <= first <= last < entry.numel() else None
 
 
 def same_values(a: torch.Tensor, b: torch.Tensor) -> bool:

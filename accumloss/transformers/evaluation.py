@@ -224,13 +224,14 @@ class Evaluation(steps.Step):
             SCALED: 1.0,
         }
         counts[WEIGHTS] = rule.total({"labels": target}) if weight is not None else counts[ITEMS]
-        over = torch.stack([_number(counts[scheme], value.device) for scheme in SCHEMES])
         total, site = widened(value.detach()).sum(), sites.site()
         if site in self.at_sites:  # the turns of a loop are one sum
+            counts = {scheme: count if scheme in COUNTED_BY_ITEM else 0.0 for scheme, count in counts.items()}
+        over = torch.stack([_number(counts[scheme], value.device) for scheme in SCHEMES])
+        if site in self.at_sites:
             index = self.at_sites[site]
             before, over_before = self.summed[index]
-            is_by_item = torch.tensor([scheme in COUNTED_BY_ITEM for scheme in SCHEMES], device=over.device)
-            self.summed[index] = before + total, over_before + over * is_by_item
+            self.summed[index] = before + total, over_before + over
         else:
             index = self.at_sites[site] = len(self.summed)
             self.summed.append((total, over))

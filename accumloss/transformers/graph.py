@@ -17,7 +17,7 @@ TRUSTED = ("torch", "accumloss", "accelerate", "transformers", "deepspeed")  # w
 LINEAR = (
     "Add", "Sub", "Rsub", "Neg", "Mul", "Div", "Sum", "Mean", "Stack", "Cat", "Squeeze", "Unsqueeze", "View", "Reshape",
     "UnsafeView", "Expand", "Select", "Slice", "Index", "Masked", "Where", "Clone", "Alias", "ToCopy", "Copy", "Unbind",
-    "Split", "Permute", "Transpose", "T", "AsStrided", "torch::autograd::CopySlices",
+    "Split", "Permute", "Transpose", "TBackward", "AsStrided", "torch::autograd::CopySlices",
 )  # fmt: skip
 
 

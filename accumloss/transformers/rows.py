@@ -7,12 +7,12 @@ losses are made into, the graph and their coefficients.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 
-from .counting import Rule, may_be_labels, num_rows
+from .counting import Rule, ends_in, may_be_labels, num_rows
 from .graph import Graph, is_near
 from .term import Term, unit_of
 
@@ -31,20 +31,15 @@ class Row(NamedTuple):
 
 def row_of(labels: torch.Tensor, entries: Mapping[str, Any]) -> Row | None:
     """The row of an entry that these labels are a view of alone, or of a part of it."""
-    if type(labels) is not torch.Tensor or not labels.numel():
-        return None
     for key, entry in entries.items():
-        if not may_be_labels(key) or type(entry) is not torch.Tensor or entry.dim() < 2 or entry.dtype != labels.dtype:
+        if not may_be_labels(key) or not isinstance(entry, torch.Tensor) or entry.dim() < 2:
             continue
-        if entry.device != labels.device or not entry.is_contiguous() or not entry.numel():
+        ends = ends_in(labels, entry)
+        if ends is None:
             continue
-        if entry.untyped_storage().data_ptr() != labels.untyped_storage().data_ptr():
-            continue
-        width = int(entry.stride(0))
-        first = int(labels.storage_offset() - entry.storage_offset())
-        last = first + sum((n - 1) * stride for n, stride in zip(labels.shape, labels.stride(), strict=True))
+        (first, last), width = ends, int(entry.stride(0))
         row = first // width
-        if first >= 0 and last < entry.numel() and last // width == row:
+        if last // width == row:
             return Row(key, row, first - row * width, (row + 1) * width - 1 - last)
     return None
 
@@ -291,15 +286,10 @@ def may_be_a_loop(graph: Graph, term: Term) -> bool:
 
 def is_picked(term: Term, rows: int) -> bool:
     """Whether a loss was called with one of so many rows by its index."""
-    node: Any = term.value.grad_fn
-    for _ in range(MOST_VIEWS):
-        if node is None or node.name().startswith(("Addmm", "Mm", "Bmm", "Linear", "AccumulateGrad")):
-            return False
-        sizes: Any = getattr(node, "_saved_self_sym_sizes", ())
-        if node.name().startswith("Select") and node._saved_dim == 0 and len(sizes) > 2 and sizes[0] == rows:
-            return True
-        node = next((after for after, _ in node.next_functions if after is not None), None)
-    return False
+    return any(
+        node.name().startswith("Select") and node._saved_dim == 0 and len(sizes) > 2 and sizes[0] == rows
+        for node, sizes in _views_before(term)
+    )
 
 
 MOST_VIEWS = 12  # operations between a loss and the logits of all rows
@@ -307,21 +297,23 @@ MOST_VIEWS = 12  # operations between a loss and the logits of all rows
 
 def taken_by(term: Term) -> str:
     """How what a loss was called with was taken from a batch as one row of it; "" where it was not, as far as can be seen."""
-    node = term.value.grad_fn
-    for _ in range(MOST_VIEWS):
-        if node is None:
-            return ""
+    for node, sizes in _views_before(term):
         name, saved = node.name(), [getattr(node, f"_saved_{what}", 0) for what in ("dim", "start", "end")]
         dim = saved[0]
         if name.startswith("Unbind") or (name.startswith("Select") and dim == 0):
             return "an index"
-        sizes = getattr(node, "_saved_self_sym_sizes", ())
         if name.startswith("Slice") and dim == 0 and saved[2] - saved[1] == 1 and len(sizes) > 2:
             return "a slice"
         if name.startswith("Split") and dim == 0 and getattr(node, "_saved_split_size", 0) == 1 and len(sizes) > 2:
             return "a split"
-        following = [after for after, _ in node.next_functions if after is not None]
-        node = following[0] if following else None
-        if name.startswith(("Addmm", "Mm", "Bmm", "Linear", "AccumulateGrad")):
-            return ""
     return ""
+
+
+def _views_before(term: Term) -> Iterator[tuple[Any, Sequence[int]]]:
+    """The nodes between a loss and the logits of all rows, the loss's first, with the sizes of what each was made of."""
+    node: Any = term.value.grad_fn
+    for _ in range(MOST_VIEWS):
+        if node is None or node.name().startswith(("Addmm", "Mm", "Bmm", "Linear", "AccumulateGrad")):
+            return
+        yield node, getattr(node, "_saved_self_sym_sizes", ())
+        node = next((after for after, _ in node.next_functions if after is not None), None)
