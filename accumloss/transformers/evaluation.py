@@ -18,7 +18,7 @@ from . import counting, rows, sites
 from . import step as steps
 from .graph import Graph
 from .rows import is_mean_of_rows, row_of
-from .term import Term, has_no_items, unit_of
+from .term import Term, has_no_items, put_together, unit_of
 from .terms import (
     ELEMENTS,
     ITEMS,
@@ -259,14 +259,11 @@ class Evaluation(steps.Step):
                 continue
             units = [unit_of(term, c) or (0.0, None) for term, c in turns]
             scales = [scale if used is None else 0.0 for scale, used in units]
-            first, coefficient = turns[0]
             if min(map(abs, scales)) == 0 or max(scales) - min(scales) > SAME * max(map(abs, scales)):
                 self.mixed.add(index)
                 grouped.append(None)
                 continue
-            target = torch.cat([term.target.flatten() for term, _ in turns if term.target is not None])
-            of_all = torch.full((), scales[0], dtype=coefficient.dtype, device=coefficient.device)
-            grouped.append((first._replace(reduction="sum", target=target), of_all))
+            grouped.append(put_together([term for term, _ in turns], scales[0], turns[0][1]))
         return grouped
 
     def _together(self) -> tuple[torch.Tensor, torch.Tensor] | None:

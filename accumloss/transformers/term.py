@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -38,6 +39,14 @@ class Term(NamedTuple):
         )
         first = widened(coefficient) * widened(self.value) if is_wide else coefficient * self.value
         return sum(parts, first.sum())
+
+
+def put_together(terms: Sequence[Term], scale: float, like: torch.Tensor) -> tuple[Term, torch.Tensor]:
+    """One term of calls that are summed, whose items have one coefficient; and this, in the dtype of another. value is the first's
+    alone."""
+    target = torch.cat([term.target.flatten() for term in terms if term.target is not None])
+    whole = terms[0]._replace(reduction="sum", target=target)
+    return whole, torch.full((), scale, dtype=like.dtype, device=like.device)
 
 
 def unit_of(term: Term, coefficient: torch.Tensor) -> tuple[float, torch.Tensor | None] | None:

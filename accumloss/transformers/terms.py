@@ -17,7 +17,7 @@ from ..sums import widened
 from . import rows
 from .counting import Rule, half_of, num_rows
 from .graph import Graph
-from .term import Term, has_no_items, is_item, tolerance, unit_of
+from .term import Term, has_no_items, is_item, put_together, tolerance, unit_of
 
 if TYPE_CHECKING:
     from .step import Step
@@ -145,14 +145,12 @@ class Combination:
         if rule is None:
             return False
         first, coefficient = self.pairs[places[0]]
-        target = torch.cat([term.target.flatten() for term in terms if term.target is not None])
+        whole, of_all = put_together(terms, scale, coefficient)
         more = tuple(term.value for term in terms[1:])
-        of_all = torch.full((), scale, dtype=coefficient.dtype, device=coefficient.device)
         call = schemes.call_of_parts(first.site)
         if not step.is_watched:
             schemes.found.setdefault(call, ITEMS if rule.weight is None else WEIGHTS)
-        whole = first._replace(rule=rule, call=call, reduction="sum", target=target, more=more)
-        self.pairs[places[0]] = whole, of_all
+        self.pairs[places[0]] = whole._replace(rule=rule, call=call, more=more), of_all
         return True
 
     def is_averaged(self, term: Term) -> bool:
